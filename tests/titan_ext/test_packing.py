@@ -1,0 +1,230 @@
+"""Lanes and packing against a plain packer that goes token by token, and against the rules themselves."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_ext.packing import IGNORE_INDEX, Lane, LaneState, fill, head_starts
+from titan_ext.shards import Document, EpochOrder
+
+PAD = 7
+STRIDE = 1000  # token i of document n is n * STRIDE + i + STRIDE: every token says where it comes from
+
+
+@dataclass
+class ListDomain:
+    """Documents in memory, in their order."""
+
+    name: str
+    documents: list[Document]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents)
+
+    @property
+    def mean_tokens(self) -> float:
+        """As the real one's: from sizes with some bytes of header, so never 0."""
+        return 1 + float(np.mean([len(d.tokens) for d in self.documents]))
+
+    def document(self, number: int) -> Document:
+        return self.documents[number % len(self.documents)]
+
+
+def make_domains(lengths_by_domain, masks=None):
+    domains, n = [], 0
+    for d, lengths in enumerate(lengths_by_domain):
+        documents = []
+        for i, length in enumerate(lengths):
+            tokens = (np.arange(length) + (n + 1) * STRIDE).astype(np.uint32)
+            mask = None if masks is None else np.resize(np.array(masks[d][i], np.uint8), length)
+            documents.append(Document(tokens, mask))
+            n += 1
+        domains.append(ListDomain(f"domain{d}", documents))
+    return domains
+
+
+def make_lane(domains, seq_len, weights=None, index=0, num_lanes=1, once=False, state=None):
+    zeros = [0] * len(domains)
+    state = state or LaneState(draws=list(zeros), tokens=list(zeros))
+    weights = weights or [1 / len(domains)] * len(domains)
+    return Lane(
+        index, num_lanes, domains, weights, seq_len, once, head_starts(domains, weights, num_lanes)[index], state
+    )
+
+
+def rows(lane, count=None):
+    """(input, positions, labels) of the next `count` sequences, or of all of them."""
+    result = []
+    while count is None or len(result) < count:
+        segments = lane.next_sequence()
+        if not segments:
+            break
+        row = np.full((3, lane.seq_len), -1, np.int64)
+        fill(segments, row[0], row[1], row[2], PAD)
+        result.append(row)
+    return result
+
+
+def reference_pack(documents, seq_len):
+    """One pass over `documents`, in plain Python: rows of (input, position, label) triples."""
+    done, row = [], []
+
+    def close():
+        row.extend((PAD, position, IGNORE_INDEX) for position in range(seq_len - len(row)))
+        done.append(list(row))
+        row.clear()
+
+    for document in documents:
+        tokens = [int(t) for t in document.tokens]
+        triples = list(pairwise(tokens))
+        if document.loss_mask is None:
+            position = 0
+            for token, label in triples:
+                row.append((token, position, label))
+                position += 1
+                if len(row) == seq_len:
+                    close()
+                    position = 0
+            continue
+        labels = [label if on else IGNORE_INDEX for (_, label), on in zip(triples, document.loss_mask[1:], strict=True)]
+        labels = labels[:seq_len]
+        if all(label == IGNORE_INDEX for label in labels):
+            continue
+        if len(row) + len(labels) > seq_len:
+            close()
+        row.extend((tokens[i], i, label) for i, label in enumerate(labels))
+        if len(row) == seq_len:
+            close()
+    if row:
+        close()
+    return [np.array(r).T for r in done]
+
+
+lengths = st.lists(st.integers(0, 30), min_size=1, max_size=20)
+masks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=20, max_size=20)
+
+
+@settings(max_examples=30)
+@given(lengths=lengths, seq_len=st.integers(2, 16))
+def test_text_is_packed_as_the_reference_packs_it(lengths, seq_len):
+    (domain,) = make_domains([lengths])
+    packed = rows(make_lane([domain], seq_len, once=True))
+    expected = [np.array([r[0], r[1], r[2]]) for r in reference_pack(domain.documents, seq_len)]
+    np.testing.assert_array_equal(np.array(packed), np.array(expected))
+
+
+@settings(max_examples=30)
+@given(lengths=lengths, masks=masks, seq_len=st.integers(2, 16))
+def test_conversations_are_packed_as_the_reference_packs_them(lengths, masks, seq_len):
+    (domain,) = make_domains([lengths], [masks])
+    packed = rows(make_lane([domain], seq_len, once=True))
+    np.testing.assert_array_equal(np.array(packed), np.array(reference_pack(domain.documents, seq_len)))
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=5), min_size=1, max_size=3),
+    seq_len=st.integers(2, 16),
+    index=st.integers(0, 2),
+)
+def test_every_label_follows_its_input_and_positions_do_not_cross_documents(lengths, seq_len, index):
+    for input_L, positions_L, labels_L in rows(make_lane(make_domains(lengths), seq_len, index=index, num_lanes=3), 10):
+        assert (labels_L == input_L + 1).all()
+        continues = positions_L[1:] != 0
+        assert positions_L[0] == 0
+        assert (positions_L[1:][continues] == positions_L[:-1][continues] + 1).all()
+        # Within a run of positions the document is one, and a new document is a new run.
+        assert (continues == (input_L[1:] == input_L[:-1] + 1)).all()
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 40), min_size=1, max_size=6), min_size=2, max_size=4),
+    shares=st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    index=st.integers(0, 7),
+)
+def test_shares_stay_within_a_document_of_the_mixture(lengths, shares, index):
+    domains = make_domains(lengths)
+    weights = [share / sum(shares[: len(domains)]) for share in shares[: len(domains)]]
+    lane = make_lane(domains, 16, weights, index=index, num_lanes=8)
+    longest = max(max(item) for item in lengths)
+    slack = longest + max(map(abs, lane.head_start))
+    for _ in range(200):
+        lane.next_sequence()
+        ahead = np.array(lane.state.tokens) - np.array(weights) * sum(lane.state.tokens)
+        assert ahead.max() <= slack
+        # What one domain lacks the others are ahead.
+        assert ahead.min() >= -slack * (len(domains) - 1)
+
+
+def test_every_batch_is_close_to_the_mixture_from_the_first_on():
+    """Lanes that began alike would go through the domains in step: a batch of one domain, then a batch of another."""
+    rng = np.random.default_rng(0)
+    domains = make_domains([rng.integers(mean // 2, mean * 2, 200) for mean in (30, 60, 30, 15)])
+    weights = [0.6, 0.2, 0.1, 0.1]
+    lanes = [make_lane(domains, 48, weights, index=index, num_lanes=64) for index in range(64)]
+    before = np.zeros(4)
+    for _ in range(20):
+        for lane in lanes:
+            lane.next_sequence()
+        tokens_D = np.sum([lane.state.tokens for lane in lanes], axis=0)
+        np.testing.assert_allclose((tokens_D - before) / (64 * 48), weights, atol=0.2)
+        before = tokens_D
+
+
+@settings(max_examples=30)
+@given(lengths=lengths.filter(lambda item: max(item) > 1), conversations=st.booleans(), cut=st.integers(0, 12))
+def test_a_lane_resumes_from_its_state_at_any_sequence(lengths, conversations, cut):
+    domains = make_domains([lengths, [5, 9]], [[[0, 1]] * len(lengths), [[1]] * 2] if conversations else None)
+    lane = make_lane(domains, 8, index=1, num_lanes=2)
+    whole = rows(lane, 20)
+    first = make_lane(domains, 8, index=1, num_lanes=2)
+    rows(first, cut)
+    resumed = make_lane(domains, 8, index=1, num_lanes=2, state=first.state)
+    np.testing.assert_array_equal(rows(resumed, 20 - cut), whole[cut:])
+    assert resumed.state == lane.state
+
+
+def test_what_is_truncated_skipped_and_padded_is_counted():
+    domains = make_domains([[12, 4, 6, 1]], [[[1], [0], [1], [1]]])
+    lane = make_lane(domains, 8, once=True)
+    packed = rows(lane)
+    assert lane.state.truncated == 1  # 11 pairs in 8 positions
+    assert lane.state.skipped == 2  # no target, and no pair at all
+    assert lane.state.padding == 3  # the conversation of 5 pairs did not fit behind the first
+    assert [row[0][0] // STRIDE for row in packed] == [1, 3]
+    np.testing.assert_array_equal(packed[1][1], [0, 1, 2, 3, 4, 0, 1, 2])
+    np.testing.assert_array_equal(packed[1][2][5:], [IGNORE_INDEX] * 3)
+    np.testing.assert_array_equal(packed[1][0][5:], [PAD] * 3)
+
+
+def test_a_domain_without_any_target_is_refused_instead_of_searched_for_ever():
+    lane = make_lane(make_domains([[5, 6]], [[[0], [0]]]), 8)
+    with pytest.raises(ValueError, match="domain0"):
+        lane.next_sequence()
+
+
+@settings(max_examples=30)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=50).filter(any), epoch=st.integers(0, 3))
+def test_an_epoch_is_a_permutation_that_keeps_shards_together(sizes, epoch):
+    sizes = np.array(sizes)
+    order = EpochOrder(sizes, (1, 2, epoch))
+    located = [order.locate(position) for position in range(sizes.sum())]
+    assert sorted(located) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
+    # A shard's documents lie within the documents of 16 shards.
+    positions = {shard: [p for p, (s, _) in enumerate(located) if s == shard] for shard, _ in located}
+    assert all(max(p) - min(p) < 16 * sizes.max() for p in positions.values())
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    sizes = np.full(20, 10)
+    orders = [
+        [EpochOrder(sizes, seed).locate(p) for p in range(200)] for seed in ((0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 1, 0))
+    ]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    assert orders[0] == orders[3]

@@ -1,0 +1,86 @@
+"""Fake quantization against the formula written out here, and which modules it reaches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.mobilemoe import model_config
+from titan_ext.qat import (
+    QATEmbedding,
+    QATExperts,
+    QATLinear,
+    convert_to_qat,
+    fake_quantize_activation,
+    fake_quantize_weight,
+)
+
+
+def int4_by_hand(row: torch.Tensor, group_size: int) -> torch.Tensor:
+    out = []
+    for group in row.split(group_size):
+        scale = (group.abs().max() / 7.5).bfloat16().half().float().clamp(min=2.0**-24)
+        out.append((group * (1 / scale)).round().clamp(-8, 7) * scale)
+    return torch.cat(out)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), magnitude=st.floats(-9, 3), rows=st.integers(1, 4), groups=st.integers(1, 3))
+def test_weights_take_the_grid_of_the_paper(seed, magnitude, rows, groups):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 32 * groups, generator=generator) * 10**magnitude
+    expected = torch.stack([int4_by_hand(row, 32) for row in weight])
+    assert torch.equal(fake_quantize_weight(weight, 32), expected)
+    # The other axis is the same thing transposed.
+    assert torch.equal(fake_quantize_weight(weight.T.contiguous(), 32, axis=0), expected.T)
+    # Half a step, and at the group's end 7.5 times the scale's own rounding to eight bits.
+    assert (expected - weight).abs().max() <= weight.abs().max() / 7.5 * (0.5 + 7.5 / 256) + 2.0**-22
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), magnitude=st.floats(-3, 3))
+def test_activations_are_rounded_a_token_at_a_time(seed, magnitude):
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) * 10**magnitude
+    rounded = fake_quantize_activation(x)
+    step = (x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)) / 255
+    assert ((rounded - x).abs() <= step[:, None] * 0.51 + 1e-6).all()
+    assert torch.equal(rounded[2:3], fake_quantize_activation(x[2:3])), "other tokens must not matter"
+    assert all(len(row.unique()) <= 256 for row in rounded)
+
+
+def test_the_gradient_goes_straight_through():
+    weight = torch.randn(4, 64, requires_grad=True)
+    upstream = torch.randn(4, 64)
+    (fake_quantize_weight(weight, 32) * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream), "also for the largest value of a group, which the grid clamps"
+
+
+def test_every_matrix_but_the_router_is_quantized():
+    model = convert_to_qat(model_config(FLAVORS["tiny"]), QATConfig()).build()
+    matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
+    covered = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, (QATLinear, QATEmbedding, QATExperts))
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    assert matrices - covered == {f"layers.{i}.moe.router.gate.weight" for i in range(4)}
+
+
+@pytest.mark.parametrize(("axis", "dim"), [("in", -1), ("out", -2)])
+def test_experts_are_grouped_along_the_chosen_axis(axis, dim):
+    torch.manual_seed(0)
+    config = convert_to_qat(model_config(FLAVORS["tiny"]), QATConfig(expert_group_axis=axis))
+    model = config.build()
+    model.init_states()
+    experts = model.layers["0"].moe.routed_experts.inner_experts
+    for plain, quantized in zip((experts.w1_EFD, experts.w2_EDF, experts.w3_EFD), experts.local_weights(), strict=True):
+        groups = quantized.detach().movedim(dim, -1).unflatten(-1, (-1, 32))
+        assert max(len(group.unique()) for group in groups.flatten(0, -2)[:200]) <= 16
+        assert torch.equal(quantized, fake_quantize_weight(plain, 32, dim))
+
+
+def test_group_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"48 values along axis -1 are no multiple of group_size 32"):
+        fake_quantize_weight(torch.zeros(4, 48), 32)

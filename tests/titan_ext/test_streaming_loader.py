@@ -1,0 +1,457 @@
+"""StreamingLoader over real MDS folders: order on any number of ranks, resume, damaged shards, killed processes."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from streaming import MDSWriter, Stream
+from streaming.base.world import World
+from torch.distributed.checkpoint.api import CheckpointException
+
+from titan_ext.packing import IGNORE_INDEX
+from titan_ext.streaming_loader import StreamingLoader
+
+G, B, L, PAD = 8, 1, 32, 0
+MIXTURE = {"code": 0.2, "math": 0.3, "web": 0.5}
+DOCUMENTS = {"code": 60, "math": 90, "web": 200}
+
+
+def write_domain(folder: Path, documents, masks=None, compression="zstd", size_limit=2000, hashes=("xxh64",)):
+    columns = {"tokens": "ndarray:uint32"} | ({"loss_mask": "ndarray:uint8"} if masks is not None else {})
+    with MDSWriter(
+        out=str(folder), columns=columns, compression=compression, hashes=list(hashes), size_limit=size_limit
+    ) as writer:
+        for i, tokens in enumerate(documents):
+            sample = {"tokens": np.asarray(tokens, np.uint32)}
+            writer.write(sample if masks is None else sample | {"loss_mask": np.asarray(masks[i], np.uint8)})
+
+
+def write_stage(root: Path, **kwargs) -> Path:
+    """Documents of consecutive tokens, no token twice: code's from 1,000,000 on, math's from 2,000,000."""
+    rng = np.random.default_rng(0)
+    for d, (name, count) in enumerate(DOCUMENTS.items()):
+        lengths = rng.integers(2, 40, count)
+        starts = np.cumsum(lengths + 5) - lengths + (d + 1) * 1_000_000
+        write_domain(root / name, [np.arange(n) + s for n, s in zip(lengths, starts, strict=True)], **kwargs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return write_stage(tmp_path_factory.mktemp("data") / "pretrain")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def build(shards, local, rank=0, world=1, *, seq_len=L, batch=B, **config):
+    config = {"mixture": MIXTURE, "global_batch_size": G, "pad_token_id": PAD, "seed": 3} | config
+    config = StreamingLoader.Config(shards=str(shards), local=str(local), **config)
+    return config.build(
+        dp_world_size=world, dp_rank=rank, tokenizer=None, seq_len=seq_len, local_batch_size=batch,
+        snapshot_every_n_steps=10,
+    )  # fmt: skip
+
+
+def rows(batch):
+    """[B, 3, L]: input, positions, labels."""
+    inputs, labels = batch
+    return torch.stack([inputs["input"], inputs["positions"], labels], dim=1).numpy()
+
+
+def sequences(loaders, micro_steps):
+    """The sequences of `micro_steps` micro-batches of all ranks, [N, 3, L], in the order micro-batch, rank, row."""
+    iterators = [iter(loader) for loader in loaders]
+    return np.concatenate([rows(next(it)) for _ in range(micro_steps) for it in iterators])
+
+
+def merged_state(loaders):
+    """What torch.distributed.checkpoint makes of the ranks' states."""
+    return {key: value for loader in loaders for key, value in loader.state_dict().items()}
+
+
+def test_batches_have_the_shape_torchtitan_wants(stage, cache):
+    inputs, labels = next(iter(build(stage, cache, batch=4)))
+    assert set(inputs) == {"input", "positions"}
+    for tensor in (*inputs.values(), labels):
+        assert tensor.shape == (4, L) and tensor.dtype == torch.int64
+    assert (labels == inputs["input"] + 1).all()  # every token of the stage is the one before plus 1
+    assert ((inputs["positions"] == 0).sum(1) > 1).any()  # several documents in a sequence
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 1), (4, 1), (8, 1), (1, 4), (2, 2), (2, 4)])
+def test_global_batches_are_the_same_on_any_number_of_ranks(stage, cache, world, batch):
+    one = sequences([build(stage, cache)], 3 * G)
+    many = sequences([build(stage, cache, r, world, batch=batch) for r in range(world)], 3 * G // (world * batch))
+    np.testing.assert_array_equal(one, many)
+
+
+def test_resume_is_exact_after_every_micro_batch(stage, cache):
+    expected = sequences([build(stage, cache)], 2 * G + 4)
+    loader = build(stage, cache)
+    iterator = iter(loader)
+    for taken in range(2 * G):
+        resumed = build(stage, cache)
+        resumed.load_state_dict(loader.state_dict())
+        np.testing.assert_array_equal(sequences([resumed], 4), expected[taken : taken + 4])
+        next(iterator)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+def test_resume_on_another_number_of_ranks(stage, cache, before, after):
+    expected = sequences([build(stage, cache)], 5 * G)
+    for steps in (1, 2, 3):
+        old = [build(stage, cache, r, before) for r in range(before)]
+        sequences(old, steps * G // before)
+        new = [build(stage, cache, r, after) for r in range(after)]
+        for loader in new:
+            loader.load_state_dict(merged_state(old))
+        np.testing.assert_array_equal(sequences(new, 2 * G // after), expected[steps * G : (steps + 2) * G])
+
+
+def test_state_within_a_step_resumes_on_ranks_that_fit_it_only(stage, cache):
+    expected = sequences([build(stage, cache)], G)
+    loader = build(stage, cache)
+    sequences([loader], 2)
+    pair = [build(stage, cache, r, 2) for r in range(2)]
+    four = build(stage, cache, 0, 4)
+    for other in pair:
+        other.load_state_dict(loader.state_dict())
+    np.testing.assert_array_equal(sequences(pair, 3), expected[2:8])
+    with pytest.raises(ValueError, match="between two steps"):
+        four.load_state_dict(loader.state_dict())
+
+
+def test_no_document_comes_twice_in_an_epoch(stage, cache):
+    loader = build(stage, cache, mixture={"web": 1.0})
+    taken = sequences([loader], 2 * G)
+    epochs = loader.statistics()["epochs"]["web"]
+    assert 0.1 < epochs < 1
+    tokens = taken[:, 0].ravel()
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_mixture_holds_for_the_tokens(stage, cache):
+    loader = build(stage, cache)
+    taken = sequences([loader], 40 * G)
+    tokens = {name: ((taken[:, 0] // 1_000_000) == d + 1).sum() for d, name in enumerate(DOCUMENTS)}
+    statistics = loader.statistics()
+    assert statistics["tokens"] == tokens
+    total = sum(tokens.values())
+    for name, share in MIXTURE.items():
+        assert abs(tokens[name] - share * total) <= 2 * 40 * G  # two documents a lane
+    assert statistics["padding"] == 0 and statistics["sequences"] == 40 * G
+    assert statistics["epochs"]["code"] > 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_finite_pass_has_every_document_once_and_ends_on_all_ranks_together(stage, cache, world):
+    loaders = [build(stage, cache, r, world, infinite=False, mixture={}, batch=2) for r in range(world)]
+    batches = [[rows(batch) for batch in loader] for loader in loaders]
+    assert len({len(b) for b in batches}) == 1
+    taken = np.concatenate([rank[i] for i in range(len(batches[0])) for rank in batches])
+    tokens = taken[:, 0][taken[:, 2] != IGNORE_INDEX]
+    assert len(set(tokens)) == len(tokens) == sum(loaders[0].statistics()["tokens"].values())
+    documents = {name: documents_of(stage / name) for name in DOCUMENTS}
+    assert set(tokens) == {t for domain in documents.values() for document in domain for t in document[:-1]}
+    # The same sequences, in the same order, as one rank has; only the last batch's padding differs.
+    one = sequences([build(stage, cache, infinite=False, mixture={})], len(taken) - 2 * world)
+    np.testing.assert_array_equal(taken[: len(one)], one)
+    again = [rows(batch) for batch in loaders[0]]
+    np.testing.assert_array_equal(again, batches[0])
+
+
+def documents_of(folder):
+    """Straight from streaming's reader."""
+    copy = folder.parent.parent / f"copy-{folder.name}"
+    stream = Stream(remote=str(folder), local=str(copy), validate_hash="xxh64", keep_zip=False, download_retry=1,
+                    download_timeout=10)  # fmt: skip
+    documents = []
+    for reader in stream.get_shards(World(1, 1, 1, 0), False):
+        stream.prepare_shard(reader)
+        documents += [reader.get_item(i)["tokens"].tolist() for i in range(len(reader))]
+    return documents
+
+
+def test_a_finite_pass_resumes_and_a_finished_one_stays_finished(stage, cache):
+    finite = dict(infinite=False, mixture={})
+    whole = [rows(batch) for batch in build(stage, cache, **finite)]
+    loader, resumed, done = (build(stage, cache, **finite) for _ in range(3))
+    sequences([loader], 5)
+    resumed.load_state_dict(loader.state_dict())
+    np.testing.assert_array_equal([rows(batch) for batch in resumed], whole[5:])
+    done.load_state_dict(resumed.state_dict())
+    assert list(done) == []
+
+
+def test_conversations_are_whole_and_only_their_answers_are_targets(tmp_path):
+    rng = np.random.default_rng(1)
+    lengths = np.array([2, 40, *rng.integers(2, 20, 60)])
+    starts = np.cumsum(lengths + 5) - lengths + 1000
+    masks = [(np.arange(n) >= n // 2).astype(np.uint8) for n in lengths]
+    masks[5][:] = 0
+    write_domain(tmp_path / "sft/chat", [np.arange(n) + s for n, s in zip(lengths, starts, strict=True)], masks)
+    loader = build(tmp_path / "sft", tmp_path / "cache", mixture={}, infinite=False)
+    targets = []
+    for batch in loader:
+        ((tokens, positions, labels),) = rows(batch)
+        filled = tokens != PAD
+        assert (np.diff(positions)[filled[1:] & (positions[1:] > 0)] == 1).all()
+        assert (np.diff(tokens)[filled[1:] & (positions[1:] > 0)] == 1).all()
+        assert set(tokens[filled & (positions == 0)]) <= set(starts)  # no conversation goes on from another sequence
+        assert (labels[~filled] == IGNORE_INDEX).all()
+        targets += labels[labels != IGNORE_INDEX].tolist()
+    expected = [
+        t
+        for n, s, m in zip(lengths, starts, masks, strict=True)
+        for t in (np.arange(n) + s)[1 : L + 1][m[1 : L + 1] == 1]
+    ]
+    assert sorted(targets) == sorted(expected)
+    statistics = loader.statistics()
+    assert statistics["truncated"] == 1 and statistics["skipped"] == 1 and 0 < statistics["padding"] < 1
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mixture": {"web": 0.5, "math": 0.4}}, "sums to 0.9"),
+        ({"mixture": {"web": 1.5, "math": -0.5}}, "not positive.*math"),
+        ({"mixture": {"web": float("nan"), "math": 0.5}}, "not positive.*web"),
+        ({"mixture": {"web": 0.5, "law": 0.5}}, r"law.*present: \['code', 'math', 'web'\]"),
+        ({"global_batch_size": 6, "world": 2, "batch": 2}, "global_batch_size is 6.*multiple of .*= 4"),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
+        ({"seq_len": 1}, "seq_len is 1"),
+        ({"rank": 2, "world": 2}, "dp_rank is 2"),
+        ({"cache_bytes": 0}, "cache_bytes is 0"),
+    ],
+)
+def test_bad_configuration_is_refused(stage, cache, change, message):
+    with pytest.raises(ValueError, match=message):
+        build(stage, cache, **change)
+
+
+def test_bad_folders_are_refused(stage, tmp_path):
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"no folder with an index.json"):
+        build(tmp_path / "nothing", cache, mixture={})
+    with pytest.raises(ValueError, match="never written to"):
+        build(stage, stage / "cache")
+    write_domain(tmp_path / "s/empty", [])
+    with pytest.raises(ValueError, match=r"'empty'.*no documents"):
+        build(tmp_path / "s", cache, mixture={"empty": 1.0})
+    write_domain(tmp_path / "t/web", [[1, 2, 3]], hashes=["sha1"])
+    with pytest.raises(ValueError, match="no xxh64"):
+        build(tmp_path / "t", cache, mixture={"web": 1.0})
+    with MDSWriter(out=str(tmp_path / "u/web"), columns={"text": "str"}, hashes=["xxh64"]) as writer:
+        writer.write({"text": "a"})
+    with pytest.raises(ValueError, match="columns"):
+        build(tmp_path / "u", cache, mixture={"web": 1.0})
+    shutil.copytree(stage, tmp_path / "v")
+    (tmp_path / "v/math/index.json").unlink()
+    with pytest.raises(ValueError, match=r"math.*present: \['code', 'web'\]"):
+        build(tmp_path / "v", cache)
+    (tmp_path / "v/math/index.json").write_text('{"version": 2, "sha')
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        build(tmp_path / "v", cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mixture": {"code": 0.3, "math": 0.2, "web": 0.5}}, "mixture"),
+        ({"seed": 4}, "seed: 3 in the checkpoint, 4 now"),
+        ({"seq_len": 64}, "seq_len: 32"),
+        ({"global_batch_size": 4}, "global_batch_size: 8"),
+        ({"infinite": False}, "infinite"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(stage, cache, change, named):
+    loader = build(stage, cache)
+    sequences([loader], 1)
+    with pytest.raises(ValueError, match=named):
+        build(stage, cache, **change).load_state_dict(loader.state_dict())
+
+
+def test_a_state_of_other_data_is_refused(stage, cache, tmp_path):
+    state = build(stage, cache).state_dict()
+    shutil.copytree(stage, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new/math")
+    write_domain(tmp_path / "new/math", [[1, 2, 3]] * 5)
+    with pytest.raises(ValueError, match=r"shards: .*math"):
+        build(tmp_path / "new", cache).load_state_dict(state)
+
+
+def test_a_state_that_lacks_lanes_is_refused(stage, cache):
+    loaders = [build(stage, cache, r, 2) for r in range(2)]
+    sequences(loaders, G // 2)
+    with pytest.raises(ValueError, match="lane_00001_of_00008"):
+        build(stage, cache).load_state_dict(loaders[0].state_dict())
+
+
+def test_an_iterator_is_over_when_there_is_a_newer_one(stage, cache):
+    loader = build(stage, cache)
+    old = iter(loader)
+    first = rows(next(old))
+    state = loader.state_dict()
+    second = rows(next(iter(loader)))
+    with pytest.raises(RuntimeError, match="newer"):
+        next(old)
+    np.testing.assert_array_equal(np.stack([first, second]), np.stack(list(islice(map(rows, build(stage, cache)), 2))))
+    loader.load_state_dict(state)
+    np.testing.assert_array_equal(rows(next(iter(loader))), second)
+
+
+# --- damaged shards -------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_a_damaged_source_is_refused_by_name(tmp_path, damage, compression):
+    write_stage(tmp_path / "s", compression=compression)
+    (shard,) = (tmp_path / "s/math").glob("shard.00001.mds*")
+    damage(shard)
+    with pytest.raises(ValueError, match=f"math/{shard.name} is damaged"):
+        sequences([build(tmp_path / "s", tmp_path / "cache")], 20 * G)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_shard_in_the_cache_is_fetched_again(stage, tmp_path, damage):
+    expected = sequences([build(stage, tmp_path)], 10 * G)
+    shards = sorted(tmp_path.glob("*/*.mds"))
+    for shard in shards:
+        damage(shard)
+    np.testing.assert_array_equal(sequences([build(stage, tmp_path)], 10 * G), expected)
+    assert_cache_is_intact(tmp_path, stage)
+
+
+def assert_cache_is_intact(cache, stage):
+    assert list(cache.glob("*/*.mds"))
+    for name in DOCUMENTS:
+        hashes = {
+            shard["raw_data"]["basename"]: shard["raw_data"]["hashes"]["xxh64"]
+            for shard in json.loads((stage / name / "index.json").read_text())["shards"]
+        }
+        for path in cache.glob(f"{name}-*/*.mds"):
+            assert xxhash.xxh64(path.read_bytes()).hexdigest() == hashes[path.name]
+
+
+def test_the_source_is_never_written_to(tmp_path):
+    write_stage(tmp_path / "s")
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.*")}
+    sequences([build(tmp_path / "s", tmp_path / "cache")], 10 * G)
+    assert {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.*")} == before
+
+
+def test_the_cache_stays_within_its_limit(stage, cache, tmp_path):
+    expected = sequences([build(stage, cache)], 10 * G)
+    limited = sequences([build(stage, tmp_path, cache_bytes=10_000)], 10 * G)
+    np.testing.assert_array_equal(limited, expected)
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("*/*.mds")) <= 10_000
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forks of a clean process: the imports once, none of pytest's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["titan_ext.streaming_loader"])
+    return context
+
+
+def _run_all(stage, cache, cache_bytes, barrier, results):
+    barrier.wait()
+    results.put(sequences([build(stage, cache, cache_bytes=cache_bytes)], 20 * G))
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 6000])
+def test_processes_may_prepare_one_cache_at_once(processes, stage, cache, tmp_path, cache_bytes):
+    expected = sequences([build(stage, cache)], 20 * G)
+    barrier, results = processes.Barrier(3), processes.Queue()
+    workers = [
+        processes.Process(target=_run_all, args=(stage, tmp_path, cache_bytes, barrier, results)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        np.testing.assert_array_equal(results.get(timeout=120), expected)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert_cache_is_intact(tmp_path, stage)
+
+
+def _run_for_ever(stage, cache, started):
+    loader = build(stage, cache, cache_bytes=5000)  # a shard is prepared nearly all the time
+    for _ in loader:
+        started.set()
+
+
+def test_a_killed_process_leaves_nothing_that_blocks_the_next(processes, stage, cache, tmp_path):
+    expected = sequences([build(stage, cache)], 10 * G)
+    shared_memory = set(os.listdir("/dev/shm"))
+    for pause in (0.0, 0.03, 0.2):
+        started = processes.Event()
+        worker = processes.Process(target=_run_for_ever, args=(stage, tmp_path, started))
+        worker.start()
+        assert started.wait(120)
+        time.sleep(pause)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        np.testing.assert_array_equal(sequences([build(stage, tmp_path)], 10 * G), expected)
+    assert {name for name in set(os.listdir("/dev/shm")) - shared_memory if "sem." not in name} == set()
+
+
+def _save(stage, cache, rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}.init", rank=rank, world_size=world)
+    loader = build(stage, cache, rank, world)
+    sequences([loader], 3 * G // world)
+    dcp.save({"dataloader": loader}, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+def test_a_dcp_checkpoint_of_two_ranks_resumes_on_one_and_on_four(processes, stage, cache, tmp_path):
+    folder = str(tmp_path / "step-3")
+    workers = [processes.Process(target=_save, args=(stage, cache, rank, 2, folder)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    expected = sequences([build(stage, cache)], 5 * G)[3 * G :]
+    for world in (1, 4):
+        loaders = [build(stage, cache, rank, world) for rank in range(world)]
+        for loader in loaders:
+            dcp.load({"dataloader": loader}, checkpoint_id=folder, no_dist=True)
+        np.testing.assert_array_equal(sequences(loaders, 2 * G // world), expected)
+    with pytest.raises(ValueError, match="seed: 3 in the checkpoint, 5 now"):
+        dcp.load({"dataloader": build(stage, cache, seed=5)}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(CheckpointException, match="lane_00000_of_00016"):
+        dcp.load({"dataloader": build(stage, cache, global_batch_size=16)}, checkpoint_id=folder, no_dist=True)

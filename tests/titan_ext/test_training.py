@@ -1,0 +1,113 @@
+"""Real training over real processes: layouts agree, a killed run goes on where it was, QAT starts from its parent."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.titan_ext.launch import start_ranks, train, write_data
+from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
+from titan_ext.train import StageRun, final_checkpoint
+
+DIMS = ModelDims(
+    d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=64, n_experts=8,
+    top_k=4, vocab_size=96, max_seq_len=64,
+)  # fmt: skip
+STAGE = StageConfig(
+    steps=20, seq_len=64, global_batch_size=4, local_batch_size=2, learning_rate=3e-3, shards="pretrain",
+    mixture={"web": 0.6, "code": 0.4}, checkpoint_interval=8, heldout_interval=10, heldout_batches=2, log_interval=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), DIMS.vocab_size)
+
+
+def stage_run(data: Path, out: Path, world_size: int, **changes) -> StageRun:
+    parallel = ParallelConfig(world_size=world_size, expert_parallel=world_size, precision="float32")
+    run = StageRun("pretrain", DIMS, STAGE, parallel, data, out, initial_checkpoint=None, seed=0)
+    return dataclasses.replace(run, **changes)
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "stage"
+    train(stage_run(data, out, world_size=1), out.parent / "scratch")
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two") / "stage"
+    train(stage_run(data, out, world_size=2), out.parent / "scratch")
+    return out
+
+
+def test_expert_parallel_losses_equal_one_process(one_process, two_processes):
+    one, two = lines(one_process, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 21))
+    for key in ("loss", "grad_norm", "z_loss"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4), key
+    assert one[-1]["loss"] < one[0]["loss"] - 1.0, "twenty steps on counting sequences must lower the loss"
+    heldout = [[line["loss"] for line in lines(out, "heldout.jsonl")] for out in (one_process, two_processes)]
+    assert heldout[1] == pytest.approx(heldout[0], rel=2e-4)
+
+
+def test_expert_load_is_complete_on_every_layout(one_process, two_processes):
+    for out in (one_process, two_processes):
+        for line in lines(out, "expert_load.jsonl"):
+            assert len(line["layers"]) == DIMS.n_layers
+            for layer in line["layers"]:
+                assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
+                assert layer["max_over_mean"] == pytest.approx(max(layer["load"]) * DIMS.n_experts, rel=1e-3)
+                assert layer["dead"] == sum(share == 0 for share in layer["load"])
+
+
+def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
+    run = stage_run(data, tmp_path / "stage", world_size=2)
+    processes = start_ranks(run, tmp_path / "scratch")
+    metrics = run.out / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 11):
+        assert time.monotonic() < deadline, (tmp_path / "scratch/rank_0.log").read_text()[-2000:]
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.wait()
+    train(run, tmp_path / "scratch")
+    assert "step-8" in (run.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
+    keys = ("step", "tokens", "loss", "grad_norm", "lr", "z_loss")
+    resumed, whole = lines(run.out, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
+    assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole]
+
+
+def test_qat_stage_starts_from_the_parent_on_another_layout(data, two_processes, tmp_path):
+    parent = final_checkpoint(two_processes, STAGE.steps)
+    stage = dataclasses.replace(
+        STAGE, steps=2, shards="sft", learning_rate=1e-9, weight_decay=0.0, qat=QATConfig(group_size=32)
+    )
+    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage, initial_checkpoint=parent, name="qat")
+    train(run, tmp_path / "scratch")
+    name = "layers.1.moe.routed_experts.inner_experts.w1_EFD"
+    weights = []
+    for checkpoint in (parent, final_checkpoint(run.out, 2)):
+        state = {name: torch.empty(DIMS.n_experts, DIMS.expert_hidden, DIMS.d_model)}
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        weights.append(state[name])
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
+    assert lines(run.out, "metrics.jsonl")[0]["loss"] < 6
+
+
+def test_unfinished_stage_has_no_final_checkpoint(two_processes):
+    with pytest.raises(ValueError, match="step-21: no finished checkpoint"):
+        final_checkpoint(two_processes, 21)

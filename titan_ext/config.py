@@ -1,0 +1,115 @@
+"""What a recipe says about the model and a training stage.
+
+The facts behind the numbers: arXiv 2605.27358 (MobileMoE), tables of architecture and training.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """llama3-type RoPE scaling, as the released config.json states it."""
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Dimensions of a MobileMoE: every layer is attention plus an MoE of routed and one shared SwiGLU expert."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    expert_hidden: int
+    """F: hidden width of one routed expert."""
+    shared_hidden: int
+    """Hidden width of the shared expert that is always on."""
+    n_experts: int
+    top_k: int
+    vocab_size: int = 128_256
+    max_seq_len: int = 8192
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    norm_eps: float = 1e-5
+    route_scale: float = 2.5
+
+
+FLAVORS: dict[str, ModelDims] = {
+    "tiny": ModelDims(
+        d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32,
+        expert_hidden=64, shared_hidden=256, n_experts=16, top_k=4, vocab_size=4096, max_seq_len=1024,
+    ),
+    "S": ModelDims(
+        d_model=768, n_layers=20, n_heads=12, n_kv_heads=4, head_dim=64,
+        expert_hidden=384, shared_hidden=1536, n_experts=60, top_k=4,
+    ),
+    "M": ModelDims(
+        d_model=1024, n_layers=26, n_heads=16, n_kv_heads=4, head_dim=64,
+        expert_hidden=512, shared_hidden=2048, n_experts=60, top_k=4,
+    ),
+    "L": ModelDims(
+        d_model=1280, n_layers=32, n_heads=20, n_kv_heads=4, head_dim=64,
+        expert_hidden=640, shared_hidden=2560, n_experts=60, top_k=4,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """Symmetric INT4 weights (group-wise, scale max|W| / 7.5) and INT8 dynamic per-token activations."""
+
+    group_size: int = 32
+    expert_group_axis: Literal["in", "out"] = "in"
+    """Which axis of an expert matrix [out, in] is grouped: `in` is what the device's fused op needs."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One of the four training stages, run by torchtitan's Trainer."""
+
+    steps: int
+    seq_len: int
+    """Tokens of one packed sequence."""
+    global_batch_size: int
+    """Sequences an optimizer step, over all ranks."""
+    local_batch_size: int
+    """Sequences a rank and forward pass; the rest of the global batch is gradient accumulation."""
+    learning_rate: float
+    shards: str
+    """Folder under the data step's `shards/` (and `heldout/`): pretrain, midtrain or sft."""
+    mixture: dict[str, float]
+    """Domain -> share of the trained tokens; sums to 1."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_factor: float = 0.1
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    router_z_loss: float = 1e-4
+    expert_bias_update_rate: float = 1e-3
+    log_interval: int = 10
+    checkpoint_interval: int = 500
+    heldout_interval: int = 500
+    """Steps between two measurements of the held-out loss; the last step is always measured."""
+    heldout_batches: int = 16
+    """Global batches of held-out data a measurement."""
+    qat: QATConfig | None = None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The gang of processes a stage runs on; `world_size` = replicas x shards."""
+
+    world_size: int
+    expert_parallel: int = 1
+    """Ranks that share the routed experts; divides world_size and n_experts."""
+    data_parallel_replicate: int = 1
+    """HSDP: copies of the sharded model; 1 is plain FSDP2."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of FSDP's mixed-precision parameters; master weights and reductions are float32."""

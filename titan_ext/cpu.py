@@ -1,0 +1,92 @@
+"""What torchtitan 0.3.0 needs to train on the CPU, in one place. On an accelerator nothing here is active.
+
+`apply()` must run before any other torchtitan module is imported: they bind `device_type` and `device_module`
+at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
+
+1. torchtitan falls back to "cuda" where there is no accelerator: `apply` sets the CPU and a device module with the
+   memory calls that the trainer makes.
+2. FSDP averages with PREMUL_SUM, which gloo refuses: `force_sum_reductions`.
+3. The expert exchange must use all_to_all_single with split sizes (gloo has no list all_to_all): `SPMD_BACKEND`.
+4. Flex attention has no CPU backward and varlen is CUDA only: `titan_ext.mobilemoe.attention.DocumentAttention`.
+5. CUDA graphs are off: `titan_ext.trainer_config`.
+6. DTensor has no sharded random numbers on the CPU: every rank would fill its shard from the same seed, and the experts
+   of two ranks would start as twins. `normal_init` draws the whole tensor and keeps the shard.
+"""
+
+import functools
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torchtitan.tools.utils as titan_utils
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+IS_CPU = not torch.accelerator.is_available()
+
+SPMD_BACKEND = "partial_dtensor" if IS_CPU else "spmd_types"
+"""torchtitan's default exchanges tokens with `dist.all_to_all`, which gloo lacks; this one uses all_to_all_single."""
+
+
+class _CPUDeviceModule:
+    """torch.cpu plus the calls of torch.cuda that torchtitan's trainer makes."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        # torch.cpu answers with a string, which barrier(device_ids=[...]) refuses.
+        return 0
+
+    def get_device_name(self, device: object = None) -> str:
+        return platform.processor() or platform.machine()
+
+    def get_device_properties(self, device: object = None) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def memory_stats(self, device: object = None) -> dict[str, int]:
+        return {}
+
+    def reset_peak_memory_stats(self, device: object = None) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        return None
+
+
+def apply() -> None:
+    """Make torchtitan use the CPU where no accelerator is present. Idempotent; does nothing on an accelerator."""
+    if not IS_CPU:
+        return
+    titan_utils.device_type = "cpu"
+    titan_utils.device_module = _CPUDeviceModule()
+    # torchtitan's router asks for float32 autocast, which the CPU declines with a warning; our gate is float32 anyway.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+
+
+def force_sum_reductions(model: torch.nn.Module) -> None:
+    """Let every FSDP unit of `model` reduce gradients with SUM, the only reduction gloo offers. CPU only."""
+    if not IS_CPU:
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def normal_init(std: float) -> Callable[[torch.Tensor], object]:
+    """Initialiser that fills a parameter in place with normal values, the same whole tensor under every layout."""
+    if not IS_CPU:
+        return functools.partial(torch.nn.init.normal_, std=std)
+
+    @torch.no_grad()
+    def fill(parameter: torch.Tensor) -> None:
+        whole = torch.nn.init.normal_(torch.empty(parameter.shape, dtype=parameter.dtype), std=std)
+        if isinstance(parameter, DTensor):  # every rank has the same seed, so the same whole tensor
+            mesh = parameter.device_mesh
+            whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        parameter.copy_(whole)
+
+    return fill

@@ -1,0 +1,102 @@
+"""Training metrics as TensorBoard scalars (torchtitan's) and as JSON lines that the driver and the report read.
+
+Files in the stage folder, written by one rank: metrics.jsonl, heldout.jsonl, expert_load.jsonl. After a resume the
+lines of steps that are trained again are dropped, so each step stands once.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+
+from titan_ext import moe_metrics
+
+
+class StageMetrics(MetricsProcessor):
+    """torchtitan's metrics plus loss, expert load and z-loss a step as JSON lines."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        tokens_per_step: int = 0
+        """Tokens of one optimizer step over all ranks."""
+
+    def __init__(self, config: Config, *, parallel_dims, dump_folder: str = "./outputs", **kwargs):
+        super().__init__(config, parallel_dims=parallel_dims, dump_folder=dump_folder, **kwargs)
+        self.folder = Path(dump_folder)
+        self.started = time.perf_counter()
+        self.last_logged_step = 0
+
+    def start_after(self, step: int) -> None:
+        """Training begins at `step` + 1: drop what was written of later steps, after the checkpoint resumed from."""
+        self.last_logged_step = step
+        if dist.get_rank() != 0:
+            return
+        for name in ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            # A kill can cut the last line short; such a line is later than the checkpoint as well.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            beside = path.with_suffix(".partial")
+            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            beside.replace(path)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        steps, self.last_logged_step = step - self.last_logged_step, step
+        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
+        layers, z_loss = moe_metrics.collect(
+            self.model_parts, steps * self.config.tokens_per_step, loss_mesh.get_group() if loss_mesh else None
+        )
+        scalars = {"moe/router_z": z_loss}
+        for i, layer in enumerate(layers):
+            scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in ("max_over_mean", "entropy", "dead")}
+        seconds = time.perf_counter() - self.time_last_log
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **scalars})
+        learning_rate = next(value for key, value in extra_metrics.items() if key.startswith("lr"))
+        self._append(
+            "metrics.jsonl",
+            {
+                "step": step,
+                "tokens": int(extra_metrics["n_tokens_seen"]),
+                "loss": global_avg_loss,
+                "grad_norm": grad_norm,
+                "lr": learning_rate,
+                "tokens_per_second": steps * self.config.tokens_per_step / seconds,
+                "z_loss": z_loss,
+                "seconds": time.perf_counter() - self.started,
+            },
+        )
+        self._append("expert_load.jsonl", {"step": step, "layers": layers})
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        super().log_validation(loss, step, extra_metrics)
+        self._append("heldout.jsonl", {"step": step, "loss": loss})
+
+    def _append(self, name: str, record: dict) -> None:
+        if dist.get_rank() != 0:
+            return
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class HeldoutValidator(Validator):
+    """torchtitan's Validator, run every `freq` steps and after the last one."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        last_step: int = 0
+
+    def should_validate(self, step: int) -> bool:
+        return step % self.config.freq == 0 or step == self.config.last_step

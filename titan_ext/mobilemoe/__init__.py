@@ -1,0 +1,172 @@
+"""MobileMoE as a torchtitan model module: `model_config` makes it of dimensions, `model_spec` wires it for a Trainer.
+
+Initial weights: normal with std 0.02; projections into the residual stream are scaled by 1 / sqrt(2 * layers), as
+torchtitan's Qwen3 does. The paper does not state its initialisation.
+"""
+
+from titan_ext import cpu
+
+cpu.apply()
+
+import torch.nn as nn  # noqa: E402
+from torchtitan.components.optimizer import register_moe_load_balancing_hook  # noqa: E402
+from torchtitan.distributed.pipeline_parallel import pipeline_llm  # noqa: E402
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear  # noqa: E402
+from torchtitan.models.common.attention import QKVLinear  # noqa: E402
+from torchtitan.models.common.config_utils import get_attention_config, make_token_dispatcher_config  # noqa: E402
+from torchtitan.models.common.feed_forward import FeedForward  # noqa: E402
+from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter  # noqa: E402
+from torchtitan.models.common.nn_modules import RMSNorm  # noqa: E402
+from torchtitan.models.common.param_init import skip_param_init  # noqa: E402
+from torchtitan.protocols.model_spec import ModelSpec  # noqa: E402
+from torchtitan.protocols.module import Module  # noqa: E402
+
+from titan_ext.config import ModelDims  # noqa: E402
+from titan_ext.mobilemoe.attention import Attention, DocumentAttention  # noqa: E402
+from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel  # noqa: E402
+from titan_ext.mobilemoe.moe import Experts, RouterGate  # noqa: E402
+from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe  # noqa: E402
+from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter  # noqa: E402
+from titan_ext.moe_metrics import register_load_recording_hook  # noqa: E402
+
+_INIT_STD = 0.02
+_INIT = {"weight": cpu.normal_init(_INIT_STD)}
+
+
+def model_config(
+    dims: ModelDims,
+    *,
+    z_loss_coefficient: float = 0.0,
+    expert_bias_update_rate: float = 1e-3,
+    attention_backend: str | None = None,
+) -> MobileMoEModel.Config:
+    """The model of `dims` as a torchtitan config.
+
+    Args:
+        dims: dimensions; `titan_ext.config.FLAVORS` has the published ones.
+        z_loss_coefficient: weight of the router z-loss.
+        expert_bias_update_rate: step of the aux-loss-free load balancing, above 0.
+        attention_backend: flex or varlen on a GPU; None takes flex there and masked SDPA on the CPU.
+    """
+    residual_std = _INIT_STD / (2 * dims.n_layers) ** 0.5
+    residual_init = {"weight": cpu.normal_init(residual_std)}
+
+    def norm() -> RMSNorm.Config:
+        return RMSNorm.Config(normalized_shape=dims.d_model, eps=dims.norm_eps, param_init={"weight": nn.init.ones_})
+
+    layers = [
+        MobileMoEBlock.Config(
+            attention_norm=norm(),
+            ffn_norm=norm(),
+            attention=_attention_config(dims, _inner_attention(attention_backend), residual_init),
+            moe=_moe_config(dims, z_loss_coefficient, expert_bias_update_rate, residual_init),
+        )
+        for _ in range(dims.n_layers)
+    ]
+    return MobileMoEModel.Config(
+        dim=dims.d_model,
+        vocab_size=dims.vocab_size,
+        enable_weight_tying=True,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=dims.vocab_size, embedding_dim=dims.d_model, param_init={"weight": skip_param_init}
+        ),
+        norm=norm(),
+        lm_head=Linear.Config(in_features=dims.d_model, out_features=dims.vocab_size, param_init=_INIT),
+        layers=layers,
+    )
+
+
+def model_spec(config: MobileMoEModel.Config, flavor: str) -> ModelSpec:
+    """What a torchtitan Trainer.Config takes as `model_spec`."""
+    return ModelSpec(
+        name="mobilemoe",
+        flavor=flavor,
+        model=config,
+        parallelize_fn=parallelize_mobilemoe,
+        pipelining_fn=pipeline_llm,
+        post_optimizer_build_fn=_register_moe_hooks,
+        state_dict_adapter=MobileMoEStateDictAdapter,
+    )
+
+
+def _register_moe_hooks(optimizers, model_parts, parallel_dims) -> None:
+    # Recording first: torchtitan's hook updates the bias and then clears the counts.
+    register_load_recording_hook(optimizers, model_parts)
+    register_moe_load_balancing_hook(optimizers, model_parts, parallel_dims)
+
+
+def _inner_attention(backend: str | None) -> Module.Config:
+    if backend is None and cpu.IS_CPU:
+        return DocumentAttention.Config()
+    return get_attention_config(backend or "flex")
+
+
+def _attention_config(dims: ModelDims, inner_attention: Module.Config, residual_init: dict) -> Attention.Config:
+    q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    scaling = dims.rope_scaling
+    return Attention.Config(
+        dim=dims.d_model,
+        n_heads=dims.n_heads,
+        n_kv_heads=dims.n_kv_heads,
+        head_dim=dims.head_dim,
+        norm_eps=dims.norm_eps,
+        qkv_linear=QKVLinear.Config(
+            head_dim=dims.head_dim,
+            wq=Linear.Config(in_features=dims.d_model, out_features=q_width, param_init=_INIT),
+            wkv=Linear.Config(in_features=dims.d_model, out_features=kv_width, param_init=_INIT),
+        ),
+        wo=Linear.Config(in_features=q_width, out_features=dims.d_model, param_init=residual_init),
+        inner_attention=inner_attention,
+        rope=ComplexRoPE.Config(
+            dim=dims.head_dim,
+            max_seq_len=dims.max_seq_len,
+            theta=dims.rope_theta,
+            scaling="llama",
+            scaling_factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        ),
+    )
+
+
+def _moe_config(
+    dims: ModelDims, z_loss_coefficient: float, expert_bias_update_rate: float, residual_init: dict
+) -> MoE.Config:
+    return MoE.Config(
+        num_experts=dims.n_experts,
+        load_balance_coeff=expert_bias_update_rate,
+        router=TokenChoiceTopKRouter.Config(
+            num_experts=dims.n_experts,
+            gate=RouterGate.Config(
+                in_features=dims.d_model,
+                out_features=dims.n_experts,
+                param_init=_INIT,
+                z_loss_coefficient=z_loss_coefficient,
+            ),
+            top_k=dims.top_k,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=dims.route_scale,
+        ),
+        routed_experts=RoutedExperts.Config(
+            inner_experts=Experts.Config(
+                dim=dims.d_model,
+                hidden_dim=dims.expert_hidden,
+                num_experts=dims.n_experts,
+                param_init={
+                    "w1_EFD": _INIT["weight"],
+                    "w3_EFD": _INIT["weight"],
+                    "w2_EDF": residual_init["weight"],
+                },
+            ),
+            token_dispatcher=make_token_dispatcher_config(
+                num_experts=dims.n_experts, top_k=dims.top_k, comm_backend="standard", hidden_dim=dims.d_model
+            ),
+        ),
+        shared_experts=FeedForward.Config(
+            w1=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
+            w2=Linear.Config(in_features=dims.shared_hidden, out_features=dims.d_model, param_init=residual_init),
+            w3=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
+        ),
+    )

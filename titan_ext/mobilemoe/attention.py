@@ -1,0 +1,96 @@
+"""Attention of MobileMoE: GQA, interleaved RoPE, then RMS normalisation of q and k without weights.
+
+Shape suffixes: B batch, L sequence, D model dimension, N heads, H head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torchtitan.models.common.attention import GQAttention
+from torchtitan.protocols.module import Module
+
+
+def document_mask(positions_BL: torch.Tensor) -> torch.Tensor:
+    """Causal mask inside packed documents.
+
+    A position of 0 starts a document; the same rule as torchtitan's flex and varlen masks.
+
+    Args:
+        positions_BL: int, position of every token in its document.
+
+    Returns:
+        bool [B, 1, L, L], True where the query (row) may attend to the key (column).
+    """
+    L = positions_BL.shape[1]
+    document_BL = torch.cumsum(positions_BL == 0, dim=1)
+    same_document_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    causal_LL = torch.ones(L, L, dtype=torch.bool, device=positions_BL.device).tril()
+    return (same_document_BLL & causal_LL)[:, None]
+
+
+class DocumentAttention(Module):
+    """Scaled dot-product attention under an explicit document mask: the CPU's stand-in for flex and varlen.
+
+    torchtitan's own ScaledDotProductAttention is causal only, so packed documents would see each other.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        attention_masks: torch.Tensor | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        out_BNLH = F.scaled_dot_product_attention(
+            q_BLNH.transpose(1, 2),
+            k_BLNH.transpose(1, 2),
+            v_BLNH.transpose(1, 2),
+            attn_mask=attention_masks,
+            is_causal=attention_masks is None,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        return out_BNLH.transpose(1, 2)
+
+
+class Attention(GQAttention):
+    """GQA whose q and k are normalised after RoPE, by RMS over the head dimension, without learned weights."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GQAttention.Config):
+        norm_eps: float = 1e-5
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.norm_eps = config.norm_eps
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        attention_masks: object,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)
+        q_BLNH, k_BLNH = self.rope(q_BLNH, k_BLNH, positions)
+        q_BLNH = F.rms_norm(q_BLNH, (self.head_dim,), eps=self.norm_eps)
+        k_BLNH = F.rms_norm(k_BLNH, (self.head_dim,), eps=self.norm_eps)
+        out_BLNH = self.inner_attention(
+            q_BLNH,
+            k_BLNH,
+            v_BLNH,
+            attention_masks=attention_masks,
+            scale=self.scaling,
+            enable_gqa=self.enable_gqa,
+        ).contiguous()
+        return self.wo(out_BLNH.flatten(2))

@@ -1,0 +1,71 @@
+"""MobileMoE as a torchtitan model (arXiv 2605.27358): a decoder whose every layer is attention plus MoE."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.utils import get_moe_model_nparams_and_flops
+
+from titan_ext.mobilemoe.attention import DocumentAttention, document_mask
+
+
+class MobileMoEBlock(TransformerBlock):
+    """Pre-norm attention, then pre-norm MoE, both residual."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TransformerBlock.Config):
+        pass
+
+    moe_enabled = True
+
+    def __init__(self, config: Config):
+        super().__init__()
+        assert config.moe is not None
+        self.attention = config.attention.build()
+        self.moe = config.moe.build()
+        self.attention_norm = config.attention_norm.build()
+        self.ffn_norm = config.ffn_norm.build()
+
+    def forward(
+        self, x_BLD: torch.Tensor, attention_masks: object, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), attention_masks, positions)
+        return x_BLD + self.moe(self.ffn_norm(x_BLD))
+
+
+class MobileMoEModel(Decoder):
+    """Decoder with tied embeddings; see `titan_ext.mobilemoe.model_config` for how dimensions become a Config."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        def update_from_config(self, *, config, **kwargs) -> None:
+            Decoder.Config.update_from_config(self, config=config, **kwargs)
+            from titan_ext.mobilemoe.sharding import set_mobilemoe_sharding_config
+
+            parallelism = config.parallelism
+            set_mobilemoe_sharding_config(
+                self,
+                enable_sp=parallelism.enable_sequence_parallel,
+                enable_ep=parallelism.expert_parallel_degree > 1,
+            )
+            training = config.training
+            assert training.global_batch_size > 0, "the z-loss needs training.global_batch_size to be set explicitly"
+            for layer in self.layers:
+                layer.moe.router.gate.num_tokens_per_step = training.global_batch_size * training.seq_len
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            attention = self.layers[0].attention
+            return get_moe_model_nparams_and_flops(self, model, attention.n_heads, 2 * attention.head_dim, seq_len)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        attention_masks: object = None,
+    ) -> torch.Tensor:
+        """Logits [B, L, vocab] of `tokens` int64 [B, L]; `positions` restart at 0 with every packed document."""
+        if positions is not None and isinstance(self.config.first_attention.inner_attention, DocumentAttention.Config):
+            # The trainer builds masks for flex and varlen only.
+            attention_masks = document_mask(positions)
+        return super().forward(tokens, positions, attention_masks)

@@ -1,0 +1,65 @@
+"""The MoE layer's parts that differ from torchtitan's: a float32 router gate with z-loss, experts in any dtype.
+
+Shape suffixes: B batch, L sequence, D model dimension, E experts, F expert hidden width, R tokens routed to the local
+experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import GroupedExperts
+
+from titan_ext.router_loss import attach_router_z_loss
+
+
+class RouterGate(Linear):
+    """The router's linear map in float32 whatever the activations' dtype, with the z-loss attached in training."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Linear.Config):
+        z_loss_coefficient: float = 0.0
+        num_tokens_per_step: int = 0
+        """Tokens of one optimizer step over all ranks; set from the training config before the model is built."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.z_loss_coefficient = config.z_loss_coefficient
+        self.num_tokens_per_step = config.num_tokens_per_step
+        # Sum of logsumexp^2 over this rank's tokens since the metrics were last read.
+        self.register_buffer("z_sum", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        logits_BLE = F.linear(input.float(), self.weight.float())
+        if self.training and self.z_loss_coefficient > 0:
+            assert self.num_tokens_per_step > 0, "update_from_config sets num_tokens_per_step before the model is built"
+            logits_BLE, z_sum = attach_router_z_loss(logits_BLE, self.z_loss_coefficient, self.num_tokens_per_step)
+            self.z_sum.add_(z_sum)
+        return logits_BLE
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.z_sum = torch.zeros((), dtype=torch.float32, device=buffer_device or self.z_sum.device)
+
+
+class Experts(GroupedExperts):
+    """Routed SwiGLU experts as one grouped GEMM a matrix, in the dtype of the activations.
+
+    torchtitan's GroupedExperts computes in bfloat16 only; float32 is needed to compare against references on the CPU.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        pass
+
+    def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate [e, F, D], down [e, D, F] and up [e, F, D] weights of this rank's e experts as plain tensors."""
+        return tuple(w.to_local() if isinstance(w, DTensor) else w for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+        w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in self.local_weights())
+        offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
+        gate_RF = self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offsets_E)
+        up_RF = self._grouped_mm(A=x_RD, B_t=w3_EFD.transpose(-2, -1), offs=offsets_E)
+        return self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_EDF.transpose(-2, -1), offs=offsets_E)

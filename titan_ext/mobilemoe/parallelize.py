@@ -1,0 +1,81 @@
+"""Applies expert, tensor and data parallelism, activation checkpointing and compile to a MobileMoE."""
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp_to_forward
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
+
+from titan_ext import cpu
+from titan_ext.mobilemoe.model import MobileMoEModel
+
+
+def parallelize_mobilemoe(
+    model: MobileMoEModel,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
+    ac_config: ActivationCheckpointingConfig | None,
+    dump_folder: str,
+) -> MobileMoEModel:
+    """Parallelize `model` in place, on the meta device, in the order torchtitan's models use."""
+    whole_mesh = parallelism.spmd_backend in ("full_dtensor", "spmd_types")
+    if whole_mesh:
+        validate_config(parallel_dims, model)
+        model.parallelize(parallel_dims)
+    else:
+        if parallel_dims.cp_enabled:
+            apply_cp_to_forward(
+                [block.attention.inner_attention for block in model.layers.values()], parallel_dims.get_mesh("cp")
+            )
+        if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
+            model.parallelize(parallel_dims)
+
+    if ac_config is not None:
+        ac_config.build(dump_folder=dump_folder).apply(model)
+    if compile_config.enable and "model" in compile_config.components:
+        apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+
+    dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _data_parallel_meshes(parallel_dims, whole_mesh)
+    for block in model.layers.values():
+        # A unit of its own: the router's weight stays float32 where the rest is cast to `mixed_precision_param`.
+        fully_shard(
+            block.moe.router.gate,
+            mesh=dp_mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32),
+            **({"dp_mesh_dims": dp_mesh_dims} if dp_mesh_dims is not None else {}),
+        )
+    apply_fsdp_to_decoder(
+        model,
+        dp_mesh,
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        pp_enabled=parallel_dims.pp_enabled,
+        cpu_offload=training.enable_cpu_offload,
+        reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
+        ep_degree=parallel_dims.ep,
+        edp_mesh=edp_mesh,
+        dp_mesh_dims=dp_mesh_dims,
+        edp_mesh_dims=edp_mesh_dims,
+        enable_symm_mem=parallelism.enable_fsdp_symm_mem,
+    )
+    for block in model.layers.values():
+        block.moe.router.gate.set_gradient_divide_factor(1.0)
+    cpu.force_sum_reductions(model)
+    return model
+
+
+def _data_parallel_meshes(parallel_dims: ParallelDims, whole_mesh: bool) -> tuple:
+    """The FSDP mesh of the dense parameters and that of the routed experts, each with its data-parallel dims."""
+    if whole_mesh:
+        return (*resolve_fsdp_mesh(parallel_dims), *resolve_sparse_fsdp_mesh(parallel_dims))
+    replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    dp_mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
+    edp_mesh = parallel_dims.get_optional_mesh([*replicate, "efsdp"]) if parallel_dims.ep_enabled else None
+    return dp_mesh, None, edp_mesh, None

@@ -1,0 +1,174 @@
+"""INT4 quantization-aware training: fake-quantized weights and activations for every matrix of the model.
+
+Weights: symmetric, groups of 32 along the input dimension, scale max|W| / 7.5 rounded to bfloat16, values
+round(W / scale) clamped to [-8, 7] (arXiv 2605.27358, section QAT). Activations: asymmetric INT8 a token, ranges taken
+from the token itself, as XNNPACK's dynamically quantized linears and ExecuTorch's fused MoE op do.
+Both through torchao's primitives; the gradient goes straight through. Norms and router stay float32.
+
+The scale is rounded to a number that bfloat16 (XNNPACK), float16 (the `mobilemoe-int4-g32` file) and float32 (the
+device's op) all hold exactly, so training, the exported files and the device use the same grid.
+
+Shape suffixes: see titan_ext/mobilemoe/moe.py.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+from torchtitan.models.common import Embedding, Linear
+
+from titan_ext.config import QATConfig
+from titan_ext.mobilemoe.model import MobileMoEModel
+from titan_ext.mobilemoe.moe import Experts, RouterGate
+
+INT4_RANGE = (-8, 7)
+INT8_RANGE = (-128, 127)
+SMALLEST_SCALE = 2.0**-24
+"""Smallest positive float16: the scale of a group that is all zero or too small for a larger one."""
+
+
+def fake_quantize_weight(weight: torch.Tensor, group_size: int, axis: int = -1) -> torch.Tensor:
+    """Round `weight` to the INT4 grid, group by group along `axis`; gradient 1 everywhere.
+
+    Args:
+        weight: float, any shape; the size along `axis` is a multiple of `group_size`.
+
+    Returns:
+        The dequantized values, in the weight's dtype and shape.
+
+    Raises:
+        ValueError: the size along `axis` is no multiple of `group_size`.
+    """
+    if weight.shape[axis] % group_size:
+        raise ValueError(
+            f"weight {tuple(weight.shape)}: {weight.shape[axis]} values along axis {axis} are no multiple of "
+            f"group_size {group_size}; choose dimensions that are"
+        )
+    block_size = [1] * weight.dim()
+    block_size[axis] = group_size
+    with torch.no_grad():
+        float_weight = weight.float()
+        scale, zero_point = choose_qparams_affine(
+            float_weight,
+            MappingType.SYMMETRIC,
+            tuple(block_size),
+            target_dtype=torch.int8,
+            quant_min=INT4_RANGE[0],
+            quant_max=INT4_RANGE[1],
+            eps=SMALLEST_SCALE,
+            scale_dtype=torch.float32,
+            zero_point_dtype=torch.int32,
+        )
+        scale = scale.bfloat16().half().float()
+        rounded = _round_trip(float_weight, tuple(block_size), scale, zero_point, INT4_RANGE).to(weight.dtype)
+    return weight + (rounded - weight).detach()
+
+
+def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
+    """Round every token (last dimension) of `x` to its own asymmetric INT8 grid; gradient 1 everywhere."""
+    if x.numel() == 0:
+        return x
+    block_size = (*([1] * (x.dim() - 1)), x.shape[-1])
+    with torch.no_grad():
+        float_x = x.float()
+        scale, zero_point = choose_qparams_affine(
+            float_x,
+            MappingType.ASYMMETRIC,
+            block_size,
+            target_dtype=torch.int8,
+            quant_min=INT8_RANGE[0],
+            quant_max=INT8_RANGE[1],
+            scale_dtype=torch.float32,
+            zero_point_dtype=torch.int32,
+        )
+        rounded = _round_trip(float_x, block_size, scale, zero_point, INT8_RANGE).to(x.dtype)
+    return x + (rounded - x).detach()
+
+
+def _round_trip(
+    x: torch.Tensor,
+    block_size: tuple[int, ...],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_range: tuple[int, int],
+) -> torch.Tensor:
+    q = quantize_affine(x, block_size, scale, zero_point, torch.int8, *quant_range)
+    return dequantize_affine(q, block_size, scale, zero_point, torch.int8, *quant_range, output_dtype=torch.float32)
+
+
+class QATLinear(Linear):
+    """Linear with INT4 weights grouped along the input dimension and INT8 activations."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Linear.Config):
+        group_size: int = 32
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.group_size = config.group_size
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(fake_quantize_activation(input), fake_quantize_weight(self.weight, self.group_size), self.bias)
+
+
+class QATEmbedding(Embedding):
+    """Embedding with INT4 rows: the same grid as the output projection that it is tied to."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Embedding.Config):
+        group_size: int = 32
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.group_size = config.group_size
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # Only the rows that are looked up are rounded: a row's groups do not depend on other rows.
+        return fake_quantize_weight(F.embedding(input, self.weight), self.group_size)
+
+
+class QATExperts(Experts):
+    """Routed experts with INT4 weights and INT8 activations in front of both GEMMs."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Experts.Config):
+        group_size: int = 32
+        group_axis: str = "in"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.group_size = config.group_size
+        # Stored [E, out, in]: the input dimension is the last.
+        self.axis = {"in": -1, "out": -2}[config.group_axis]
+
+    def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
+
+    def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        return super()._grouped_mm(A=fake_quantize_activation(A), B_t=B_t, offs=offs)
+
+
+_QAT_CLASSES = ((Linear, QATLinear), (Embedding, QATEmbedding), (Experts, QATExperts))
+
+
+def convert_to_qat(config: MobileMoEModel.Config, qat: QATConfig) -> MobileMoEModel.Config:
+    """Replace, in place, every linear, embedding and expert config but the router's by its fake-quantized kind."""
+    for plain_class, qat_class in _QAT_CLASSES:
+        extra = {"group_size": qat.group_size}
+        if qat_class is QATExperts:
+            extra["group_axis"] = qat.expert_group_axis
+        for _, old, parent, attribute in list(config.traverse(plain_class.Config)):
+            if isinstance(old, RouterGate.Config):
+                continue
+            new = qat_class.Config(**{f.name: getattr(old, f.name) for f in fields(old)}, **extra)
+            if isinstance(parent, list):
+                parent[attribute] = new
+            else:
+                setattr(parent, attribute, new)
+    return config

@@ -1,0 +1,105 @@
+"""Runs one stage on one rank. The launcher (Ray, torchrun) starts it once a rank with the usual environment variables.
+
+    torchrun --nproc-per-node 2 -m titan_ext.train --module titan_ext --config mobilemoe_tiny_pretrain [overrides]
+
+is torchtitan's own command line (`python -m torchtitan.train`), with the CPU adaptations applied first.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_ext import cpu
+
+cpu.apply()
+
+import torch.distributed as dist  # noqa: E402
+from torchtitan.tools.logging import init_logger, logger  # noqa: E402
+
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
+from titan_ext.trainer_config import trainer_config  # noqa: E402
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of one run: what to train, on what, from where and into which folder."""
+
+    name: str
+    model: ModelDims
+    stage: StageConfig
+    parallel: ParallelConfig
+    data: Path
+    """Finished data step: tokenizer/, shards/, heldout/."""
+    out: Path
+    initial_checkpoint: Path | None
+    """DCP step folder that the stage starts from; None for pre-training."""
+    seed: int
+
+
+def run_stage(run: StageRun) -> None:
+    """Train the stage to its last step on this rank; resumes from `run.out`/checkpoint where there is one.
+
+    Needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+
+    Raises:
+        ValueError: shards, tokenizer or an initial checkpoint do not fit the stage.
+        RuntimeError: the loss is not finite.
+    """
+    run.out.mkdir(parents=True, exist_ok=True)
+    _log_to_file(run.out / "logs" / f"rank_{os.environ['RANK']}.log")
+    heldout = run.data / "heldout" / ("sft" if run.stage.shards == "sft" else "pretrain")
+    config = trainer_config(
+        model=run.model,
+        stage=run.stage,
+        parallel=run.parallel,
+        shards=str(run.data / "shards" / run.stage.shards),
+        heldout=str(heldout),
+        tokenizer=str(run.data / "tokenizer"),
+        out=str(run.out),
+        seed=run.seed,
+        flavor=run.name,
+        initial_checkpoint=str(run.initial_checkpoint.absolute()) if run.initial_checkpoint else None,
+        pad_token_id=_pad_token_id(run.data / "tokenizer"),
+    )
+    trainer = config.build()
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+def final_checkpoint(out: Path, steps: int) -> Path:
+    """The DCP folder a finished stage left.
+
+    Raises:
+        ValueError: there is none; the stage is not finished.
+    """
+    folder = Path(out) / "checkpoint" / f"step-{steps}"
+    if not (folder / ".metadata").exists():
+        raise ValueError(f"{folder}: no finished checkpoint; run the stage to its last step first")
+    return folder
+
+
+def _pad_token_id(tokenizer: Path) -> int:
+    from transformers import AutoTokenizer
+
+    pad = AutoTokenizer.from_pretrained(tokenizer).pad_token_id
+    if pad is None:
+        raise ValueError(f"{tokenizer}: the tokenizer names no pad token; set pad_token in tokenizer_config.json")
+    return pad
+
+
+def _log_to_file(path: Path) -> None:
+    init_logger()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+if __name__ == "__main__":
+    from torchtitan.train import main
+
+    main()

@@ -1,0 +1,141 @@
+"""From what a recipe says of a stage to torchtitan's Trainer.Config."""
+
+from pathlib import Path
+
+from titan_ext import cpu
+
+cpu.apply()
+
+from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss  # noqa: E402
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw  # noqa: E402
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
+from torchtitan.config.configs import CommConfig, DebugConfig  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
+
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
+from titan_ext.metrics import HeldoutValidator, StageMetrics  # noqa: E402
+from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec  # noqa: E402
+from titan_ext.qat import convert_to_qat  # noqa: E402
+from titan_ext.streaming_loader import StreamingLoader  # noqa: E402
+from titan_ext.trainer import StageTrainer  # noqa: E402
+
+CHECKPOINTS_KEPT = 2
+"""torchtitan's minimum: the last one may be in the middle of being written."""
+
+
+def trainer_config(
+    *,
+    model: ModelDims,
+    stage: StageConfig,
+    parallel: ParallelConfig,
+    shards: str,
+    heldout: str | None,
+    tokenizer: str,
+    out: str,
+    seed: int,
+    flavor: str = "custom",
+    initial_checkpoint: str | None = None,
+    pad_token_id: int = 0,
+) -> StageTrainer.Config:
+    """The complete training configuration of one stage.
+
+    Args:
+        shards, heldout: folders (or, for shards, a remote address) with one MDS folder a domain; no held-out folder, no
+            validation.
+        tokenizer: Hugging Face tokenizer folder.
+        out: the stage's folder: checkpoints, TensorBoard and metrics go there.
+        initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
+            holds a checkpoint already.
+        pad_token_id: token that fills sequences which no further conversation fits.
+    """
+    return StageTrainer.Config(
+        model_spec=model_spec(_model_config(model, stage), flavor),
+        hf_assets_path=tokenizer,
+        dump_folder=out,
+        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)),
+        optimizer=default_adamw(lr=stage.learning_rate, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=stage.warmup_steps, decay_type=stage.schedule, min_lr_factor=stage.min_lr_factor
+        ),
+        dataloader=StreamingLoader.Config(
+            shards=shards,
+            mixture=dict(stage.mixture),
+            global_batch_size=stage.global_batch_size,
+            seed=seed,
+            pad_token_id=pad_token_id,
+        ),
+        training=TrainingConfig(
+            local_batch_size=stage.local_batch_size,
+            global_batch_size=stage.global_batch_size,
+            seq_len=stage.seq_len,
+            max_norm=stage.max_grad_norm,
+            steps=stage.steps,
+            mixed_precision_param=parallel.precision,
+            # Expert parallelism over all-to-all synchronises with the host, which CUDA graphs forbid.
+            disable_cuda_graphs=True,
+        ),
+        parallelism=ParallelismConfig(
+            data_parallel_replicate_degree=parallel.data_parallel_replicate,
+            expert_parallel_degree=parallel.expert_parallel,
+            spmd_backend=cpu.SPMD_BACKEND,
+        ),
+        # On a GPU: compiled blocks, selective recomputation. On the CPU neither pays at the sizes trained there.
+        compile=CompileConfig(enable=not cpu.IS_CPU),
+        activation_checkpoint=None if cpu.IS_CPU else SelectiveAC.Config(),
+        checkpoint=CheckpointManager.Config(
+            enable=True,
+            interval=stage.checkpoint_interval,
+            keep_latest_k=CHECKPOINTS_KEPT,
+            last_save_model_only=False,
+            initial_load_path=initial_checkpoint,
+            initial_load_model_only=True,
+        ),
+        metrics=StageMetrics.Config(
+            log_freq=stage.log_interval,
+            enable_tensorboard=True,
+            disable_color_printing=True,
+            tokens_per_step=stage.global_batch_size * stage.seq_len,
+        ),
+        validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed),
+        comm=CommConfig(train_timeout_seconds=300),
+        debug=DebugConfig(seed=seed, enable_structured_logging=False),
+    )
+
+
+def _model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
+    config = model_config(
+        model,
+        z_loss_coefficient=stage.router_z_loss,
+        expert_bias_update_rate=stage.expert_bias_update_rate,
+    )
+    return config if stage.qat is None else convert_to_qat(config, stage.qat)
+
+
+def _heldout_config(
+    stage: StageConfig, parallel: ParallelConfig, heldout: str | None, pad_token_id: int, seed: int
+) -> HeldoutValidator.Config:
+    if heldout is None:
+        return HeldoutValidator.Config(enable=False)
+    return HeldoutValidator.Config(
+        enable=True,
+        freq=stage.heldout_interval,
+        last_step=stage.steps,
+        # In micro-batches of all ranks, so that every layout measures on the same sequences.
+        steps=stage.heldout_batches * stage.global_batch_size // (stage.local_batch_size * parallel.world_size),
+        dataloader=StreamingLoader.Config(
+            shards=heldout,
+            mixture=_shares_present(stage.mixture, Path(heldout)),
+            global_batch_size=stage.global_batch_size,
+            seed=seed,
+            pad_token_id=pad_token_id,
+        ),
+    )
+
+
+def _shares_present(mixture: dict[str, float], folder: Path) -> dict[str, float]:
+    """The stage's mixture over the domains that have held-out documents, scaled to 1."""
+    present = {domain: share for domain, share in mixture.items() if (folder / domain / "index.json").exists()}
+    if not present:
+        raise ValueError(f"{folder}: no held-out shards of any of {sorted(mixture)}; run the data step again")
+    return {domain: share / sum(present.values()) for domain, share in present.items()}
