@@ -1,0 +1,27 @@
+"""What a recipe says about evaluation and export."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Benchmarks through lm-eval and held-out loss."""
+
+    suite: str = "foundational"
+    """Name in `eval.suites.SUITES`: the 14 benchmarks of the paper's main table."""
+    limit: int | None = None
+    """Items a task; None takes all of them."""
+    batch_size: int = 16
+    heldout_tokens: int = 200_000
+    """Held-out tokens scored a domain at most."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Layout of the INT4 artifact (`mobilemoe-int4-g32`)."""
+
+    group_size: int = 32
+    expert_group_axis: str = "in"
+    """`in`: groups along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
+    max_shard_bytes: int = 4 << 30
+    """Size limit of one safetensors file."""

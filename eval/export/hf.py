@@ -1,0 +1,273 @@
+"""Hugging Face folders: config.json, code, tokenizer, safetensors shards and checksums, whole or not at all."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+import eval.hf_mobilemoe
+from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from titan_ext.config import ModelDims
+
+CHECKSUMS = "SHA256SUMS"
+BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+TURN_END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
+"""Generation stops at these as well as at EOS_TOKEN."""
+
+_CODE_FILES = ("configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "modeling_mobilemoe.py")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
+    "AutoModel": "modeling_mobilemoe.MobileMoEModel",
+    "AutoModelForCausalLM": "modeling_mobilemoe.MobileMoEForCausalLM",
+}
+
+
+def config_from_dims(dims: ModelDims, **extra: Any) -> MobileMoEConfig:
+    """The transformers config of a model of these dimensions; `extra` are further keys or other values."""
+    keys = {
+        "vocab_size": dims.vocab_size,
+        "hidden_size": dims.d_model,
+        "intermediate_size": dims.expert_hidden,
+        "intermediate_size_mlp": dims.shared_hidden,
+        "num_hidden_layers": dims.n_layers,
+        "num_attention_heads": dims.n_heads,
+        "num_key_value_heads": dims.n_kv_heads,
+        "head_dim": dims.head_dim,
+        "max_position_embeddings": dims.max_seq_len,
+        "rms_norm_eps": dims.norm_eps,
+        "rope_theta": dims.rope_theta,
+        "rope_scaling": {"rope_type": "llama3"} | asdict(dims.rope_scaling),
+        "num_local_experts": dims.n_experts,
+        "num_experts_per_tok": dims.top_k,
+        "routed_scaling_factor": dims.route_scale,
+    }
+    return MobileMoEConfig(**keys | extra)
+
+
+def write_hf_folder(
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    dims: ModelDims,
+    tokenizer_dir: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 4 << 30,
+    extra_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write an unquantized checkpoint that AutoModelForCausalLM loads.
+
+    Args:
+        tensors: released names (`tensor_shapes`) and values, in any order; taken one by one, so that a generator
+            needs no more memory than a shard.
+        tokenizer_dir: an HF tokenizer folder with a chat template and the Llama-3 special tokens.
+        out: appears when it is complete and replaces an earlier export there.
+        dtype: bfloat16 or float32 of all tensors but the router's weight and the expert bias, which stay float32.
+        max_shard_bytes: size limit of one safetensors file; a larger tensor gets a file of its own.
+        extra_config: keys of config.json to add or to set otherwise.
+
+    Raises:
+        ValueError: tensors missing, superfluous, misshaped or not finite; a tokenizer that does not fit; `out` is
+            something else than an earlier export.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype is {dtype}; a checkpoint is torch.bfloat16 or torch.float32")
+    config = config_from_dims(dims, **(extra_config or {}))
+    config.dtype = dtype
+    items = tensors.items() if isinstance(tensors, Mapping) else tensors
+    cast = ((name, t.detach().to(torch.float32 if kept_in_float32(name) else dtype)) for name, t in items)
+    with new_folder(out) as partial:
+        write_folder(cast, config, tokenizer_dir, partial, max_shard_bytes)
+    return out
+
+
+def write_folder(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: MobileMoEConfig,
+    tokenizer_dir: Path,
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Fill `folder` with the tensors of `checkpoint_shapes(config)`, config, code and tokenizer."""
+    _write_tokenizer(Path(tokenizer_dir), config, folder)
+    (folder / "config.json").write_text(json.dumps(_config_json(config), indent=2) + "\n")
+    for name in _CODE_FILES:
+        shutil.copyfile(Path(eval.hf_mobilemoe.__file__).parent / name, folder / name)
+    shapes = _write_shards(tensors, config, folder, max_shard_bytes)
+    check_tensors(shapes, config, "the exported state dict")
+
+
+def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
+    """The config in full: save_pretrained would leave out the keys that have transformers' own default value."""
+    values = config.to_diff_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+    if config.quantization is None:
+        del values["quantization"]
+    return values | {
+        "architectures": ["MobileMoEForCausalLM"],
+        "auto_map": _AUTO_MAP,
+        "model_type": MobileMoEConfig.model_type,
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
+    """Copy the tokenizer through transformers, set the config's special ids, and write generation_config.json."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer_dir} has no chat template; save the tokenizer with one")
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, TURN_END_TOKENS[0]) if token not in vocab]
+    if missing:
+        raise ValueError(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
+    config.bos_token_id, config.pad_token_id = vocab[BOS_TOKEN], vocab[PAD_TOKEN]
+    config.eos_token_id = [vocab[token] for token in (EOS_TOKEN, *TURN_END_TOKENS) if token in vocab]
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: MobileMoEConfig, folder: Path, max_shard_bytes: int
+) -> dict[str, tuple[int, ...]]:
+    """Save the tensors as they come, in files of at most `max_shard_bytes`; returns every name and shape."""
+    expected = checkpoint_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    shard_names: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    total_bytes = shard_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        shard_names.append(list(shard))
+        save_file(shard, folder / f"shard-{len(shard_names)}", metadata={"format": "pt"})
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if name in shapes:
+            raise ValueError(f"{name} was given twice")
+        if name not in expected or tuple(tensor.shape) != expected[name]:
+            rule = f"expected {list(expected[name])}" if name in expected else "is not a tensor of this model"
+            raise ValueError(f"{name} {list(tensor.shape)}: {rule}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint it comes from is not usable")
+        shapes[name] = tuple(tensor.shape)
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        shard[name] = tensor.contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    _name_shards(folder, shard_names, total_bytes)
+    return shapes
+
+
+def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -> None:
+    """Give the numbered files their final names, which state how many there are, and write the index."""
+    n = len(shard_names)
+    files = [SAFE_WEIGHTS_NAME] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    for i, file in enumerate(files):
+        (folder / f"shard-{i + 1}").rename(folder / file)
+    if n > 1:
+        weight_map = {name: file for file, names in zip(files, shard_names, strict=True) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> MobileMoEConfig:
+    """config.json of a local folder, as our own class whatever code lies beside it."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+    return MobileMoEConfig.from_pretrained(folder)
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a local folder's safetensors files, one at a time; ValueError where there are none."""
+    for file in _tensor_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
+                yield name, shard.get_tensor(name)
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the headers of a local folder's safetensors files."""
+    shapes = {}
+    for file in _tensor_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    files = [Path(folder) / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; copy the whole folder again")
+    return files
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder `out`.partial to write into; on success it gets its checksums and becomes `out`.
+
+    An earlier artifact at `out` (one with checksums) is replaced; anything else there is a ValueError.
+    """
+    out = Path(out)
+    if out.exists() and not (out / CHECKSUMS).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an earlier export; choose another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    write_checksums(partial)
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write SHA256SUMS over every file of the folder, readable by `sha256sum -c`."""
+    sums = Path(folder) / CHECKSUMS
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p != sums)
+    sums.write_text("".join(f"{_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+    return sums
+
+
+def verify_checksums(folder: Path) -> int:
+    """Check every file SHA256SUMS lists and return their number; files it doesn't list are not looked at.
+
+    Raises:
+        ValueError: SHA256SUMS is absent, or a file is missing or differs; the message names it.
+    """
+    sums = Path(folder) / CHECKSUMS
+    if not sums.is_file():
+        raise ValueError(f"{folder} has no {CHECKSUMS}; the copy is incomplete or not one of our artifacts")
+    lines = sums.read_text().splitlines()
+    for line in lines:
+        expected, name = line.split("  ", 1)
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+        if (found := _sha256(path)) != expected:
+            raise ValueError(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+    return len(lines)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,151 @@
+"""The tensors of a MobileMoE checkpoint: names, shapes, and the INT4 layout; travels inside every exported folder."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from .configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig
+
+
+def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantized checkpoint and its shape, in the order of the network."""
+    d, f, shared = config.hidden_size, config.intermediate_size, config.intermediate_size_mlp
+    experts, n_q = config.num_local_experts, config.num_attention_heads * config.head_dim
+    n_kv = config.num_key_value_heads * config.head_dim
+    layer = {
+        "input_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (n_q, d),
+        "self_attn.k_proj.weight": (n_kv, d),
+        "self_attn.v_proj.weight": (n_kv, d),
+        "self_attn.o_proj.weight": (d, n_q),
+        "post_attention_layernorm.weight": (d,),
+        "feed_forward.router.weight": (experts, d),
+        "feed_forward.expert_bias": (experts,),
+        "feed_forward.experts.gate_up_proj": (experts, d, 2 * f),
+        "feed_forward.experts.down_proj": (experts, f, d),
+        "feed_forward.shared_expert.gate_proj.weight": (shared, d),
+        "feed_forward.shared_expert.up_proj.weight": (shared, d),
+        "feed_forward.shared_expert.down_proj.weight": (d, shared),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (d,)}
+
+
+def kept_in_float32(name: str) -> bool:
+    """Whether a tensor is float32 whatever the model's dtype: the router's weight and the expert bias."""
+    return name.endswith(("feed_forward.router.weight", "feed_forward.expert_bias"))
+
+
+class PackedTensor:
+    """How one quantized weight lies in an INT4 file.
+
+    `qweight_name` is uint8 with the weight's shape halved along `dim` (two values a byte, low nibble first, two's
+    complement), `scale_name` float16 with the shape divided by `group_size` along `dim`.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], quantization: Mapping) -> None:
+        self.name, self.shape = name, shape
+        self.group_size: int = quantization["group_size"]
+        self.dim = len(shape) - 1
+        if ".experts." in name:
+            base = name.removesuffix("_proj")
+            self.qweight_name, self.scale_name = f"{base}_qweight", f"{base}_scale"
+            self.dim = 1 if quantization["expert_group_axis"] == EXPERT_GROUP_AXES["in"] else 2
+        else:
+            base = name.removesuffix(".weight")
+            self.qweight_name, self.scale_name = f"{base}.qweight", f"{base}.weight_scale"
+        if name.endswith("embed_tokens.weight"):
+            self.group_size = quantization["embedding_group_size"]
+        if shape[self.dim] % self.group_size:
+            raise ValueError(
+                f"{name} {list(shape)} cannot be quantized: dimension {self.dim} is not a multiple of "
+                f"the group size {self.group_size}"
+            )
+
+    def divided_shape(self, divisor: int) -> tuple[int, ...]:
+        return tuple(n // divisor if i == self.dim else n for i, n in enumerate(self.shape))
+
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.qweight_name: self.divided_shape(2), self.scale_name: self.divided_shape(self.group_size)}
+
+
+def packed_tensors(config: MobileMoEConfig, quantization: Mapping) -> dict[str, PackedTensor]:
+    """The weights an INT4 file holds packed: all linears, experts and the embedding; not router, bias or norms."""
+    return {
+        name: PackedTensor(name, shape, quantization)
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) > 1 and not kept_in_float32(name)
+    }
+
+
+def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint `config` describes: `tensor_shapes`, packed where it has `quantization`."""
+    if config.quantization is None:
+        return tensor_shapes(config)
+    packed = packed_tensors(config, config.quantization)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(config).items():
+        shapes |= packed[name].packed_shapes() if name in packed else {name: shape}
+    return shapes
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig, where: str) -> None:
+    """Compare a checkpoint's names and shapes with what `config` asks for; ValueError naming the first ten faults."""
+    expected = checkpoint_shapes(config)
+    faults = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
+    faults += [f"{n} {list(s)} is not a tensor of this model" for n, s in found.items() if n not in expected]
+    faults += [
+        f"{n} has shape {list(found[n])}, expected {list(s)}"
+        for n, s in expected.items()
+        if n in found and tuple(found[n]) != s
+    ]
+    if faults:
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ValueError(f"{where} does not hold the tensors its config.json describes: {'; '.join(faults[:10])}{more}")
+
+
+def unpack_int4(packed: torch.Tensor, dim: int) -> torch.Tensor:
+    """uint8, two's-complement nibbles along `dim` with the low one first -> int8 in -8..7, `dim` doubled."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=dim + 1).flatten(dim, dim + 1)
+    return (nibbles.to(torch.int8) ^ 8) - 8
+
+
+def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:
+    """int8 values and their scales, one for `group_size` values along `dim` -> float32 q * scale, which is exact."""
+    groups = q.unflatten(dim, (-1, group_size)).float() * scale.float().unsqueeze(dim + 1)
+    return groups.flatten(dim, dim + 1)
+
+
+def dequantize_tensors(
+    tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an INT4 checkpoint as those of an unquantized one, one by one.
+
+    Args:
+        tensors: names and layout of `checkpoint_shapes(config)`; `config.quantization` must be there.
+        dtype: of the result, except the router's weight and the expert bias, which are float32.
+
+    Raises:
+        ValueError: a tensor is missing, superfluous, misshaped or of a wrong dtype.
+    """
+    check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config, "the INT4 checkpoint")
+    packed = packed_tensors(config, config.quantization)
+    for name in tensor_shapes(config):
+        if name not in packed:
+            yield name, tensors[name].to(torch.float32 if kept_in_float32(name) else dtype)
+            continue
+        p = packed[name]
+        for part, part_dtype in ((p.qweight_name, torch.uint8), (p.scale_name, torch.float16)):
+            if tensors[part].dtype != part_dtype:
+                raise ValueError(f"{part} has dtype {tensors[part].dtype}, expected {part_dtype}")
+        q = unpack_int4(tensors[p.qweight_name], p.dim)
+        yield name, dequantize_int4(q, tensors[p.scale_name], p.dim, p.group_size).to(dtype)
+
+
+def dequantize_state_dict(
+    tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """`dequantize_tensors`, all at once."""
+    return dict(dequantize_tensors(tensors, config, dtype))

@@ -1,0 +1,170 @@
+"""Configuration of MobileMoE (arXiv 2605.27358) for transformers; travels inside every exported folder."""
+
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+INT4_FORMAT = "mobilemoe-int4-g32"
+
+EXPERT_GROUP_AXES = {"in": "in (dim 1 of [E, in, out])", "out": "out (last dim of [E, in, out])"}
+"""Short name of the grouped axis of an expert tensor [E, in, out] -> its spelling in config.json."""
+
+_FIXED = {
+    "hidden_act": "silu",
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+"""What is not variable in this architecture: the keys are in the released config.json, another value is refused."""
+
+_QUANTIZATION_FIXED = {
+    "format": INT4_FORMAT,
+    "qmin": -8,
+    "qmax": 7,
+    "symmetric": True,
+    "packed": True,
+    "scale_dtype": "float16",
+    "linear_group_axis": "in (last dim of [out, in])",
+}
+
+DEFAULT_ROPE_SCALING = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+}
+
+
+class MobileMoEConfig(PretrainedConfig):
+    """A decoder whose every layer is attention plus routed experts and one shared expert.
+
+    The defaults are flavor S. `intermediate_size` is the hidden width of one routed expert, `intermediate_size_mlp`
+    that of the shared one. `rope_scaling` is None or the llama3 type. `quantization` is None or the description of an
+    INT4 checkpoint (see `quantization_of`); it describes the files, a loaded model no longer carries it.
+
+    Raises:
+        ValueError: a value the architecture does not allow; the message names the key and the rule.
+    """
+
+    model_type = "mobilemoe"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 128_256,
+        hidden_size: int = 768,
+        intermediate_size: int = 384,
+        intermediate_size_mlp: int = 1536,
+        num_hidden_layers: int = 20,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int = 4,
+        head_dim: int = 64,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 8192,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 500_000.0,
+        rope_scaling: dict[str, Any] | None = DEFAULT_ROPE_SCALING,
+        num_local_experts: int = 60,
+        num_experts_per_tok: int = 4,
+        interleave_moe_layer_step: int = 1,
+        no_rope_layers: list[int] | None = None,
+        layer_types: list[str] | None = None,
+        use_qk_norm: bool = True,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 2.5,
+        attention_bias: bool = False,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        quantization: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.intermediate_size_mlp = intermediate_size_mlp
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.rope_scaling = dict(rope_scaling) if rope_scaling else None
+        self.num_local_experts = num_local_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.interleave_moe_layer_step = interleave_moe_layer_step
+        self.no_rope_layers = no_rope_layers or [1] * num_hidden_layers
+        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
+        self.use_qk_norm = use_qk_norm
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.attention_bias = attention_bias
+        self.use_cache = use_cache
+        self.quantization = None if quantization is None else dict(quantization)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for key, value in _FIXED.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; MobileMoE has {value!r} and nothing else")
+        for key, value in (("no_rope_layers", 1), ("layer_types", "full_attention")):
+            found = getattr(self, key)
+            if found != [value] * self.num_hidden_layers:
+                raise ValueError(
+                    f"{key} is {found}; MobileMoE has {value!r} for each of {self.num_hidden_layers} layers"
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be 1 to num_local_experts "
+                f"({self.num_local_experts})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding pairs channels, so it must be even")
+        if self.rope_scaling is not None:
+            missing = sorted(set(DEFAULT_ROPE_SCALING) - {"rope_type"} - set(self.rope_scaling))
+            rope_type = self.rope_scaling.get("rope_type", "llama3")
+            if rope_type != "llama3" or missing:
+                raise ValueError(
+                    f"rope_scaling has type {rope_type!r} and lacks {missing}; the type must be 'llama3' with all "
+                    "four factors, or rope_scaling null"
+                )
+        if self.quantization is not None:
+            _check_quantization(self.quantization)
+
+
+def quantization_of(group_size: int, expert_group_axis: str, embedding_group_size: int | None = None) -> dict[str, Any]:
+    """config.json's `quantization` of an INT4 folder; `expert_group_axis` is "in" or "out" (ValueError otherwise)."""
+    if expert_group_axis not in EXPERT_GROUP_AXES:
+        raise ValueError(f"expert_group_axis is {expert_group_axis!r}; choose one of {sorted(EXPERT_GROUP_AXES)}")
+    return _QUANTIZATION_FIXED | {
+        "group_size": group_size,
+        "embedding_group_size": group_size if embedding_group_size is None else embedding_group_size,
+        "expert_group_axis": EXPERT_GROUP_AXES[expert_group_axis],
+    }
+
+
+def _check_quantization(quantization: dict[str, Any]) -> None:
+    for key, value in _QUANTIZATION_FIXED.items():
+        if quantization.get(key) != value:
+            raise ValueError(f"quantization.{key} is {quantization.get(key)!r}; this code reads {value!r}")
+    if quantization.get("expert_group_axis") not in EXPERT_GROUP_AXES.values():
+        raise ValueError(
+            f"quantization.expert_group_axis is {quantization.get('expert_group_axis')!r}; "
+            f"this code reads {sorted(EXPERT_GROUP_AXES.values())}"
+        )
+    for key in ("group_size", "embedding_group_size"):
+        if not isinstance(quantization.get(key), int) or quantization[key] < 2 or quantization[key] % 2:
+            raise ValueError(f"quantization.{key} is {quantization.get(key)!r}; it must be an even number of values")
+
+
+__all__ = ["MobileMoEConfig"]

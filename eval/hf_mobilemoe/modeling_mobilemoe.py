@@ -1,0 +1,394 @@
+"""MobileMoE (arXiv 2605.27358) for transformers 4.57; travels inside every exported folder.
+
+Loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
+they are loaded: q * scale is exact in float32 and rounded once in bfloat16. Activations are NOT quantized here, while
+the device and quantization-aware training round them to INT8 per token: this model is the weight-only reading.
+
+Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
+E experts, K experts a token, F hidden width of an expert.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
+from transformers.utils.generic import check_model_inputs
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
+from .configuration_mobilemoe import MobileMoEConfig
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+
+
+def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
+    """cos + i sin of every position and channel pair, complex64 [B, L, C/2], with llama3-type scaling.
+
+    Computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
+    The scaling: Llama 3.1's; where low_freq_factor equals high_freq_factor there is no band to interpolate in.
+    """
+    pair = torch.arange(0, config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+    freqs = 1.0 / config.rope_theta ** (pair / config.head_dim)
+    if config.rope_scaling is not None:
+        low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
+        turns = config.rope_scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).float()
+        freqs = smooth * freqs + (1 - smooth) * freqs / config.rope_scaling["factor"]
+    angles = positions_BL[..., None].float() * freqs
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rotary(x_BLHC: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring channels (2i, 2i+1) as one complex number; float32."""
+    pairs = torch.view_as_complex(x_BLHC.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary[:, :, None]).flatten(-2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over [B, heads, length, C] with an additive mask, softmax in float32."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MobileMoEAttention(nn.Module):
+    """Grouped-query attention; q and k are rotated first, then RMS-normalized over head_dim without weights."""
+
+    def __init__(self, config: MobileMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        d, n_q, n_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(d, n_q * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(d, n_kv * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, n_kv * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(n_q * config.head_dim, d, bias=False)
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        rotary: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head_dim = self.config.head_dim
+        q_BLHC, k_BLNC, v_BLNC = (
+            p(x_BLD).unflatten(-1, (-1, head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BLHC, k_BLNC = (
+            F.rms_norm(apply_rotary(t, rotary), (head_dim,), eps=self.config.rms_norm_eps).to(x_BLD.dtype)
+            for t in (q_BLHC, k_BLNC)
+        )
+        q, k, v = (t.transpose(1, 2) for t in (q_BLHC, k_BLNC, v_BLNC))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        attend: Callable = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out_BLHC, weights = attend(self, q, k, v, attention_mask, scaling=head_dim**-0.5, dropout=0.0, **kwargs)
+        return self.o_proj(out_BLHC.flatten(2)), weights
+
+
+class MobileMoEMLP(nn.Module):
+    """SwiGLU: the shared expert."""
+
+    def __init__(self, config: MobileMoEConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size_mlp, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size_mlp, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size_mlp, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MobileMoEExperts(nn.Module):
+    """The routed SwiGLU experts as two tensors [E, in, out], gate columns before up columns."""
+
+    def __init__(self, config: MobileMoEConfig) -> None:
+        super().__init__()
+        e, d, f = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, d, 2 * f))
+        self.down_proj = nn.Parameter(torch.empty(e, f, d))
+
+    def forward(self, x_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Sort the tokens by expert, run the experts that were hit, and sum each token's K outputs in float32."""
+        top_k = experts_TK.shape[1]
+        order = experts_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(experts_TK.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
+        outputs = []
+        for expert, x in enumerate(x_TD[order // top_k].split(counts)):
+            if counts[expert]:
+                gate, up = (x @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+                outputs.append((F.silu(gate) * up) @ self.down_proj[expert])
+        y_TKD = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k))
+        return (y_TKD.float() * weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+
+
+class MobileMoEFeedForward(nn.Module):
+    """Router, routed experts and the shared expert, whose output is added unscaled."""
+
+    def __init__(self, config: MobileMoEConfig) -> None:
+        super().__init__()
+        self.top_k, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
+        self.register_buffer("expert_bias", torch.zeros(config.num_local_experts, dtype=torch.float32))
+        self.experts = MobileMoEExperts(config)
+        self.shared_expert = MobileMoEMLP(config)
+
+    def route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts [T, K] and their float32 weights: chosen with the bias, weighted without it."""
+        # Autocast would run the matrix product in bfloat16.
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            scores_TE = F.linear(x_TD.float(), self.router.weight.float()).sigmoid()
+        experts_TK = (scores_TE + self.expert_bias.float()).topk(self.top_k, dim=-1).indices
+        chosen_TK = scores_TE.gather(1, experts_TK)
+        return experts_TK, chosen_TK / (chosen_TK.sum(dim=-1, keepdim=True) + 1e-20) * self.route_scale
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        x_TD = x_BLD.flatten(0, 1)
+        return (self.experts(x_TD, *self.route(x_TD)) + self.shared_expert(x_TD)).view_as(x_BLD)
+
+
+class MobileMoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MobileMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MobileMoEAttention(config, layer_idx)
+        self.feed_forward = MobileMoEFeedForward(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x_BLD: torch.Tensor, **kwargs) -> torch.Tensor:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), **kwargs)[0]
+        return x_BLD + self.feed_forward(self.post_attention_layernorm(x_BLD))
+
+
+class MobileMoEPreTrainedModel(PreTrainedModel):
+    config_class = MobileMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MobileMoEDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = ("router",)  # for parameters; the expert bias is a buffer created as float32
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MobileMoEDecoderLayer, "attentions": MobileMoEAttention}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MobileMoEExperts):
+            module.gate_up_proj.data.normal_(mean=0.0, std=0.02)
+            module.down_proj.data.normal_(mean=0.0, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, **kwargs):
+        """As transformers' own, with two differences.
+
+        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused (ValueError naming
+        tensor and expectation) instead of being completed with random weights. A checkpoint whose config.json has
+        `quantization` is dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key,
+        so that saving it writes what it is.
+        """
+        hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        if not isinstance(config, MobileMoEConfig):
+            keys = [key for key in kwargs if key not in (*_HUB_OPTIONS, "dtype", "torch_dtype")]
+            config, unused = MobileMoEConfig.from_pretrained(
+                config or pretrained_model_name_or_path,
+                return_unused_kwargs=True,
+                **hub,
+                **{key: kwargs.pop(key) for key in keys},
+            )
+            kwargs |= unused
+        where = str(pretrained_model_name_or_path or "the state dict")
+        if state_dict is None:
+            files = _checkpoint_files(where, hub)
+            map_location = "meta" if config.quantization is None else "cpu"
+            found = {n: t for file in files for n, t in load_state_dict(file, map_location=map_location).items()}
+        else:
+            found = state_dict
+            if config.quantization is not None:
+                raise ValueError(
+                    "state_dict cannot be packed: pass it through dequantize_state_dict and drop quantization"
+                )
+        if not any(name.startswith("model.") for name in found):  # saved from MobileMoEModel, without the head's prefix
+            found = {f"model.{name}": tensor for name, tensor in found.items()}
+        check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
+        if config.quantization is None:
+            name_or_path = pretrained_model_name_or_path
+            return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
+        return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
+
+    @classmethod
+    def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        dtype = config.dtype if dtype == "auto" else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        tensors = dequantize_state_dict(packed, config, dtype or torch.float32)
+        config = copy.deepcopy(config)
+        config.quantization = None
+        # Without a folder's name, which would make transformers read the packed files, it does not look for this one.
+        if cls.can_generate() and "generation_config" not in kwargs and _has_file(where, GENERATION_CONFIG_NAME, hub):
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(where, **hub)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = where
+        return loaded
+
+
+def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
+
+
+def _checkpoint_files(name_or_path: str, hub: dict) -> list[str]:
+    """Paths of the safetensors files of a folder or hub repository; OSError where there are none."""
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
+        return [cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)]
+    return get_checkpoint_shard_files(name_or_path, index, **hub)[0]
+
+
+class MobileMoEModel(MobileMoEPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MobileMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MobileMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @check_model_inputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, L, D] of `input_ids` [B, L] (or `inputs_embeds`).
+
+        `attention_mask`: [B, past + L] with 0 for padding on either side, or a 4-D mask that is used as it is.
+        Packed documents: `position_ids` that restart at 0, no `attention_mask`, no past; then a document sees only
+        itself (with "sdpa", "eager" and "flex_attention").
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if cache_position is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache_position = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)
+        if position_ids is None:
+            position_ids = cache_position[None]
+        # Before a cache of our own exists: transformers looks for packed documents only where there is none.
+        mask = create_causal_mask(
+            config=self.config,
+            input_embeds=x_BLD,
+            attention_mask=attention_mask,
+            cache_position=cache_position,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        rotary = rotary_embedding(self.config, position_ids)
+        for layer in self.layers:
+            x_BLD = layer(
+                x_BLD,
+                rotary=rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x_BLD), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
+    """The language model; its head is the embedding."""
+
+    _tied_weights_keys = ("lm_head.weight",)
+
+    def __init__(self, config: MobileMoEConfig) -> None:
+        super().__init__(config)
+        self.model = MobileMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, L, vocab_size] in the model's dtype; arguments as `MobileMoEModel.forward`.
+
+        `labels` [B, L] adds the mean cross-entropy in nats of predicting label t + 1 at position t, -100 ignored.
+        `logits_to_keep` n > 0 gives the last n positions only.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["MobileMoEForCausalLM", "MobileMoEModel"]

@@ -1,0 +1,94 @@
+"""From torchtitan's DCP checkpoint to Hugging Face folders: same logits, and the same INT4 numbers as in QAT."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import eval.hf_mobilemoe  # noqa: F401  registers the classes
+from eval.config import ExportConfig
+from eval.export.checkpoint import export_bf16, export_int4, read_checkpoint
+from eval.export.hf import read_config
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
+from titan_ext.config import QATConfig
+from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
+from titan_ext.qat import QATEmbedding, QATExperts, QATLinear, convert_to_qat, fake_quantize_weight
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def titan_model():
+    torch.manual_seed(0)
+    model = model_config(DIMS).build()
+    model.init_states()
+    with torch.no_grad():
+        for block in model.layers.values():
+            block.moe.expert_bias_E.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(titan_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dcp") / "step-1"
+    dcp.save(titan_model.state_dict(), checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def test_bf16_folder_gives_the_logits_of_the_trained_model(titan_model, checkpoint, tokenizer_dir, tmp_path):
+    export_bf16(checkpoint, DIMS, tokenizer_dir, tmp_path / "bf16", ExportConfig())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32)
+    tokens = torch.randint(0, DIMS.vocab_size, (2, 20))
+    with torch.no_grad():
+        ours = titan_model(tokens, positions=torch.arange(20).repeat(2, 1))
+        theirs = exported(tokens).logits
+    # The folder rounds the weights to bf16: eight bits of each factor.
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min() > 0.9995
+    exact = AutoModelForCausalLM.from_config(read_config(tmp_path / "bf16"), dtype=torch.float32).eval()
+    exact.load_state_dict(read_checkpoint(checkpoint, DIMS), strict=False)
+    exact.tie_weights()
+    with torch.no_grad():
+        torch.testing.assert_close(exact(tokens).logits, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_int4_folder_holds_exactly_what_qat_trained_on(titan_model, checkpoint, tokenizer_dir, tmp_path, axis):
+    config = ExportConfig(expert_group_axis=axis)
+    export_int4(checkpoint, DIMS, tokenizer_dir, tmp_path / "int4", config, precision="float32")
+    stored = dequantize_state_dict(load_file(tmp_path / "int4/model.safetensors"), read_config(tmp_path / "int4"))
+
+    qat = convert_to_qat(model_config(DIMS), QATConfig(expert_group_axis=axis)).build()
+    qat.load_state_dict(titan_model.state_dict())
+    seen = dict(qat.state_dict())
+    for path, module in qat.named_modules():
+        if isinstance(module, (QATLinear, QATEmbedding)):
+            seen[f"{path}.weight"] = fake_quantize_weight(module.weight, module.group_size)
+        elif isinstance(module, QATExperts):
+            for name, weight in zip(("w1_EFD", "w2_EDF", "w3_EFD"), module.local_weights(), strict=True):
+                seen[f"{path}.{name}"] = weight
+    trained_on = MobileMoEStateDictAdapter(qat.config, None).to_hf(seen)
+    assert stored.keys() == trained_on.keys()
+    different = [
+        name
+        for name, weight in trained_on.items()
+        if "norm" not in name and "expert_bias" not in name and not torch.equal(stored[name], weight)
+    ]
+    assert different == []
+
+
+def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="no finished DCP checkpoint"):
+        read_checkpoint(tmp_path, DIMS)
+    wide = dataclasses.replace(DIMS, expert_hidden=64)
+    with pytest.raises(ValueError, match=r"w1_EFD is \[8, 32, 64\], the model's dimensions make it \[8, 64, 64\]"):
+        read_checkpoint(checkpoint, wide)
+    deep = dataclasses.replace(DIMS, n_layers=3)
+    with pytest.raises(ValueError, match=r"layers\.2\..* is missing"):
+        read_checkpoint(checkpoint, deep)

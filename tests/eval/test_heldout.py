@@ -1,0 +1,139 @@
+"""Held-out loss against transformers' own loss, one document at a time."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from streaming import MDSWriter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eval.heldout import documents, heldout_loss, windows
+
+VOCAB = 50
+
+
+def silent(phase, done, total):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write(folder, samples, masked=False):
+    columns = {"tokens": "ndarray:uint32"} | ({"loss_mask": "ndarray:uint8"} if masked else {})
+    with MDSWriter(out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=500) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def some_documents(seed, lengths, masked=False):
+    rng = np.random.default_rng(seed)
+    samples = [{"tokens": rng.integers(0, VOCAB, n).astype(np.uint32)} for n in lengths]
+    if masked:
+        for sample in samples:
+            sample["loss_mask"] = rng.integers(0, 2, len(sample["tokens"])).astype(np.uint8)
+    return samples
+
+
+def reference(model_dir, samples):
+    """Sum of losses and count, each document alone, whole, through the model's own `labels` loss."""
+    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
+    total, count = 0.0, 0
+    for sample in samples:
+        tokens = torch.from_numpy(sample["tokens"].astype(np.int64))[None]
+        labels = tokens.clone()
+        if "loss_mask" in sample:
+            labels[0, sample["loss_mask"] == 0] = -100
+        targets = int((labels[0, 1:] != -100).sum())
+        if targets:
+            with torch.no_grad():
+                total += model(tokens, labels=labels).loss.item() * targets
+            count += targets
+    return total, count
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_is_that_of_the_documents_alone(tmp_path, model_dir, masked):
+    by_domain = {"web": some_documents(1, [5, 33, 64, 2, 17], masked), "code": some_documents(2, [40, 9], masked)}
+    for domain, samples in by_domain.items():
+        write(tmp_path / domain, samples, masked)
+    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=64, batch_size=3, report=silent)
+    sums = {domain: reference(model_dir, samples) for domain, samples in by_domain.items()}
+    for domain, (total, count) in sums.items():
+        assert result["by_domain"][domain]["tokens"] == count
+        assert result["by_domain"][domain]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["tokens"] == sum(count for _, count in sums.values())
+    assert result["loss"] == pytest.approx(sum(t for t, _ in sums.values()) / result["tokens"], rel=1e-5)
+
+
+def test_a_document_longer_than_the_context_is_scored_in_windows(tmp_path, model_dir):
+    tokens = some_documents(3, [41])[0]["tokens"]
+    write(tmp_path / "web", [{"tokens": tokens}])
+    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, report=silent)
+    pieces = [{"tokens": tokens[start : start + 17]} for start in (0, 16, 32)]
+    total, count = reference(model_dir, pieces)
+    assert (result["tokens"], count) == (40, 40)
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_batch_size_changes_nothing(tmp_path, model_dir):
+    write(tmp_path / "web", some_documents(4, [3, 30, 12, 50, 8, 8]))
+    losses = [
+        heldout_loss(model_dir, tmp_path, max_tokens=90, context=32, batch_size=size, report=silent) for size in (1, 5)
+    ]
+    assert losses[0]["tokens"] == losses[1]["tokens"] == 90
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    context=st.integers(1, 50),
+    max_tokens=st.integers(1, 200),
+)
+def test_windows_give_every_target_once_in_order_up_to_the_limit(lengths, context, max_tokens):
+    samples = some_documents(0, lengths)
+    given_targets = [int(t) for _, targets, counted in windows(samples, context, max_tokens) for t in targets[counted]]
+    all_targets = [int(t) for sample in samples for t in sample["tokens"][1:]]
+    assert given_targets == all_targets[:max_tokens]
+    assert all(len(inputs) <= context for inputs, _, _ in windows(samples, context, max_tokens))
+
+
+def test_documents_come_back_from_compressed_shards_and_leave_nothing_behind(tmp_path):
+    samples = some_documents(5, [100] * 9)
+    write(tmp_path / "web", samples)
+    before = sorted(path.name for path in (tmp_path / "web").iterdir())
+    assert len(before) > 3, "several shards"
+    read = [sample["tokens"] for sample in documents(tmp_path / "web")]
+    assert all(np.array_equal(a, b["tokens"]) for a, b in zip(read, samples, strict=True))
+    assert sorted(path.name for path in (tmp_path / "web").iterdir()) == before
+
+
+def test_a_damaged_shard_is_refused(tmp_path, model_dir):
+    write(tmp_path / "web", some_documents(6, [100] * 4))
+    shard = next((tmp_path / "web").glob("*.zstd"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name} is missing or does not match its hash"):
+        heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, report=silent)
+
+
+def test_bad_input_is_refused(tmp_path, model_dir):
+    arguments = dict(max_tokens=100, batch_size=2, report=silent)
+    with pytest.raises(ValueError, match=r"no <domain>/index\.json"):
+        heldout_loss(model_dir, tmp_path, context=16, **arguments)
+    write(tmp_path / "web", [{"tokens": np.array([1, VOCAB, 2], np.uint32)}])
+    with pytest.raises(ValueError, match=f"token {VOCAB}, but the model's vocab_size is {VOCAB}"):
+        heldout_loss(model_dir, tmp_path, context=16, **arguments)
+    with pytest.raises(ValueError, match="max_position_embeddings 64"):
+        heldout_loss(model_dir, tmp_path, context=65, **arguments)

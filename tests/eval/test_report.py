@@ -1,0 +1,201 @@
+"""The report of a whole, a half and an empty run folder."""
+
+import json
+import math
+import re
+
+import pytest
+
+from eval.report import averages, chance_sentence, verdict, write_report
+from eval.suites import FOUNDATIONAL
+
+STAGES = ("1_pretrain", "2_midtrain", "3_sft", "4_qat")
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def put_lines(path, records):
+    put(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def result(benchmark, value, stderr=0.05, items=20):
+    return {
+        "benchmark": benchmark.key, "metric": benchmark.metric, "shots": benchmark.shots, "chance": benchmark.chance,
+        "value": value, "stderr": stderr, "items": items, "truncated": 3 if benchmark.key == "drop" else 0,
+    }  # fmt: skip
+
+
+def layer(step, index, n_experts=16):
+    raw = [1 + 0.9 * math.exp(-step / 60) * math.sin(e * (index + 2)) for e in range(n_experts)]
+    load = [x / sum(raw) for x in raw]
+    return {"load": load, "max_over_mean": max(load) * n_experts, "entropy": 2.7, "dead": 0}
+
+
+def make_stage(run, number, start, end, steps=120, interval=4):
+    folder = run / "stages" / STAGES[number]
+    losses = [(s, end + (start - end) * math.exp(-s / 35)) for s in range(1, steps + 1, interval)]
+    put_lines(
+        folder / "metrics.jsonl",
+        [
+            {"step": s, "tokens": 4096 * s, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 5012.0,
+             "z_loss": 0.1, "seconds": 0.8 * s}
+            for s, loss in losses
+        ],
+    )  # fmt: skip
+    put_lines(folder / "heldout.jsonl", [{"step": s, "loss": loss + 0.05} for s, loss in losses[5::8]])
+    layers = 4
+    put_lines(
+        folder / "expert_load.jsonl",
+        [{"step": s, "layers": [layer(s, index) for index in range(layers)]} for s, _ in losses],
+    )
+
+
+def make_run(run):
+    """A made-up finished run: benchmark values equal to chance, but for PIQA (above) and SIQA (below)."""
+    for number, (start, end) in enumerate([(8.3, 4.9), (4.9, 4.6), (3.4, 1.9), (2.1, 1.95)]):
+        make_stage(run, number, start, end)
+    for model in ("sft_bf16", "int4"):
+        for benchmark in FOUNDATIONAL:
+            value = {"piqa": 0.75, "siqa": 0.1}.get(benchmark.key, benchmark.chance)
+            put(run / "eval" / model / f"{benchmark.key}.json", result(benchmark, value, 0.0 if not value else 0.05))
+    text = {"web": {"loss": 4.95, "tokens": 9000}, "code": {"loss": 4.2, "tokens": 3000}}
+    answers = {"chat": {"loss": 2.4, "tokens": 500}, "math": {"loss": 1.6, "tokens": 700}}
+    losses = {"pretrain": 4.76, "midtrain": 4.6, "sft": 1.93, "sft_int4_rounded": 2.03, "qat_int4": 1.955}
+    put(
+        run / "eval/heldout.json",
+        {k: {"loss": v, "tokens": 12000, "by_domain": text if "train" in k else answers} for k, v in losses.items()},
+    )
+    counts = {"documents": 1210, "tokens": 812_345, "trained_tokens": 811_135, "bytes": 3_400_120}
+    put(
+        run / "data/data_manifest.json",
+        {
+            "shards": {"pretrain": {"web": counts, "code": counts}, "sft": {"chat": counts}},
+            "heldout": {"pretrain": {"web": counts}},
+            "corpora": {"c4": {"domain": "web", "licence": "ODC-BY <1.0>", "read": 300, "kept": 287}},
+            "missing": [{"corpus": "wiki", "package": "gensim", "fallback": None}],
+            "decontamination": {"hits": {"piqa": {"c4": 2}}},
+            "unigram_entropy_nats": {"heldout_text": {"web": 6.9, "overall": 6.71}, "heldout_sft": {"overall": 5.2}},
+        },
+    )
+    put(
+        run / "manifest.json",
+        {
+            "created": "2026-06-01T10:00:00+00:00",
+            "git_commit": "0123456789abcdef",
+            "versions": {"torch": "2.14.1", "lm-eval": "0.4.13"},
+            "steps": {"data": {"state": "done", "seconds": 71.2}, "pretrain": {"state": "running"}},
+        },
+    )
+    for name, size in (("bf16", 6_000_000), ("int4", 2_100_000), ("executorch", 2_300_000)):
+        put(run / "artifacts" / name / "model.safetensors", "x" * size)
+        put(run / "artifacts" / name / "config.json", "{}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "made-up")
+    return run, write_report(run)
+
+
+def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(finished):
+    run, results = finished
+    assert results["missing"] == []
+    assert json.loads((run / "report/results.json").read_text()) == results
+    stage = results["stages"][0]
+    assert (stage["step"], stage["tokens"], stage["unigram_entropy"]) == (117, 4096 * 117, 6.71)
+    assert stage["loss"] == pytest.approx(4.9 + 3.4 * math.exp(-117 / 35))
+    assert {a["name"]: a["bytes"] for a in results["artifacts"]}["int4"] == 2_100_002
+    assert results["heldout"]["rounding_cost"] == pytest.approx(0.10)
+    assert results["heldout"]["qat_cost"] == pytest.approx(0.025)
+    assert results["heldout"]["qat_against_rounding"] == pytest.approx(-0.075)
+    assert results["data"]["contaminated"] == {"piqa": 2}
+
+
+def test_the_table_says_plainly_what_is_chance(finished):
+    _, results = finished
+    sentence = results["chance"]["sft_bf16"]
+    assert "12 of 14 scores lie within two standard errors of the random-guess level" in sentence
+    assert "above it: PIQA; below it: SIQA" in sentence
+    assert "Most of this table is chance" in sentence
+
+
+def test_html_needs_nothing_but_itself_and_markdown_only_its_pictures(finished):
+    run, _ = finished
+    html = (run / "report/report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "url(" not in html and "<script" not in html
+    assert "ODC-BY &lt;1.0&gt;" in html, "text is escaped"
+    markdown = (run / "report/report.md").read_text()
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
+    assert sorted(pictures) == sorted(p.name for p in (run / "report").glob("*.png"))
+    assert "ODC-BY <1.0>" in markdown
+    assert all(benchmark.title in text for benchmark in FOUNDATIONAL for text in (html, markdown))
+
+
+def test_markdown_tables_have_one_number_of_columns(finished):
+    run, _ = finished
+    for table in re.findall(r"(?:^\|.*\n)+", (run / "report/report.md").read_text(), flags=re.MULTILINE):
+        lines = table.splitlines()
+        assert len(lines) >= 3, table
+        assert len({line.count("|") for line in lines}) == 1, table
+
+
+def test_an_unfinished_run_shows_what_is_missing(tmp_path):
+    run = tmp_path / "half"
+    make_stage(run, 0, 8.3, 5.0)
+    torn = run / "stages/1_pretrain/metrics.jsonl"
+    torn.write_text(torn.read_text() + '{"step": 121, "lo')
+    put(run / "eval/sft_bf16/piqa.json", result(FOUNDATIONAL[1], 0.5, stderr=None, items=1))
+    results = write_report(run)
+    assert results["stages"][0]["step"] == 117, "a line that is being written is not read"
+    assert [stage["step"] for stage in results["stages"][1:]] == [None] * 3
+    assert "stage 4 INT4 quantization-aware training" in results["missing"]
+    assert "QAT, INT4: all benchmarks" in results["missing"]
+    assert results["averages"] == {"sft_bf16": None, "int4": None}
+    html = (run / "report/report.html").read_text()
+    assert "Missing from this run so far" in html and "not run yet" in html
+
+
+def test_an_empty_run_gets_a_report_and_a_wrong_path_does_not(tmp_path):
+    results = write_report(tmp_path)
+    assert len(results["missing"]) == 4 + 2 + 5 + 3
+    assert not list((tmp_path / "report").glob("*.png"))
+    with pytest.raises(ValueError, match="is not a run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_new_report_replaces_the_old_one_whole(tmp_path):
+    make_stage(tmp_path, 0, 8.3, 5.0)
+    write_report(tmp_path)
+    assert (tmp_path / "report/loss.png").exists()
+    (tmp_path / "stages/1_pretrain/metrics.jsonl").unlink()
+    write_report(tmp_path)
+    assert not (tmp_path / "report/loss.png").exists()
+    assert not (tmp_path / "report.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "chance", "expected"),
+    [
+        (0.25, 0.01, 0.25, "chance"),
+        (0.269, 0.01, 0.25, "chance"),
+        (0.271, 0.01, 0.25, "above"),
+        (0.22, 0.01, 0.25, "below"),
+        (0.0, 0.0, 0.0, "chance"),
+        (0.01, 0.002, 0.0, "above"),
+        (0.5, None, 0.5, None),
+    ],
+)
+def test_verdict(value, stderr, chance, expected):
+    assert verdict(value, stderr, chance) == expected
+
+
+def test_an_average_needs_every_benchmark():
+    rows = [{"title": str(i), "sft_bf16": {"value": i / 10, "verdict": None}, "int4": None} for i in range(3)]
+    assert averages(rows) == {"sft_bf16": pytest.approx(0.1), "int4": None}
+    assert chance_sentence(rows, "int4") == "QAT, INT4: no benchmark has been scored yet."

@@ -1,0 +1,60 @@
+"""A tiny MobileMoE with random weights and a tokenizer of its own, for the tests of this folder."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from eval.export.hf import config_from_dims
+from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
+from titan_ext.config import ModelDims, RopeScaling
+
+# 64 positions as the original context put some of the 8 channel pairs of a head on either side of the scaling.
+DIMS = ModelDims(
+    d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=128,
+    n_experts=8, top_k=4, vocab_size=320, max_seq_len=256, rope_theta=10_000.0,
+    rope_scaling=RopeScaling(factor=16.0, original_max_position_embeddings=64),
+)  # fmt: skip
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|finetune_right_pad_id|>", "<|python_tag|>", "<|eom_id|>",
+)  # fmt: skip
+
+CHAT_TEMPLATE = (
+    "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def random_tensors(dims: ModelDims = DIMS, seed: int = 0) -> dict[str, torch.Tensor]:
+    """float32 weights of the released names, large enough that attention and routing are far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config_from_dims(dims)).items():
+        tensors[name] = torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
+        if name.endswith("norm.weight"):
+            tensors[name] += 1
+    return tensors
+
+
+def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """Train a byte-level BPE with the Llama-3 special tokens (320 entries at most) and save it as an HF folder."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        pad_token=SPECIAL_TOKENS[5],
+        padding_side="left",
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
