@@ -1,0 +1,79 @@
+"""Refuse a DataConfig that cannot work, before anything starts."""
+
+from pathlib import Path
+
+from data.config import DataConfig
+from data.corpora import CATALOGUE, Corpus
+from data.special_tokens import MIN_VOCAB_SIZE
+
+MAX_SHARD_BYTES = 2**32 - 1
+MIN_SHARD_BYTES = 1 << 16
+MIN_NGRAM = 5
+WORK_COPIES = 2
+"""Copies of the text that exist at once, at the worst moment: three jsonl steps and the shards, all compressed."""
+
+
+def _require(holds: bool, field: str, value: object, rule: str, way_out: str) -> None:
+    if not holds:
+        raise ValueError(f"data.{field} = {value!r}: {rule}; {way_out}")
+
+
+def check(config: DataConfig) -> None:
+    """Raises ValueError that names the field, its value, the rule and the way out."""
+    names = ", ".join(sorted(CATALOGUE))
+    _require(bool(config.corpora), "corpora", config.corpora, "no corpus chosen", f"name some of: {names}")
+    for name in config.corpora:
+        _require(name in CATALOGUE, "corpora", name, "not in the catalogue", f"choose from: {names}")
+    duplicates = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
+    _require(not duplicates, "corpora", duplicates, "named twice", "name each corpus once")
+    text = [name for name in config.corpora if CATALOGUE[name].kind == "text"]
+    _require(bool(text), "corpora", config.corpora, "no text corpus to pre-train on", "add one of kind text")
+    _require(
+        0 < config.heldout_fraction <= 0.5, "heldout_fraction", config.heldout_fraction,
+        "must be above 0 and at most 0.5", "0.02 is the default",
+    )  # fmt: skip
+    _require(
+        0 <= config.midtrain_fraction < 1, "midtrain_fraction", config.midtrain_fraction,
+        "must be at least 0 and below 1", "0.25 is the default",
+    )  # fmt: skip
+    _require(
+        config.decontaminate_ngram >= MIN_NGRAM, "decontaminate_ngram", config.decontaminate_ngram,
+        f"must be at least {MIN_NGRAM} words, or ordinary phrases count as contamination", "13 is the default",
+    )  # fmt: skip
+    _require(
+        MIN_SHARD_BYTES <= config.shard_bytes <= MAX_SHARD_BYTES, "shard_bytes", config.shard_bytes,
+        f"must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES} (MDS keeps 32-bit offsets)", "67108864 is the default",
+    )  # fmt: skip
+    _require(config.workers >= 1, "workers", config.workers, "must be at least 1", "use the number of cores")
+    _check_tokenizer(config)
+
+
+def _check_tokenizer(config: DataConfig) -> None:
+    path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
+    if path:
+        wanted = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+        _require(
+            wanted.is_file(), "tokenizer.path", path, f"{wanted} does not exist",
+            "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",
+        )  # fmt: skip
+        from data.tokenizer import load_existing  # transformers takes seconds to import
+
+        load_existing(path)
+    else:
+        _require(
+            size >= MIN_VOCAB_SIZE, "tokenizer.train_vocab_size", size,
+            f"must be at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)", "4096 is the default",
+        )  # fmt: skip
+
+
+def estimate_bytes(config: DataConfig) -> int:
+    """Disk that `prepare` needs at its worst moment, in bytes, from the catalogue's estimates of the text.
+
+    Fallbacks count beside the corpora they stand in for: which of them is read is known only later.
+    """
+    corpora: dict[str, Corpus] = {}
+    for name in config.corpora:
+        corpora[name] = CATALOGUE[name]
+        if CATALOGUE[name].fallback:
+            corpora[CATALOGUE[name].fallback] = CATALOGUE[CATALOGUE[name].fallback]
+    return WORK_COPIES * sum(corpus.text_bytes for corpus in corpora.values())

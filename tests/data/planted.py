@@ -1,0 +1,81 @@
+"""Inputs of a small real preparation: planted files beside corpora of the installed packages, and no registry."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+from data import corpora, hub
+from data.config import DataConfig, TokenizerConfig
+
+BENCHMARK_ITEM = (
+    "A baker sells seven trays of rolls every morning and two trays more on market days, so how many trays does she "
+    "sell in a week with two market days"
+)
+NUM_PAGES = 60
+NOUNS = (
+    "river", "engine", "market", "violin", "glacier", "harbour", "lantern", "orchard", "telescope", "village", "copper",
+    "winter", "teacher", "garden", "bridge", "letter", "window", "forest", "paper", "sailor", "kitchen", "stone",
+)  # fmt: skip
+VERBS = ("carries", "follows", "remembers", "describes", "crosses", "repairs", "measures", "paints", "visits", "counts")
+LINKS = ("of the", "near a", "with that", "and the", "to have a", "beside the", "under this", "before the")
+
+
+def page(number: int) -> str:
+    """Prose that passes the web filters: random sentences, so that no two pages share much."""
+    rng = random.Random(number)
+    lines = []
+    for _ in range(12):
+        words = ["The", rng.choice(NOUNS), rng.choice(VERBS), "the", rng.choice(NOUNS)]
+        for _ in range(4):
+            words += [rng.choice(LINKS), rng.choice(NOUNS)]
+        lines.append(" ".join(words) + ".")
+    return "\n".join(lines)
+
+
+def planted_rows() -> list[str]:
+    """jsonl lines: pages, an exact duplicate, a near duplicate, a contaminated page and three malformed rows."""
+    pages = [page(number) for number in range(NUM_PAGES)]
+    near = pages[7].replace("The ", "Our ", 1)
+    contaminated = pages[11] + "\n" + BENCHMARK_ITEM.replace(",", " -") + " altogether."
+    lines = [json.dumps({"text": text}) for text in (*pages[:11], *pages[12:], pages[3], near, contaminated)]
+    return [*lines, '{"text": "cut off', json.dumps({"text": None}), json.dumps({"body": "no text"})]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What a test may want of the run."""
+
+    config: DataConfig
+    benchmark_texts: Path
+    source: Path
+    out: Path
+    manifest: dict
+    reports: list[tuple[str, int, int]]
+
+
+def planted_corpus(source: Path) -> corpora.Corpus:
+    return corpora.Corpus(
+        "planted", "web", "text", "prose", "test", corpora.RemoteFiles(str(source), "*.jsonl"), hub.read_text,
+        text_bytes=100_000, shards=2,
+    )  # fmt: skip
+
+
+def write_inputs(folder: Path) -> tuple[Path, Path]:
+    """The planted corpus in two files, and the benchmark texts."""
+    source = folder / "planted"
+    source.mkdir()
+    rows = planted_rows()
+    (source / "a.jsonl").write_text("\n".join(rows[:40]) + "\n")
+    (source / "b.jsonl").write_text("\n".join(rows[40:]) + "\n")
+    benchmark_texts = folder / "benchmark_texts.jsonl"
+    rows = [{"benchmark": "bakery", "text": BENCHMARK_ITEM}, {"benchmark": "short", "text": "What is the river?"}]
+    benchmark_texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return source, benchmark_texts
+
+
+CONFIG = DataConfig(
+    corpora=("planted", "wikipedia-plain", "tool-calls"),
+    tokenizer=TokenizerConfig(train_vocab_size=1024),
+    heldout_fraction=0.1,
+)

@@ -1,0 +1,183 @@
+"""The whole data step on a small subset: what it drops, what it keeps, and that a kill -9 changes nothing."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming.base.compression import decompress
+from streaming.base.format import reader_from_json
+from transformers import AutoTokenizer
+
+from data import corpora, mds
+from data.pipeline import prepare
+from tests.data.planted import CONFIG, NUM_PAGES, Preparation, planted_corpus
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def samples(folder: Path) -> list[dict]:
+    """Every sample of an MDS folder, through streaming's own reader, hashes checked."""
+    found = []
+    for info in json.loads((folder / "index.json").read_text())["shards"]:
+        shard = reader_from_json(str(folder), None, info)
+        shard.validate(False)
+        zipped = (folder / info["zip_data"]["basename"]).read_bytes()
+        (folder / info["raw_data"]["basename"]).write_bytes(decompress(info["compression"], zipped))
+        found += [shard[index] for index in range(len(shard))]
+        (folder / info["raw_data"]["basename"]).unlink()
+    return found
+
+
+def texts(prepared: Preparation, prefix: str) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(prepared.out / "tokenizer")
+    return [tokenizer.decode(s["tokens"][1:-1]) for f in sorted(prepared.out.glob(prefix)) for s in samples(f)]
+
+
+def test_planted_rows_are_counted_out(prepared):
+    entry = prepared.manifest["corpora"]["planted"]
+    assert entry["read"] == NUM_PAGES + 2 + 1 + 2  # 59 clean, 3 extra, 3 malformed
+    assert entry["malformed"] == 3
+    assert entry["exact_duplicates"] == 1
+    assert entry["near_duplicates"] == 1
+    assert entry["contaminated"] == {"bakery": 1}
+    assert entry["kept"] == NUM_PAGES - 1
+    assert prepared.manifest["decontamination"]["hits"] == {"bakery": {"planted": 1}}
+
+
+def test_malformed_rows_are_set_aside_with_a_reason(prepared):
+    files = (prepared.out / "set_aside" / "malformed").glob("planted.*.jsonl")
+    reasons = [json.loads(line)["reason"] for file in files for line in file.read_text().splitlines()]
+    assert len(reasons) == 3
+    assert any(reason.startswith("json:") for reason in reasons)
+    assert "text is NoneType, not a string" in reasons
+
+
+def test_contaminated_document_is_set_aside_and_its_neighbours_are_kept(prepared):
+    files = (prepared.out / "set_aside" / "contaminated").glob("*.jsonl.gz")
+    lines = [line for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
+    dropped = [json.loads(line) for line in lines]
+    assert [document["metadata"]["filter_reason"] for document in dropped] == ["bakery"]
+    assert not any("seven trays of rolls" in text for text in texts(prepared, "*/*/web"))
+
+
+def test_kept_texts_are_distinct_and_in_one_part_only(prepared):
+    kept = {part: texts(prepared, f"{part}/web") for part in ("shards/pretrain", "shards/midtrain", "heldout/pretrain")}
+    everything = [text for part in kept.values() for text in part]
+    assert all(kept.values())
+    assert len(everything) == len(set(everything)) == NUM_PAGES - 1
+
+
+def test_documents_begin_with_bos_and_end_with_eos(prepared):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.out / "tokenizer")
+    for sample in samples(prepared.out / "shards/pretrain/web"):
+        assert sample["tokens"].dtype == np.uint32
+        assert (sample["tokens"][0], sample["tokens"][-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def test_sft_masks_decode_to_the_answers_alone(prepared):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.out / "tokenizer")
+    for sample in samples(prepared.out / "shards/sft/tool_use"):
+        assert sample["loss_mask"].dtype == np.uint8
+        call, answer, rest = tokenizer.decode(sample["tokens"][sample["loss_mask"] == 1]).split("<|eot_id|>")
+        assert set(json.loads(call)) == {"name", "arguments"}
+        assert answer.startswith("The result is ")
+        assert rest == ""
+
+
+def test_manifest_counts_what_the_shards_hold(prepared):
+    for stage, kind in (("shards/pretrain", "text"), ("shards/sft", "sft"), ("heldout/pretrain", "text")):
+        for domain in (prepared.out / stage).iterdir():
+            top, name = stage.split("/")
+            entry = prepared.manifest[top][name][domain.name]
+            read = samples(domain)
+            assert entry["documents"] == len(read)
+            assert entry["tokens"] == sum(len(sample["tokens"]) for sample in read)
+            trained = [s["loss_mask"].sum() if kind == "sft" else len(s["tokens"]) - 1 for s in read]
+            assert entry["trained_tokens"] == sum(trained)
+
+
+def test_entropy_is_that_of_the_held_out_tokens(prepared):
+    tokens = np.concatenate([s["tokens"][1:] for s in samples(prepared.out / "heldout/pretrain/web")])
+    _, counts = np.unique(tokens, return_counts=True)
+    p = counts / counts.sum()
+    entropy = prepared.manifest["unigram_entropy_nats"]["heldout_text"]["web"]
+    assert entropy == pytest.approx(-(p * np.log(p)).sum())
+
+
+def test_missing_packages_fall_back_and_say_so(prepared):
+    assert {entry["corpus"]: entry["fallback"] for entry in prepared.manifest["missing"]} == {
+        "wikipedia-plain": "python-topics",
+        "tool-calls": "generated-tool-calls",
+    }
+    assert set(prepared.manifest["corpora"]) == {"planted", "python-topics", "generated-tool-calls"}
+    assert prepared.manifest["corpora"]["python-topics"]["licence"] == "PSF-2.0"
+
+
+def test_tokenizer_is_as_the_manifest_says(prepared):
+    assert len(AutoTokenizer.from_pretrained(prepared.out / "tokenizer")) == 1024
+    assert prepared.manifest["tokenizer"]["vocab_size"] == 1024
+
+
+def test_working_files_are_gone_and_every_phase_was_reported_done(prepared):
+    assert not (prepared.out / "work").exists()
+    finished = {phase for phase, done, total in prepared.reports if done == total}
+    assert len(finished) == 10
+    assert json.loads((prepared.out / "data_manifest.json").read_text()) == prepared.manifest
+
+
+@pytest.mark.parametrize("last_phase", ["4-near-signatures", "10-join"])
+def test_resumes_after_sigkill_with_the_same_result(prepared, tmp_path, monkeypatch, last_phase):
+    out = tmp_path / "out"
+    arguments = [prepared.source, prepared.benchmark_texts, out, last_phase]
+    script = [sys.executable, "-m", "tests.data.killed_prepare", *map(str, arguments)]
+    killed = subprocess.run(script, cwd=REPOSITORY, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (out / "data_manifest.json").exists()
+    marker = out / "work" / "logs" / "1-read-and-filter" / "completions" / "00000"
+    done_at = marker.stat().st_mtime_ns
+
+    monkeypatch.setitem(corpora.CATALOGUE, "planted", planted_corpus(prepared.source))
+    seen = []
+
+    def report(phase, done, total):
+        if marker.exists():
+            seen.append(marker.stat().st_mtime_ns)
+
+    manifest = prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=report)
+    assert manifest == prepared.manifest
+    assert set(seen) == {done_at}  # the first step was not run again
+    assert not list(out.rglob("*.partial"))
+    for index in prepared.out.rglob("index.json"):
+        assert (out / index.relative_to(prepared.out)).read_text() == index.read_text()
+
+
+def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
+    monkeypatch.setitem(corpora.CATALOGUE, "planted", planted_corpus(prepared.source))
+    before = (prepared.out / "data_manifest.json").stat().st_mtime_ns
+    again = prepare(
+        CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=prepared.out, report=lambda *_: None
+    )
+    assert again == prepared.manifest
+    assert (prepared.out / "data_manifest.json").stat().st_mtime_ns == before
+
+
+def test_interrupted_join_goes_on(tmp_path):
+    parts = tmp_path / "parts"
+    for rank in range(3):
+        with mds.writer(parts / f"{rank:05d}" / "shards/sft/math", "sft", 1 << 20) as writer:
+            for value in range(rank + 1):
+                tokens = np.arange(value + 3, dtype=np.uint32)
+                writer.write({"tokens": tokens, "loss_mask": (tokens % 2).astype(np.uint8)})
+    beside = tmp_path / "out/shards/sft/math.partial"
+    beside.mkdir(parents=True)
+    shard = parts / "00000/shards/sft/math/shard.00000.mds.zstd"
+    shard.rename(beside / "shard.00000.mds.zstd")  # as if killed after the first rename
+    mds.assemble(parts, tmp_path / "out", "shards/sft/math")
+    read = samples(tmp_path / "out/shards/sft/math")
+    assert [len(sample["tokens"]) for sample in read] == [3, 3, 4, 3, 4, 5]
+    assert all((sample["loss_mask"] == sample["tokens"] % 2).all() for sample in read)

@@ -1,0 +1,113 @@
+"""The trained tokenizer and the chat encoding."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import tokenizer
+from data.chat import Encoder
+from tests.data.planted import page
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "\n\nHello there."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    made = tokenizer.train((page(number) for number in range(40)), vocab_size=400)
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    tokenizer.save(made, folder)
+    return tokenizer.load(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from([f"a{t}b" for t in tokenizer.SPECIAL_TOKENS])
+)
+def test_any_document_comes_back_as_it_was(trained, text):
+    ids = Encoder(trained).document(text)
+    assert ids.dtype == np.uint32
+    assert (ids[0], ids[-1]) == (trained.bos_token_id, trained.eos_token_id)
+    assert not set(ids[1:-1].tolist()) & set(trained.added_tokens_decoder)
+    assert trained.decode(ids[1:-1].tolist()) == text
+
+
+def test_vocabulary_is_exactly_as_large_as_asked_with_special_tokens_last(trained):
+    assert len(trained) == 400
+    assert sorted(trained.added_tokens_decoder) == list(range(400 - len(tokenizer.SPECIAL_TOKENS), 400))
+    assert (trained.bos_token, trained.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
+    assert trained.pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_digits_are_split_by_three(trained):
+    pieces = [piece for piece, _ in trained.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x 1234567")]
+    assert pieces == ["x", "Ġ", "123", "456", "7"]
+
+
+def test_mask_covers_answers_and_their_closing_token(trained):
+    tokens, mask = Encoder(trained).conversation(CONVERSATION)
+    assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
+    assert trained.decode(tokens.tolist()) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n\n\nHello there.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"
+    )
+
+
+def test_prompt_tokens_are_those_of_inference(trained):
+    tokens, mask = Encoder(trained).conversation(CONVERSATION)
+    prompt = trained.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True)
+    assert tokens[: len(prompt)].tolist() == prompt
+    assert mask[: len(prompt)].sum() == 0 and mask[len(prompt)] == 1
+
+
+def test_what_a_template_adds_after_the_closing_token_is_not_trained(trained):
+    encoder = Encoder(trained)
+    original = trained.chat_template
+    trained.chat_template = original.replace("'<|eot_id|>' }}", "'<|eot_id|>\n' }}")
+    try:
+        tokens, mask = encoder.conversation(CONVERSATION)
+    finally:
+        trained.chat_template = original
+    assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
+
+
+def test_template_that_rewrites_the_past_is_refused(trained):
+    encoder = Encoder(trained)
+    original = trained.chat_template
+    trained.chat_template = "{{ messages | length }}" + original
+    try:
+        with pytest.raises(ValueError, match="chat_template"):
+            encoder.conversation(CONVERSATION)
+    finally:
+        trained.chat_template = original
+
+
+def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_path):
+    folder = tmp_path / "tokenizer"
+    tokenizer.save(trained, folder)
+    from_folder = tokenizer.load_existing(str(folder))
+    from_json = tokenizer.load_existing(str(folder / "tokenizer.json"))
+    ids = Encoder(trained).document("A river of 1234 lanterns.").tolist()
+    for loaded in (from_folder, from_json):
+        assert Encoder(loaded).document("A river of 1234 lanterns.").tolist() == ids
+        assert (loaded.bos_token, loaded.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
+        assert Encoder(loaded).conversation(CONVERSATION)[1].sum() > 0
+
+
+def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.BPE()).save(str(path))
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path: .* lacks <\|begin_of_text\|>"):
+        tokenizer.load_existing(str(path))
