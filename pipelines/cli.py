@@ -1,0 +1,261 @@
+"""The `mobilemoe` command.
+
+Exit codes: 0 done; 2 refused input, nothing started; 1 a step failed, resumable; 130 interrupted, resumable.
+torch and Ray are imported only after the input has been accepted, so help and refusals come at once.
+"""
+
+import difflib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from eval.config import EvaluationConfig
+from pipelines.recipe import Recipe
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+WATCH_SECONDS = 2.0
+StepName = Literal["fetch", "items", "data", "pretrain", "midtrain", "sft", "qat", "export", "eval", "report"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a recipe the whole way, or part of it. The same command again continues where it stopped."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Run folder; runs/RECIPE if not given."""
+    until: StepName | None = None
+    """Stop after this step."""
+    from_: Annotated[StepName | None, tyro.conf.arg(name="from")] = None
+    """Compute this step and those after it anew."""
+    json: bool = False
+    """Print the run's status as one JSON object on stdout at the end."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Steps, progress, tokens, loss and time left of a run; works while it runs."""
+
+    run: tyro.conf.Positional[Path]
+    json: bool = False
+    """One JSON object on stdout."""
+    watch: bool = False
+    """Refresh until the driver has ended."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run again, from what is there."""
+
+    run: tyro.conf.Positional[Path]
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes and what each needs."""
+
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Run a benchmark suite on a Hugging Face model folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder with config.json, safetensors and tokenizer, for example RUN/artifacts/int4."""
+    suite: str = EvaluationConfig.suite
+    out: Path | None = None
+    """Folder of the results; CHECKPOINT-SUITE beside the checkpoint if not given."""
+    limit: int | None = None
+    """Items a task; all if not given."""
+    batch_size: int = EvaluationConfig.batch_size
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Turn a checkpoint of a run into a Hugging Face folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60."""
+    format: Literal["bf16", "int4"]
+    out: Path
+    """Folder to write; must not exist."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+COMMANDS = {"run": Run, "status": Status, "report": Report, "recipes": Recipes, "eval": Eval, "export": Export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, do, and answer with the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage())
+            return DONE if arguments else REFUSED
+        name, *rest = arguments
+        _require_known("command", name, COMMANDS)
+        return HANDLERS[name](rest)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command continues", INTERRUPTED)
+    except ValueError as error:
+        return _complain(f"refused: {error}", REFUSED)
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
+    return "\n".join(["usage: mobilemoe COMMAND ...  (mobilemoe COMMAND --help says more)", "", *lines])
+
+
+def _complain(text: str, code: int) -> int:
+    Console(stderr=True, soft_wrap=True).print(escape(text), highlight=False)
+    return code
+
+
+def _require_known(kind: str, name: str, choices: Any) -> None:
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name!r} is no {kind}; choose one of {', '.join(choices)}.{hint}")
+
+
+def _parse(kind: type, arguments: Sequence[str], name: str, default: Any = tyro.MISSING_NONPROP) -> Any:
+    """tyro's parser; a wrong option makes it print the closest ones and exit with 2."""
+    return tyro.cli(
+        kind, args=arguments, default=default, prog=f"mobilemoe {name}", description=kind.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )  # fmt: skip
+
+
+def _answer(as_json: bool, value: dict[str, Any], show: Callable[[], Any]) -> None:
+    if as_json:
+        print(json.dumps(value))
+    else:
+        Console(soft_wrap=False).print(show())
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from pipelines.recipes import RECIPES
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: mobilemoe run RECIPE [--out DIR] [--until STEP] [--from STEP] [overrides]\n\n"
+            f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override"
+        )
+        return DONE if arguments else REFUSED
+    name, *rest = arguments
+    _require_known("recipe", name, RECIPES)
+    command = _parse(Run, rest, f"run {name}", Run(recipe=RECIPES[name].build()))
+
+    from pipelines.driver import run_recipe
+    from pipelines.progress import table
+    from pipelines.steps import StepFailed
+
+    out = (command.out or Path("runs") / name).absolute()
+    try:
+        status = run_recipe(command.recipe, out, until=command.until, restart_from=command.from_)
+    except StepFailed as error:
+        return _complain(f"step {error.step} failed: {error}\nlogs: {out / 'logs'}; the same command continues", FAILED)
+    _answer(command.json, status.to_dict(), lambda: table(status))
+    return DONE
+
+
+def _status(arguments: Sequence[str]) -> int:
+    command = _parse(Status, arguments, "status")
+    from pipelines.progress import read_status, table
+
+    status = read_status(command.run)
+    if command.watch:
+        if command.json:
+            raise ValueError("--watch --json: a watch has no single answer; drop one of them")
+        with Live(table(status), console=Console()) as live:
+            while status.driver:
+                time.sleep(WATCH_SECONDS)
+                status = read_status(command.run)
+                live.update(table(status))
+        return DONE
+    _answer(command.json, status.to_dict(), lambda: table(status))
+    return DONE
+
+
+def _report(arguments: Sequence[str]) -> int:
+    command = _parse(Report, arguments, "report")
+    if not (command.run / "manifest.json").exists():
+        raise ValueError(
+            f"{command.run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named"
+        )
+    from eval.report import write_report
+
+    results = write_report(command.run)
+    _answer(command.json, results, lambda: f"report written to {command.run / 'report'}")
+    return DONE
+
+
+def _recipes(arguments: Sequence[str]) -> int:
+    command = _parse(Recipes, arguments, "recipes")
+    from pipelines.recipes import RECIPES
+
+    listed = {name: {"summary": entry.summary, "needs": entry.needs} for name, entry in RECIPES.items()}
+    text = "\n".join(
+        f"{name:6} {entry.summary}\n" + "".join(f"         needs {need}\n" for need in entry.needs.splitlines())
+        for name, entry in RECIPES.items()
+    )
+    _answer(command.json, listed, lambda: escape(text))
+    return DONE
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    command = _parse(Eval, arguments, "eval")
+    from eval.suites import SUITES
+
+    _require_known("suite", command.suite, SUITES)
+    if not (command.checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{command.checkpoint}: no config.json, so no Hugging Face model; turn a run's checkpoint into one with "
+            "`mobilemoe export`"
+        )
+    config = EvaluationConfig(suite=command.suite, limit=command.limit, batch_size=command.batch_size)
+    out = command.out or command.checkpoint.with_name(f"{command.checkpoint.name}-{command.suite}")
+    from pipelines.standalone import evaluate_folder
+
+    results = evaluate_folder(command.checkpoint, out, config)
+    lines = [
+        f"{key:14} {100 * result['value']:6.1f}  ({result['metric']}, {result['shots']} shots)"
+        for key, result in results.items()
+    ]
+    _answer(command.json, results, lambda: "\n".join([*lines, f"results in {out}"]))
+    return DONE
+
+
+def _export(arguments: Sequence[str]) -> int:
+    command = _parse(Export, arguments, "export")
+    from pipelines.standalone import export_checkpoint
+
+    export_checkpoint(command.checkpoint, command.format, command.out)
+    _answer(command.json, {"out": str(command.out), "format": command.format}, lambda: f"written: {command.out}")
+    return DONE
+
+
+HANDLERS = {
+    "run": _run, "status": _status, "report": _report, "recipes": _recipes, "eval": _eval, "export": _export,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

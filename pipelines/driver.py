@@ -1,0 +1,92 @@
+"""`mobilemoe run`: hold the run folder, start or join Ray, bring the steps up to date, show how it goes."""
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.graph import STEPS, Context, build
+from pipelines.manifest import Manifest, driver_lock
+from pipelines.preflight import check_disk
+from pipelines.progress import LIVE_INTERVAL_SECONDS, Display, RunStatus, read_status
+from pipelines.recipe import Recipe
+from pipelines.steps import run_steps
+from pipelines.validate import validate
+
+INTERRUPT_PATIENCE_SECONDS = 20
+
+
+def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None) -> RunStatus:
+    """Run a recipe in a run folder as far as `until`, and return its status.
+
+    Raises:
+        ValueError: refused; no step was started, and nothing created unless the lock or the cluster refuses.
+        StepFailed: a step failed; the same call continues.
+        KeyboardInterrupt: interrupted; the same call continues.
+    """
+    validate(recipe)
+    if until and restart_from and STEPS.index(until) < STEPS.index(restart_from):
+        raise ValueError(
+            f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
+        )
+    check_disk(recipe, run)
+    run.mkdir(parents=True, exist_ok=True)
+    with driver_lock(run):
+        from eval.items import PACKAGE
+        from pipelines.ray_runner import Cluster
+
+        signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
+        with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
+            signal.signal(signal.SIGTERM, _interrupt)  # Ray put its own in place
+            cluster.check_size()
+            manifest = Manifest(run)
+            manifest.describe(recipe)
+            _greet(display, cluster, run)
+            context = Context(recipe, run, cluster, display.say)
+            stop = threading.Event()
+            steps = build(context, PACKAGE)
+
+            def work() -> None:
+                run_steps(
+                    steps, run, manifest, until=until, restart_from=restart_from, say=display.say, stop=stop
+                )  # fmt: skip
+
+            _watch(work, display, cluster, stop)
+    return read_status(run)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _greet(display: Display, cluster: Any, run: Path) -> None:
+    display.say(f"run folder   {run}")
+    display.say(f"dashboard    {cluster.dashboard_url or 'none'}")
+    display.say(f"curves       tensorboard --logdir {run / 'stages'}")
+
+
+def _watch(work: Callable[[], None], display: Display, cluster: Any, stop: threading.Event) -> None:
+    """Run `work` in a thread, so that this one can show progress and take an interrupt at any moment."""
+    failure: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=guarded, name="steps", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(LIVE_INTERVAL_SECONDS)
+            display.refresh()
+    except KeyboardInterrupt:
+        stop.set()
+        display.say("interrupted: stopping the workers; the same command continues")
+        cluster.close()
+        thread.join(INTERRUPT_PATIENCE_SECONDS)
+        raise
+    if failure:
+        raise failure[0]

@@ -1,0 +1,73 @@
+"""`Recipe`: everything that defines a run, as one frozen dataclass tree.
+
+A recipe is a Python function that returns one (pipelines/recipes/); the command line overrides any leaf by its dotted
+path. `pipelines.validate.validate` refuses impossible combinations before anything starts.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.config import DataConfig
+from eval.config import EvaluationConfig, ExportConfig
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The four training stages, in the order they run (arXiv 2605.27358)."""
+
+    pretrain: StageConfig
+    midtrain: StageConfig
+    sft: StageConfig
+    qat: StageConfig
+
+    def items(self) -> list[tuple[str, StageConfig]]:
+        """(name, stage) in training order."""
+        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the steps run. Nothing here changes a result, so nothing here makes a finished step stale."""
+
+    ray_address: str = ""
+    """Empty starts a Ray of its own on this machine; `auto` or host:port joins a running cluster."""
+    cpus_per_worker: int = 1
+    """CPUs of one training rank, and its OMP_NUM_THREADS."""
+    gpus_per_worker: int = 0
+    """GPUs of one training rank (0 or 1)."""
+    cpus_per_task: int = 2
+    """CPUs of one export or evaluation task."""
+    max_failures: int = 3
+    """Restarts of a stage's gang of workers, from its last checkpoint, before the stage counts as failed."""
+    dashboard_port: int = 0
+    """Port of the dashboard of a Ray started here; 0 takes a free one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: model, data, four stages, evaluation, export, cluster."""
+
+    name: str
+    model: ModelDims
+    data: DataConfig
+    stages: Stages
+    parallel: ParallelConfig
+    seed: int = 0
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-ready nested dicts (tuples become lists)."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

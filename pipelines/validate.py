@@ -1,0 +1,264 @@
+"""Refuse a recipe that cannot run, before anything starts: every problem at once, each with its way out."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.config import ExportConfig
+from pipelines.recipe import Recipe
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+
+MIXTURE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule: which field, what it holds, what must hold, what to do."""
+
+    field: str
+    value: Any
+    rule: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.rule}; {self.way_out}"
+
+
+class InvalidRecipe(ValueError):
+    """The recipe breaks rules; `problems` holds them all."""
+
+    def __init__(self, name: str, problems: list[Problem]):
+        self.problems = problems
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"recipe {name!r} cannot run, {len(problems)} problem(s):\n{lines}")
+
+
+def validate(recipe: Recipe) -> None:
+    """Check everything that can be known without running.
+
+    Raises:
+        InvalidRecipe (a ValueError): lists every problem found.
+    """
+    problems = list(find_problems(recipe))
+    if problems:
+        raise InvalidRecipe(recipe.name, problems)
+
+
+def find_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every broken rule of the recipe, in the order of its fields."""
+    yield from _positive("model", recipe.model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
+    yield from _positive("model", recipe.model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size"))
+    yield from _positive("parallel", recipe.parallel, ("world_size", "expert_parallel", "data_parallel_replicate"))
+    for name, stage in recipe.stages.items():
+        numbers = ("steps", "seq_len", "global_batch_size", "local_batch_size", "learning_rate")
+        yield from _positive(
+            f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
+        )
+    yield from _model(recipe.model)
+    yield from _parallel(recipe.model, recipe.parallel)
+    for name, stage in recipe.stages.items():
+        yield from _stage(name, stage, recipe)
+    yield from _stage_order(recipe)
+    yield from _data(recipe)
+    yield from _evaluation(recipe)
+    yield from _groups("export", recipe.export.group_size, recipe.model)
+    yield from _export(recipe.export, recipe.stages.qat)
+    yield from _cluster(recipe)
+
+
+def _positive(prefix: str, config: Any, names: tuple[str, ...]) -> Iterator[Problem]:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            yield Problem(f"{prefix}.{name}", value, "must be above 0", "set a positive number")
+
+
+def _divides(small: int, large: int) -> bool:
+    """Whether large is a multiple of small; a zero is reported by `_positive`, not here."""
+    return small <= 0 or large % small == 0
+
+
+def _divisors(number: int, limit: int = 12) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)[: limit * 6]
+
+
+def _model(model: ModelDims) -> Iterator[Problem]:
+    if model.top_k > model.n_experts:
+        rule = f"cannot choose more experts than model.n_experts = {model.n_experts}"
+        yield Problem("model.top_k", model.top_k, rule, f"set it to at most {model.n_experts}")
+    if not _divides(model.n_kv_heads, model.n_heads):
+        rule = f"model.n_heads = {model.n_heads} must be a multiple of it"
+        yield Problem("model.n_kv_heads", model.n_kv_heads, rule, f"choose one of {_divisors(model.n_heads)}")
+    if model.head_dim % 2:
+        yield Problem("model.head_dim", model.head_dim, "RoPE rotates pairs, so it must be even", "set an even number")
+
+
+def _parallel(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
+    ep, world = parallel.expert_parallel, parallel.world_size
+    if not _divides(ep, model.n_experts):
+        rule = f"model.n_experts = {model.n_experts} must be a multiple of it"
+        yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {_divisors(model.n_experts)}")
+    if not _divides(ep, world):
+        rule = f"parallel.world_size = {world} must be a multiple of it"
+        yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {_divisors(world)}, or another world size")
+    if not _divides(parallel.data_parallel_replicate, world):
+        rule = f"parallel.world_size = {world} must be a multiple of it"
+        way_out = f"choose one of {_divisors(world)}, or another world size"
+        yield Problem("parallel.data_parallel_replicate", parallel.data_parallel_replicate, rule, way_out)
+
+
+def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
+    prefix, model, parallel = f"stages.{name}", recipe.model, recipe.parallel
+    if stage.seq_len > model.max_seq_len:
+        rule = f"longer than model.max_seq_len = {model.max_seq_len}"
+        yield Problem(f"{prefix}.seq_len", stage.seq_len, rule, "shorten it, or raise model.max_seq_len")
+    micro_batch = stage.local_batch_size * parallel.world_size
+    if not _divides(micro_batch, stage.global_batch_size):
+        rule = (
+            f"must be a multiple of local_batch_size x parallel.world_size = {stage.local_batch_size} x "
+            f"{parallel.world_size} = {micro_batch}"
+        )
+        multiple = max(1, math.ceil(stage.global_batch_size / micro_batch)) * micro_batch
+        yield Problem(f"{prefix}.global_batch_size", stage.global_batch_size, rule, f"set it to {multiple}, say")
+    if stage.warmup_steps >= stage.steps > 0:
+        rule = f"must be below {prefix}.steps = {stage.steps}"
+        yield Problem(f"{prefix}.warmup_steps", stage.warmup_steps, rule, f"set it to {stage.steps // 10}, say")
+    yield from _mixture(f"{prefix}.mixture", stage.mixture)
+    if stage.shards not in ("pretrain", "midtrain", "sft"):
+        rule = "is no folder that the data step writes"
+        yield Problem(f"{prefix}.shards", stage.shards, rule, "choose pretrain, midtrain or sft")
+    if stage.qat is not None:
+        yield from _groups(f"{prefix}.qat", stage.qat.group_size, model)
+
+
+def _mixture(field: str, mixture: dict[str, float]) -> Iterator[Problem]:
+    for domain, share in mixture.items():
+        if not 0 <= share <= 1:
+            yield Problem(f"{field}.{domain}", share, "a share lies between 0 and 1", "set such a share")
+    total = math.fsum(mixture.values())
+    if abs(total - 1) > MIXTURE_TOLERANCE:
+        way_out = f"change a share of {', '.join(mixture)} by {1 - total:+.6g}"
+        yield Problem(field, round(total, 6), "the shares must sum to 1", way_out)
+
+
+def _stage_order(recipe: Recipe) -> Iterator[Problem]:
+    pretrain, midtrain, qat = recipe.stages.pretrain, recipe.stages.midtrain, recipe.stages.qat
+    if midtrain.seq_len < pretrain.seq_len:
+        rule = f"the context must not shrink after pre-training's {pretrain.seq_len}"
+        yield Problem("stages.midtrain.seq_len", midtrain.seq_len, rule, f"set at least {pretrain.seq_len}")
+    if qat.qat is None:
+        rule = "the quantization-aware stage needs to know its quantization"
+        yield Problem("stages.qat.qat", None, rule, "give the recipe's qat stage qat=QATConfig()")
+    for name, stage in recipe.stages.items():
+        if name != "qat" and stage.qat is not None:
+            yield Problem(f"stages.{name}.qat", stage.qat, "only the qat stage quantizes", "set it to None")
+
+
+def _groups(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:
+    field = f"{prefix}.group_size"
+    if group_size <= 0 or group_size % 2:
+        yield Problem(field, group_size, "INT4 values are packed in pairs, so it must be even and above 0", "set 32")
+        return
+    widths = {
+        "model.d_model": model.d_model,
+        "model.expert_hidden": model.expert_hidden,
+        "model.shared_hidden": model.shared_hidden,
+        "model.n_heads x model.head_dim": model.n_heads * model.head_dim,
+    }
+    for name, width in widths.items():
+        if width % group_size:
+            rule = f"must divide {name} = {width}"
+            fits = math.gcd(*widths.values())
+            yield Problem(field, group_size, rule, f"choose an even divisor of {fits}, or another {name}")
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    from data import check
+
+    try:
+        check.check(recipe.data)
+    except ValueError as error:
+        yield Problem("data", recipe.name, str(error), "correct the field named")
+        return
+    yield from _domains(recipe)
+    if recipe.data.tokenizer.path:
+        field, size = "data.tokenizer.path", tokenizer_size(Path(recipe.data.tokenizer.path))
+        value: Any = recipe.data.tokenizer.path
+    else:
+        field, size = "data.tokenizer.train_vocab_size", recipe.data.tokenizer.train_vocab_size
+        value = size
+    if size > recipe.model.vocab_size:
+        rule = f"the tokenizer has {size} entries, model.vocab_size = {recipe.model.vocab_size} has no row for them all"
+        yield Problem(field, value, rule, f"choose a smaller tokenizer, or set --model.vocab-size {size}")
+    if not recipe.data.tokenizer.path and size < recipe.model.vocab_size:
+        rule = f"a tokenizer of {size} entries leaves rows of model.vocab_size = {recipe.model.vocab_size} unused"
+        yield Problem(field, value, rule, "give --data.tokenizer.path, or give both the same value")
+
+
+def _domains(recipe: Recipe) -> Iterator[Problem]:
+    from data.corpora import CATALOGUE
+
+    corpora = [CATALOGUE[name] for name in recipe.data.corpora]
+    for name, stage in recipe.stages.items():
+        kind = "sft" if stage.shards == "sft" else "text"
+        there = sorted({corpus.domain for corpus in corpora if corpus.kind == kind})
+        for domain, share in stage.mixture.items():
+            if share and domain not in there:
+                rule = f"no corpus of data.corpora gives {kind} of this domain (they give {', '.join(there)})"
+                yield Problem(f"stages.{name}.mixture.{domain}", share, rule, "add a corpus, or set the share to 0")
+
+
+def tokenizer_size(path: Path) -> int:
+    """Highest token id + 1 of a tokenizer.json, or of the one in a folder.
+
+    Raises:
+        ValueError: there is no such file, or it is no tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"data.tokenizer.path = {str(path)!r}: {file} does not exist; give a folder with tokenizer.json"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocab = content["model"]["vocab"]
+        added = [token["id"] for token in content.get("added_tokens", [])]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"data.tokenizer.path: {file} is no Hugging Face tokenizer.json ({error!r})") from error
+    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
+    return max([*ids, *added], default=-1) + 1
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    from eval.suites import SUITES
+
+    config = recipe.evaluation
+    if config.suite not in SUITES:
+        yield Problem("evaluation.suite", config.suite, "is no suite", f"choose one of {', '.join(sorted(SUITES))}")
+    if config.limit is not None and config.limit <= 0:
+        yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
+    yield from _positive("evaluation", config, ("batch_size", "heldout_tokens"))
+
+
+def _export(export: ExportConfig, qat_stage: StageConfig) -> Iterator[Problem]:
+    if export.expert_group_axis not in ("in", "out"):
+        yield Problem("export.expert_group_axis", export.expert_group_axis, "names no axis", "choose in or out")
+    trained = qat_stage.qat
+    for name in ("group_size", "expert_group_axis"):
+        value = getattr(export, name)
+        if trained is not None and value != getattr(trained, name):
+            rule = f"differs from what is trained, stages.qat.qat.{name} = {getattr(trained, name)!r}"
+            yield Problem(f"export.{name}", value, rule, "give both the same value")
+
+
+def _cluster(recipe: Recipe) -> Iterator[Problem]:
+    cluster = recipe.cluster
+    yield from _positive("cluster", cluster, ("cpus_per_worker", "cpus_per_task"))
+    if cluster.gpus_per_worker not in (0, 1):
+        rule = "a rank drives one GPU or none"
+        yield Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "set 0 or 1")
+    if cluster.max_failures < 0:
+        yield Problem("cluster.max_failures", cluster.max_failures, "must not be negative", "set 0 for no restart")

@@ -1,0 +1,38 @@
+"""What the test gangs run; a module of its own, so that Ray's workers import it like any step function."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def killed_once(out: Path) -> None:
+    """Init gloo from the environment alone and sum the ranks; on the first attempt rank 1 dies of SIGKILL before."""
+    dist.init_process_group("gloo")
+    marker = out / "was_killed"
+    if dist.get_rank() == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    total_1 = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(total_1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
+    seen = " ".join(f"{name}={os.environ[name]}" for name in names)
+    (out / f"rank{dist.get_rank()}").write_text(f"sum={total_1.item():g} {seen}")
+    print("reduced", total_1.item())
+    dist.destroy_process_group()
+
+
+def raises(out: Path) -> None:
+    """Rank 1 meets a fault of its own."""
+    if os.environ["RANK"] == "1":
+        raise KeyError("a fault of rank one")
+
+
+def task(text: str, fail: bool) -> str:
+    """A plain task: prints, then answers or raises."""
+    print("task says", text)
+    if fail:
+        raise ValueError(f"{text} is not wanted")
+    return text.upper()

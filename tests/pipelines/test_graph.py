@@ -1,0 +1,63 @@
+"""Which change of a recipe touches which steps, and the check between data and training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_recipes import change
+
+from pipelines.graph import STEPS, Context, _check_domains, build, without_empty_domains
+from pipelines.steps import fingerprint
+
+
+def touched(recipe, path, value):
+    """Steps whose fingerprint changes with a field, through their inputs too."""
+
+    def fingerprints(recipe):
+        made = {}
+        for step in build(Context(recipe, Path("run"), None, print), "items==1"):
+            made[step.name] = fingerprint(step, {name: made[name] for name in step.needs})
+        return made
+
+    before, after = fingerprints(recipe), fingerprints(change(recipe, path, value))
+    assert tuple(before) == STEPS
+    return [name for name in STEPS if before[name] != after[name]]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "steps"),
+    [
+        ("parallel.world_size", 4, []),
+        ("parallel.expert_parallel", 1, []),
+        ("stages.pretrain.local_batch_size", 4, []),
+        ("stages.pretrain.checkpoint_interval", 7, []),
+        ("cluster.cpus_per_worker", 9, []),
+        ("data.workers", 9, []),
+        ("evaluation.batch_size", 9, []),
+        ("evaluation.limit", 9, ["eval", "report"]),
+        ("export.max_shard_bytes", 9, ["export", "eval", "report"]),
+        ("stages.sft.learning_rate", 1.0, ["sft", "qat", "export", "eval", "report"]),
+        ("stages.pretrain.steps", 9, [*STEPS[3:]]),
+        ("data.heldout_fraction", 0.1, [*STEPS[2:]]),
+        ("data.corpora", ("c4-sample",), [*STEPS]),
+    ],
+)
+def test_a_change_touches_what_depends_on_it(smoke, path, value, steps):
+    assert touched(smoke, path, value) == steps
+
+
+def test_domain_without_shards_is_refused_before_training(smoke, tmp_path):
+    for folder in ("shards/pretrain", "shards/midtrain", "shards/sft", "heldout/pretrain", "heldout/sft"):
+        kind = smoke.stages.sft if folder.endswith("sft") else smoke.stages.pretrain
+        for domain in kind.mixture:
+            (tmp_path / folder / domain).mkdir(parents=True)
+            (tmp_path / folder / domain / "index.json").touch()
+    _check_domains(smoke, tmp_path)
+    (tmp_path / "shards/sft/tool_use/index.json").unlink()
+    with pytest.raises(ValueError, match=r"stages\.sft\.mixture: shards/sft has no tool_use, only chat.*--from fetch"):
+        _check_domains(smoke, tmp_path)
+    sft = replace(smoke.stages.sft, mixture=smoke.stages.sft.mixture | {"tool_use": 0.0})
+    assert "tool_use" not in without_empty_domains(sft).mixture
+    _check_domains(
+        replace(smoke, stages=replace(smoke.stages, sft=sft, qat=replace(sft, qat=smoke.stages.qat.qat))), tmp_path
+    )

@@ -1,0 +1,127 @@
+"""Every shipped recipe builds, validates, and holds the published numbers."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+
+from pipelines.preflight import check_disk, estimate_disk, parameter_count
+from pipelines.recipe import to_dict
+from pipelines.recipes import RECIPES
+from pipelines.validate import InvalidRecipe, find_problems, tokenizer_size, validate
+from titan_ext.config import FLAVORS, QATConfig
+
+
+def with_tokenizer(recipe, path):
+    return replace(recipe, data=replace(recipe.data, tokenizer=replace(recipe.data.tokenizer, path=str(path))))
+
+
+def change(recipe, path, value):
+    """The recipe with the field at a dotted path replaced."""
+    name, _, rest = path.partition(".")
+    return replace(recipe, **{name: change(getattr(recipe, name), rest, value) if rest else value})
+
+
+def test_smoke_validates(smoke):
+    validate(smoke)
+
+
+@pytest.mark.parametrize("name", ["s", "m", "l"])
+def test_published_recipes_validate_once_they_have_a_tokenizer(name, llama3_tokenizer):
+    recipe = RECIPES[name].build()
+    assert [problem.field for problem in find_problems(recipe)] == ["data.tokenizer.train_vocab_size"]
+    validate(with_tokenizer(recipe, llama3_tokenizer))
+    assert "--data.tokenizer.path" in RECIPES[name].needs
+
+
+@pytest.mark.parametrize(("name", "total"), [("s", 1.3e9), ("m", 2.8e9), ("l", 5.3e9)])
+def test_published_sizes_and_token_budgets(name, total):
+    recipe = RECIPES[name].build()
+    assert parameter_count(recipe.model) == pytest.approx(total, rel=0.05)
+    tokens = [stage.steps * stage.seq_len * stage.global_batch_size for _, stage in recipe.stages.items()]
+    assert tokens == pytest.approx([6e12, 500e9, 126e9, 21e9], rel=1e-4)
+    assert [stage.seq_len for _, stage in recipe.stages.items()] == [2048, 8192, 8192, 8192]
+    assert [stage.learning_rate for _, stage in recipe.stages.items()] == [4e-4, 4e-5, 4e-6, 4e-6]
+    assert recipe.parallel.expert_parallel == 4
+
+
+REFUSALS = [
+    ("model.top_k", 17, "model.top_k", "at most 16"),
+    ("model.n_kv_heads", 3, "model.n_kv_heads", "1, 2, 4"),
+    ("model.head_dim", 31, "model.head_dim", "even"),
+    ("model.n_experts", 0, "model.n_experts", "above 0"),
+    ("parallel.expert_parallel", 3, "parallel.expert_parallel", "1, 2, 4, 8, 16"),
+    ("parallel.expert_parallel", 4, "parallel.expert_parallel", "parallel.world_size = 2"),
+    ("parallel.data_parallel_replicate", 3, "parallel.data_parallel_replicate", "parallel.world_size = 2"),
+    ("stages.pretrain.mixture", {"web": 0.5, "math": 0.4}, "stages.pretrain.mixture", "+0.1"),
+    ("stages.pretrain.mixture", {"web": 1.5, "math": -0.5}, "stages.pretrain.mixture.math", "between 0 and 1"),
+    ("stages.sft.mixture", {"chat": 0.5, "safety": 0.5}, "stages.sft.mixture.safety", "add a corpus"),
+    ("stages.midtrain.seq_len", 2048, "stages.midtrain.seq_len", "model.max_seq_len = 1024"),
+    ("stages.midtrain.seq_len", 128, "stages.midtrain.seq_len", "at least 256"),
+    ("stages.pretrain.global_batch_size", 24, "stages.pretrain.global_batch_size", "set it to 32"),
+    ("stages.sft.steps", 0, "stages.sft.steps", "above 0"),
+    ("stages.sft.warmup_steps", 60, "stages.sft.warmup_steps", "below stages.sft.steps = 60"),
+    ("stages.sft.shards", "chat", "stages.sft.shards", "pretrain, midtrain or sft"),
+    ("stages.qat.qat", None, "stages.qat.qat", "QATConfig()"),
+    ("stages.sft.qat", QATConfig(), "stages.sft.qat", "None"),
+    ("stages.qat.qat.group_size", 48, "stages.qat.qat.group_size", "divisor of 64"),
+    ("export.group_size", 24, "export.group_size", "model.d_model = 128"),
+    ("export.group_size", 64, "export.group_size", "differs from what is trained"),
+    ("export.expert_group_axis", "out", "export.expert_group_axis", "stages.qat.qat.expert_group_axis = 'in'"),
+    ("data.tokenizer.train_vocab_size", 8192, "data.tokenizer.train_vocab_size", "--model.vocab-size 8192"),
+    ("data.heldout_fraction", 0.0, "data", "data.heldout_fraction = 0.0"),
+    ("data.corpora", ("c5",), "data", "c4-sample"),
+    ("evaluation.suite", "everything", "evaluation.suite", "foundational"),
+    ("evaluation.limit", 0, "evaluation.limit", "leave it out"),
+    ("cluster.cpus_per_worker", 0, "cluster.cpus_per_worker", "positive"),
+    ("cluster.gpus_per_worker", 2, "cluster.gpus_per_worker", "0 or 1"),
+    ("cluster.max_failures", -1, "cluster.max_failures", "0 for no restart"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "field", "words"), REFUSALS)
+def test_refusal_names_field_and_way_out(smoke, path, value, field, words):
+    problems = [problem for problem in find_problems(change(smoke, path, value)) if problem.field == field]
+    assert any(words in str(problem) for problem in problems), list(find_problems(change(smoke, path, value)))
+
+
+def test_all_problems_come_in_one_error(smoke):
+    broken = change(change(change(smoke, "model.top_k", 99), "stages.sft.steps", 0), "evaluation.suite", "x")
+    with pytest.raises(InvalidRecipe) as refused:
+        validate(broken)
+    fields = {problem.field for problem in refused.value.problems}
+    assert {"model.top_k", "stages.sft.steps", "evaluation.suite"} <= fields
+    assert all(field in str(refused.value) for field in fields)
+
+
+def test_tokenizer_size_counts_added_tokens(llama3_tokenizer):
+    assert tokenizer_size(llama3_tokenizer) == tokenizer_size(llama3_tokenizer.parent) == 128_256
+
+
+def test_tokenizer_that_is_none_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path.*no Hugging Face tokenizer"):
+        tokenizer_size(tmp_path)
+
+
+def test_disk_check_refuses_with_numbers(smoke, tmp_path, monkeypatch):
+    check_disk(smoke, tmp_path / "not" / "there")
+    huge = replace(smoke, model=dataclasses.replace(FLAVORS["L"], n_layers=100_000))
+    with pytest.raises(ValueError, match=r"needs about [\d,]+\.\d\d GB .* free; give --out"):
+        check_disk(huge, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_check_counts_what_is_written(smoke, tmp_path, monkeypatch):
+    total = estimate_disk(smoke).total
+    monkeypatch.setattr("pipelines.preflight.shutil.disk_usage", lambda path: type("Usage", (), {"free": total - 1000}))
+    with pytest.raises(ValueError, match="free"):
+        check_disk(smoke, tmp_path)
+    (tmp_path / "shard").write_bytes(b"x" * 1000)
+    check_disk(smoke, tmp_path)
+
+
+def test_recipe_as_dict_is_json_ready(smoke):
+    tree = to_dict(smoke)
+    assert tree["data"]["corpora"] == list(smoke.data.corpora)
+    assert tree["stages"]["qat"]["qat"] == {"group_size": 32, "expert_group_axis": "in"}
