@@ -31,6 +31,7 @@ HELDOUT = {
     "sft_int4_rounded": "SFT rounded to INT4",
     "qat_int4": "after QAT, INT4",
 }
+HELDOUT_KINDS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 CHANCE_ERRORS = 2
 """A score closer to the random-guess level than this many standard errors is not told from a guess."""
 
@@ -122,16 +123,26 @@ def chance_sentence(rows: list[dict], model: str) -> str:
     return sentence + "."
 
 
-def heldout_table(run: Path) -> dict:
-    """Losses of the five measurements, their domains, and what INT4 costs with and without QAT."""
-    found = _json(run / "eval/heldout.json")
+def heldout_tables(run: Path) -> list[dict]:
+    """Of text and of conversations: losses of the five models, their domains, what INT4 costs with and without QAT."""
+    measured = _json(run / "eval/heldout.json")
+    return [
+        heldout_table(kind, title, {key: result[kind] for key, result in measured.items()})
+        for kind, title in HELDOUT_KINDS.items()
+    ]
+
+
+def heldout_table(kind: str, title: str, found: dict[str, dict]) -> dict:
+    """One of the two tables; `found`: model -> loss, tokens, by_domain."""
     loss = {key: found[key]["loss"] if key in found else None for key in HELDOUT}
 
     def difference(after: str, before: str) -> float | None:
         return None if loss[after] is None or loss[before] is None else loss[after] - loss[before]
 
     return {
-        "rows": [{"key": key, "title": title, "result": found.get(key)} for key, title in HELDOUT.items()],
+        "kind": kind,
+        "title": title,
+        "rows": [{"key": key, "title": model, "result": found.get(key)} for key, model in HELDOUT.items()],
         "domains": sorted({domain for result in found.values() for domain in result["by_domain"]}),
         "rounding_cost": difference("sft_int4_rounded", "sft"),
         "qat_cost": difference("qat_int4", "sft"),
@@ -184,7 +195,7 @@ def collect(run: Path, stages: list[dict]) -> dict:
         "published_averages": {name: asdict(model) for name, model in PUBLISHED_AVERAGES.items()},
         "published_qat_cost": PUBLISHED_QAT_COST["MobileMoE-S"],
         "chance": {model: chance_sentence(rows, model) for model in MODELS},
-        "heldout": heldout_table(run),
+        "heldout": heldout_tables(run),
         "artifacts": artifact_sizes(run),
         "data": data_table(run),
     }
@@ -199,7 +210,7 @@ def missing_pieces(results: dict) -> list[str]:
         if absent:
             names = "all benchmarks" if len(absent) == len(results["benchmarks"]) else ", ".join(absent)
             missing.append(f"{title}: {names}")
-    missing += [f"held-out loss {row['title']}" for row in results["heldout"]["rows"] if not row["result"]]
+    missing += [f"held-out loss {row['title']}" for row in results["heldout"][0]["rows"] if not row["result"]]
     for key, title in (("artifacts", "artifacts"), ("versions", "manifest.json")):
         missing += [] if results[key] else [title]
     return missing + ([] if results["data"]["rows"] else ["data/data_manifest.json"])

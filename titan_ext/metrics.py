@@ -24,12 +24,17 @@ class StageMetrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         tokens_per_step: int = 0
         """Tokens of one optimizer step over all ranks."""
+        last_step: int = 0
+        """Logged whatever `log_freq` is, so that the files end with the stage."""
 
     def __init__(self, config: Config, *, parallel_dims, dump_folder: str = "./outputs", **kwargs):
         super().__init__(config, parallel_dims=parallel_dims, dump_folder=dump_folder, **kwargs)
         self.folder = Path(dump_folder)
         self.started = time.perf_counter()
         self.last_logged_step = 0
+
+    def should_log(self, step: int) -> bool:
+        return super().should_log(step) or step == self.config.last_step
 
     def start_after(self, step: int) -> None:
         """Training begins at `step` + 1: drop what was written of later steps, after the checkpoint resumed from."""

@@ -96,6 +96,7 @@ def trainer_config(
             enable_tensorboard=True,
             disable_color_printing=True,
             tokens_per_step=stage.global_batch_size * stage.seq_len,
+            last_step=stage.steps,
         ),
         validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed),
         comm=CommConfig(train_timeout_seconds=300),

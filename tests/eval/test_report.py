@@ -66,7 +66,13 @@ def make_run(run):
     losses = {"pretrain": 4.76, "midtrain": 4.6, "sft": 1.93, "sft_int4_rounded": 2.03, "qat_int4": 1.955}
     put(
         run / "eval/heldout.json",
-        {k: {"loss": v, "tokens": 12000, "by_domain": text if "train" in k else answers} for k, v in losses.items()},
+        {
+            key: {
+                "text": {"loss": loss + 1, "tokens": 12000, "by_domain": text},
+                "sft": {"loss": loss, "tokens": 1200, "by_domain": answers},
+            }
+            for key, loss in losses.items()
+        },
     )
     counts = {"documents": 1210, "tokens": 812_345, "trained_tokens": 811_135, "bytes": 3_400_120}
     put(
@@ -109,9 +115,12 @@ def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(
     assert (stage["step"], stage["tokens"], stage["unigram_entropy"]) == (117, 4096 * 117, 6.71)
     assert stage["loss"] == pytest.approx(4.9 + 3.4 * math.exp(-117 / 35))
     assert {a["name"]: a["bytes"] for a in results["artifacts"]}["int4"] == 2_100_002
-    assert results["heldout"]["rounding_cost"] == pytest.approx(0.10)
-    assert results["heldout"]["qat_cost"] == pytest.approx(0.025)
-    assert results["heldout"]["qat_against_rounding"] == pytest.approx(-0.075)
+    assert [table["kind"] for table in results["heldout"]] == ["text", "sft"]
+    for table, domains in zip(results["heldout"], (["code", "web"], ["chat", "math"]), strict=True):
+        assert table["domains"] == domains
+        assert table["rounding_cost"] == pytest.approx(0.10)
+        assert table["qat_cost"] == pytest.approx(0.025)
+        assert table["qat_against_rounding"] == pytest.approx(-0.075)
     assert results["data"]["contaminated"] == {"piqa": 2}
 
 
