@@ -1,7 +1,7 @@
 """Run datatrove blocks, locally or on Ray, so that a failure is raised and an interruption resumes.
 
-datatrove's own `run` methods are not used. Locally its pool waits for ever when a worker is killed (out of memory, say),
-and its manager process outlives a killed parent. On Ray it starts a process for every rank, which imports everything
+datatrove's own `run` methods are not used. Locally its pool waits for ever when a worker is killed (out of memory), and
+its manager process outlives a killed parent. On Ray it starts a process for every rank, which imports everything
 again, does not raise a task's exception, and was seen to hang after all ranks had completed.
 """
 

@@ -22,6 +22,6 @@ class ExportConfig:
 
     group_size: int = 32
     expert_group_axis: str = "in"
-    """`in`: groups along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
+    """`in`: along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file."""

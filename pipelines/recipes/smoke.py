@@ -18,9 +18,9 @@ def recipe() -> Recipe:
     learning rates falling from stage to stage (though not by the published powers of ten, which would train nothing
     in so few steps).
     """
-    long_context = {"seq_len": 512, "global_batch_size": 4, "local_batch_size": 2}
+    long_context = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}
     instructions = {**long_context, "shards": "sft", "mixture": SFT_MIXTURE}
-    measured = {"heldout_batches": 12, "log_interval": 5}
+    measured = {"heldout_batches": 6, "log_interval": 5}
     return Recipe(
         name="smoke",
         model=FLAVORS["tiny"],
@@ -29,25 +29,25 @@ def recipe() -> Recipe:
         ),
         stages=Stages(
             pretrain=StageConfig(
-                steps=480, seq_len=256, global_batch_size=8, local_batch_size=4, learning_rate=4e-3,
-                shards="pretrain", mixture=PRETRAIN_MIXTURE, schedule="cosine", warmup_steps=30,
-                checkpoint_interval=60, heldout_interval=120, **measured,
+                steps=260, seq_len=256, global_batch_size=16, local_batch_size=8, learning_rate=4e-3,
+                shards="pretrain", mixture=PRETRAIN_MIXTURE, schedule="cosine", warmup_steps=20,
+                checkpoint_interval=40, heldout_interval=65, **measured,
             ),
             midtrain=StageConfig(
-                steps=100, learning_rate=2e-3,
-                shards="midtrain", mixture=MIDTRAIN_MIXTURE, schedule="linear", warmup_steps=10,
-                checkpoint_interval=25, heldout_interval=50, **long_context, **measured,
+                steps=60, learning_rate=2e-3,
+                shards="midtrain", mixture=MIDTRAIN_MIXTURE, schedule="linear", warmup_steps=6,
+                checkpoint_interval=20, heldout_interval=30, **long_context, **measured,
             ),
             sft=StageConfig(
-                steps=120, learning_rate=1.5e-3, schedule="cosine", warmup_steps=10,
-                checkpoint_interval=30, heldout_interval=60, **instructions, **measured,
+                steps=60, learning_rate=1.5e-3, schedule="cosine", warmup_steps=6,
+                checkpoint_interval=20, heldout_interval=30, **instructions, **measured,
             ),
             qat=StageConfig(
-                steps=60, learning_rate=5e-4, schedule="cosine", warmup_steps=5, qat=QATConfig(),
-                checkpoint_interval=20, heldout_interval=30, **instructions, **measured,
+                steps=40, learning_rate=5e-4, schedule="cosine", warmup_steps=5, qat=QATConfig(),
+                checkpoint_interval=20, heldout_interval=20, **instructions, **measured,
             ),
         ),
         parallel=ParallelConfig(world_size=2, expert_parallel=2, precision="float32"),
-        evaluation=EvaluationConfig(limit=20, heldout_tokens=20_000),
+        evaluation=EvaluationConfig(limit=12, heldout_tokens=20_000),
         cluster=ClusterConfig(cpus_per_worker=1, cpus_per_task=2),
     )  # fmt: skip

@@ -1,0 +1,162 @@
+"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in three of them, then the results."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.export.hf import verify_checksums
+from pipelines.graph import STEPS
+
+OVERRIDES = [
+    "--data.corpora", "c4-sample", "wikipedia-plain", "python-stdlib", "sympy-docs", "scipy-docs", "dialogues",
+    "reasoning-gym-math",
+    "--data.tokenizer.train-vocab-size", "1024", "--model.vocab-size", "1024", "--model.n-layers", "2",
+    "--stages.pretrain.steps", "24", "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
+    "--stages.pretrain.heldout-interval", "12", "--stages.pretrain.log-interval", "1",
+    "--stages.midtrain.steps", "4", "--stages.midtrain.seq-len", "256",
+    "--stages.sft.steps", "4", "--stages.sft.seq-len", "256", "--stages.qat.steps", "4", "--stages.qat.seq-len", "256",
+    *(x for stage in ("sft", "qat") for x in (
+        f"--stages.{stage}.mixture.chat", "0.5", f"--stages.{stage}.mixture.math", "0.5",
+        f"--stages.{stage}.mixture.code", "0", f"--stages.{stage}.mixture.tool-use", "0",
+        f"--stages.{stage}.mixture.reasoning", "0",
+    )),
+    "--evaluation.limit", "2", "--evaluation.heldout-tokens", "2000",
+]  # fmt: skip
+
+
+GENERATE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+chat = [{"role": "user", "content": "hi"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+text = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+print("new", text.shape[1] - prompt.shape[1])
+"""
+
+
+class Driver:
+    """One `mobilemoe run`, its output in a file."""
+
+    def __init__(self, run: Path, log: Path):
+        command = [sys.executable, "-m", "pipelines.cli", "run", "smoke", "--out", str(run), *OVERRIDES]
+        self.log = log
+        self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+    def kill_when(self, there, timeout: float = 400) -> None:
+        """SIGKILL once `there()` holds; an assertion if the driver ends before."""
+        deadline = time.monotonic() + timeout
+        while not there():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self, timeout: float = 900) -> str:
+        code = self.process.wait(timeout)
+        assert code == 0, self.log.read_text()[-6000:]
+        return self.log.read_text()
+
+
+def steps_of(run: Path) -> dict:
+    path = run / "manifest.json"
+    return json.loads(path.read_text())["steps"] if path.exists() else {}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
+    """A run whose driver died in data, in pre-training and in evaluation: (folder, steps by then, last log)."""
+    folder = tmp_path_factory.mktemp("e2e")
+    run, seen = folder / "run", []
+    pretrain = run / "stages/1_pretrain"
+    moments = (
+        lambda: any((run / "data.partial").glob("work/logs/1-*/completions/*")),
+        lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
+        lambda: any((run / "eval/sft_bf16").glob("*.json")),
+    )
+    for number, moment in enumerate(moments):
+        Driver(run, folder / f"driver_{number}.log").kill_when(moment)
+        seen.append(steps_of(run))
+    text = Driver(run, folder / "driver_last.log").finish()
+    seen.append(steps_of(run))
+    return run, seen, text
+
+
+def test_every_step_is_done_and_finished_steps_were_not_redone(finished):
+    run, seen, _ = finished
+    assert [seen[-1][name]["state"] for name in STEPS] == ["done"] * len(STEPS)
+    for before, after in itertools.pairwise(seen):
+        for name, entry in before.items():
+            if entry["state"] == "done":
+                assert after[name]["finished"] == entry["finished"], f"{name} was done and ran again"
+    assert not (run / "stale").exists()
+    assert not list(run.rglob("*.partial"))
+
+
+def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):
+    run, _, _ = finished
+    metrics = lines(run / "stages/1_pretrain/metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 25))
+    assert [line["tokens"] for line in metrics] == [16 * 128 * step for step in range(1, 25)]
+    assert "Loading the checkpoint from" in (run / "stages/1_pretrain/logs/rank_0.log").read_text()
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("artifact", ["bf16", "int4"])
+def test_artifact_is_whole_and_writes_text_with_the_code_it_carries(finished, artifact):
+    folder = finished[0] / "artifacts" / artifact
+    verify_checksums(folder)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / f"modules_{artifact}")}
+    command = [sys.executable, "-c", GENERATE, str(folder)]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["new", "8"]
+
+
+def test_int4_differs_from_bf16_but_not_by_much(finished):
+    import eval.hf_mobilemoe  # noqa: F401  registers the classes
+
+    artifacts = finished[0] / "artifacts"
+    tokens = AutoTokenizer.from_pretrained(artifacts / "bf16")("The sum of two numbers is", return_tensors="pt")
+    logits = [
+        AutoModelForCausalLM.from_pretrained(artifacts / name, dtype=torch.float32)(**tokens).logits[0]
+        for name in ("bf16", "int4")
+    ]
+    cosine = torch.nn.functional.cosine_similarity(*logits, dim=-1)
+    assert 0.9 < cosine.min() < 1.0
+
+
+def test_results_hold_fourteen_benchmarks_of_both_models(finished):
+    run = finished[0]
+    for model in ("sft_bf16", "int4"):
+        results = [json.loads(path.read_text()) for path in (run / "eval" / model).glob("*.json")]
+        assert len(results) == 14
+        assert all(0 <= result["value"] <= 1 and result["items"] == 2 for result in results)
+    heldout = json.loads((run / "eval/heldout.json").read_text())
+    assert heldout.keys() == {"pretrain", "midtrain", "sft", "sft_int4_rounded", "qat_int4"}
+    for name in ("report.md", "report.html", "results.json"):
+        assert (run / "report" / name).stat().st_size > 1000
+    assert "chance" in (run / "report/report.md").read_text()
+
+
+def test_the_same_command_again_does_nothing(finished, tmp_path):
+    run, seen, _ = finished
+    text = Driver(run, tmp_path / "again.log").finish(timeout=200)
+    assert text.count(": skip (up to date)") == len(STEPS)
+    assert steps_of(run) == seen[-1]
