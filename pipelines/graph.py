@@ -5,6 +5,7 @@ with another world size, batch of the evaluation cluster or checkpoint interval 
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,16 @@ def prepare_data(context: Context) -> None:
         # It only coordinates: the cores belong to what it starts.
         _task(context, "data", work.prepare_data, arguments, cpus=0)
         _check_domains(recipe, out)
+        _say_corpora(context, out)
+
+
+def _say_corpora(context: Context, data: Path) -> None:
+    """Which corpora the shards were made of, and what stood in for those whose package did not come."""
+    made = json.loads((data / "data_manifest.json").read_text(encoding="utf-8"))
+    read = [f"{name} {corpus['kept']:,}" for name, corpus in made["corpora"].items()]
+    context.say(f"data: documents kept of {', '.join(read)}")
+    for entry in made["missing"]:
+        context.say(f"data: without {entry['corpus']} ({entry['package']}), instead {entry['fallback'] or 'nothing'}")
 
 
 def _check_domains(recipe: Recipe, data: Path) -> None:

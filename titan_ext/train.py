@@ -1,9 +1,4 @@
-"""Runs one stage on one rank. The launcher (Ray, torchrun) starts it once a rank with the usual environment variables.
-
-    torchrun --nproc-per-node 2 -m titan_ext.train --module titan_ext --config mobilemoe_tiny_pretrain [overrides]
-
-is torchtitan's own command line (`python -m torchtitan.train`), with the CPU adaptations applied first.
-"""
+"""Runs one stage on one rank; the launcher (Ray, torchrun) starts it once a rank with the usual environment."""
 
 import logging
 import os
@@ -97,9 +92,3 @@ def _log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-
-
-if __name__ == "__main__":
-    from torchtitan.train import main
-
-    main()
