@@ -11,6 +11,7 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 5. CUDA graphs are off: `titan_ext.trainer_config`.
 6. DTensor has no sharded random numbers on the CPU: every rank would fill its shard from the same seed, and the experts
    of two ranks would start as twins. `normal_init` draws the whole tensor and keeps the shard.
+7. torch._grouped_mm has no backward for a rank that got no token: `titan_ext.mobilemoe.moe.Experts`.
 """
 
 import functools

@@ -22,6 +22,7 @@ OVERRIDES = [
     "--data.tokenizer.train-vocab-size", "1024", "--model.vocab-size", "1024", "--model.n-layers", "2",
     "--stages.pretrain.steps", "24", "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
     "--stages.pretrain.heldout-interval", "12", "--stages.pretrain.log-interval", "1",
+    *(x for stage in ("midtrain", "sft", "qat") for x in (f"--stages.{stage}.warmup-steps", "1")),
     "--stages.midtrain.steps", "4", "--stages.midtrain.seq-len", "256",
     "--stages.sft.steps", "4", "--stages.sft.seq-len", "256", "--stages.qat.steps", "4", "--stages.qat.seq-len", "256",
     *(x for stage in ("sft", "qat") for x in (

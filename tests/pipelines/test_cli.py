@@ -1,5 +1,6 @@
 """The command: exit codes, refusals that create nothing, overrides, JSON."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -105,7 +106,8 @@ def test_eval_and_export_refuse_what_is_no_checkpoint(tmp_path, capsys):
 def begun(tmp_path, smoke):
     """A run folder in the middle of pre-training, as a killed driver leaves it."""
     manifest = Manifest(tmp_path)
-    manifest.describe(smoke)
+    pretrain = dataclasses.replace(smoke.stages.pretrain, steps=240, seq_len=256, global_batch_size=16)
+    manifest.describe(dataclasses.replace(smoke, stages=dataclasses.replace(smoke.stages, pretrain=pretrain)))
     for name in ("fetch", "items", "data", "pretrain"):
         manifest.start(name, {"version": 1, "fingerprint": name, "identity": name, "config": {}, "inputs": {}})
         if name != "pretrain":

@@ -23,12 +23,12 @@ def test_grouped_mm_runs_on_the_cpu_with_idle_experts(dtype):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_grouped_mm_takes_a_rank_without_any_token():
+def test_grouped_mm_has_no_backward_without_rows():
     w_EFD = torch.randn(2, 16, 32, requires_grad=True)
     out_RF = torch._grouped_mm(torch.zeros(0, 32), w_EFD.transpose(-2, -1), offs=torch.zeros(2, dtype=torch.int32))
-    out_RF.sum().backward()
     assert out_RF.shape == (0, 16)
-    assert torch.equal(w_EFD.grad, torch.zeros_like(w_EFD))
+    with pytest.raises(RuntimeError, match="Invalid strides"):
+        out_RF.sum().backward()  # when this passes, Experts.forward can lose its special case
 
 
 def test_symmetric_scale_is_a_fifteenth_of_the_span():

@@ -67,6 +67,15 @@ def test_router_computes_in_float32_whatever_the_activations(model):
     torch.testing.assert_close(logits_BLE, (x_BLD.double() @ gate.weight.double().T).float())
 
 
+def test_experts_of_a_rank_without_tokens_get_a_zero_gradient(model):
+    experts = model.layers["0"].moe.routed_experts.inner_experts
+    x_RD = torch.zeros(0, DIMS.d_model, requires_grad=True)
+    out_RD = experts(x_RD, torch.zeros(DIMS.n_experts, dtype=torch.int64))
+    out_RD.sum().backward()
+    assert out_RD.shape == x_RD.grad.shape == (0, DIMS.d_model)
+    assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in experts.parameters())
+
+
 def test_z_loss_gradient_is_that_of_the_formula():
     from titan_ext.router_loss import attach_router_z_loss
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 
+from titan_ext import cpu
 from titan_ext.router_loss import attach_router_z_loss
 
 
@@ -59,6 +60,9 @@ class Experts(GroupedExperts):
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in self.local_weights())
+        if cpu.IS_CPU and x_RD.shape[0] == 0:
+            # grouped_mm's backward fails without rows; the weights still need a gradient for FSDP's reduction.
+            return x_RD + 0.0 * (w1_EFD.sum() + w2_EDF.sum() + w3_EFD.sum())
         offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offsets_E)
         up_RF = self._grouped_mm(A=x_RD, B_t=w3_EFD.transpose(-2, -1), offs=offsets_E)
