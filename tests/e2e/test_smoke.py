@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval.export.hf import verify_checksums
 from pipelines.graph import STEPS
 
+pytestmark = pytest.mark.timeout(2400)  # four drivers, some minutes together; the machine may be busy
+
 OVERRIDES = [
     "--data.corpora", "c4-sample", "wikipedia-plain", "python-stdlib", "sympy-docs", "scipy-docs", "dialogues",
     "reasoning-gym-math",
@@ -89,7 +91,7 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
     moments = (
         lambda: any((run / "data.partial").glob("work/logs/1-*/completions/*")),
         lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
-        lambda: any((run / "eval/sft_bf16").glob("*.json")),
+        lambda: any(run.glob("eval/sft_bf16*/*.json")),  # in the partial folder: the first of 14 is done
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
