@@ -8,9 +8,11 @@ used, so there is no shared memory a killed run could leave behind. What streami
 - It decompresses beside the source. Here compressed shards are unpacked in a cache folder named after the index's
   hash, so a source is never written to, two data sets never mix, and the processes of a machine share one copy (and
   one page cache).
-- Its cache takes no account of processes that prepare the same shard at once: here they take a file lock.
+- Its cache takes no account of processes that prepare the same shard at once: here they take a file lock, which also
+  keeps others from making room with a shard that is being fetched.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.format.mds import MDSReader
@@ -200,9 +202,10 @@ class Domain:
     def _fetch(self, shard: int) -> None:
         reader, path = self._readers[shard], self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".lock-{shard % NUM_LOCKS}"):
+        with _lock(path):
             if self._is_intact(shard):  # another process was first
                 return
+            _make_room(self._cache, self._cache_bytes - reader.raw_data.bytes, keep=path)
             # streaming trusts what is there, also what a killed process left: begin with nothing.
             path.unlink(missing_ok=True)
             if reader.zip_data:
@@ -216,7 +219,6 @@ class Domain:
                 ) from error
             if not self._is_intact(shard):
                 raise ValueError(f"shard {path} does not have the {HASH} that {self.source}/index.json states")
-        _make_room(self._cache, self._cache_bytes, keep=path)
 
     def _is_intact(self, shard: int) -> bool:
         try:
@@ -292,6 +294,13 @@ def _make_room(cache: Path, limit: int, keep: Path) -> None:
     for _, size, path in sorted(files):
         if excess <= 0:
             break
-        if path != keep:
+        if path == keep:
+            continue
+        with contextlib.suppress(Timeout), _lock(path, timeout=0):  # locked: another process is fetching it
             path.unlink(missing_ok=True)
             excess -= size
+
+
+def _lock(path: Path, timeout: float = -1) -> FileLock:
+    """Held by whoever writes or deletes the shard at `path`; a few lock files serve all shards of a folder."""
+    return FileLock(path.parent / f".lock-{zlib.crc32(path.name.encode()) % NUM_LOCKS}", timeout=timeout)

@@ -33,7 +33,7 @@ def check_failure_and_resume(kind: str, folder: Path, killed: bool = False) -> N
     runner = Runner(kind, 2, folder / "logs", lambda *args: reports.append(args))
     with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[.*1.*\] of 3 did not complete"):
         runner.run("touch", [Touch(folder, killed)], 3)
-    done = {int(marker.name) for marker in (folder / "logs/touch/completions").iterdir()}
+    done = {int(marker.name) for marker in folder.glob("logs/touch/completions/*")}  # perhaps none: a pool dies whole
     assert 1 not in done
     (folder / "repaired").touch()
     runner.run("touch", [Touch(folder, killed)], 3)
