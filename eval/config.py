@@ -11,6 +11,8 @@ class EvaluationConfig:
     """Name in `eval.suites.SUITES`: the 14 benchmarks of the paper's main table."""
     limit: int | None = None
     """Items a task; None takes all of them."""
+    allow_missing_items: bool = False
+    """Go on without the benchmarks whose items no registry gives, instead of refusing; the report names them."""
     batch_size: int = 16
     heldout_tokens: int = 200_000
     """Held-out tokens scored a domain at most."""

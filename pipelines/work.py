@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from titan_ext.train import StageRun
 
 
-def prepare_items(packages: dict[str, Path], out: Path, report: ProgressFile) -> None:
-    """Benchmark items into `out`."""
+def prepare_items(packages: dict[str, Path], out: Path, report: ProgressFile, allow_missing: bool) -> dict:
+    """Benchmark items into `out`; returns what items.json says."""
     from eval import items
 
-    items.prepare(packages, out, report)
+    return items.prepare(packages, out, report, allow_missing)
 
 
 def prepare_data(

@@ -49,6 +49,6 @@ def recipe() -> Recipe:
             ),
         ),
         parallel=ParallelConfig(world_size=2, expert_parallel=2, precision="float32"),
-        evaluation=EvaluationConfig(limit=12, heldout_tokens=20_000),
+        evaluation=EvaluationConfig(limit=12, heldout_tokens=20_000, allow_missing_items=True),
         cluster=ClusterConfig(cpus_per_worker=1, cpus_per_task=2),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in three of them, then the results."""
+"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in seven of them, then the results."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval.export.hf import verify_checksums
 from pipelines.graph import STEPS
 
-pytestmark = pytest.mark.timeout(2400)  # four drivers, some minutes together; the machine may be busy
+pytestmark = pytest.mark.timeout(2400)  # eight drivers, some minutes together; the machine may be busy
 
 OVERRIDES = [
     "--data.corpora", "c4-sample", "wikipedia-plain", "python-stdlib", "sympy-docs", "scipy-docs", "dialogues",
@@ -25,8 +25,10 @@ OVERRIDES = [
     "--stages.pretrain.steps", "24", "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
     "--stages.pretrain.heldout-interval", "12", "--stages.pretrain.log-interval", "1",
     *(x for stage in ("midtrain", "sft", "qat") for x in (f"--stages.{stage}.warmup-steps", "1")),
-    "--stages.midtrain.steps", "4", "--stages.midtrain.seq-len", "256",
-    "--stages.sft.steps", "4", "--stages.sft.seq-len", "256", "--stages.qat.steps", "4", "--stages.qat.seq-len", "256",
+    *(x for stage in ("midtrain", "sft", "qat") for x in (
+        f"--stages.{stage}.steps", "4", f"--stages.{stage}.seq-len", "256", f"--stages.{stage}.log-interval", "1",
+        f"--stages.{stage}.checkpoint-interval", "2",
+    )),
     *(x for stage in ("sft", "qat") for x in (
         f"--stages.{stage}.mixture.chat", "0.5", f"--stages.{stage}.mixture.math", "0.5",
         f"--stages.{stage}.mixture.code", "0", f"--stages.{stage}.mixture.tool-use", "0",
@@ -84,14 +86,18 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
-    """A run whose driver died in data, in pre-training and in evaluation: (folder, steps by then, last log)."""
+    """A run whose driver died in data, three stages, export, evaluation, report: (folder, steps by then, last log)."""
     folder = tmp_path_factory.mktemp("e2e")
     run, seen = folder / "run", []
     pretrain = run / "stages/1_pretrain"
     moments = (
         lambda: any((run / "data.partial").glob("work/logs/1-*/completions/*")),
         lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
+        lambda: any(run.glob("stages/3_sft/checkpoint/step-2/.metadata")),
+        lambda: any(run.glob("stages/4_qat/checkpoint/step-2/.metadata")),
+        lambda: any(run.glob("artifacts/*")),  # one of five, or its partial folder
         lambda: any(run.glob("eval/sft_bf16*/*.json")),  # in the partial folder: the first of 14 is done
+        lambda: steps_of(run).get("report", {}).get("state") == "running",
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
@@ -119,6 +125,8 @@ def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):
     assert [line["tokens"] for line in metrics] == [16 * 128 * step for step in range(1, 25)]
     assert "Loading the checkpoint from" in (run / "stages/1_pretrain/logs/rank_0.log").read_text()
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    for stage in ("3_sft", "4_qat"):
+        assert [line["step"] for line in lines(run / "stages" / stage / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("artifact", ["bf16", "int4"])

