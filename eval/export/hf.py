@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -194,21 +194,34 @@ def read_config(folder: Path) -> MobileMoEConfig:
     return MobileMoEConfig.from_pretrained(folder)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a local folder's safetensors files, one at a time; ValueError where there are none."""
-    for file in _tensor_files(folder):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
-                yield name, shard.get_tensor(name)
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of a local folder's safetensors files; each is read when it is asked for, and not kept.
 
+    Raises:
+        ValueError: a file is missing, cut short or no safetensors file.
+    """
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the headers of a local folder's safetensors files."""
-    shapes = {}
-    for file in _tensor_files(folder):
-        with safe_open(file, framework="pt") as shard:
-            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    return shapes
+    def __init__(self, folder: Path):
+        self._shards = {}
+        for file in _tensor_files(folder):
+            try:
+                shard = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}); copy it again") from error
+            self._shards |= dict.fromkeys(shard.keys(), shard)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._shards[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, from the files' headers."""
+        return {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
-from eval.export.hf import config_from_dims, new_folder, read_config, read_shapes, read_tensors, write_folder
+from eval.export.hf import TensorFiles, config_from_dims, new_folder, read_config, write_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import (
     check_tensors,
     dequantize_int4,
@@ -143,14 +143,13 @@ def quantize_folder(source: Path, out: Path, export: ExportConfig) -> Path:
     config = read_config(source)
     if config.quantization is not None:
         raise ValueError(f"{source} is quantized already ({config.quantization['format']}); give the bf16 folder")
-    check_tensors(read_shapes(source), config, str(source))
+    tensors = TensorFiles(source)
+    check_tensors(tensors.shapes(), config, str(source))
     config = with_quantization(config, quantization_of(export.group_size, export.expert_group_axis))
     packed_tensors(config, config.quantization)  # refuses a group size that does not fit before anything is written
     scales = _stored_scales(source, config)
     with new_folder(out) as partial:
-        write_folder(
-            quantize_tensors(read_tensors(source), config, scales), config, source, partial, export.max_shard_bytes
-        )
+        write_folder(quantize_tensors(tensors.items(), config, scales), config, source, partial, export.max_shard_bytes)
     return out
 
 
@@ -169,8 +168,8 @@ def dequantize_folder(
     config = read_config(source)
     if config.quantization is None:
         raise ValueError(f"{source} is not quantized; there is nothing to dequantize")
-    check_tensors(read_shapes(source), config, str(source))
-    packed = dict(read_tensors(source))
+    packed = TensorFiles(source)
+    check_tensors(packed.shapes(), config, str(source))
     plain = with_quantization(config, None)
     plain.dtype = dtype
     names = [p.scale_name for p in packed_tensors(config, config.quantization).values()]

@@ -124,13 +124,13 @@ def dequantize_tensors(
     """The tensors of an INT4 checkpoint as those of an unquantized one, one by one.
 
     Args:
-        tensors: names and layout of `checkpoint_shapes(config)`; `config.quantization` must be there.
+        tensors: names and layout as `check_tensors` wants them, each asked for once; `config.quantization` must be
+            there.
         dtype: of the result, except the router's weight and the expert bias, which are float32.
 
     Raises:
-        ValueError: a tensor is missing, superfluous, misshaped or of a wrong dtype.
+        ValueError: a tensor has a wrong dtype.
     """
-    check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config, "the INT4 checkpoint")
     packed = packed_tensors(config, config.quantization)
     for name in tensor_shapes(config):
         if name not in packed:
@@ -147,5 +147,6 @@ def dequantize_tensors(
 def dequantize_state_dict(
     tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """`dequantize_tensors`, all at once."""
+    """`dequantize_tensors`, all at once; ValueError also for a tensor that is missing, superfluous or misshaped."""
+    check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config, "the INT4 checkpoint")
     return dict(dequantize_tensors(tensors, config, dtype))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.config import ExportConfig
-from eval.export.hf import config_from_dims, read_tensors, verify_checksums, write_checksums, write_hf_folder
+from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_checksums, write_hf_folder
 from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
@@ -162,7 +162,7 @@ def test_missing_shard_is_refused(bf16, tmp_path):
         if file.name != "model-00002-of-" + sorted(bf16.glob("*.safetensors"))[0].name[-17:]:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"model-00002.*is missing"):
-        list(read_tensors(tmp_path))
+        list(TensorFiles(tmp_path))
     with pytest.raises(ValueError, match="model-00002"):
         verify_checksums(tmp_path)
 
@@ -207,7 +207,7 @@ def test_earlier_export_is_replaced_and_other_folders_are_not(tokenizer_dir, tmp
     (out / "stale").write_text("")
     write_hf_folder(random_tensors(seed=2), DIMS, tokenizer_dir, out)
     assert not (out / "stale").exists()
-    weight = dict(read_tensors(out))["model.embed_tokens.weight"]
+    weight = dict(TensorFiles(out))["model.embed_tokens.weight"]
     assert torch.equal(weight, random_tensors(seed=2)["model.embed_tokens.weight"].bfloat16())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
@@ -228,7 +228,7 @@ def test_unsuitable_tokenizer_is_refused(tmp_path, tokenizer_dir):
 
 def test_float32_folder_is_exact(tokenizer_dir, tmp_path):
     out = write_hf_folder(random_tensors(), DIMS, tokenizer_dir, tmp_path / "out", dtype=torch.float32)
-    written = dict(read_tensors(out))
+    written = dict(TensorFiles(out))
     assert all(torch.equal(written[name], tensor) for name, tensor in random_tensors().items())
     assert [p.name for p in out.glob("*.safetensors*")] == ["model.safetensors"]
     with pytest.raises(ValueError, match=r"dtype is torch\.float16"):

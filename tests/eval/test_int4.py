@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from eval.config import ExportConfig
-from eval.export.hf import config_from_dims, read_tensors, verify_checksums, write_hf_folder
+from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_hf_folder
 from eval.export.int4 import (
     SCALES_FILE,
     dequantize_folder,
@@ -150,7 +150,7 @@ def test_int4_to_float_and_back_changes_no_bit(axis, dtype, bf16, tmp_path):
     floats = dequantize_folder(int4, tmp_path / "floats", dtype)
     assert (floats / SCALES_FILE).is_file() and verify_checksums(floats) > 0
     again = quantize_folder(floats, tmp_path / "again", export)
-    first, second = dict(read_tensors(int4)), dict(read_tensors(again))
+    first, second = dict(TensorFiles(int4)), dict(TensorFiles(again))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name

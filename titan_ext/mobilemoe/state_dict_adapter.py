@@ -55,7 +55,7 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Released names -> torchtitan names."""
+        """Released names -> torchtitan names; takes a part of a checkpoint as well, experts' gate and up together."""
         top = {hf: name for name, hf in _TOP.items()}
         layer = {hf: name for name, hf in _LAYER.items()}
         state_dict: dict[str, Any] = {}
@@ -75,7 +75,8 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
                 state_dict[prefix + _EXPERTS + "w2_EDF"] = value.transpose(1, 2)
             else:
                 raise ValueError(f"{name}: no such tensor in a released MobileMoE checkpoint")
-        state_dict["lm_head.weight"] = state_dict["tok_embeddings.weight"]
+        if "tok_embeddings.weight" in state_dict:
+            state_dict["lm_head.weight"] = state_dict["tok_embeddings.weight"]
         return state_dict
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:

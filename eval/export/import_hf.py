@@ -1,0 +1,76 @@
+"""A released-format folder, BF16 or INT4, as a DCP checkpoint that a training stage starts from."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from eval.export.hf import TensorFiles, read_config
+from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, dequantize_tensors
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
+
+
+def dims_from_config(config: MobileMoEConfig) -> ModelDims:
+    """The dimensions a config.json describes: `eval.export.hf.config_from_dims` the other way round.
+
+    Raises:
+        ValueError: it has no llama3 scaling of RoPE, which training always applies.
+    """
+    scaling = dict(config.rope_scaling or {})
+    if scaling.pop("rope_type", scaling.pop("type", None)) != "llama3":
+        raise ValueError(f"config.json: rope_scaling is {config.rope_scaling}; training knows the llama3 type only")
+    return ModelDims(
+        d_model=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        expert_hidden=config.intermediate_size,
+        shared_hidden=config.intermediate_size_mlp,
+        n_experts=config.num_local_experts,
+        top_k=config.num_experts_per_tok,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_position_embeddings,
+        rope_theta=config.rope_theta,
+        rope_scaling=RopeScaling(**scaling),
+        norm_eps=config.rms_norm_eps,
+        route_scale=config.routed_scaling_factor,
+    )
+
+
+def import_folder(folder: Path, out: Path) -> ModelDims:
+    """Write the weights of `folder` as a DCP checkpoint (model only, float32) and return its dimensions.
+
+    Reads one tensor at a time, so that beside the float32 model only one of them is in memory. INT4 weights become the
+    numbers they stand for.
+
+    Raises:
+        ValueError: `folder` is no complete checkpoint (tensor and expectation are named), or `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; name a folder that does not")
+    config = read_config(folder)
+    tensors = TensorFiles(folder)
+    check_tensors(tensors.shapes(), config, str(folder))
+    dims = dims_from_config(config)
+    model = model_config(dims)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in model.build().state_dict().items()}
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    adapter = MobileMoEStateDictAdapter(model, None)
+    stream = tensors.items() if config.quantization is None else dequantize_tensors(tensors, config)
+    missing = set(state)
+    for hf_name, tensor in stream:
+        for name, part in adapter.from_hf({hf_name: tensor}).items():
+            state[name].copy_(part)
+            missing.remove(name)
+    assert not missing, f"the released format has no {sorted(missing)}"
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dcp.save(state, checkpoint_id=partial, no_dist=True)
+    os.replace(partial, out)
+    return dims

@@ -1,0 +1,117 @@
+"""From the released formats into training and back: no value changes, and nothing incomplete is taken."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eval.config import ExportConfig
+from eval.export.checkpoint import export_bf16, read_checkpoint
+from eval.export.hf import read_config, write_hf_folder
+from eval.export.import_hf import dims_from_config, import_folder
+from eval.export.int4 import quantize_folder
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.titan_ext.launch import train, write_data
+from tests.titan_ext.test_training import STAGE, lines
+from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.train import StageRun
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def bf16(tokenizer_dir, tmp_path_factory):
+    """In several files with an index, as the larger releases are."""
+    out = tmp_path_factory.mktemp("released") / "bf16"
+    return write_hf_folder(random_tensors(), DIMS, tokenizer_dir, out, max_shard_bytes=60_000)
+
+
+def stored_tensors(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def test_bf16_comes_in_and_goes_out_without_a_changed_bit(bf16, tokenizer_dir, tmp_path):
+    assert len(list(bf16.glob("*.safetensors"))) > 2
+    assert import_folder(bf16, tmp_path / "dcp") == DIMS
+    export_bf16(tmp_path / "dcp", DIMS, tokenizer_dir, tmp_path / "again", ExportConfig())
+    before, after = stored_tensors(bf16), stored_tensors(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_int4_comes_in_as_the_numbers_it_stands_for(axis, bf16, tmp_path):
+    folder = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    import_folder(folder, tmp_path / "dcp")
+    expected = dequantize_state_dict(stored_tensors(folder), read_config(folder))
+    found = read_checkpoint(tmp_path / "dcp", DIMS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].float()) for name in expected)
+
+
+def test_a_stage_starts_from_it(bf16, tmp_path):
+    """On another layout, at a learning rate that changes nothing: the loss is the imported model's."""
+    import_folder(bf16, tmp_path / "dcp")
+    data = write_data(tmp_path / "data", DIMS.vocab_size)
+    stage = dataclasses.replace(
+        STAGE, steps=1, learning_rate=1e-12, weight_decay=0.0, seq_len=64, heldout_interval=1, warmup_steps=0
+    )
+    parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="float32")
+    heldout = []
+    for name, checkpoint in (("imported", tmp_path / "dcp"), ("random", None)):
+        run = StageRun("sft", DIMS, stage, parallel, data, tmp_path / name, initial_checkpoint=checkpoint, seed=0)
+        train(run, tmp_path / f"scratch_{name}")
+        heldout.append(lines(run.out, "heldout.jsonl")[-1]["loss"])
+    assert abs(heldout[0] - heldout[1]) > 0.5, "weights of 0.3 predict worse than those of the initialisation"
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_dimensions_survive_config_json(flavor, tmp_path):
+    from eval.export.hf import config_from_dims
+
+    config_from_dims(FLAVORS[flavor]).save_pretrained(tmp_path)
+    assert dims_from_config(read_config(tmp_path)) == FLAVORS[flavor]
+
+
+def damage(folder, change):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change == "absent":
+        file.unlink()
+    else:
+        tensors = load_file(file)
+        name = sorted(tensors)[0]
+        tensor = tensors.pop(name)
+        if change == "misshaped":
+            tensors[name] = tensor[:-1].clone()
+        if change == "superfluous":
+            tensors |= {name: tensor, "model.layers.0.self_attn.q_norm.weight": tensor.clone()}
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("cut", "is damaged"),
+        ("absent", "is missing; copy the whole folder again"),
+        ("dropped", r"model\.\S+ \[.*\] is missing"),
+        ("misshaped", r"model\.\S+ has shape \[.*\], expected"),
+        ("superfluous", r"q_norm\.weight \[.*\] is not a tensor of this model"),
+    ],
+)
+def test_incomplete_folders_are_refused_and_leave_nothing(change, words, bf16, tmp_path):
+    folder = shutil.copytree(bf16, tmp_path / "copy")
+    damage(folder, change)
+    with pytest.raises(ValueError, match=words):
+        import_folder(folder, tmp_path / "dcp")
+    assert not list(tmp_path.glob("dcp*"))
