@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from eval.config import EvaluationConfig
 from pipelines.recipe import Recipe
+from titan_ext.config import FLAVORS, ModelDims
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 WATCH_SECONDS = 2.0
@@ -98,7 +99,22 @@ class Export:
     """One JSON object on stdout."""
 
 
-COMMANDS = {"run": Run, "status": Status, "report": Report, "recipes": Recipes, "eval": Eval, "export": Export}
+@dataclass(frozen=True)
+class Info:
+    """Sizes and costs of a flavor (S, M, L, tiny), or of any dimensions."""
+
+    model: Annotated[ModelDims, tyro.conf.arg(name="")]
+    context: int = 2048
+    """Positions of the KV cache, and of the attention in inference."""
+    seq_len: int = 2048
+    """Tokens of a training sequence."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+COMMANDS = {
+    "run": Run, "status": Status, "report": Report, "recipes": Recipes, "info": Info, "eval": Eval, "export": Export,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,8 +268,29 @@ def _export(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _info(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: mobilemoe info FLAVOR [--context N] [--seq-len N] [--json] [dimensions]\n\n"
+            f"FLAVOR: {', '.join(FLAVORS)}; mobilemoe info FLAVOR --help lists every dimension"
+        )
+        return DONE if arguments else REFUSED
+    name, *rest = arguments
+    _require_known("flavor", name, FLAVORS)
+    command = _parse(Info, rest, f"info {name}", Info(model=FLAVORS[name]))
+    from pipelines.info import describe, table
+    from pipelines.validate import check_model
+
+    check_model(command.model)
+    described = describe(command.model, context=command.context, seq_len=command.seq_len)
+    title = name if command.model == FLAVORS[name] else f"{name}, changed"
+    _answer(command.json, described, lambda: table(title, described))
+    return DONE
+
+
 HANDLERS = {
-    "run": _run, "status": _status, "report": _report, "recipes": _recipes, "eval": _eval, "export": _export,
+    "run": _run, "status": _status, "report": _report, "recipes": _recipes, "info": _info, "eval": _eval,
+    "export": _export,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.recipe import Recipe
-from titan_ext.config import ModelDims
+from titan_ext.accounting import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """float32 master weights and AdamW's two moments are 12; the rest is room for what lies beside them."""
@@ -31,22 +31,11 @@ class DiskEstimate:
         return self.data + self.checkpoints + self.artifacts
 
 
-def parameter_count(model: ModelDims) -> int:
-    """Parameters of the model, the tied embedding counted once (S 1.3B, M 2.8B, L 5.3B)."""
-    d_head = model.n_heads * model.head_dim
-    d_kv = model.n_kv_heads * model.head_dim
-    attention = model.d_model * (2 * d_head + 2 * d_kv)
-    experts = 3 * model.d_model * (model.n_experts * model.expert_hidden + model.shared_hidden)
-    router = model.d_model * model.n_experts
-    norms = 2 * model.d_model
-    return model.vocab_size * model.d_model + model.n_layers * (attention + experts + router + norms) + model.d_model
-
-
 def estimate_disk(recipe: Recipe) -> DiskEstimate:
     """What the run folder will hold: shards, the checkpoints of four stages, the exported models."""
     from data import check
 
-    parameters = parameter_count(recipe.model)
+    parameters = count_parameters(recipe.model).total
     stages = len(recipe.stages.items())
     bf16_models, int4_models = 4, 1  # pretrain, midtrain, sft and sft rounded to INT4 values; the QAT model packed
     return DiskEstimate(

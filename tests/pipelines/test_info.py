@@ -1,0 +1,57 @@
+"""`mobilemoe info`: the bytes are those of a real export, and bad dimensions are refused."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from eval.config import ExportConfig
+from eval.export.hf import write_hf_folder
+from eval.export.int4 import quantize_folder
+from eval.export.sizes import bf16_bytes, int4_bytes
+from pipelines.cli import main
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+
+
+def tensor_bytes(folder) -> int:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_bytes_are_those_of_an_export(axis, tmp_path):
+    bf16 = write_hf_folder(random_tensors(), DIMS, write_tokenizer(tmp_path / "tokenizer"), tmp_path / "bf16")
+    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    assert bf16_bytes(DIMS) == tensor_bytes(bf16)
+    assert int4_bytes(DIMS, expert_group_axis=axis) == tensor_bytes(int4)
+
+
+@pytest.mark.parametrize("flavor", ["S", "M", "L"])
+def test_published_table_is_met(flavor, capsys):
+    assert main(["info", flavor, "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    published = described["published"]
+    assert described["parameters"]["total"] == pytest.approx(published["total"], rel=0.03)
+    assert described["parameters"]["active"] == pytest.approx(published["active"], rel=0.01)
+    assert described["bytes"]["int4"] == pytest.approx(published["int4_bytes"], rel=0.10)
+
+
+def test_any_dimensions_and_a_table_for_people(capsys):
+    assert main(["info", "tiny", "--n-layers", "8", "--context", "4096"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny, changed" in printed and "4,096" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "XL"], "choose one of tiny, S, M, L"),
+        (["info", "S", "--top-k", "61"], "cannot choose more experts"),
+        (["info", "S", "--d-model", "777"], "must divide model.d_model = 777"),
+        (["info", "S", "--context", "0"], "--context 0"),
+    ],
+)
+def test_refusals(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
