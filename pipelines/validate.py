@@ -12,6 +12,7 @@ from pipelines.recipe import Recipe
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 
 MIXTURE_TOLERANCE = 1e-6
+_DEGREES = ("data_parallel_replicate", "tensor_parallel", "context_parallel")
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,26 @@ def validate(recipe: Recipe) -> None:
         raise InvalidRecipe(recipe.name, problems)
 
 
+def check_model(model: ModelDims) -> None:
+    """Check dimensions on their own, as `mobilemoe info` takes them.
+
+    Raises:
+        InvalidRecipe (a ValueError): lists every problem found.
+    """
+    problems = [*_model(model), *_groups("INT4", 32, model)]
+    if problems:
+        raise InvalidRecipe("dimensions", problems)
+
+
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
     """Every broken rule of the recipe, in the order of its fields."""
-    yield from _positive("model", recipe.model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
-    yield from _positive("model", recipe.model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size"))
-    yield from _positive("parallel", recipe.parallel, ("world_size", "expert_parallel", "data_parallel_replicate"))
+    yield from _model(recipe.model)
+    yield from _positive("parallel", recipe.parallel, ("world_size", "expert_parallel", *_DEGREES))
     for name, stage in recipe.stages.items():
         numbers = ("steps", "seq_len", "global_batch_size", "local_batch_size", "learning_rate")
         yield from _positive(
             f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
         )
-    yield from _model(recipe.model)
     yield from _parallel(recipe.model, recipe.parallel)
     for name, stage in recipe.stages.items():
         yield from _stage(name, stage, recipe)
@@ -86,6 +96,8 @@ def _divisors(number: int, limit: int = 12) -> str:
 
 
 def _model(model: ModelDims) -> Iterator[Problem]:
+    yield from _positive("model", model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
+    yield from _positive("model", model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size", "max_seq_len"))
     if model.top_k > model.n_experts:
         rule = f"cannot choose more experts than model.n_experts = {model.n_experts}"
         yield Problem("model.top_k", model.top_k, rule, f"set it to at most {model.n_experts}")
@@ -101,13 +113,19 @@ def _parallel(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
     if not _divides(ep, model.n_experts):
         rule = f"model.n_experts = {model.n_experts} must be a multiple of it"
         yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {_divisors(model.n_experts)}")
-    if not _divides(ep, world):
-        rule = f"parallel.world_size = {world} must be a multiple of it"
-        yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {_divisors(world)}, or another world size")
-    if not _divides(parallel.data_parallel_replicate, world):
-        rule = f"parallel.world_size = {world} must be a multiple of it"
-        way_out = f"choose one of {_divisors(world)}, or another world size"
-        yield Problem("parallel.data_parallel_replicate", parallel.data_parallel_replicate, rule, way_out)
+    if not _divides(parallel.tensor_parallel, model.n_kv_heads):
+        rule = f"model.n_kv_heads = {model.n_kv_heads} must be a multiple of it"
+        yield Problem(
+            "parallel.tensor_parallel", parallel.tensor_parallel, rule, f"choose one of {_divisors(model.n_kv_heads)}"
+        )
+    split = parallel.data_parallel_replicate * parallel.tensor_parallel * parallel.context_parallel
+    if split > 1 and not _divides(split, world):
+        rule = f"must be a multiple of data_parallel_replicate x tensor_parallel x context_parallel = {split}"
+        yield Problem("parallel.world_size", world, rule, f"set it to {math.ceil(world / split) * split}, say")
+    elif not _divides(ep, replica := world // max(parallel.data_parallel_replicate, 1)):
+        rule = f"the {replica} ranks of a replica (world_size / data_parallel_replicate) must be a multiple of it"
+        way_out = f"choose one of {_divisors(replica)}, or another world size"
+        yield Problem("parallel.expert_parallel", ep, rule, way_out)
 
 
 def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
@@ -115,17 +133,27 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
     if stage.seq_len > model.max_seq_len:
         rule = f"longer than model.max_seq_len = {model.max_seq_len}"
         yield Problem(f"{prefix}.seq_len", stage.seq_len, rule, "shorten it, or raise model.max_seq_len")
-    micro_batch = stage.local_batch_size * parallel.world_size
+    parts = parallel.tensor_parallel * (2 * parallel.context_parallel if parallel.context_parallel > 1 else 1)
+    if not _divides(parts, stage.seq_len):
+        rule = f"must be a multiple of {parts}, for tensor and twice context parallelism split it"
+        yield Problem(f"{prefix}.seq_len", stage.seq_len, rule, f"set it to {math.ceil(stage.seq_len / parts) * parts}")
+    micro_batch = stage.local_batch_size * parallel.data_parallel
     if not _divides(micro_batch, stage.global_batch_size):
         rule = (
-            f"must be a multiple of local_batch_size x parallel.world_size = {stage.local_batch_size} x "
-            f"{parallel.world_size} = {micro_batch}"
+            f"must be a multiple of local_batch_size x ranks that read data = {stage.local_batch_size} x "
+            f"{parallel.data_parallel} = {micro_batch}"
         )
         multiple = max(1, math.ceil(stage.global_batch_size / micro_batch)) * micro_batch
         yield Problem(f"{prefix}.global_batch_size", stage.global_batch_size, rule, f"set it to {multiple}, say")
     if stage.warmup_steps >= stage.steps > 0:
         rule = f"must be below {prefix}.steps = {stage.steps}"
         yield Problem(f"{prefix}.warmup_steps", stage.warmup_steps, rule, f"set it to {stage.steps // 10}, say")
+    if stage.capacity_factor is not None and stage.capacity_factor < 1:
+        rule = "below 1 tokens are dropped even where the routing is balanced"
+        yield Problem(f"{prefix}.capacity_factor", stage.capacity_factor, rule, "set 1.5, or None to drop nothing")
+    if stage.skip_spikes_sigma is not None and stage.skip_spikes_sigma <= 0:
+        rule = "is a number of standard deviations, so it must be above 0"
+        yield Problem(f"{prefix}.skip_spikes_sigma", stage.skip_spikes_sigma, rule, "set 6, or None to skip nothing")
     yield from _mixture(f"{prefix}.mixture", stage.mixture)
     if stage.shards not in ("pretrain", "midtrain", "sft"):
         rule = "is no folder that the data step writes"

@@ -93,6 +93,10 @@ class StageConfig:
     max_grad_norm: float = 1.0
     router_z_loss: float = 1e-4
     expert_bias_update_rate: float = 1e-3
+    capacity_factor: float | None = None
+    """Drop-and-pad dispatch in training: room of an expert in multiples of its balanced share; None drops nothing."""
+    skip_spikes_sigma: float | None = None
+    """Skip steps whose loss or gradient norm is this many standard deviations above that of the last steps."""
     log_interval: int = 10
     checkpoint_interval: int = 500
     heldout_interval: int = 500
@@ -104,12 +108,24 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The gang of processes a stage runs on; `world_size` = replicas x shards."""
+    """The gang of processes a stage runs on; `world_size` = replicas x shards x context x tensor parallel ranks.
+
+    Pipeline parallelism is not offered: torchtitan refuses it for tied embeddings.
+    """
 
     world_size: int
     expert_parallel: int = 1
-    """Ranks that share the routed experts; divides world_size and n_experts."""
+    """Ranks that share the routed experts; divides n_experts and the ranks of one replica."""
     data_parallel_replicate: int = 1
     """HSDP: copies of the sharded model; 1 is plain FSDP2."""
+    tensor_parallel: int = 1
+    """Ranks that split every dense matrix and, without expert parallelism, every expert; divides n_kv_heads."""
+    context_parallel: int = 1
+    """Ranks that split every sequence."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of FSDP's mixed-precision parameters; master weights and reductions are float32."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different sequences."""
+        return self.world_size // max(self.tensor_parallel * self.context_parallel, 1)

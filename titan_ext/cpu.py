@@ -12,6 +12,8 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 6. DTensor has no sharded random numbers on the CPU: every rank would fill its shard from the same seed, and the experts
    of two ranks would start as twins. `normal_init` draws the whole tensor and keeps the shard.
 7. torch._grouped_mm has no backward for a rank that got no token: `titan_ext.mobilemoe.moe.Experts`.
+8. local_map waits for an input that is still being gathered outside of autograd: under tensor parallelism without
+   expert parallelism the routed experts' input would get no gradient: `keep_gradients_of_gathered_inputs`.
 """
 
 import functools
@@ -23,13 +25,20 @@ from types import SimpleNamespace
 
 import torch
 import torchtitan.tools.utils as titan_utils
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+
+from titan_ext.dtensor import local
 
 IS_CPU = not torch.accelerator.is_available()
 
 SPMD_BACKEND = "partial_dtensor" if IS_CPU else "spmd_types"
 """torchtitan's default exchanges tokens with `dist.all_to_all`, which gloo lacks; this one uses all_to_all_single."""
+
+
+CONTEXT_PARALLEL_LOAD_BALANCER = None if IS_CPU else "headtail"
+"""DocumentAttention keeps sequences in their order; flex attention's masks follow a load balancer."""
 
 
 class _CPUDeviceModule:
@@ -77,6 +86,18 @@ def force_sum_reductions(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def keep_gradients_of_gathered_inputs(module: torch.nn.Module) -> None:
+    """Copy the inputs of `module`, a local_map region, that are still being gathered when it is called. CPU only."""
+    if not IS_CPU:
+        return
+
+    def arrived(value: object) -> object:
+        gathering = isinstance(value, DTensor) and isinstance(value._local_tensor, AsyncCollectiveTensor)
+        return value.clone() if gathering else value
+
+    module.register_forward_pre_hook(lambda module, inputs: tuple(map(arrived, inputs)))
+
+
 def normal_init(std: float) -> Callable[[torch.Tensor], object]:
     """Initialiser that fills a parameter in place with normal values, the same whole tensor under every layout."""
     if not IS_CPU:
@@ -88,6 +109,7 @@ def normal_init(std: float) -> Callable[[torch.Tensor], object]:
         if isinstance(parameter, DTensor):  # every rank has the same seed, so the same whole tensor
             mesh = parameter.device_mesh
             whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        parameter.copy_(whole)
+            whole = whole.redistribute(placements=parameter.placements).to_local()
+        local(parameter).copy_(whole)
 
     return fill

@@ -16,6 +16,8 @@ from torchtitan.components.validate import Validator
 
 from titan_ext import moe_metrics
 
+LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
+
 
 class StageMetrics(MetricsProcessor):
     """torchtitan's metrics plus loss, expert load and z-loss a step as JSON lines."""
@@ -32,6 +34,7 @@ class StageMetrics(MetricsProcessor):
         self.folder = Path(dump_folder)
         self.started = time.perf_counter()
         self.last_logged_step = 0
+        self.num_skipped = 0
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.config.last_step
@@ -60,13 +63,10 @@ class StageMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         steps, self.last_logged_step = step - self.last_logged_step, step
-        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
-        layers, z_loss = moe_metrics.collect(
-            self.model_parts, steps * self.config.tokens_per_step, loss_mesh.get_group() if loss_mesh else None
-        )
-        scalars = {"moe/router_z": z_loss}
+        layers, means = moe_metrics.collect(self.model_parts, self.parallel_dims)
+        scalars = {"moe/router_z": means["z_loss"], "moe/dropped": means["dropped"], "skipped_steps": self.num_skipped}
         for i, layer in enumerate(layers):
-            scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in ("max_over_mean", "entropy", "dead")}
+            scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in LAYER_SCALARS}
         seconds = time.perf_counter() - self.time_last_log
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **scalars})
         learning_rate = next(value for key, value in extra_metrics.items() if key.startswith("lr"))
@@ -79,7 +79,9 @@ class StageMetrics(MetricsProcessor):
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "tokens_per_second": steps * self.config.tokens_per_step / seconds,
-                "z_loss": z_loss,
+                "z_loss": means["z_loss"],
+                "dropped": means["dropped"],
+                "skipped_steps": self.num_skipped,
                 "seconds": time.perf_counter() - self.started,
             },
         )

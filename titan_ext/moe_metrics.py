@@ -1,20 +1,18 @@
-"""Expert load, imbalance and router z-loss of every MoE layer, for TensorBoard and the run's metrics files."""
+"""Expert load, imbalance, drops and router statistics of every MoE layer, for TensorBoard and the metrics files."""
 
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import ParallelDims
+
+from titan_ext.dtensor import local
 
 
 def _moe_layers(model_parts: list[nn.Module]) -> list[nn.Module]:
     return [block.moe for part in model_parts for block in part.layers.values()]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
@@ -23,43 +21,68 @@ def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: l
     def record(*args, **kwargs) -> None:
         with torch.no_grad():
             for moe in _moe_layers(model_parts):
-                counts_E = _local(moe.tokens_per_expert_E)
+                counts_E = local(moe.tokens_per_expert_E)
                 recorded_E = getattr(moe, "recorded_load_E", None)
                 moe.recorded_load_E = counts_E.clone() if recorded_E is None else recorded_E + counts_E
 
     optimizers.register_step_pre_hook(record)
 
 
-def collect(model_parts: list[nn.Module], num_tokens: int, group: dist.ProcessGroup | None) -> tuple[list[dict], float]:
+def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[list[dict], dict[str, float]]:
     """Reduce and clear what was recorded since the last call. A collective: every rank must call it.
 
-    Args:
-        num_tokens: tokens that all ranks processed since the last call.
-        group: the ranks that see different tokens; None where one rank sees them all.
-
     Returns:
-        For every layer its load (share of the routed tokens per expert), max/mean, entropy in nats and the number of
-        experts without a token; and the mean over tokens of logsumexp(logits)^2, summed over layers.
+        For every layer its load (share of the routed tokens an expert was chosen by), max/mean, entropy of the load in
+        nats and its maximum, experts without a token, share of the choices that were dropped, entropy of the router's
+        normalised scores (nats a token); and over all layers: z, the mean over tokens of logsumexp(logits)^2 summed
+        over layers, and the dropped share.
     """
     layers = _moe_layers(model_parts)
-    z_sums = [moe.router.gate.z_sum for moe in layers]
-    packed = torch.cat([*(moe.recorded_load_E for moe in layers), torch.stack([_local(z) for z in z_sums])])
-    if group is not None:
-        dist.all_reduce(packed, group=group)
-    for moe, z_sum in zip(layers, z_sums, strict=True):
+    rows = [torch.cat([_load(moe), local(moe.router.gate.token_sums), _num_dropped(moe)[None]]) for moe in layers]
+    sums_LS = torch.stack(rows).double() if rows else torch.zeros(0, 0, dtype=torch.float64)
+    for group in _groups(parallel_dims):
+        dist.all_reduce(sums_LS, group=group)
+    for moe in layers:
         moe.recorded_load_E = None
-        z_sum.zero_()
-    load_LE = packed[: -len(layers)].view(len(layers), -1).double()
-    return [_layer_statistics(load_E) for load_E in load_LE], float(packed[-len(layers) :].sum()) / num_tokens
+        moe.router.gate.token_sums.zero_()
+        _num_dropped(moe).zero_()
+    records = [_layer_record(row_S, moe.router.top_k) for row_S, moe in zip(sums_LS.cpu(), layers, strict=True)]
+    means = {
+        "z_loss": sum(record.pop("z") for record in records),
+        "dropped": sum(record["dropped"] for record in records) / max(len(records), 1),
+    }
+    return records, means
 
 
-def _layer_statistics(counts_E: torch.Tensor) -> dict:
-    share_E = counts_E / counts_E.sum()
-    used = share_E[share_E > 0]
+def _groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
+    """The groups whose ranks see different tokens."""
+    meshes = [parallel_dims.get_optional_mesh("loss")]
+    if parallel_dims.ep_enabled and parallel_dims.tp_enabled:  # torchtitan then spreads the tokens over both
+        meshes.append(parallel_dims.get_mesh("tp"))
+    return [mesh.get_group() for mesh in meshes if mesh is not None]
+
+
+def _load(moe: nn.Module) -> torch.Tensor:
+    recorded_E = getattr(moe, "recorded_load_E", None)  # None where every step since the last call was skipped
+    return torch.zeros_like(local(moe.tokens_per_expert_E)) if recorded_E is None else recorded_E
+
+
+def _num_dropped(moe: nn.Module) -> torch.Tensor:
+    dropped = getattr(moe.routed_experts, "num_dropped", None)  # a dropless layer has no such counter
+    return torch.zeros((), device=moe.router.gate.token_sums.device) if dropped is None else local(dropped)
+
+
+def _layer_record(sums_S: torch.Tensor, top_k: int) -> dict:
+    """One layer's statistics of [E token counts, tokens, sum of z^2, sum of entropy, dropped choices]."""
+    counts_E, (num_tokens, z_squares, entropy, dropped) = sums_S[:-4], sums_S[-4:].tolist()
+    share_E = counts_E / counts_E.sum().clamp(min=1)
     return {
         "load": [round(x, 6) for x in share_E.tolist()],
         "max_over_mean": float(share_E.max() * len(share_E)),
-        "entropy": float(-(used * used.log()).sum()),
+        "entropy": float(-torch.xlogy(share_E, share_E).sum()),
         "max_entropy": math.log(len(share_E)),
         "dead": int((counts_E == 0).sum()),
+        "dropped": dropped / max(num_tokens * top_k, 1),
+        "router_entropy": entropy / max(num_tokens, 1),
+        "z": z_squares / max(num_tokens, 1),
     }

@@ -2,38 +2,38 @@
 
     L_z = coefficient * mean over tokens of logsumexp_e(logits)^2,  summed over the MoE layers.
 
-It keeps the router's logits small. It enters the graph as a gradient on the logits, so the trainer's loss stays the
-cross entropy alone and the term needs no path through the model's outputs.
+It keeps the router's logits small. It enters as a gradient on the logits, so the trainer's loss stays the cross entropy
+alone and the term needs no path through the model's outputs.
 """
 
+import spmd_types as spmd
 import torch
 
 
-class _AttachLoss(torch.autograd.Function):
-    """Identity on `x`; in backward `loss` gets the gradient 1, as if it had been added to the total loss."""
+@spmd.register_local_autograd_function
+class _AddZLossGradient(torch.autograd.Function):
+    """Identity on the logits; backward adds the gradient of scale * sum over tokens of logsumexp^2."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(ctx, logits_BLE: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(logits_BLE)
+        ctx.scale = scale
+        return logits_BLE.view_as(logits_BLE)
 
     @staticmethod
-    def backward(ctx, grad_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return grad_x, torch.ones((), dtype=torch.float32, device=grad_x.device)
+    def backward(ctx, grad_BLE: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (logits_BLE,) = ctx.saved_tensors
+        z_BL1 = torch.logsumexp(logits_BLE, dim=-1, keepdim=True)
+        return grad_BLE + 2 * ctx.scale * z_BL1 * torch.softmax(logits_BLE, dim=-1), None
 
 
-def attach_router_z_loss(
-    logits_BLE: torch.Tensor, coefficient: float, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attach the z-loss of one layer and micro-batch to its router logits.
+def attach_router_z_loss(logits_BLE: torch.Tensor, coefficient: float, num_tokens: int) -> torch.Tensor:
+    """The router logits of one layer and micro-batch, unchanged in value, with the z-loss in their gradient.
 
     Args:
         logits_BLE: float32 router logits.
-        coefficient: weight of the loss (1e-4 in the paper).
+        coefficient: weight of the loss (1e-4 in MobileMoE).
         num_tokens: tokens of the whole optimizer step over all ranks and micro-batches; gradients are summed over
             those (never averaged), so dividing by it makes the mean over the global batch.
-
-    Returns:
-        The logits, unchanged in value, and the sum of logsumexp^2 over this micro-batch (detached, for metrics).
     """
-    z_sum = torch.logsumexp(logits_BLE, dim=-1).square().sum()
-    return _AttachLoss.apply(logits_BLE, z_sum * (coefficient / num_tokens)), z_sum.detach()
+    return _AddZLossGradient.apply(logits_BLE, coefficient / num_tokens)

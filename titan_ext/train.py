@@ -13,6 +13,7 @@ import torch.distributed as dist  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
+from titan_ext.trainer import StageTrainer  # noqa: E402
 from titan_ext.trainer_config import trainer_config  # noqa: E402
 
 
@@ -35,16 +36,35 @@ class StageRun:
 def run_stage(run: StageRun) -> None:
     """Train the stage to its last step on this rank; resumes from `run.out`/checkpoint where there is one.
 
+    Raises:
+        RuntimeError: loss or gradient are not finite; the parameters were not updated with them.
+        And what `build_trainer` raises.
+    """
+    trainer = build_trainer(run)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+def build_trainer(run: StageRun) -> StageTrainer:
+    """This rank's trainer of a stage, nothing loaded and no step taken yet.
+
     Needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
 
     Raises:
-        ValueError: shards, tokenizer or an initial checkpoint do not fit the stage.
-        RuntimeError: the loss is not finite.
+        ValueError: shards, tokenizer or layout do not fit the stage.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     _log_to_file(run.out / "logs" / f"rank_{os.environ['RANK']}.log")
+    return stage_config(run).build()
+
+
+def stage_config(run: StageRun) -> StageTrainer.Config:
+    """The trainer's configuration of a stage; ValueError where tokenizer or held-out shards are missing."""
     heldout = run.data / "heldout" / ("sft" if run.stage.shards == "sft" else "pretrain")
-    config = trainer_config(
+    return trainer_config(
         model=run.model,
         stage=run.stage,
         parallel=run.parallel,
@@ -57,12 +77,6 @@ def run_stage(run: StageRun) -> None:
         initial_checkpoint=str(run.initial_checkpoint.absolute()) if run.initial_checkpoint else None,
         pad_token_id=_pad_token_id(run.data / "tokenizer"),
     )
-    trainer = config.build()
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
-    dist.destroy_process_group()
 
 
 def final_checkpoint(out: Path, steps: int) -> Path:

@@ -1,27 +1,89 @@
-"""torchtitan's Trainer with this project's stage metrics."""
+"""torchtitan's Trainer with this project's stage metrics and a guard before every update."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from titan_ext.metrics import StageMetrics
+from titan_ext.update_guard import UpdateGuard
+
+
+class _GuardedOptimizers:
+    """The trainer's optimizers, whose step does nothing when the trainer says so."""
+
+    def __init__(self, trainer: "StageTrainer", optimizers: Any):
+        self._trainer, self._optimizers = trainer, optimizers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizers, name)
+
+    def step(self) -> None:
+        if self._trainer.skip_reason is None:
+            self._optimizers.step()
 
 
 class StageTrainer(Trainer):
-    """Trains one stage; resumes from the newest checkpoint in its folder, as torchtitan does."""
+    """Trains one stage; resumes from the newest checkpoint in its folder, as torchtitan does.
+
+    torchtitan looks at the loss only when it logs, after the update. Here loss and gradient norm of every step are
+    known before it (`titan_ext.update_guard`), at the price of a second gradient norm and one wait for the device.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        pass
+        skip_spikes_sigma: float | None = None
+        """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps'."""
 
     def __init__(self, config: Config):
+        self.guard = UpdateGuard(config.skip_spikes_sigma)  # the checkpointer asks for its state from the start
         super().__init__(config)
+        self.optimizers = _GuardedOptimizers(self, self.optimizers)
         self.started = False
+        self.skip_reason: str | None = None
+        self.losses: list[torch.Tensor] = []
 
     def train_step(self, data_iterator) -> None:
+        assert isinstance(self.metrics_processor, StageMetrics)
         if not self.started:
             # Only here is it known at which step the loaded checkpoint left off.
-            assert isinstance(self.metrics_processor, StageMetrics)
             self.metrics_processor.start_after(self.step - 1)
             self.started = True
         super().train_step(data_iterator)
+
+    def forward_backward_step(self, **kwargs) -> torch.Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        self.losses.append(loss.detach().clone())
+        if len(self.losses) == self.gradient_accumulation_steps:
+            self._judge_step(torch.stack(self.losses).sum())
+            self.losses.clear()
+        return loss
+
+    def _judge_step(self, loss: torch.Tensor) -> None:
+        """With all gradients there and none clipped: may this step be taken? Every rank comes to the same answer."""
+        parallel_dims = self.parallel_dims
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for part in self.model_parts for p in part.parameters()],
+            max_norm=float("inf"),
+            foreach=True,
+            pp_mesh=parallel_dims.get_optional_mesh("pp"),
+            ep_enabled=parallel_dims.ep_enabled,
+        )
+        if parallel_dims.pp_enabled:  # stages before the last report -1
+            loss = torch.tensor(dist_utils.dist_max(loss, parallel_dims.get_mesh("pp")), device=self.device)
+        loss_mesh = parallel_dims.get_optional_mesh("loss")
+        total = float(loss) if loss_mesh is None else dist_utils.dist_sum(loss, loss_mesh)
+        self.skip_reason = self.guard.admit(self.step, total, float(grad_norm))
+        self.metrics_processor.num_skipped = self.guard.num_skipped
+        if self.skip_reason is not None:
+            logger.warning(f"step {self.step} is skipped: {self.skip_reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.guard.load_state_dict(state_dict["guard"])

@@ -78,6 +78,9 @@ def trainer_config(
         parallelism=ParallelismConfig(
             data_parallel_replicate_degree=parallel.data_parallel_replicate,
             expert_parallel_degree=parallel.expert_parallel,
+            tensor_parallel_degree=parallel.tensor_parallel,
+            context_parallel_degree=parallel.context_parallel,
+            context_parallel_load_balancer=cpu.CONTEXT_PARALLEL_LOAD_BALANCER,
             spmd_backend=cpu.SPMD_BACKEND,
         ),
         # On a GPU: compiled blocks, selective recomputation. On the CPU neither pays at the sizes trained there.
@@ -99,6 +102,7 @@ def trainer_config(
             last_step=stage.steps,
         ),
         validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed),
+        skip_spikes_sigma=stage.skip_spikes_sigma,
         comm=CommConfig(train_timeout_seconds=300),
         debug=DebugConfig(seed=seed, enable_structured_logging=False),
     )
@@ -109,6 +113,7 @@ def _model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config
         model,
         z_loss_coefficient=stage.router_z_loss,
         expert_bias_update_rate=stage.expert_bias_update_rate,
+        capacity_factor=stage.capacity_factor,
     )
     return config if stage.qat is None else convert_to_qat(config, stage.qat)
 
@@ -123,7 +128,7 @@ def _heldout_config(
         freq=stage.heldout_interval,
         last_step=stage.steps,
         # In micro-batches of all ranks, so that every layout measures on the same sequences.
-        steps=stage.heldout_batches * stage.global_batch_size // (stage.local_batch_size * parallel.world_size),
+        steps=stage.heldout_batches * stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel),
         dataloader=StreamingLoader.Config(
             shards=heldout,
             mixture=_shares_present(stage.mixture, Path(heldout)),

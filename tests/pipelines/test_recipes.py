@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.preflight import check_disk, estimate_disk, parameter_count
+from pipelines.preflight import check_disk, estimate_disk
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.validate import InvalidRecipe, find_problems, tokenizer_size, validate
+from titan_ext.accounting import count_parameters
 from titan_ext.config import FLAVORS, QATConfig
 
 
@@ -37,7 +38,7 @@ def test_published_recipes_validate_once_they_have_a_tokenizer(name, llama3_toke
 @pytest.mark.parametrize(("name", "total"), [("s", 1.3e9), ("m", 2.8e9), ("l", 5.3e9)])
 def test_published_sizes_and_token_budgets(name, total):
     recipe = RECIPES[name].build()
-    assert parameter_count(recipe.model) == pytest.approx(total, rel=0.05)
+    assert count_parameters(recipe.model).total == pytest.approx(total, rel=0.05)
     tokens = [stage.steps * stage.seq_len * stage.global_batch_size for _, stage in recipe.stages.items()]
     assert tokens == pytest.approx([6e12, 500e9, 126e9, 21e9], rel=1e-4)
     assert [stage.seq_len for _, stage in recipe.stages.items()] == [2048, 8192, 8192, 8192]
@@ -51,8 +52,10 @@ REFUSALS = [
     ("model.head_dim", 31, "model.head_dim", "even"),
     ("model.n_experts", 0, "model.n_experts", "above 0"),
     ("parallel.expert_parallel", 3, "parallel.expert_parallel", "1, 2, 4, 8, 16"),
-    ("parallel.expert_parallel", 4, "parallel.expert_parallel", "parallel.world_size = 2"),
-    ("parallel.data_parallel_replicate", 3, "parallel.data_parallel_replicate", "parallel.world_size = 2"),
+    ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
+    ("parallel.data_parallel_replicate", 3, "parallel.world_size", "multiple of data_parallel_replicate x"),
+    ("parallel.tensor_parallel", 4, "parallel.tensor_parallel", "model.n_kv_heads = 2"),
+    ("parallel.context_parallel", 0, "parallel.context_parallel", "above 0"),
     ("stages.pretrain.mixture", {"web": 0.5, "math": 0.4}, "stages.pretrain.mixture", "+0.1"),
     ("stages.pretrain.mixture", {"web": 1.5, "math": -0.5}, "stages.pretrain.mixture.math", "between 0 and 1"),
     ("stages.sft.mixture", {"chat": 0.5, "safety": 0.5}, "stages.sft.mixture.safety", "add a corpus"),
@@ -60,7 +63,9 @@ REFUSALS = [
     ("stages.midtrain.seq_len", 128, "stages.midtrain.seq_len", "at least 256"),
     ("stages.pretrain.global_batch_size", 24, "stages.pretrain.global_batch_size", "set it to 32"),
     ("stages.sft.steps", 0, "stages.sft.steps", "above 0"),
-    ("stages.sft.warmup_steps", 60, "stages.sft.warmup_steps", "below stages.sft.steps = 60"),
+    ("stages.sft.warmup_steps", 60, "stages.sft.warmup_steps", "below stages.sft.steps = 50"),
+    ("stages.pretrain.capacity_factor", 0.5, "stages.pretrain.capacity_factor", "set 1.5"),
+    ("stages.pretrain.skip_spikes_sigma", 0.0, "stages.pretrain.skip_spikes_sigma", "set 6"),
     ("stages.sft.shards", "chat", "stages.sft.shards", "pretrain, midtrain or sft"),
     ("stages.qat.qat", None, "stages.qat.qat", "QATConfig()"),
     ("stages.sft.qat", QATConfig(), "stages.sft.qat", "None"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.titan_ext import reference
-from titan_ext.config import FLAVORS, ModelDims
+from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 
 DIMS = ModelDims(
@@ -82,12 +82,11 @@ def test_z_loss_gradient_is_that_of_the_formula():
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 8, requires_grad=True)
     upstream = torch.randn(2, 5, 8)
-    out, z_sum = attach_router_z_loss(logits, 0.3, num_tokens=40)
+    out = attach_router_z_loss(logits, 0.3, num_tokens=40)
     (out * upstream).sum().backward()
     same = logits.detach().clone().requires_grad_()
     ((same * upstream).sum() + 0.3 * same.exp().sum(-1).log().pow(2).sum() / 40).backward()
     assert torch.equal(out, logits)
-    torch.testing.assert_close(z_sum, logits.detach().logsumexp(-1).pow(2).sum())
     torch.testing.assert_close(logits.grad, same.grad)
 
 
@@ -101,15 +100,3 @@ def test_adapter_round_trip_is_lossless_and_refuses_other_models(model):
         adapter.from_hf({"model.layers.0.self_attn.q_norm.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.w1\.weight"):
         adapter.to_hf({"layers.0.feed_forward.w1.weight": torch.zeros(1)})
-
-
-@pytest.mark.parametrize(("flavor", "active", "total"), [("S", 272e6, 1.3e9), ("M", 528e6, 2.8e9), ("L", 922e6, 5.3e9)])
-def test_flavors_have_the_published_sizes(flavor, active, total):
-    dims = FLAVORS[flavor]
-    with torch.device("meta"):
-        model = model_config(dims).build()
-    parameters = sum(p.numel() for p in model.parameters())
-    one_expert = 3 * dims.d_model * dims.expert_hidden
-    idle = dims.n_layers * (dims.n_experts - dims.top_k) * one_expert
-    assert parameters == pytest.approx(total, rel=0.03)
-    assert parameters - idle == pytest.approx(active, rel=0.01)

@@ -79,11 +79,11 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
     deadline = time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 11):
         assert time.monotonic() < deadline, (tmp_path / "scratch/rank_0.log").read_text()[-2000:]
-        assert all(process.poll() is None for process in processes)
+        assert all(process.is_alive() for process in processes)
         time.sleep(0.02)
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
     train(run, tmp_path / "scratch")
     assert "step-8" in (run.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "z_loss")

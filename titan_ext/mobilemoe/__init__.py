@@ -23,6 +23,7 @@ from torchtitan.protocols.module import Module  # noqa: E402
 
 from titan_ext.config import ModelDims  # noqa: E402
 from titan_ext.mobilemoe.attention import Attention, DocumentAttention  # noqa: E402
+from titan_ext.mobilemoe.capacity import CapacityRoutedExperts, CapacityTokenDispatcher  # noqa: E402
 from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel  # noqa: E402
 from titan_ext.mobilemoe.moe import Experts, RouterGate  # noqa: E402
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe  # noqa: E402
@@ -38,6 +39,7 @@ def model_config(
     *,
     z_loss_coefficient: float = 0.0,
     expert_bias_update_rate: float = 1e-3,
+    capacity_factor: float | None = None,
     attention_backend: str | None = None,
 ) -> MobileMoEModel.Config:
     """The model of `dims` as a torchtitan config.
@@ -46,6 +48,7 @@ def model_config(
         dims: dimensions; `titan_ext.config.FLAVORS` has the published ones.
         z_loss_coefficient: weight of the router z-loss.
         expert_bias_update_rate: step of the aux-loss-free load balancing, above 0.
+        capacity_factor: of drop-and-pad dispatch in training; None drops no token.
         attention_backend: flex or varlen on a GPU; None takes flex there and masked SDPA on the CPU.
     """
     residual_std = _INIT_STD / (2 * dims.n_layers) ** 0.5
@@ -59,7 +62,7 @@ def model_config(
             attention_norm=norm(),
             ffn_norm=norm(),
             attention=_attention_config(dims, _inner_attention(attention_backend), residual_init),
-            moe=_moe_config(dims, z_loss_coefficient, expert_bias_update_rate, residual_init),
+            moe=_moe_config(dims, z_loss_coefficient, expert_bias_update_rate, capacity_factor, residual_init),
         )
         for _ in range(dims.n_layers)
     ]
@@ -131,8 +134,18 @@ def _attention_config(dims: ModelDims, inner_attention: Module.Config, residual_
 
 
 def _moe_config(
-    dims: ModelDims, z_loss_coefficient: float, expert_bias_update_rate: float, residual_init: dict
+    dims: ModelDims,
+    z_loss_coefficient: float,
+    expert_bias_update_rate: float,
+    capacity_factor: float | None,
+    residual_init: dict,
 ) -> MoE.Config:
+    experts = Experts.Config(
+        dim=dims.d_model,
+        hidden_dim=dims.expert_hidden,
+        num_experts=dims.n_experts,
+        param_init={"w1_EFD": _INIT["weight"], "w3_EFD": _INIT["weight"], "w2_EDF": residual_init["weight"]},
+    )
     return MoE.Config(
         num_experts=dims.n_experts,
         load_balance_coeff=expert_bias_update_rate,
@@ -149,24 +162,24 @@ def _moe_config(
             route_norm=True,
             route_scale=dims.route_scale,
         ),
-        routed_experts=RoutedExperts.Config(
-            inner_experts=Experts.Config(
-                dim=dims.d_model,
-                hidden_dim=dims.expert_hidden,
-                num_experts=dims.n_experts,
-                param_init={
-                    "w1_EFD": _INIT["weight"],
-                    "w3_EFD": _INIT["weight"],
-                    "w2_EDF": residual_init["weight"],
-                },
-            ),
-            token_dispatcher=make_token_dispatcher_config(
-                num_experts=dims.n_experts, top_k=dims.top_k, comm_backend="standard", hidden_dim=dims.d_model
-            ),
-        ),
+        routed_experts=_routed_experts_config(dims, experts, capacity_factor),
         shared_experts=FeedForward.Config(
             w1=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
             w2=Linear.Config(in_features=dims.shared_hidden, out_features=dims.d_model, param_init=residual_init),
             w3=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
         ),
     )
+
+
+def _routed_experts_config(
+    dims: ModelDims, experts: Experts.Config, capacity_factor: float | None
+) -> RoutedExperts.Config:
+    if capacity_factor is None:
+        dropless = make_token_dispatcher_config(
+            num_experts=dims.n_experts, top_k=dims.top_k, comm_backend="standard", hidden_dim=dims.d_model
+        )
+        return RoutedExperts.Config(inner_experts=experts, token_dispatcher=dropless)
+    dispatcher = CapacityTokenDispatcher.Config(
+        num_experts=dims.n_experts, top_k=dims.top_k, capacity_factor=capacity_factor
+    )
+    return CapacityRoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher)

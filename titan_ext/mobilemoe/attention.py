@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
@@ -29,6 +31,17 @@ def document_mask(positions_BL: torch.Tensor) -> torch.Tensor:
     return (same_document_BLL & causal_LL)[:, None]
 
 
+def document_mask_of_rank(positions_BL: torch.Tensor, cp_mesh: DeviceMesh) -> torch.Tensor:
+    """`document_mask` of a sequence that the ranks of `cp_mesh` share: the rows of this rank's L positions.
+
+    Returns:
+        bool [B, 1, L, L * ranks].
+    """
+    L, rank = positions_BL.shape[1], cp_mesh.get_local_rank()
+    whole_BL = all_gather_tensor(positions_BL, 1, cp_mesh)
+    return document_mask(whole_BL)[:, :, rank * L : (rank + 1) * L]
+
+
 class DocumentAttention(Module):
     """Scaled dot-product attention under an explicit document mask: the CPU's stand-in for flex and varlen.
 
@@ -41,6 +54,7 @@ class DocumentAttention(Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        self.cp_mesh: DeviceMesh | None = None
 
     def forward(
         self,
@@ -52,6 +66,8 @@ class DocumentAttention(Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        if self.cp_mesh is not None:  # keys and values of the whole sequence, for this rank's queries
+            k_BLNH, v_BLNH = (all_gather_tensor_autograd(x, 1, self.cp_mesh) for x in (k_BLNH, v_BLNH))
         out_BNLH = F.scaled_dot_product_attention(
             q_BLNH.transpose(1, 2),
             k_BLNH.transpose(1, 2),

@@ -6,13 +6,14 @@ experts.
 
 from dataclasses import dataclass
 
+import spmd_types as spmd
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 
 from titan_ext import cpu
+from titan_ext.dtensor import local
 from titan_ext.router_loss import attach_router_z_loss
 
 
@@ -29,19 +30,34 @@ class RouterGate(Linear):
         super().__init__(config)
         self.z_loss_coefficient = config.z_loss_coefficient
         self.num_tokens_per_step = config.num_tokens_per_step
-        # Sum of logsumexp^2 over this rank's tokens since the metrics were last read.
-        self.register_buffer("z_sum", torch.zeros((), dtype=torch.float32), persistent=False)
+        # This rank's tokens since the metrics were last read and their sums of logsumexp^2 and of the entropy of the
+        # router's choice; activation recomputation counts tokens twice, which leaves the means as they are.
+        self.register_buffer("token_sums", torch.zeros(3, dtype=torch.float32), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         logits_BLE = F.linear(input.float(), self.weight.float())
-        if self.training and self.z_loss_coefficient > 0:
-            assert self.num_tokens_per_step > 0, "update_from_config sets num_tokens_per_step before the model is built"
-            logits_BLE, z_sum = attach_router_z_loss(logits_BLE, self.z_loss_coefficient, self.num_tokens_per_step)
-            self.z_sum.add_(z_sum)
+        if self.training:
+            self._count(logits_BLE.detach())
+            if self.z_loss_coefficient > 0:
+                assert self.num_tokens_per_step > 0, "update_from_config sets num_tokens_per_step before it is built"
+                logits_BLE = attach_router_z_loss(logits_BLE, self.z_loss_coefficient, self.num_tokens_per_step)
         return logits_BLE
 
+    @torch.no_grad()
+    def _count(self, logits_BLE: torch.Tensor) -> None:
+        with spmd.no_typecheck():  # sums over this rank's tokens, reduced when metrics are read
+            self._add_to_sums(local(logits_BLE))
+
+    def _add_to_sums(self, logits_BLE: torch.Tensor) -> None:
+        scores_BLE = torch.sigmoid(logits_BLE)
+        share_BLE = scores_BLE / scores_BLE.sum(dim=-1, keepdim=True)
+        entropy = -torch.xlogy(share_BLE, share_BLE).sum()
+        z_squares = torch.logsumexp(logits_BLE, dim=-1).square().sum()
+        num_tokens = torch.full_like(entropy, logits_BLE.shape[:-1].numel())
+        local(self.token_sums).add_(torch.stack([num_tokens, z_squares, entropy]))
+
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.z_sum = torch.zeros((), dtype=torch.float32, device=buffer_device or self.z_sum.device)
+        self.token_sums = torch.zeros(3, dtype=torch.float32, device=buffer_device or self.token_sums.device)
 
 
 class Experts(GroupedExperts):
@@ -56,7 +72,7 @@ class Experts(GroupedExperts):
 
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate [e, F, D], down [e, D, F] and up [e, F, D] weights of this rank's e experts as plain tensors."""
-        return tuple(w.to_local() if isinstance(w, DTensor) else w for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        return tuple(local(w) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in self.local_weights())

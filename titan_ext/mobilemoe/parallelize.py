@@ -11,6 +11,7 @@ from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
 
 from titan_ext import cpu
+from titan_ext.mobilemoe.attention import DocumentAttention
 from titan_ext.mobilemoe.model import MobileMoEModel
 
 
@@ -31,11 +32,11 @@ def parallelize_mobilemoe(
         model.parallelize(parallel_dims)
     else:
         if parallel_dims.cp_enabled:
-            apply_cp_to_forward(
-                [block.attention.inner_attention for block in model.layers.values()], parallel_dims.get_mesh("cp")
-            )
+            _apply_context_parallel(model, parallel_dims)
         if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
             model.parallelize(parallel_dims)
+            for block in model.layers.values():
+                cpu.keep_gradients_of_gathered_inputs(block.moe.routed_experts)
 
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
@@ -69,6 +70,16 @@ def parallelize_mobilemoe(
         block.moe.router.gate.set_gradient_divide_factor(1.0)
     cpu.force_sum_reductions(model)
     return model
+
+
+def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) -> None:
+    attentions = [block.attention.inner_attention for block in model.layers.values()]
+    cp_mesh = parallel_dims.get_mesh("cp")
+    if not isinstance(attentions[0], DocumentAttention):
+        apply_cp_to_forward(attentions, cp_mesh)
+        return
+    for attention in attentions:
+        attention.cp_mesh = cp_mesh
 
 
 def _data_parallel_meshes(parallel_dims: ParallelDims, whole_mesh: bool) -> tuple:

@@ -24,6 +24,7 @@ def set_mobilemoe_sharding_config(config, *, enable_sp: bool, enable_ep: bool) -
         set_moe_sharding_config(
             layer.moe, enable_ep=enable_ep, enable_sp=enable_sp, expert_param_layout=_EXPERT_TP_LAYOUT
         )
-        # The gate's z-loss sum is a count over this rank's tokens, laid out like torchtitan's tokens_per_expert_E.
+        # Sums over this rank's tokens, laid out like torchtitan's tokens_per_expert_E.
         counts = layer.moe.sharding_config.state_shardings["tokens_per_expert_E"]
-        layer.moe.router.gate.sharding_config.state_shardings["z_sum"] = counts
+        layer.moe.router.gate.sharding_config.state_shardings["token_sums"] = counts
+        layer.moe.routed_experts.sharding_config.state_shardings["num_dropped"] = counts
