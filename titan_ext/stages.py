@@ -1,0 +1,88 @@
+"""The four stages as data: the published schedule and its miniature for `tiny`.
+
+Published (arXiv 2605.27358, training table): tokens 6T / 500B / 126B / 21B, contexts 2,048 / 8,192 / 8,192 / 8,192,
+learning rates 4e-4 / 4e-5 / 4e-6 / 4e-6, cosine except mid-training's linear, the mixtures, router z-loss 1e-4, expert
+bias rate 1e-3, capacity factor 1.5 in the text stages and no dropped token after them, INT4 groups of 32. Not
+published, so assumed here: global batches of 4.2M tokens (text stages) and 2.1M tokens (sft, qat), warm-up of 2,000
+steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight decay 0.1, steps over 6 sigma skipped.
+"""
+
+from titan_ext.config import QATConfig, StageConfig
+
+STAGES = ("pretrain", "midtrain", "sft", "qat")
+"""In the order they run."""
+PRETRAIN_TOKENS, MIDTRAIN_TOKENS, SFT_TOKENS, QAT_TOKENS = 6e12, 500e9, 126e9, 21e9
+PRETRAIN_MIXTURE = {"web": 0.62, "math": 0.116, "code": 0.10, "knowledge": 0.10, "science": 0.064}
+MIDTRAIN_MIXTURE = {"web": 0.09, "knowledge": 0.32, "code": 0.22, "math": 0.21, "science": 0.16}
+SFT_MIXTURE = {
+    "math": 0.304, "chat": 0.254, "code": 0.221, "safety": 0.094, "science": 0.077, "tool_use": 0.039,
+    "reasoning": 0.011,
+}  # fmt: skip
+TINY_SFT_MIXTURE = {"math": 0.32, "chat": 0.26, "code": 0.22, "tool_use": 0.10, "reasoning": 0.10}
+"""Over the domains of the conversations that Python packages carry."""
+CAPACITY_FACTOR = 1.5
+
+
+def steps_for(tokens: float, seq_len: int, global_batch_size: int) -> int:
+    """Optimizer steps that train on `tokens` tokens, rounded up."""
+    return -int(-tokens // (seq_len * global_batch_size))
+
+
+def published_stages() -> dict[str, StageConfig]:
+    """The schedule of S, M and L: name -> stage."""
+
+    def stage(tokens: float, seq_len: int, batch: int, local_batch: int, **kwargs) -> StageConfig:
+        return StageConfig(
+            steps=steps_for(tokens, seq_len, batch), seq_len=seq_len, global_batch_size=batch,
+            local_batch_size=local_batch, checkpoint_interval=1000, heldout_interval=1000, skip_spikes_sigma=6.0,
+            **kwargs,
+        )  # fmt: skip
+
+    text = {"warmup_steps": 2000, "capacity_factor": CAPACITY_FACTOR}
+    chat = {"shards": "sft", "mixture": SFT_MIXTURE, "learning_rate": 4e-6, "schedule": "cosine"}
+    return {
+        "pretrain": stage(
+            PRETRAIN_TOKENS, 2048, 2048, 8, shards="pretrain", mixture=PRETRAIN_MIXTURE, learning_rate=4e-4,
+            schedule="cosine", **text,
+        ),
+        "midtrain": stage(
+            MIDTRAIN_TOKENS, 8192, 512, 2, shards="midtrain", mixture=MIDTRAIN_MIXTURE, learning_rate=4e-5,
+            schedule="linear", **text,
+        ),
+        "sft": stage(SFT_TOKENS, 8192, 256, 1, warmup_steps=1800, **chat),
+        "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, qat=QATConfig(), **chat),
+    }  # fmt: skip
+
+
+def tiny_stages() -> dict[str, StageConfig]:
+    """The published schedule scaled down to minutes on two cores: name -> stage.
+
+    The same mixtures, dispatch, contexts growing from pre-training to mid-training, learning rates falling from stage
+    to stage (though not by the published powers of ten, which would train nothing in so few steps), and the expert bias
+    moving by 1e-2 a step instead of 1e-3: with so few steps, routing that collapses at the start would otherwise still
+    be uneven at the end.
+    """
+    long_context = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}
+    text = {"capacity_factor": CAPACITY_FACTOR}
+    instructions = {**long_context, "shards": "sft", "mixture": TINY_SFT_MIXTURE}
+    every_stage = {"expert_bias_update_rate": 1e-2, "heldout_batches": 6, "log_interval": 5}
+    return {
+        "pretrain": StageConfig(
+            steps=200, seq_len=256, global_batch_size=16, local_batch_size=8, learning_rate=3e-3,
+            shards="pretrain", mixture=PRETRAIN_MIXTURE, schedule="cosine", warmup_steps=20,
+            checkpoint_interval=40, heldout_interval=50, **text, **every_stage,
+        ),
+        "midtrain": StageConfig(
+            steps=40, learning_rate=2e-3,
+            shards="midtrain", mixture=MIDTRAIN_MIXTURE, schedule="linear", warmup_steps=4,
+            checkpoint_interval=20, heldout_interval=20, **text, **long_context, **every_stage,
+        ),
+        "sft": StageConfig(
+            steps=50, learning_rate=1.5e-3, schedule="cosine", warmup_steps=5,
+            checkpoint_interval=20, heldout_interval=25, **instructions, **every_stage,
+        ),
+        "qat": StageConfig(
+            steps=30, learning_rate=5e-4, schedule="cosine", warmup_steps=4, qat=QATConfig(),
+            checkpoint_interval=15, heldout_interval=15, **instructions, **every_stage,
+        ),
+    }  # fmt: skip
