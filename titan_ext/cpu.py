@@ -14,8 +14,12 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 7. torch._grouped_mm has no backward for a rank that got no token: `titan_ext.mobilemoe.moe.Experts`.
 8. local_map waits for an input that is still being gathered outside of autograd: under tensor parallelism without
    expert parallelism the routed experts' input would get no gradient: `keep_gradients_of_gathered_inputs`.
+9. glibc gives large blocks back to the system and every step faults them in again: `_keep_freed_memory`.
+10. oneDNN prepares a bfloat16 product anew for every number of rows, and experts never see the same number twice:
+    `pad_groups`.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -71,10 +75,42 @@ def apply() -> None:
     """Make torchtitan use the CPU where no accelerator is present. Idempotent; does nothing on an accelerator."""
     if not IS_CPU:
         return
+    _keep_freed_memory()
     titan_utils.device_type = "cpu"
     titan_utils.device_module = _CPUDeviceModule()
     # torchtitan's router asks for float32 autocast, which the CPU declines with a warning; our gate is float32 anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
+
+
+def _keep_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # another C library than glibc: only slower
+        return
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+        libc.mallopt(parameter, value)
+
+
+ROWS_MULTIPLE = 32
+
+
+def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows grouped by expert, every group filled up with zeros to a multiple of 32 rows.
+
+    Args:
+        x_RD: rows sorted by expert.
+        counts_E: int64, rows of each expert.
+
+    Returns:
+        The filled-up rows [P, D], rows of each expert int64 [E] in them, and where each row of x is int64 [R].
+    """
+    padded_E = (counts_E + ROWS_MULTIPLE - 1) // ROWS_MULTIPLE * ROWS_MULTIPLE
+    shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+    rows_R = torch.arange(x_RD.shape[0]) + torch.repeat_interleave(shift_E, counts_E)
+    padded_PD = x_RD.new_zeros(int(padded_E.sum()), x_RD.shape[1]).index_copy(0, rows_R, x_RD)
+    return padded_PD, padded_E, rows_R
 
 
 def force_sum_reductions(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ Shape suffixes: see titan_ext/mobilemoe/moe.py.
 
 from dataclasses import dataclass, fields
 
+import spmd_types as spmd
 import torch
 import torch.nn.functional as F
 from torchao.quantization.quant_primitives import (
@@ -50,24 +51,41 @@ def fake_quantize_weight(weight: torch.Tensor, group_size: int, axis: int = -1) 
             f"weight {tuple(weight.shape)}: {weight.shape[axis]} values along axis {axis} are no multiple of "
             f"group_size {group_size}; choose dimensions that are"
         )
+    with torch.no_grad():
+        rounded = _round_to_grid(weight, group_size, axis)
+    return _StraightThrough.apply(weight, rounded)
+
+
+def _round_to_grid(weight: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
     block_size = [1] * weight.dim()
     block_size[axis] = group_size
-    with torch.no_grad():
-        float_weight = weight.float()
-        scale, zero_point = choose_qparams_affine(
-            float_weight,
-            MappingType.SYMMETRIC,
-            tuple(block_size),
-            target_dtype=torch.int8,
-            quant_min=INT4_RANGE[0],
-            quant_max=INT4_RANGE[1],
-            eps=SMALLEST_SCALE,
-            scale_dtype=torch.float32,
-            zero_point_dtype=torch.int32,
-        )
-        scale = scale.bfloat16().half().float()
-        rounded = _round_trip(float_weight, tuple(block_size), scale, zero_point, INT4_RANGE).to(weight.dtype)
-    return weight + (rounded - weight).detach()
+    float_weight = weight.float()
+    scale, zero_point = choose_qparams_affine(
+        float_weight,
+        MappingType.SYMMETRIC,
+        tuple(block_size),
+        target_dtype=torch.int8,
+        quant_min=INT4_RANGE[0],
+        quant_max=INT4_RANGE[1],
+        eps=SMALLEST_SCALE,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+    scale = scale.bfloat16().half().float()
+    return _round_trip(float_weight, tuple(block_size), scale, zero_point, INT4_RANGE).to(weight.dtype)
+
+
+@spmd.register_local_autograd_function
+class _StraightThrough(torch.autograd.Function):
+    """The rounded values forward, the gradient of the unrounded ones backward; no pass over the values is needed."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +106,7 @@ def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
             zero_point_dtype=torch.int32,
         )
         rounded = _round_trip(float_x, block_size, scale, zero_point, INT8_RANGE).to(x.dtype)
-    return x + (rounded - x).detach()
+    return _StraightThrough.apply(x, rounded)
 
 
 def _round_trip(

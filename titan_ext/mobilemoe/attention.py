@@ -42,10 +42,19 @@ def document_mask_of_rank(positions_BL: torch.Tensor, cp_mesh: DeviceMesh) -> to
     return document_mask(whole_BL)[:, :, rank * L : (rank + 1) * L]
 
 
-class DocumentAttention(Module):
-    """Scaled dot-product attention under an explicit document mask: the CPU's stand-in for flex and varlen.
+def document_lengths(positions_BL: torch.Tensor) -> list[int]:
+    """Tokens of every document of a batch, row after row; a position of 0 and the start of a row start one."""
+    starts_BL = positions_BL == 0
+    starts_BL[:, 0] = True
+    starts = starts_BL.flatten().nonzero().flatten()
+    return torch.diff(starts, append=starts.new_tensor([positions_BL.numel()])).tolist()
 
-    torchtitan's own ScaledDotProductAttention is causal only, so packed documents would see each other.
+
+class DocumentAttention(Module):
+    """Causal scaled dot-product attention, document by document: the CPU's stand-in for flex and varlen.
+
+    torchtitan's own ScaledDotProductAttention is causal only, so packed documents would see each other. One call a
+    document costs a fraction of one call under a mask, which computes what the mask then hides.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -62,22 +71,41 @@ class DocumentAttention(Module):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
         *,
-        attention_masks: torch.Tensor | None = None,
+        attention_masks: list[int] | torch.Tensor | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        """Attention within the documents whose lengths are given (`document_lengths`; None: every row is one).
+
+        Under context parallelism a mask instead (`document_mask_of_rank`), for a document may lie on several ranks.
+        """
         if self.cp_mesh is not None:  # keys and values of the whole sequence, for this rank's queries
             k_BLNH, v_BLNH = (all_gather_tensor_autograd(x, 1, self.cp_mesh) for x in (k_BLNH, v_BLNH))
-        out_BNLH = F.scaled_dot_product_attention(
-            q_BLNH.transpose(1, 2),
-            k_BLNH.transpose(1, 2),
-            v_BLNH.transpose(1, 2),
-            attn_mask=attention_masks,
-            is_causal=attention_masks is None,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-        return out_BNLH.transpose(1, 2)
+            return _attend(q_BLNH, k_BLNH, v_BLNH, scale, enable_gqa, mask=attention_masks)
+        B, L = q_BLNH.shape[:2]
+        if attention_masks is None or attention_masks == [L] * B:
+            return _attend(q_BLNH, k_BLNH, v_BLNH, scale, enable_gqa)
+        documents = zip(*(x.flatten(0, 1).split(attention_masks) for x in (q_BLNH, k_BLNH, v_BLNH)), strict=True)
+        outs = [_attend(q[None], k[None], v[None], scale, enable_gqa)[0] for q, k, v in documents]
+        return torch.cat(outs).unflatten(0, (B, L))
+
+
+def _attend(
+    q_BLNH: torch.Tensor,
+    k_BLNH: torch.Tensor,
+    v_BLNH: torch.Tensor,
+    scale: float | None,
+    enable_gqa: bool,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out_BNLH = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH)),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    return out_BNLH.transpose(1, 2)
 
 
 class Attention(GQAttention):

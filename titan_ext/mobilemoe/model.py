@@ -7,7 +7,7 @@ import torch.nn as nn
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
-from titan_ext.mobilemoe.attention import DocumentAttention, document_mask, document_mask_of_rank
+from titan_ext.mobilemoe.attention import DocumentAttention, document_lengths, document_mask_of_rank
 
 
 class MobileMoEBlock(TransformerBlock):
@@ -68,5 +68,8 @@ class MobileMoEModel(Decoder):
         if positions is not None and isinstance(self.config.first_attention.inner_attention, DocumentAttention.Config):
             # The trainer builds masks for flex and varlen only.
             cp_mesh = next(iter(self.layers.values())).attention.inner_attention.cp_mesh
-            attention_masks = document_mask(positions) if cp_mesh is None else document_mask_of_rank(positions, cp_mesh)
+            if cp_mesh is None:
+                attention_masks = document_lengths(positions)
+            else:
+                attention_masks = document_mask_of_rank(positions, cp_mesh)
         return super().forward(tokens, positions, attention_masks)

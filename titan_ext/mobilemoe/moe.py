@@ -79,7 +79,11 @@ class Experts(GroupedExperts):
         if cpu.IS_CPU and x_RD.shape[0] == 0:
             # grouped_mm's backward fails without rows; the weights still need a gradient for FSDP's reduction.
             return x_RD + 0.0 * (w1_EFD.sum() + w2_EDF.sum() + w3_EFD.sum())
+        rows_R = None
+        if cpu.IS_CPU and x_RD.dtype == torch.bfloat16:
+            x_RD, num_tokens_per_expert_E, rows_R = cpu.pad_groups(x_RD, num_tokens_per_expert_E)
         offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offsets_E)
         up_RF = self._grouped_mm(A=x_RD, B_t=w3_EFD.transpose(-2, -1), offs=offsets_E)
-        return self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_EDF.transpose(-2, -1), offs=offsets_E)
+        out_RD = self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_EDF.transpose(-2, -1), offs=offsets_E)
+        return out_RD if rows_R is None else out_RD.index_select(0, rows_R)
