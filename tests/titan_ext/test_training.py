@@ -111,3 +111,26 @@ def test_qat_stage_starts_from_the_parent_on_another_layout(data, two_processes,
 def test_unfinished_stage_has_no_final_checkpoint(two_processes):
     with pytest.raises(ValueError, match="step-21: no finished checkpoint"):
         final_checkpoint(two_processes, 21)
+
+
+def test_numbers_that_are_not_finite_stop_the_stage_before_the_update(data, tmp_path):
+    stage = dataclasses.replace(STAGE, learning_rate=1e30, checkpoint_interval=1)
+    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage)
+    with pytest.raises(AssertionError, match="not finite, so the parameters were not updated"):
+        train(run, tmp_path / "scratch")
+    steps = [line["step"] for line in lines(run.out, "metrics.jsonl")]
+    checkpoints = sorted(int(path.name.removeprefix("step-")) for path in (run.out / "checkpoint").glob("step-*"))
+    assert 1 <= max(checkpoints) == max(steps) < STAGE.steps, "neither logged nor saved after the last good step"
+
+
+def test_skipped_steps_are_logged_and_leave_the_weights_alone(data, tmp_path):
+    """With a threshold below every deviation, each step above the mean is a spike."""
+    stage = dataclasses.replace(STAGE, steps=44, checkpoint_interval=100, learning_rate=1e-4, skip_spikes_sigma=1e-3)
+    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage)
+    train(run, tmp_path / "scratch")
+    skipped = [line["skipped_steps"] for line in lines(run.out, "metrics.jsonl")]
+    assert skipped[:32] == [0] * 32 and 0 < skipped[-1] <= 12
+    assert (run.out / "logs/rank_0.log").read_text().count(" is skipped: ") == skipped[-1]
+    state = {"optimizer.state.norm.weight.step": torch.zeros(())}
+    dcp.load(state, checkpoint_id=final_checkpoint(run.out, 44), no_dist=True)
+    assert state["optimizer.state.norm.weight.step"] == 44 - skipped[-1]
