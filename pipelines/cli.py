@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,6 +100,18 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Turn a released-format folder, BF16 or INT4, into a checkpoint that training starts from."""
+
+    folder: tyro.conf.Positional[Path]
+    """Hugging Face folder with config.json and safetensors."""
+    out: Path
+    """DCP folder to write; must not exist."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Sizes and costs of a flavor (S, M, L, tiny), or of any dimensions."""
 
@@ -114,6 +126,7 @@ class Info:
 
 COMMANDS = {
     "run": Run, "status": Status, "report": Report, "recipes": Recipes, "info": Info, "eval": Eval, "export": Export,
+    "import": Import,
 }  # fmt: skip
 
 
@@ -268,6 +281,17 @@ def _export(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _import(arguments: Sequence[str]) -> int:
+    command = _parse(Import, arguments, "import")
+    from eval.export.import_hf import import_folder
+
+    dims = import_folder(command.folder, command.out)
+    _answer(
+        command.json, {"out": str(command.out), "dimensions": asdict(dims)}, lambda: f"written: {command.out}\n{dims}"
+    )
+    return DONE
+
+
 def _info(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
@@ -290,7 +314,7 @@ def _info(arguments: Sequence[str]) -> int:
 
 HANDLERS = {
     "run": _run, "status": _status, "report": _report, "recipes": _recipes, "info": _info, "eval": _eval,
-    "export": _export,
+    "export": _export, "import": _import,
 }  # fmt: skip
 
 

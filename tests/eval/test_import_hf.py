@@ -1,6 +1,7 @@
 """From the released formats into training and back: no value changes, and nothing incomplete is taken."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from eval.export.hf import read_config, write_hf_folder
 from eval.export.import_hf import dims_from_config, import_folder
 from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from pipelines.cli import main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.launch import train, write_data
 from tests.titan_ext.test_training import STAGE, lines
@@ -56,6 +58,16 @@ def test_int4_comes_in_as_the_numbers_it_stands_for(axis, bf16, tmp_path):
     found = read_checkpoint(tmp_path / "dcp", DIMS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)
+
+
+def test_the_command_imports_and_refuses(bf16, tmp_path, capsys):
+    assert main(["import", str(bf16), "--out", str(tmp_path / "dcp"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dimensions"]["n_experts"] == DIMS.n_experts
+    assert (tmp_path / "dcp/.metadata").is_file()
+    assert main(["import", str(bf16), "--out", str(tmp_path / "dcp")]) == 2
+    assert "exists; name a folder that does not" in capsys.readouterr().err
+    assert main(["import", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert "no config.json" in capsys.readouterr().err
 
 
 def test_a_stage_starts_from_it(bf16, tmp_path):
