@@ -68,21 +68,21 @@ def tiny_stages() -> dict[str, StageConfig]:
     every_stage = {"expert_bias_update_rate": 1e-2, "heldout_batches": 6, "log_interval": 5}
     return {
         "pretrain": StageConfig(
-            steps=200, seq_len=256, global_batch_size=16, local_batch_size=8, learning_rate=3e-3,
+            steps=150, seq_len=256, global_batch_size=16, local_batch_size=8, learning_rate=3e-3,
             shards="pretrain", mixture=PRETRAIN_MIXTURE, schedule="cosine", warmup_steps=20,
-            checkpoint_interval=40, heldout_interval=50, **text, **every_stage,
+            checkpoint_interval=30, heldout_interval=50, **text, **every_stage,
         ),
         "midtrain": StageConfig(
-            steps=40, learning_rate=2e-3,
-            shards="midtrain", mixture=MIDTRAIN_MIXTURE, schedule="linear", warmup_steps=4,
-            checkpoint_interval=20, heldout_interval=20, **text, **long_context, **every_stage,
+            steps=30, learning_rate=2e-3,
+            shards="midtrain", mixture=MIDTRAIN_MIXTURE, schedule="linear", warmup_steps=3,
+            checkpoint_interval=15, heldout_interval=15, **text, **long_context, **every_stage,
         ),
         "sft": StageConfig(
-            steps=50, learning_rate=1.5e-3, schedule="cosine", warmup_steps=5,
-            checkpoint_interval=20, heldout_interval=25, **instructions, **every_stage,
+            steps=40, learning_rate=1.5e-3, schedule="cosine", warmup_steps=4,
+            checkpoint_interval=20, heldout_interval=20, **instructions, **every_stage,
         ),
         "qat": StageConfig(
-            steps=30, learning_rate=5e-4, schedule="cosine", warmup_steps=4, qat=QATConfig(),
-            checkpoint_interval=15, heldout_interval=15, **instructions, **every_stage,
+            steps=24, learning_rate=5e-4, schedule="cosine", warmup_steps=3, qat=QATConfig(),
+            checkpoint_interval=12, heldout_interval=12, **instructions, **every_stage,
         ),
     }  # fmt: skip

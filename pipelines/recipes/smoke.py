@@ -16,6 +16,6 @@ def recipe() -> Recipe:
         data=DataConfig(corpora=SMOKE_CORPORA, tokenizer=TokenizerConfig(train_vocab_size=4096), heldout_fraction=0.04),
         stages=Stages(**tiny_stages()),
         parallel=ParallelConfig(world_size=2, expert_parallel=2, precision="float32"),
-        evaluation=EvaluationConfig(limit=10, heldout_tokens=16_000, allow_missing_items=True),
+        evaluation=EvaluationConfig(limit=8, heldout_tokens=16_000, allow_missing_items=True),
         cluster=ClusterConfig(cpus_per_worker=1, cpus_per_task=2),
     )
