@@ -126,6 +126,18 @@ def test_the_router_bias_chooses_but_does_not_weigh(model, weights, tokens):
 
 def test_logits_equal_executorch(model, weights, tokens):
     """The device's eager model, fed the same weights without permuting heads: both rotate neighbouring channels."""
+    theirs = executorch_model(weights)
+    ids = tokens[:1, :48]
+    ours = MobileMoEForCausalLM.from_pretrained(
+        None, config=config_from_dims(DIMS, rope_scaling=None), state_dict=dict(weights)
+    )
+    with torch.no_grad():
+        assert relative_error(ours(ids).logits, theirs(ids)) < 1e-4
+        assert relative_error(model(ids).logits, theirs(ids)) > 1e-3, "the RoPE scaling has no effect"
+
+
+def executorch_model(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """ExecuTorch's eager model without RoPE scaling, of which it knows another rule."""
     args = ModelArgs(
         dim=DIMS.d_model, n_layers=DIMS.n_layers, n_heads=DIMS.n_heads, n_kv_heads=DIMS.n_kv_heads,
         head_dim=DIMS.head_dim, vocab_size=DIMS.vocab_size, norm_eps=DIMS.norm_eps, max_seq_len=64, max_context_len=64,
@@ -134,15 +146,9 @@ def test_logits_equal_executorch(model, weights, tokens):
         moe_score_func="sigmoid", moe_route_scale=DIMS.route_scale, use_qk_norm=True, qk_norm_affine=False,
         qk_norm_before_rope=False, rope_theta=DIMS.rope_theta, generate_full_logits=True,
     )  # fmt: skip
-    theirs = construct_transformer(args).eval()
-    theirs.load_state_dict(executorch_names(weights))
-    ids = tokens[:1, :48]
-    ours = MobileMoEForCausalLM.from_pretrained(
-        None, config=config_from_dims(DIMS, rope_scaling=None), state_dict=dict(weights)
-    )
-    with torch.no_grad():
-        assert relative_error(ours(ids).logits, theirs(ids)) < 1e-4
-        assert relative_error(model(ids).logits, theirs(ids)) > 1e-3, "the RoPE scaling has no effect"
+    model = construct_transformer(args).eval()
+    model.load_state_dict(executorch_names(weights))
+    return model
 
 
 def executorch_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

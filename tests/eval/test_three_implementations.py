@@ -7,12 +7,10 @@ import dataclasses
 
 import pytest
 import torch
-from executorch.examples.models.llama.llama_transformer import construct_transformer
-from executorch.examples.models.llama.model_args import ModelArgs
 
 from eval.export.hf import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
-from tests.eval.test_hf_mobilemoe import executorch_names, relative_error
+from tests.eval.test_hf_mobilemoe import executorch_model, relative_error
 from tests.eval.tiny_checkpoint import DIMS, random_tensors
 from titan_ext.config import RopeScaling
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
@@ -41,16 +39,7 @@ def tokens():
 
 @torch.no_grad()
 def test_logits_of_all_three_agree(tokens):
-    args = ModelArgs(
-        dim=DIMS.d_model, n_layers=DIMS.n_layers, n_heads=DIMS.n_heads, n_kv_heads=DIMS.n_kv_heads,
-        head_dim=DIMS.head_dim, vocab_size=DIMS.vocab_size, norm_eps=DIMS.norm_eps, max_seq_len=64, max_context_len=64,
-        hidden_dim=DIMS.shared_hidden, moe=True, num_experts=DIMS.n_experts, num_activated_experts=DIMS.top_k,
-        moe_hidden_dim=DIMS.expert_hidden, moe_shared_expert_hidden_dim=DIMS.shared_hidden, moe_use_expert_bias=True,
-        moe_score_func="sigmoid", moe_route_scale=DIMS.route_scale, use_qk_norm=True, qk_norm_affine=False,
-        qk_norm_before_rope=False, rope_theta=DIMS.rope_theta, generate_full_logits=True,
-    )  # fmt: skip
-    device = construct_transformer(args).eval()
-    device.load_state_dict(executorch_names(random_tensors()))
+    device = executorch_model(random_tensors())
     titan = build_titan(UNSCALED)(tokens, positions=torch.arange(60)[None])
     hf = build_hf(UNSCALED)(tokens).logits
     for name, logits in (("hf", hf), ("executorch", device(tokens))):
