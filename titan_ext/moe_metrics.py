@@ -39,7 +39,7 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
     """
     layers = _moe_layers(model_parts)
     rows = [torch.cat([_load(moe), local(moe.router.gate.token_sums), _num_dropped(moe)[None]]) for moe in layers]
-    sums_LS = torch.stack(rows).double() if rows else torch.zeros(0, 0, dtype=torch.float64)
+    sums_LS = torch.stack(rows).double()
     for group in _groups(parallel_dims):
         dist.all_reduce(sums_LS, group=group)
     for moe in layers:
@@ -49,7 +49,7 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
     records = [_layer_record(row_S, moe.router.top_k) for row_S, moe in zip(sums_LS.cpu(), layers, strict=True)]
     means = {
         "z_loss": sum(record.pop("z") for record in records),
-        "dropped": sum(record["dropped"] for record in records) / max(len(records), 1),
+        "dropped": sum(record["dropped"] for record in records) / len(records),
     }
     return records, means
 

@@ -64,17 +64,13 @@ class StageTrainer(Trainer):
 
     def _judge_step(self, loss: torch.Tensor) -> None:
         """With all gradients there and none clipped: may this step be taken? Every rank comes to the same answer."""
-        parallel_dims = self.parallel_dims
         grad_norm = dist_utils.clip_grad_norm_(
             [p for part in self.model_parts for p in part.parameters()],
             max_norm=float("inf"),
             foreach=True,
-            pp_mesh=parallel_dims.get_optional_mesh("pp"),
-            ep_enabled=parallel_dims.ep_enabled,
+            ep_enabled=self.parallel_dims.ep_enabled,
         )
-        if parallel_dims.pp_enabled:  # stages before the last report -1
-            loss = torch.tensor(dist_utils.dist_max(loss, parallel_dims.get_mesh("pp")), device=self.device)
-        loss_mesh = parallel_dims.get_optional_mesh("loss")
+        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
         total = float(loss) if loss_mesh is None else dist_utils.dist_sum(loss, loss_mesh)
         self.skip_reason = self.guard.admit(self.step, total, float(grad_norm))
         self.metrics_processor.num_skipped = self.guard.num_skipped

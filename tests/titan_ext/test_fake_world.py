@@ -16,7 +16,6 @@ from torchtitan.trainer import Trainer
 
 from tests.titan_ext.launch import train, write_data
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.dtensor import local
 from titan_ext.stages import published_stages
 from titan_ext.train import StageRun, stage_config
 
@@ -44,8 +43,12 @@ def go_both_ways(run: StageRun) -> None:
     config.debug.spmd_typechecking = run.name == "spmd_types"
     config.checkpoint.enable = config.validator.enable = False
     trainer = config.build()
-    experts = trainer.model_parts[0].layers["0"].moe.routed_experts.inner_experts.w1_EFD
-    assert local(experts).shape[0] <= DIMS.n_experts // run.parallel.expert_parallel
+    experts = trainer.model_parts[0].layers["0"].moe.routed_experts.inner_experts
+
+    def note_experts(module: torch.nn.Module, inputs: tuple) -> None:
+        (run.out / "experts").write_text(str(len(inputs[1])))
+
+    experts.register_forward_pre_hook(note_experts)
     inputs, labels = next(iter(trainer.dataloader))
     loss = Trainer.forward_backward_step(
         trainer, input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(labels.numel())
@@ -67,3 +70,4 @@ def test_published_stages_build_and_step(layout, backend, data, tmp_path):
     parallel = ParallelConfig(precision="bfloat16", **layout)
     run = StageRun(backend, DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
     train(run, tmp_path / "scratch", go_both_ways, ranks=1)
+    assert int((run.out / "experts").read_text()) == DIMS.n_experts // parallel.expert_parallel

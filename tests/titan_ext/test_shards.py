@@ -22,17 +22,6 @@ from tests.titan_ext.stage_of_shards import (
     write_stage,
 )
 
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return write_stage(tmp_path_factory.mktemp("data") / "pretrain")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 # --- damaged shards -------------------------------------------------------------------------------------------------
 
 

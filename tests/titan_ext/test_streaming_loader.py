@@ -19,19 +19,8 @@ from tests.titan_ext.stage_of_shards import (
     rows,
     sequences,
     write_domain,
-    write_stage,
 )
 from titan_ext.packing import IGNORE_INDEX
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return write_stage(tmp_path_factory.mktemp("data") / "pretrain")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def merged_state(loaders):
