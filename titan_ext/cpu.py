@@ -17,12 +17,14 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 9. glibc gives large blocks back to the system and every step faults them in again: `_keep_freed_memory`.
 10. oneDNN prepares a bfloat16 product anew for every number of rows, and experts never see the same number twice:
     `pad_groups`.
+11. Blocks are not compiled, and a quantizer makes a dozen passes over a weight: `fuse_if_large` compiles it alone.
 """
 
 import ctypes
 import functools
 import os
 import platform
+import shutil
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -111,6 +113,28 @@ def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor
     rows_R = torch.arange(x_RD.shape[0]) + torch.repeat_interleave(shift_E, counts_E)
     padded_PD = x_RD.new_zeros(int(padded_E.sum()), x_RD.shape[1]).index_copy(0, rows_R, x_RD)
     return padded_PD, padded_E, rows_R
+
+
+COMPILED_ELEMENTS = 1 << 22
+"""From this size on a fused kernel saves more in a hundred steps than its compilation costs."""
+
+
+def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`function`, compiled on the CPU for large plain tensors; as it is elsewhere, and where there is no C++ compiler.
+
+    Args:
+        function: takes a tensor first; what it computes must not depend on rounding that fusion leaves out.
+    """
+    if not IS_CPU or shutil.which(os.environ.get("CXX", "g++")) is None:
+        return function
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def fused(x: torch.Tensor, *args) -> torch.Tensor:
+        large = x.numel() >= COMPILED_ELEMENTS and not isinstance(x, DTensor)
+        return (compiled if large else function)(x, *args)
+
+    return fused
 
 
 def force_sum_reductions(model: torch.nn.Module) -> None:

@@ -24,6 +24,7 @@ from torchao.quantization.quant_primitives import (
 )
 from torchtitan.models.common import Embedding, Linear
 
+from titan_ext import cpu
 from titan_ext.config import QATConfig
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.moe import Experts, RouterGate
@@ -56,6 +57,7 @@ def fake_quantize_weight(weight: torch.Tensor, group_size: int, axis: int = -1) 
     return _StraightThrough.apply(weight, rounded)
 
 
+@cpu.fuse_if_large
 def _round_to_grid(weight: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
     block_size = [1] * weight.dim()
     block_size[axis] = group_size
@@ -71,8 +73,20 @@ def _round_to_grid(weight: torch.Tensor, group_size: int, axis: int) -> torch.Te
         scale_dtype=torch.float32,
         zero_point_dtype=torch.int32,
     )
-    scale = scale.bfloat16().half().float()
+    scale = round_scale(scale)
     return _round_trip(float_weight, tuple(block_size), scale, zero_point, INT4_RANGE).to(weight.dtype)
+
+
+def round_scale(scale: torch.Tensor) -> torch.Tensor:
+    """`scale.bfloat16().half().float()` of positive float32 numbers below 65,280, so that torch.compile keeps it.
+
+    A compiler that fuses the casts computes in float32 throughout and leaves the rounding out
+    (torch._inductor.config.emulate_precision_casts), which would train on another grid than is exported.
+    """
+    bits = scale.view(torch.int32)
+    bfloat16 = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    # Eight significant bits fit float16 until its numbers are too small to be normal: multiples of 2^-24.
+    return torch.where(bfloat16 < 2.0**-14, torch.round(bfloat16 * 2.0**24) * 2.0**-24, bfloat16)
 
 
 @spmd.register_local_autograd_function
@@ -92,21 +106,26 @@ def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
     """Round every token (last dimension) of `x` to its own asymmetric INT8 grid; gradient 1 everywhere."""
     if x.numel() == 0:
         return x
-    block_size = (*([1] * (x.dim() - 1)), x.shape[-1])
     with torch.no_grad():
-        float_x = x.float()
-        scale, zero_point = choose_qparams_affine(
-            float_x,
-            MappingType.ASYMMETRIC,
-            block_size,
-            target_dtype=torch.int8,
-            quant_min=INT8_RANGE[0],
-            quant_max=INT8_RANGE[1],
-            scale_dtype=torch.float32,
-            zero_point_dtype=torch.int32,
-        )
-        rounded = _round_trip(float_x, block_size, scale, zero_point, INT8_RANGE).to(x.dtype)
+        rounded = _round_tokens(x)
     return _StraightThrough.apply(x, rounded)
+
+
+@cpu.fuse_if_large
+def _round_tokens(x: torch.Tensor) -> torch.Tensor:
+    block_size = (*([1] * (x.dim() - 1)), x.shape[-1])
+    float_x = x.float()
+    scale, zero_point = choose_qparams_affine(
+        float_x,
+        MappingType.ASYMMETRIC,
+        block_size,
+        target_dtype=torch.int8,
+        quant_min=INT8_RANGE[0],
+        quant_max=INT8_RANGE[1],
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+    return _round_trip(float_x, block_size, scale, zero_point, INT8_RANGE).to(x.dtype)
 
 
 def _round_trip(
@@ -168,8 +187,8 @@ class QATExperts(Experts):
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
 
-    def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        return super()._grouped_mm(A=fake_quantize_activation(A), B_t=B_t, offs=offs)
+    def product_input(self, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_activation(x)
 
 
 _QAT_CLASSES = ((Linear, QATLinear), (Embedding, QATEmbedding), (Experts, QATExperts))

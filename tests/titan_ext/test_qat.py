@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.cpu import COMPILED_ELEMENTS
 from titan_ext.mobilemoe import model_config
 from titan_ext.qat import (
     QATEmbedding,
@@ -14,6 +15,7 @@ from titan_ext.qat import (
     convert_to_qat,
     fake_quantize_activation,
     fake_quantize_weight,
+    round_scale,
 )
 
 
@@ -47,6 +49,25 @@ def test_activations_are_rounded_a_token_at_a_time(seed, magnitude):
     assert ((rounded - x).abs() <= step[:, None] * 0.51 + 1e-6).all()
     assert torch.equal(rounded[2:3], fake_quantize_activation(x[2:3])), "other tokens must not matter"
     assert all(len(row.unique()) <= 256 for row in rounded)
+
+
+def test_scales_are_rounded_as_by_the_two_casts():
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.empty(100_000).uniform_(-24, 15.9, generator=generator)
+    powers, small = 2.0 ** torch.arange(-24.0, 16.0), torch.tensor([2.0**-24 * 1.5, 2.0**-15 * 1.01])
+    scale = torch.cat([2.0**exponents, powers, small])
+    assert torch.equal(round_scale(scale), scale.bfloat16().half().float())
+
+
+def test_compiled_quantizers_take_the_same_grid():
+    """Fusion leaves casts to bfloat16 and back out; the scales' rounding must not be among them."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.02
+    compiled = torch.compile(fake_quantize_weight)
+    expected = torch.stack([int4_by_hand(row, 32) for row in weight])
+    assert torch.equal(compiled(weight, 32), expected)
+    large = torch.randn(COMPILED_ELEMENTS // 1024 + 1, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(fake_quantize_weight(large, 32)[:64], fake_quantize_weight(large[:64], 32))
+    assert torch.equal(fake_quantize_activation(large)[:64], fake_quantize_activation(large[:64]))
 
 
 def test_the_gradient_goes_straight_through():
