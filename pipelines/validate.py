@@ -1,5 +1,6 @@
 """Refuse a recipe that cannot run, before anything starts: every problem at once, each with its way out."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _model(recipe.model)
     yield from _positive("parallel", recipe.parallel, ("world_size", "expert_parallel", *_DEGREES))
     for name, stage in recipe.stages.items():
-        numbers = ("steps", "seq_len", "global_batch_size", "local_batch_size", "learning_rate")
+        numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate")
         yield from _positive(
             f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
         )
@@ -72,6 +73,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         yield from _stage(name, stage, recipe)
     yield from _stage_order(recipe)
+    yield from _start(recipe)
     yield from _data(recipe)
     yield from _evaluation(recipe)
     yield from _groups("export", recipe.export.group_size, recipe.model)
@@ -183,6 +185,36 @@ def _stage_order(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         if name != "qat" and stage.qat is not None:
             yield Problem(f"stages.{name}.qat", stage.qat, "only the qat stage quantizes", "set it to None")
+
+
+def _start(recipe: Recipe) -> Iterator[Problem]:
+    """Where training starts: every stage trains, or the first ones pass on an initial model."""
+    passes_on = bool(recipe.initial_model)
+    for name, stage in recipe.stages.items():
+        passes_on = passes_on and stage.steps == 0 and name != "qat"
+        if stage.steps <= 0 and not passes_on:
+            rule = "must be above 0; only the first stages, and never qat, may pass on an initial_model with 0 steps"
+            yield Problem(f"stages.{name}.steps", stage.steps, rule, "set a positive number, or --initial-model FOLDER")
+    if recipe.initial_model:
+        yield from _initial_model(Path(recipe.initial_model), recipe)
+
+
+def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.data.tokenizer.path:
+        rule = "a model that is trained already knows the tokens of its own tokenizer"
+        yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
+    from eval.export.hf import read_config
+    from eval.export.import_hf import dims_from_config
+
+    try:
+        found = dataclasses.asdict(dims_from_config(read_config(folder)))
+    except ValueError as error:
+        yield Problem("initial_model", str(folder), str(error), "give a folder in the released format")
+        return
+    for name, wanted in dataclasses.asdict(recipe.model).items():
+        if found[name] != wanted:
+            rule = f"initial_model {folder} has {found[name]!r}"
+            yield Problem(f"model.{name}", wanted, rule, "give the recipe the model's own dimensions")
 
 
 def _groups(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:

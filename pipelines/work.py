@@ -12,7 +12,7 @@ from pipelines.steps import whole
 from titan_ext.config import ModelDims
 
 if TYPE_CHECKING:
-    from titan_ext.train import StageRun
+    from titan_ext.stage_run import StageRun
 
 
 def prepare_items(packages: dict[str, Path], out: Path, report: ProgressFile, allow_missing: bool) -> dict:
@@ -34,6 +34,13 @@ def prepare_data(
     from data import pipeline
 
     pipeline.prepare(config, packages=packages, benchmark_texts=texts, out=out, report=report, executor=executor)
+
+
+def import_model(folder: Path, out: Path) -> None:
+    """A released-format folder as the checkpoint that training starts from."""
+    from eval.export.import_hf import import_folder
+
+    import_folder(folder, out)
 
 
 def run_stage(run: "StageRun") -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from titan_ext import cpu
@@ -12,25 +11,9 @@ cpu.apply()
 import torch.distributed as dist  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
+from titan_ext.stage_run import StageRun  # noqa: E402
 from titan_ext.trainer import StageTrainer  # noqa: E402
 from titan_ext.trainer_config import trainer_config  # noqa: E402
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One stage of one run: what to train, on what, from where and into which folder."""
-
-    name: str
-    model: ModelDims
-    stage: StageConfig
-    parallel: ParallelConfig
-    data: Path
-    """Finished data step: tokenizer/, shards/, heldout/."""
-    out: Path
-    initial_checkpoint: Path | None
-    """DCP step folder that the stage starts from; None for pre-training."""
-    seed: int
 
 
 def run_stage(run: StageRun) -> None:
@@ -77,18 +60,6 @@ def stage_config(run: StageRun) -> StageTrainer.Config:
         initial_checkpoint=str(run.initial_checkpoint.absolute()) if run.initial_checkpoint else None,
         pad_token_id=_pad_token_id(run.data / "tokenizer"),
     )
-
-
-def final_checkpoint(out: Path, steps: int) -> Path:
-    """The DCP folder a finished stage left.
-
-    Raises:
-        ValueError: there is none; the stage is not finished.
-    """
-    folder = Path(out) / "checkpoint" / f"step-{steps}"
-    if not (folder / ".metadata").exists():
-        raise ValueError(f"{folder}: no finished checkpoint; run the stage to its last step first")
-    return folder
 
 
 def _pad_token_id(tokenizer: Path) -> int:

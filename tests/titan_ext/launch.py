@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from streaming import MDSWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerFast
 
-from titan_ext.train import StageRun, run_stage
+from titan_ext.stage_run import StageRun
+from titan_ext.train import run_stage
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["titan_ext.train"])
@@ -74,6 +77,25 @@ def train(
         process.join()
     logs = "\n".join((scratch / f"rank_{rank}.log").read_text()[-4000:] for rank in range(len(processes)))
     assert codes == [0] * len(codes), f"ranks ended with {codes}\n{logs}"
+
+
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Model and optimizer state, unsharded."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("dataloader")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def different_tensors(one: Path, other: Path) -> list[str]:
+    """Names of the tensors of model and optimizer that two checkpoints do not hold bit for bit alike."""
+    tensors = [whole_tensors(checkpoint) for checkpoint in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    return [name for name, tensor in tensors[0].items() if not torch.equal(tensor, tensors[1][name])]
 
 
 def write_data(folder: Path, vocab_size: int, domains=("web", "code"), documents: int = 150, seed: int = 0) -> Path:

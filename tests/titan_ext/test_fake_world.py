@@ -16,8 +16,9 @@ from torchtitan.trainer import Trainer
 
 from tests.titan_ext.launch import train, write_data
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.stage_run import StageRun
 from titan_ext.stages import published_stages
-from titan_ext.train import StageRun, stage_config
+from titan_ext.train import stage_config
 
 DIMS = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=1024)
 LAYOUTS = {

@@ -1,0 +1,137 @@
+"""Peak memory of one rank's training step at S width against the closed formula of titan_ext/memory.py.
+
+    python benchmarks/step_memory.py
+
+Every layout is measured in a process of its own: rank 0 of a fake world of that size, whose collectives move nothing
+but whose tensors are all there, takes two steps, optimizer included. Two layers, float32 master weights, bfloat16
+compute. `tensors` is the most bytes of tensors that were alive at once in the second step, from the record of
+every allocation: what torch.cuda.max_memory_allocated says on a GPU. `resident` is the process's largest resident size
+minus its size before the trainer is built: modules imported later, oneDNN's buffers and the holes that glibc leaves in
+its heap are in it (titan_ext/cpu.py keeps freed memory, for speed).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+
+LAYOUTS = {
+    "1 rank": {"world_size": 1},
+    "2 ranks, ep 2": {"world_size": 2, "expert_parallel": 2},
+    "8 ranks, ep 4": {"world_size": 8, "expert_parallel": 4},
+    "4 ranks, tp 2, ep 4": {"world_size": 4, "tensor_parallel": 2, "expert_parallel": 4},
+}
+BATCHES = {"4 x 1,024 tokens": (4, 1024, None), "16 x 1,024 tokens, capacity 1.5": (16, 1024, 1.5)}
+VOCAB_SIZE, N_LAYERS = 16_384, 2
+TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_token": "a"}}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def write_data(folder: Path) -> None:
+    """Random documents, as long as a sequence, and a tokenizer to open."""
+    import numpy as np
+    from streaming import MDSWriter
+
+    rng = np.random.default_rng(0)
+    for domain in ("web", "math", "code", "knowledge", "science"):
+        columns = {"tokens": "ndarray:uint32"}
+        with MDSWriter(out=str(folder / "shards" / "pretrain" / domain), columns=columns, hashes=["xxh64"]) as writer:
+            for _ in range(32):
+                writer.write({"tokens": rng.integers(0, VOCAB_SIZE, 1025).astype(np.uint32)})
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+
+
+def measure(layout: dict, batch: tuple[int, int, float | None]) -> dict[str, float]:
+    """Rank 0's two steps; called in a fresh process."""
+    import torch
+
+    from titan_ext.config import FLAVORS, ParallelConfig
+    from titan_ext.memory import estimate_memory
+    from titan_ext.stages import published_stages
+    from titan_ext.trainer_config import trainer_config
+
+    torch.set_num_threads(2)
+    parallel = ParallelConfig(**layout)
+    local_batch_size, seq_len, capacity_factor = batch
+    stage = dataclasses.replace(
+        published_stages()["pretrain"], steps=10, warmup_steps=0, seq_len=seq_len, local_batch_size=local_batch_size,
+        global_batch_size=local_batch_size * parallel.data_parallel, capacity_factor=capacity_factor,
+    )  # fmt: skip
+    dims = dataclasses.replace(FLAVORS["S"], n_layers=N_LAYERS, vocab_size=VOCAB_SIZE)
+    estimate = estimate_memory(dims, stage, parallel)
+    os.environ |= {"NGPU": str(parallel.world_size), "WORLD_SIZE": str(parallel.world_size)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder)
+        before = resident("VmRSS")
+        tensors = run_steps(trainer_config, folder, dims, stage, parallel)
+        peak = resident("VmHWM") - before
+    return {
+        "estimate_mb": estimate.peak / 1e6, "tensors_mb": tensors / 1e6, "resident_mb": peak / 1e6,
+        "tensors / estimate": tensors / estimate.peak, "resident / estimate": peak / estimate.peak,
+    }  # fmt: skip
+
+
+def run_steps(trainer_config, folder: Path, dims, stage, parallel) -> int:
+    """Two steps without the trainer's guard, since in a fake world numbers mean nothing; the second one's peak."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.profiler import ProfilerActivity, profile
+    from torchtitan.config.configs import CommConfig
+    from torchtitan.trainer import Trainer
+
+    config = trainer_config(
+        model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
+        tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
+    )  # fmt: skip
+    config.comm = CommConfig(mode="fake_backend")
+    config.checkpoint.enable = False
+    trainer = config.build()
+    batches = iter(trainer.dataloader)
+
+    def step() -> None:
+        inputs, labels = next(batches)
+        Trainer.forward_backward_step(
+            trainer, input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(labels.numel())
+        )
+        trainer.optimizers._optimizers.step()
+        trainer.optimizers.zero_grad()
+
+    step()
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.model_parts[0].parameters()]
+    lasting = 3 * sum(shard.numel() * shard.element_size() for shard in shards)  # weights and AdamW's two moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    trainer.close()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    alive = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return lasting + max(alive)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(LAYOUTS[sys.argv[1]], BATCHES[sys.argv[2]])))
+        return
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    for layout in LAYOUTS:
+        for batch in BATCHES:
+            command = [sys.executable, __file__, layout, batch]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                sys.exit(f"{layout}, {batch}:\n{done.stderr[-3000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(f"{layout:22} {batch:32}", {key: round(value, 2) for key, value in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

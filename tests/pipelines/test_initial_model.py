@@ -1,0 +1,92 @@
+"""A run that starts from released weights: what its stages are given, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_recipes import change
+
+from eval.export.hf import config_from_dims, read_config, write_hf_folder
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from pipelines import graph
+from pipelines.ray_runner import Cluster
+from pipelines.recipe import ClusterConfig
+from pipelines.validate import find_problems
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.titan_ext.launch import write_data
+from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.stages import STAGES
+
+
+@pytest.fixture
+def released(tmp_path) -> Path:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    return write_hf_folder(random_tensors(), DIMS, tokenizer, tmp_path / "released")
+
+
+def without_training(recipe, *names: str):
+    for name in names:
+        recipe = change(recipe, f"stages.{name}.steps", 0)
+    return recipe
+
+
+def test_qat_alone_trains_the_released_model(smoke, released, tmp_path):
+    """On Ray, two ranks: three stages pass the weights on, the fourth trains; the artifacts are of both models."""
+    run = tmp_path / "run"
+    write_data(run / "data", DIMS.vocab_size)
+    write_tokenizer(run / "data/tokenizer")
+    qat = replace(
+        smoke.stages.qat, steps=2, warmup_steps=0, seq_len=64, global_batch_size=4, local_batch_size=2,
+        mixture={"web": 0.6, "code": 0.4}, learning_rate=1e-3, qat=QATConfig(),
+    )  # fmt: skip
+    recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), model=DIMS, initial_model=str(released))
+    recipe = replace(recipe, stages=replace(recipe.stages, qat=qat), cluster=ClusterConfig(max_failures=0))
+    with Cluster(recipe.cluster, run, world_size=2) as cluster:
+        context = graph.Context(recipe, run, cluster, print)
+        left = [graph.train(context, name)["checkpoint"] for name in STAGES]
+        graph.export(context)
+    assert left == ["stages/0_initial"] * 3 + ["stages/4_qat/checkpoint/step-2"]
+    assert [path.name for path in sorted(run.glob("stages/*"))] == ["0_initial", "4_qat"]
+    given, sft = (load_file(folder / "model.safetensors") for folder in (released, run / "artifacts/bf16"))
+    assert all(torch.equal(given[name], sft[name]) for name in given)
+    int4 = run / "artifacts/int4"
+    trained = dequantize_state_dict(load_file(int4 / "model.safetensors"), read_config(int4))
+    for name, tensor in given.items():
+        if tensor.dim() > 1:  # a step of the INT4 grid and two of training away
+            correlation = torch.corrcoef(torch.stack([tensor.float().flatten(), trained[name].float().flatten()]))[0, 1]
+            assert correlation > 0.98, name
+
+
+def test_released_weights_of_the_recipes_dimensions_are_accepted(smoke, tmp_path, llama3_tokenizer):
+    config_from_dims(FLAVORS["S"]).save_pretrained(tmp_path)
+    recipe = replace(without_training(smoke, "pretrain", "midtrain"), model=FLAVORS["S"], initial_model=str(tmp_path))
+    recipe = change(recipe, "data.tokenizer.path", str(llama3_tokenizer))
+    assert list(find_problems(recipe)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "words"),
+    [
+        ("stages.sft.steps", 0, "stages.sft.steps", "--initial-model FOLDER"),
+        ("initial_model", "/not/there", "initial_model", "has no config.json"),
+        ("initial_model", "S", "data.tokenizer.path", "give the one it was trained with"),
+        ("initial_model", "S", "model.d_model", "has 768"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(path, value, field, words, smoke, tmp_path):
+    if value == "S":
+        config_from_dims(FLAVORS["S"]).save_pretrained(tmp_path)
+        value = str(tmp_path)
+    problems = {problem.field: str(problem) for problem in find_problems(change(smoke, path, value))}
+    assert words in problems[field]
+
+
+def test_only_the_first_stages_may_have_no_steps(smoke, tmp_path):
+    config_from_dims(FLAVORS["tiny"]).save_pretrained(tmp_path)
+    for stage in ("sft", "qat"):
+        recipe = replace(without_training(smoke, stage), initial_model=str(tmp_path))
+        assert f"stages.{stage}.steps" in [problem.field for problem in find_problems(recipe)]
+    recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), initial_model=str(tmp_path))
+    assert [problem.field for problem in find_problems(recipe)] == ["data.tokenizer.path"]

@@ -1,0 +1,101 @@
+"""Memory of one rank at the peak of a training step, by closed formula.
+
+Counted are the tensors of a step without recomputation and without compile, as the CPU runs it: what autograd keeps
+for the backward pass, a layer at a time, was read off `torch.autograd.graph.saved_tensors_hooks` and is held against
+it by tests/titan_ext/test_memory.py. On a GPU fused norms, compile and selective recomputation keep less: there it is
+an upper bound. Not counted: the runtime's own floor, the loader's cache, fragmentation.
+
+Suffixes as in the model: D model dimension, F width of an expert, E experts, K experts a token.
+"""
+
+from dataclasses import dataclass
+
+from titan_ext.accounting import ParameterCount, count_parameters
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+
+FLOAT32 = 4
+BYTES = {"bfloat16": 2, "float32": 4}
+OPTIMIZER_BYTES = 2 * FLOAT32
+"""AdamW's two moments a parameter."""
+LOSS_CHUNKS = 8
+"""torchtitan's ChunkedLossWrapper: logits exist for this part of a sequence at a time."""
+LOGIT_COPIES = 3
+"""A chunk's logits in float32, their softmax and their gradient."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank."""
+
+    parameters: int
+    """Its shard of the float32 master weights."""
+    gradients: int
+    """Its shard of the float32 gradients."""
+    optimizer: int
+    gathered: int
+    """Whole weights in the computing dtype: embedding, and two layers (one at work, one being fetched)."""
+    reduction: int
+    """A layer's whole gradients in the computing dtype and in float32, on their way to the shards."""
+    activations: int
+    """What the backward pass of one micro-batch needs of the forward pass."""
+    logits: int
+    """One chunk of the sequence against the vocabulary."""
+    accumulates: bool
+    """Whether gradients of an earlier micro-batch are there when the activations are."""
+
+    @property
+    def peak(self) -> int:
+        """Activations shrink as gradients grow, a layer at a time: the larger of the two, or both if accumulating."""
+        growing = self.gradients + self.reduction
+        falling = self.activations + self.logits
+        moving = growing + falling if self.accumulates else max(growing, falling)
+        return self.parameters + self.optimizer + self.gathered + moving
+
+
+def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
+    """The memory of a rank of `parallel` that trains `stage`."""
+    count, size = count_parameters(dims), BYTES[parallel.precision]
+    shards = parallel.world_size // parallel.data_parallel_replicate
+    shard = -(-count.total // shards)
+    layer = _layer_parameters(count, dims) // parallel.tensor_parallel
+    layer += count.routed_experts // dims.n_layers // _expert_split(parallel)
+    root = count.embedding // parallel.tensor_parallel
+    tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
+    return MemoryEstimate(
+        parameters=FLOAT32 * shard,
+        gradients=FLOAT32 * shard,
+        optimizer=OPTIMIZER_BYTES * shard,
+        gathered=size * (root + 2 * layer),
+        reduction=(size + FLOAT32) * max(layer, root),
+        activations=tokens * dims.n_layers * activation_bytes_per_token(dims, size, stage.capacity_factor),
+        logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS,
+        accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
+    )
+
+
+def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None) -> int:
+    """Bytes that one layer keeps of one token for its backward pass.
+
+    Args:
+        size: bytes of a value in the computing dtype.
+        capacity_factor: of drop-and-pad, whose padding counts; None where nothing is dropped or padded.
+    """
+    D, F, E, K = dims.d_model, dims.expert_hidden, dims.n_experts, dims.top_k
+    q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    rows = K * (capacity_factor or 1)
+    norms = 2 * (2 * FLOAT32 + size) * D  # float32 input, its normalised form, and what goes on in the computing dtype
+    attention = FLOAT32 * (q_width + kv_width) + 2 * size * (q_width + kv_width)  # q, k before; q, k, v, out after
+    router = FLOAT32 * (D + 2 * E)
+    shared = 4 * size * dims.shared_hidden  # gate, silu(gate), up, their product
+    routed = rows * (4 * size * F + 2 * size * D + FLOAT32 * D)  # the same, rows in and out, weighted rows in float32
+    return int(norms + attention + router + shared + routed)
+
+
+def _layer_parameters(count: ParameterCount, dims: ModelDims) -> int:
+    """Of one layer, all but the routed experts."""
+    return (count.attention + count.router + count.shared_experts + count.norms) // dims.n_layers
+
+
+def _expert_split(parallel: ParallelConfig) -> int:
+    """Into how many parts the routed experts stay split while they compute."""
+    return parallel.expert_parallel if parallel.expert_parallel > 1 else parallel.tensor_parallel
