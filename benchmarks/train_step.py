@@ -1,7 +1,7 @@
 """One training step at S width, two layers, bfloat16, two threads: against transformers, against this machine's GEMM,
 and what drop-and-pad, packed documents and QAT add.
 
-    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile]
+    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--compile]
 
 All variants take turns in one process, so that a busy machine slows them alike; medians over the rounds. Weights,
 gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is Qwen2-MoE (it has a shared
@@ -36,14 +36,18 @@ CATEGORIES = {
 }
 
 
-def titan_step(dims: ModelDims, positions_BL: torch.Tensor, qat: bool = False, **options) -> Callable[[], None]:
-    """A step of the torchtitan model."""
+def titan_step(
+    dims: ModelDims, positions_BL: torch.Tensor, qat: bool = False, compiled: bool = False, **options
+) -> Callable[[], None]:
+    """A step of the torchtitan model; `compiled` compiles every block, as torchtitan does on GPUs."""
     config = model_config(dims, **options)
     model = (convert_to_qat(config, QATConfig()) if qat else config).build()
     model.init_states()
     model.bfloat16()
     for block in model.layers.values():  # buffers that training keeps in float32
         block.moe.expert_bias_E = block.moe.expert_bias_E.float()
+        if compiled:
+            block.compile()
     return step_of(model, lambda tokens: model(tokens, positions=positions_BL), dims.vocab_size)
 
 
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
+    parser.add_argument("--compile", action="store_true", help="also with compiled blocks; compiling takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -119,6 +124,8 @@ def main() -> None:
             dims, Qwen3MoeConfig, Qwen3MoeForCausalLM, head_dim=dims.head_dim, intermediate_size=dims.shared_hidden
         ),
     }  # fmt: skip
+    if arguments.compile:
+        steps["mobilemoe, compiled blocks"] = titan_step(dims, whole_BL, compiled=True)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
         for name, step in steps.items():
