@@ -120,8 +120,8 @@ def run_steps(trainer_config, folder: Path, dims, stage, parallel) -> int:
 
 def main() -> None:
     if len(sys.argv) == 3:
-        print(json.dumps(measure(LAYOUTS[sys.argv[1]], BATCHES[sys.argv[2]])))
-        return
+        print(json.dumps(measure(LAYOUTS[sys.argv[1]], BATCHES[sys.argv[2]])), flush=True)
+        os._exit(0)  # the loader's thread is in the middle of a batch, which an orderly end does not survive
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     for layout in LAYOUTS:
         for batch in BATCHES:

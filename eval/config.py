@@ -25,5 +25,7 @@ class ExportConfig:
     group_size: int = 32
     expert_group_axis: str = "in"
     """`in`: along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
+    expert_group_size: int | None = None
+    """Weights that share a scale in the routed experts; None takes `group_size`."""
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file."""

@@ -77,6 +77,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _data(recipe)
     yield from _evaluation(recipe)
     yield from _groups("export", recipe.export.group_size, recipe.model)
+    yield from _expert_groups("export", recipe.export.expert_group_size, recipe.model)
     yield from _export(recipe.export, recipe.stages.qat)
     yield from _cluster(recipe)
 
@@ -162,6 +163,7 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{prefix}.shards", stage.shards, rule, "choose pretrain, midtrain or sft")
     if stage.qat is not None:
         yield from _groups(f"{prefix}.qat", stage.qat.group_size, model)
+        yield from _expert_groups(f"{prefix}.qat", stage.qat.expert_group_size, model)
 
 
 def _mixture(field: str, mixture: dict[str, float]) -> Iterator[Problem]:
@@ -218,16 +220,25 @@ def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
 
 
 def _groups(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:
-    field = f"{prefix}.group_size"
-    if group_size <= 0 or group_size % 2:
-        yield Problem(field, group_size, "INT4 values are packed in pairs, so it must be even and above 0", "set 32")
-        return
     widths = {
         "model.d_model": model.d_model,
         "model.expert_hidden": model.expert_hidden,
         "model.shared_hidden": model.shared_hidden,
         "model.n_heads x model.head_dim": model.n_heads * model.head_dim,
     }
+    yield from _group(f"{prefix}.group_size", group_size, widths)
+
+
+def _expert_groups(prefix: str, group_size: int | None, model: ModelDims) -> Iterator[Problem]:
+    if group_size is not None:
+        widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
+        yield from _group(f"{prefix}.expert_group_size", group_size, widths)
+
+
+def _group(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:
+    if group_size <= 0 or group_size % 2:
+        yield Problem(field, group_size, "INT4 values are packed in pairs, so it must be even and above 0", "set 32")
+        return
     for name, width in widths.items():
         if width % group_size:
             rule = f"must divide {name} = {width}"
@@ -307,7 +318,7 @@ def _export(export: ExportConfig, qat_stage: StageConfig) -> Iterator[Problem]:
     if export.expert_group_axis not in ("in", "out"):
         yield Problem("export.expert_group_axis", export.expert_group_axis, "names no axis", "choose in or out")
     trained = qat_stage.qat
-    for name in ("group_size", "expert_group_axis"):
+    for name in ("group_size", "expert_group_axis", "expert_group_size"):
         value = getattr(export, name)
         if trained is not None and value != getattr(trained, name):
             rule = f"differs from what is trained, stages.qat.qat.{name} = {getattr(trained, name)!r}"

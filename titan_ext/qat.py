@@ -199,7 +199,7 @@ def convert_to_qat(config: MobileMoEModel.Config, qat: QATConfig) -> MobileMoEMo
     for plain_class, qat_class in _QAT_CLASSES:
         extra = {"group_size": qat.group_size}
         if qat_class is QATExperts:
-            extra["group_axis"] = qat.expert_group_axis
+            extra = {"group_size": qat.expert_group_size or qat.group_size, "group_axis": qat.expert_group_axis}
         for _, old, parent, attribute in list(config.traverse(plain_class.Config)):
             if isinstance(old, RouterGate.Config):
                 continue

@@ -102,6 +102,11 @@ def quantize_state_dict(
     return dict(quantize_tensors(tensors.items(), config))
 
 
+def layout_of(export: ExportConfig) -> dict[str, Any]:
+    """config.json's `quantization` of what `export` asks for."""
+    return quantization_of(export.group_size, export.expert_group_axis, export.expert_group_size)
+
+
 def with_quantization(config: MobileMoEConfig, quantization: dict | None) -> MobileMoEConfig:
     """A copy of `config` that describes a checkpoint quantized so (None: not quantized)."""
     return MobileMoEConfig.from_dict(config.to_dict() | {"quantization": quantization})
@@ -121,7 +126,7 @@ def write_int4_folder(
     Give the weights as quantization-aware training's forward saw them: rounding float32 weights to bfloat16 first moves
     some of them, and some scales, to the neighbouring value.
     """
-    quantization = quantization_of(export.group_size, export.expert_group_axis)
+    quantization = layout_of(export)
     config = config_from_dims(dims, **(extra_config or {}) | {"quantization": quantization})
     config.dtype = torch.bfloat16
     packed_tensors(config, quantization)  # refuses a group size that does not fit before anything is written
@@ -145,7 +150,7 @@ def quantize_folder(source: Path, out: Path, export: ExportConfig) -> Path:
         raise ValueError(f"{source} is quantized already ({config.quantization['format']}); give the bf16 folder")
     tensors = TensorFiles(source)
     check_tensors(tensors.shapes(), config, str(source))
-    config = with_quantization(config, quantization_of(export.group_size, export.expert_group_axis))
+    config = with_quantization(config, layout_of(export))
     packed_tensors(config, config.quantization)  # refuses a group size that does not fit before anything is written
     scales = _stored_scales(source, config)
     with new_folder(out) as partial:

@@ -51,6 +51,7 @@ class PackedTensor:
         self.dim = len(shape) - 1
         if ".experts." in name:
             base = name.removesuffix("_proj")
+            self.group_size = quantization.get("expert_group_size", self.group_size)
             self.qweight_name, self.scale_name = f"{base}_qweight", f"{base}_scale"
             self.dim = 1 if quantization["expert_group_axis"] == EXPERT_GROUP_AXES["in"] else 2
         else:

@@ -142,14 +142,19 @@ class MobileMoEConfig(PretrainedConfig):
             _check_quantization(self.quantization)
 
 
-def quantization_of(group_size: int, expert_group_axis: str, embedding_group_size: int | None = None) -> dict[str, Any]:
-    """config.json's `quantization` of an INT4 folder; `expert_group_axis` is "in" or "out" (ValueError otherwise)."""
+def quantization_of(group_size: int, expert_group_axis: str, expert_group_size: int | None = None) -> dict[str, Any]:
+    """config.json's `quantization` of an INT4 folder; `expert_group_axis` is "in" or "out" (ValueError otherwise).
+
+    `expert_group_size`, which released checkpoints do not have, is written where the experts' groups differ.
+    """
     if expert_group_axis not in EXPERT_GROUP_AXES:
         raise ValueError(f"expert_group_axis is {expert_group_axis!r}; choose one of {sorted(EXPERT_GROUP_AXES)}")
+    own = {} if expert_group_size in (None, group_size) else {"expert_group_size": expert_group_size}
     return _QUANTIZATION_FIXED | {
         "group_size": group_size,
-        "embedding_group_size": group_size if embedding_group_size is None else embedding_group_size,
+        "embedding_group_size": group_size,
         "expert_group_axis": EXPERT_GROUP_AXES[expert_group_axis],
+        **own,
     }
 
 
@@ -162,9 +167,11 @@ def _check_quantization(quantization: dict[str, Any]) -> None:
             f"quantization.expert_group_axis is {quantization.get('expert_group_axis')!r}; "
             f"this code reads {sorted(EXPERT_GROUP_AXES.values())}"
         )
-    for key in ("group_size", "embedding_group_size"):
-        if not isinstance(quantization.get(key), int) or quantization[key] < 2 or quantization[key] % 2:
-            raise ValueError(f"quantization.{key} is {quantization.get(key)!r}; it must be an even number of values")
+    sizes = {key: quantization.get(key) for key in ("group_size", "embedding_group_size")}
+    sizes |= {key: size for key, size in quantization.items() if key == "expert_group_size"}
+    for key, size in sizes.items():
+        if not isinstance(size, int) or size < 2 or size % 2:
+            raise ValueError(f"quantization.{key} is {size!r}; it must be an even number of values")
 
 
 __all__ = ["MobileMoEConfig"]

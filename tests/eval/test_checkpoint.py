@@ -58,13 +58,13 @@ def test_bf16_folder_gives_the_logits_of_the_trained_model(titan_model, checkpoi
         torch.testing.assert_close(exact(tokens).logits, ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("axis", ["in", "out"])
-def test_int4_folder_holds_exactly_what_qat_trained_on(titan_model, checkpoint, tokenizer_dir, tmp_path, axis):
-    config = ExportConfig(expert_group_axis=axis)
+@pytest.mark.parametrize(("axis", "group"), [("in", None), ("out", None), ("in", 16)])
+def test_int4_folder_holds_exactly_what_qat_trained_on(titan_model, checkpoint, tokenizer_dir, tmp_path, axis, group):
+    config = ExportConfig(expert_group_axis=axis, expert_group_size=group)
     export_int4(checkpoint, DIMS, tokenizer_dir, tmp_path / "int4", config, precision="float32")
     stored = dequantize_state_dict(load_file(tmp_path / "int4/model.safetensors"), read_config(tmp_path / "int4"))
 
-    qat = convert_to_qat(model_config(DIMS), QATConfig(expert_group_axis=axis)).build()
+    qat = convert_to_qat(model_config(DIMS), QATConfig(expert_group_axis=axis, expert_group_size=group)).build()
     qat.load_state_dict(titan_model.state_dict())
     seen = dict(qat.state_dict())
     for path, module in qat.named_modules():

@@ -72,6 +72,8 @@ REFUSALS = [
     ("stages.qat.qat.group_size", 48, "stages.qat.qat.group_size", "divisor of 64"),
     ("export.group_size", 24, "export.group_size", "model.d_model = 128"),
     ("export.group_size", 64, "export.group_size", "differs from what is trained"),
+    ("export.expert_group_size", 128, "export.expert_group_size", "model.expert_hidden = 64"),
+    ("stages.qat.qat.expert_group_size", 64, "export.expert_group_size", "stages.qat.qat.expert_group_size = 64"),
     ("export.expert_group_axis", "out", "export.expert_group_axis", "stages.qat.qat.expert_group_axis = 'in'"),
     ("data.tokenizer.train_vocab_size", 8192, "data.tokenizer.train_vocab_size", "--model.vocab-size 8192"),
     ("data.heldout_fraction", 0.0, "data", "data.heldout_fraction = 0.0"),
@@ -129,4 +131,4 @@ def test_disk_check_counts_what_is_written(smoke, tmp_path, monkeypatch):
 def test_recipe_as_dict_is_json_ready(smoke):
     tree = to_dict(smoke)
     assert tree["data"]["corpora"] == list(smoke.data.corpora)
-    assert tree["stages"]["qat"]["qat"] == {"group_size": 32, "expert_group_axis": "in"}
+    assert tree["stages"]["qat"]["qat"] == {"group_size": 32, "expert_group_axis": "in", "expert_group_size": None}
