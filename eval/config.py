@@ -1,6 +1,7 @@
 """What a recipe says about evaluation and export."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,15 @@ class ExportConfig:
     """`in`: along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file."""
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """The ExecuTorch program of a checkpoint."""
+
+    context: int = 2048
+    """Positions of the KV cache, which the program holds from its start: prompt and answer together."""
+    expert_op: Literal["stock", "fast"] = "stock"
+    """`stock`: llama::quantized_moe_ffn, which ExecuTorch's runners have; `fast`: our own, of eval/device_op."""
+    expert_group_size: int | None = None
+    """Values along the input dimension that share a scale in the experts; None takes the checkpoint's (32)."""
