@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-    XnnpackDynamicallyQuantizedPartitioner,
-    XnnpackPartitioner,
-)
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
@@ -109,7 +106,7 @@ def lower(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
         program = program.run_decompositions({})
         edge = to_edge_transform_and_lower(
             program,
-            partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+            partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=settings,
         )

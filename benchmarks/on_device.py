@@ -1,0 +1,131 @@
+"""MobileMoE-S beside dense baselines as ExecuTorch programs on this machine: speed, memory, size.
+
+    python benchmarks/on_device.py export --out DIR     # once; a minute or two a program
+    python benchmarks/on_device.py measure --out DIR    # all programs in one run, rounds interleaved; prints JSON and a table
+
+All have `--layers` layers (2 by default) and the vocabulary of MobileMoE-S; weights are random, on the INT4 grid:
+- moe-stock, moe-fast: flavor S, experts through llama::quantized_moe_ffn or through our op, groups of 32;
+- moe-fast-64, moe-fast-128: the experts in larger groups;
+- dense-pro: MobileLLM-Pro's width (1280, hidden 6144, 20 / 4 heads), full attention in every layer;
+- dense-active: width and heads of S, the hidden width that makes its layers as large as what a token uses of S's.
+
+A program of 2 layers is mostly its output projection, so ratios of whole programs depend on the number of layers.
+`layer_*` is what one more layer costs: time with 2 layers less time with 1, where both were exported.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from eval import prompts
+from titan_ext.config import FLAVORS
+
+CONTEXT, N_PROMPT, N_ANSWER = 1024, 64, 64
+GROUPS = {"moe-stock": 32, "moe-fast": 32, "moe-fast-64": 64, "moe-fast-128": 128}
+DENSE = ("dense-pro", "dense-active")
+
+
+def export(name: str, layers: int, folder: Path) -> None:
+    """Export one program of random weights."""
+    import torch
+
+    from eval.config import DeviceConfig
+    from eval.export.device_model import DenseDims
+    from eval.export.device_weights import DeviceWeights
+    from eval.export.executorch import export_dense, export_moe
+    from eval.export.hf import config_from_dims
+    from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
+    from tests.eval.tiny_checkpoint import write_tokenizer
+
+    s = dataclasses.replace(FLAVORS["S"], n_layers=layers)
+    if name in DENSE:
+        active = dataclasses.replace(FLAVORS["S"], n_layers=layers)
+        hidden = active.shared_hidden + active.top_k * active.expert_hidden
+        dims = {
+            "dense-pro": DenseDims(1280, layers, 20, 4, 6144, s.vocab_size),
+            "dense-active": DenseDims(s.d_model, layers, s.n_heads, s.n_kv_heads, hidden, s.vocab_size, s.head_dim),
+        }[name]
+        export_dense(dims, folder, CONTEXT)
+        return
+    generator = torch.Generator().manual_seed(0)
+    config = config_from_dims(s)
+    tensors = {
+        key: torch.ones(shape) if key.endswith("norm.weight") else 0.02 * torch.randn(shape, generator=generator)
+        for key, shape in tensor_shapes(config).items()
+    }
+    device = DeviceConfig(CONTEXT, "stock" if name == "moe-stock" else "fast", GROUPS[name])
+    with tempfile.TemporaryDirectory() as tokenizer:
+        weights = DeviceWeights(tensors, config, expert_group_size=device.expert_group_size)
+        export_moe(weights, write_tokenizer(Path(tokenizer)), folder, device)
+    (folder / "tokenizer_config.json").unlink()  # of 320 entries: prompts are hashed into the vocabulary instead
+
+
+def measure(out: Path, rounds: int) -> dict[str, Any]:
+    """Median seconds and bytes of every exported program, 1 and 2 threads; a round measures each program once."""
+    folders = sorted(path.parent for path in out.glob("*/model.pte"))
+    vocab = FLAVORS["S"].vocab_size
+    tokens = prompts.token_ids(out, {"knowledge": prompts.texts()["knowledge"]}, vocab, N_PROMPT + N_ANSWER)["knowledge"]
+    raw: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        for threads in (1, 2):
+            for folder in folders:
+                spec = {"artifact": str(folder), "tokens": tokens, "n_answer": N_ANSWER, "repetitions": 3,
+                        "threads": threads}  # fmt: skip
+                command = [sys.executable, "-m", "eval.profile_worker", json.dumps(spec)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+                raw.setdefault((folder.name, threads), []).append(json.loads(done.stdout.splitlines()[-1]))
+    programs: dict[str, Any] = {}
+    for (name, threads), runs in raw.items():
+        file_bytes = (out / name / "model.pte").stat().st_size
+        above = statistics.median(run["peak_bytes"] - run["floor_bytes"] for run in runs)
+        entry = programs.setdefault(name, {"file_bytes": file_bytes})
+        entry[f"threads_{threads}"] = {
+            "prefill_tokens_per_second": N_PROMPT / statistics.median(s for r in runs for s in r["prefill_seconds"]),
+            "decode_tokens_per_second": N_ANSWER / statistics.median(s for r in runs for s in r["decode_seconds"]),
+            "load_seconds": statistics.median(r["load_seconds"] for r in runs),
+            "peak_above_floor_bytes": above,
+            "peak_above_floor_over_file": above / file_bytes,
+        }
+    return {"rounds": rounds, "prompt": N_PROMPT, "answer": N_ANSWER, "programs": programs, "ratios": ratios(programs)}
+
+
+def ratios(programs: dict[str, Any]) -> dict[str, Any]:
+    """Speed of each MoE program over that of each dense one with as many layers."""
+    result: dict[str, Any] = {}
+    for name in programs:
+        base, _, layers = name.rpartition("-L")
+        for dense in DENSE:
+            other = programs.get(f"{dense}-L{layers}")
+            if base in GROUPS and other:
+                result[f"{name} / {dense}"] = {
+                    f"{kind}, {threads} threads": programs[name][f"threads_{threads}"][f"{kind}_tokens_per_second"]
+                    / other[f"threads_{threads}"][f"{kind}_tokens_per_second"]
+                    for kind in ("prefill", "decode")
+                    for threads in (1, 2)
+                }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["export", "measure"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--programs", nargs="*", default=[*GROUPS, *DENSE])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.action == "export":
+        for name in arguments.programs:
+            export(name, arguments.layers, arguments.out / f"{name}-L{arguments.layers}")
+    else:
+        print(json.dumps(measure(arguments.out, arguments.rounds), indent=2))
+
+
+if __name__ == "__main__":
+    main()
