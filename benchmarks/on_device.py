@@ -1,7 +1,7 @@
 """MobileMoE-S beside dense baselines as ExecuTorch programs on this machine: speed, memory, size.
 
     python benchmarks/on_device.py export --out DIR     # once; a minute or two a program
-    python benchmarks/on_device.py measure --out DIR    # all programs in one run, rounds interleaved; prints JSON and a table
+    python benchmarks/on_device.py measure --out DIR    # all programs in one run, rounds interleaved; prints JSON
 
 All have `--layers` layers (2 by default) and the vocabulary of MobileMoE-S; weights are random, on the INT4 grid:
 - moe-stock, moe-fast: flavor S, experts through llama::quantized_moe_ffn or through our op, groups of 32;
@@ -10,7 +10,6 @@ All have `--layers` layers (2 by default) and the vocabulary of MobileMoE-S; wei
 - dense-active: width and heads of S, the hidden width that makes its layers as large as what a token uses of S's.
 
 A program of 2 layers is mostly its output projection, so ratios of whole programs depend on the number of layers.
-`layer_*` is what one more layer costs: time with 2 layers less time with 1, where both were exported.
 """
 
 import argparse
@@ -70,7 +69,9 @@ def measure(out: Path, rounds: int) -> dict[str, Any]:
     """Median seconds and bytes of every exported program, 1 and 2 threads; a round measures each program once."""
     folders = sorted(path.parent for path in out.glob("*/model.pte"))
     vocab = FLAVORS["S"].vocab_size
-    tokens = prompts.token_ids(out, {"knowledge": prompts.texts()["knowledge"]}, vocab, N_PROMPT + N_ANSWER)["knowledge"]
+    tokens = prompts.token_ids(out, {"knowledge": prompts.texts()["knowledge"]}, vocab, N_PROMPT + N_ANSWER)[
+        "knowledge"
+    ]
     raw: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for threads in (1, 2):

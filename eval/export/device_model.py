@@ -148,8 +148,8 @@ def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> Transform
 def weights_read(model: Transformer) -> dict[str, int]:
     """Bytes of weights that a token's forward pass reads: outside the routed experts, and of one expert of one layer.
 
-    INT4 linears count half a byte a weight and their bfloat16 scales; of the embedding table a token reads one row, which
-    is left out, but the output projection is read whole.
+    INT4 linears count half a byte a weight and their bfloat16 scales; of the embedding table a token reads one row,
+    which is left out, but the output projection is read whole.
     """
     dense = expert = top_k = 0
     for module in model.modules():

@@ -23,6 +23,7 @@ class DeviceWeights:
         tensors: the checkpoint's tensors, as `checkpoint_shapes(config)` has them.
         config: with `quantization` if the tensors are INT4.
         scales: of an unquantized checkpoint that lies on an INT4 grid, by the names of the INT4 one.
+        layout: what an unquantized checkpoint is rounded to (`quantization_of`); groups of 32 inputs if not given.
         expert_group_size: values along the input dimension that share a scale in the experts; None: as the rest.
 
     Raises:
@@ -34,11 +35,12 @@ class DeviceWeights:
         tensors: Mapping[str, torch.Tensor],
         config: MobileMoEConfig,
         scales: Mapping[str, torch.Tensor] | None = None,
+        layout: dict | None = None,
         expert_group_size: int | None = None,
     ):
         self.config = config
         self.is_int4 = config.quantization is not None
-        quantization = config.quantization or quantization_of(DENSE_GROUP_SIZE, "in")
+        quantization = config.quantization or layout or quantization_of(DENSE_GROUP_SIZE, "in")
         self.expert_group_size = expert_group_size or quantization["group_size"]
         check_fused_op(config, quantization, self.expert_group_size)
         self._tensors, self._scales = tensors, scales
@@ -84,7 +86,7 @@ def open_folder(folder: Path, expert_group_size: int | None = None) -> DeviceWei
     scales = None
     if config.quantization is None:
         scales = stored_scales(folder, with_quantization(config, quantization_of(DENSE_GROUP_SIZE, "in")))
-    return DeviceWeights(tensors, config, scales, expert_group_size)
+    return DeviceWeights(tensors, config, scales, expert_group_size=expert_group_size)
 
 
 def check_fused_op(config: MobileMoEConfig, quantization: dict, expert_group_size: int) -> None:

@@ -2,8 +2,8 @@
 
 The program has the signature ExecuTorch's own Llama runners expect: `forward(tokens [1, T], input_pos [1])`, both
 int64, gives the logits [1, vocab_size] of the last token; T is dynamic up to the context, `input_pos` is the place of
-the first token. Constant methods carry what a runner asks for (`get_bos_id`, `get_eos_ids`, `get_max_context_len`, ...);
-the tokenizer lies beside the program.
+the first token. Constant methods carry what a runner asks for (`get_bos_id`, `get_eos_ids`, `get_max_context_len`,
+...); the tokenizer lies beside the program.
 """
 
 import json

@@ -63,5 +63,5 @@ def test_torchaos_packer_gives_the_same_bytes():
 
 
 def test_groups_the_op_cannot_read_are_refused():
-    with pytest.raises(ValueError, match="48 inputs in 3 groups.*multiple of 32"):
+    with pytest.raises(ValueError, match=r"48 inputs in 3 groups.*multiple of 32"):
         pack_blobs(torch.zeros(1, 8, 48, dtype=torch.int8), torch.ones(1, 8, 3))
