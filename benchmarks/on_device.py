@@ -1,7 +1,7 @@
 """MobileMoE-S beside dense baselines as ExecuTorch programs on this machine: speed, memory, size.
 
     python benchmarks/on_device.py export --out DIR     # once; a minute or two a program
-    python benchmarks/on_device.py measure --out DIR    # all programs in one run, rounds interleaved; prints JSON
+    python benchmarks/on_device.py measure --out DIR    # every program in every round; medians, printed as JSON
 
 All have `--layers` layers (2 by default) and the vocabulary of MobileMoE-S; weights are random, on the INT4 grid:
 - moe-stock, moe-fast: flavor S, experts through llama::quantized_moe_ffn or through our op, groups of 32;
@@ -65,22 +65,28 @@ def export(name: str, layers: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()  # of 320 entries: prompts are hashed into the vocabulary instead
 
 
-def measure(out: Path, rounds: int) -> dict[str, Any]:
-    """Median seconds and bytes of every exported program, 1 and 2 threads; a round measures each program once."""
-    folders = sorted(path.parent for path in out.glob("*/model.pte"))
+def measure(out: Path, rounds: int) -> None:
+    """Append `rounds` rounds to measurements.jsonl; a round measures each program once with 1 and with 2 threads."""
     vocab = FLAVORS["S"].vocab_size
-    tokens = prompts.token_ids(out, {"knowledge": prompts.texts()["knowledge"]}, vocab, N_PROMPT + N_ANSWER)[
-        "knowledge"
-    ]
-    raw: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    texts = {"knowledge": prompts.texts()["knowledge"]}
+    tokens = prompts.token_ids(out, texts, vocab, N_PROMPT + N_ANSWER)["knowledge"]
     for _ in range(rounds):
         for threads in (1, 2):
-            for folder in folders:
-                spec = {"artifact": str(folder), "tokens": tokens, "n_answer": N_ANSWER, "repetitions": 3,
-                        "threads": threads}  # fmt: skip
-                command = [sys.executable, "-m", "eval.profile_worker", json.dumps(spec)]
+            for folder in sorted(path.parent for path in out.glob("*/model.pte")):
+                spec = {"artifact": str(folder), "tokens": tokens, "n_answer": N_ANSWER, "repetitions": 5}
+                command = [sys.executable, "-m", "eval.profile_worker", json.dumps(spec | {"threads": threads})]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-                raw.setdefault((folder.name, threads), []).append(json.loads(done.stdout.splitlines()[-1]))
+                result = {"program": folder.name, "threads": threads} | json.loads(done.stdout.splitlines()[-1])
+                with (out / "measurements.jsonl").open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """Medians over all rounds of measurements.jsonl."""
+    raw: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in (out / "measurements.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        raw.setdefault((run["program"], run["threads"]), []).append(run)
     programs: dict[str, Any] = {}
     for (name, threads), runs in raw.items():
         file_bytes = (out / name / "model.pte").stat().st_size
@@ -93,6 +99,7 @@ def measure(out: Path, rounds: int) -> dict[str, Any]:
             "peak_above_floor_bytes": above,
             "peak_above_floor_over_file": above / file_bytes,
         }
+    rounds = min(len(runs) for runs in raw.values())
     return {"rounds": rounds, "prompt": N_PROMPT, "answer": N_ANSWER, "programs": programs, "ratios": ratios(programs)}
 
 
@@ -119,13 +126,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--programs", nargs="*", default=[*GROUPS, *DENSE])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.action == "export":
         for name in arguments.programs:
             export(name, arguments.layers, arguments.out / f"{name}-L{arguments.layers}")
     else:
-        print(json.dumps(measure(arguments.out, arguments.rounds), indent=2))
+        measure(arguments.out, arguments.rounds)
+        print(json.dumps(summary(arguments.out), indent=2))
 
 
 if __name__ == "__main__":
