@@ -3,13 +3,14 @@
     python benchmarks/on_device.py export --out DIR     # once; a minute or two a program
     python benchmarks/on_device.py measure --out DIR    # every program in every round; medians, printed as JSON
 
-All have `--layers` layers (2 by default) and the vocabulary of MobileMoE-S; weights are random, on the INT4 grid:
-- moe-stock, moe-fast: flavor S, experts through llama::quantized_moe_ffn or through our op, groups of 32;
+Tracing 20 or 30 layers takes long, so every model is cut to a part of its depth and of its vocabulary, a tenth unless
+`--part` says otherwise: then output projection and layers keep the shares that they have in the whole model, and ratios
+of times are those of whole models but for costs that do not shrink. Weights are random, on the INT4 grid.
+- moe-stock, moe-fast: flavor S (20 layers), experts through llama::quantized_moe_ffn or our op, groups of 32;
 - moe-fast-64, moe-fast-128: the experts in larger groups;
-- dense-pro: MobileLLM-Pro's width (1280, hidden 6144, 20 / 4 heads), full attention in every layer;
-- dense-active: width and heads of S, the hidden width that makes its layers as large as what a token uses of S's.
-
-A program of 2 layers is mostly its output projection, so ratios of whole programs depend on the number of layers.
+- dense-pro: MobileLLM-Pro (30 layers, width 1280, hidden 6144, 20 / 4 heads, vocabulary 202,048), full attention in
+  every layer where it has three local ones to a global one: no difference up to 512 tokens;
+- dense-active: as many weights as a token uses of S, in dense layers of S's width.
 """
 
 import argparse
@@ -30,8 +31,13 @@ GROUPS = {"moe-stock": 32, "moe-fast": 32, "moe-fast-64": 64, "moe-fast-128": 12
 DENSE = ("dense-pro", "dense-active")
 
 
-def export(name: str, layers: int, folder: Path) -> None:
-    """Export one program of random weights."""
+def cut(n: int, part: int, multiple: int = 1) -> int:
+    """n / part, rounded up to a multiple."""
+    return -(-n // (part * multiple)) * multiple
+
+
+def export(name: str, part: int, folder: Path) -> None:
+    """Export one program of random weights, cut to 1 / part of its depth and vocabulary."""
     import torch
 
     from eval.config import DeviceConfig
@@ -42,33 +48,32 @@ def export(name: str, layers: int, folder: Path) -> None:
     from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
     from tests.eval.tiny_checkpoint import write_tokenizer
 
-    s = dataclasses.replace(FLAVORS["S"], n_layers=layers)
-    if name in DENSE:
-        active = dataclasses.replace(FLAVORS["S"], n_layers=layers)
-        hidden = active.shared_hidden + active.top_k * active.expert_hidden
-        dims = {
-            "dense-pro": DenseDims(1280, layers, 20, 4, 6144, s.vocab_size),
-            "dense-active": DenseDims(s.d_model, layers, s.n_heads, s.n_kv_heads, hidden, s.vocab_size, s.head_dim),
-        }[name]
+    whole = FLAVORS["S"]
+    s = dataclasses.replace(whole, n_layers=cut(whole.n_layers, part), vocab_size=cut(whole.vocab_size, part, 32))
+    if name == "dense-pro":
+        dims = DenseDims(1280, cut(30, part), 20, 4, 6144, cut(202_048, part, 32))
         export_dense(dims, folder, CONTEXT)
-        return
-    generator = torch.Generator().manual_seed(0)
-    config = config_from_dims(s)
-    tensors = {
-        key: torch.ones(shape) if key.endswith("norm.weight") else 0.02 * torch.randn(shape, generator=generator)
-        for key, shape in tensor_shapes(config).items()
-    }
-    device = DeviceConfig(CONTEXT, "stock" if name == "moe-stock" else "fast", GROUPS[name])
-    with tempfile.TemporaryDirectory() as tokenizer:
-        weights = DeviceWeights(tensors, config, expert_group_size=device.expert_group_size)
-        export_moe(weights, write_tokenizer(Path(tokenizer)), folder, device)
-    (folder / "tokenizer_config.json").unlink()  # of 320 entries: prompts are hashed into the vocabulary instead
+    elif name == "dense-active":
+        hidden = s.shared_hidden + s.top_k * s.expert_hidden
+        dims = DenseDims(s.d_model, s.n_layers, s.n_heads, s.n_kv_heads, hidden, s.vocab_size, s.head_dim)
+        export_dense(dims, folder, CONTEXT)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        config = config_from_dims(s)
+        tensors = {
+            key: torch.ones(shape) if key.endswith("norm.weight") else 0.02 * torch.randn(shape, generator=generator)
+            for key, shape in tensor_shapes(config).items()
+        }
+        device = DeviceConfig(CONTEXT, "stock" if name == "moe-stock" else "fast", GROUPS[name])
+        with tempfile.TemporaryDirectory() as tokenizer:
+            weights = DeviceWeights(tensors, config, expert_group_size=device.expert_group_size)
+            export_moe(weights, write_tokenizer(Path(tokenizer)), folder, device)
 
 
 def measure(out: Path, rounds: int) -> None:
     """Append `rounds` rounds to measurements.jsonl; a round measures each program once with 1 and with 2 threads."""
-    vocab = FLAVORS["S"].vocab_size
     texts = {"knowledge": prompts.texts()["knowledge"]}
+    vocab = min(json.loads(p.read_text())["constant_methods"]["get_vocab_size"] for p in out.glob("*/program.json"))
     tokens = prompts.token_ids(out, texts, vocab, N_PROMPT + N_ANSWER)["knowledge"]
     for _ in range(rounds):
         for threads in (1, 2):
@@ -104,13 +109,12 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def ratios(programs: dict[str, Any]) -> dict[str, Any]:
-    """Speed of each MoE program over that of each dense one with as many layers."""
+    """Speed of each MoE program over that of each dense one."""
     result: dict[str, Any] = {}
     for name in programs:
-        base, _, layers = name.rpartition("-L")
         for dense in DENSE:
-            other = programs.get(f"{dense}-L{layers}")
-            if base in GROUPS and other:
+            other = programs.get(dense)
+            if name in GROUPS and other:
                 result[f"{name} / {dense}"] = {
                     f"{kind}, {threads} threads": programs[name][f"threads_{threads}"][f"{kind}_tokens_per_second"]
                     / other[f"threads_{threads}"][f"{kind}_tokens_per_second"]
@@ -124,13 +128,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["export", "measure"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--part", type=int, default=10)
     parser.add_argument("--programs", nargs="*", default=[*GROUPS, *DENSE])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.action == "export":
         for name in arguments.programs:
-            export(name, arguments.layers, arguments.out / f"{name}-L{arguments.layers}")
+            export(name, arguments.part, arguments.out / name)
     else:
         measure(arguments.out, arguments.rounds)
         print(json.dumps(summary(arguments.out), indent=2))

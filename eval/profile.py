@@ -54,6 +54,7 @@ def profile(
     Raises:
         ValueError: the folder is no artifact, or a context is too short for an answer or longer than the artifact's.
     """
+    artifact = artifact.parent if artifact.suffix == ".pte" else artifact
     about = describe(artifact)
     room = about["context"]
     chosen = sorted(contexts) if contexts is not None else [c for c in CONTEXTS if c <= room] or [room]
@@ -81,6 +82,8 @@ def profile(
 def describe(artifact: Path) -> dict[str, Any]:
     """Format, room and bytes of an artifact's folder, from its files and without loading it."""
     if (artifact / "model.pte").is_file():
+        if not (artifact / "program.json").is_file():
+            raise ValueError(f"{artifact} has no program.json; give the whole folder that `mobilemoe export` wrote")
         settings = json.loads((artifact / "program.json").read_text())
         constants = settings["constant_methods"]
         return {

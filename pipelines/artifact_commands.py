@@ -11,7 +11,7 @@ class Profile:
     """Measure speed and memory of an artifact on this machine: an ExecuTorch program, an INT4 or a BF16 folder."""
 
     artifact: tyro.conf.Positional[Path]
-    """Its folder, for example RUN/artifacts/int4 or what `mobilemoe export --format executorch` wrote."""
+    """Its folder, for example RUN/artifacts/int4 or what `mobilemoe export --format executorch` wrote, or its .pte."""
     prompts: Path | None = None
     """JSON file, domain -> text; three domains come with the program."""
     contexts: str | None = None

@@ -1,5 +1,7 @@
 """A trained miniature and its ExecuTorch program, made once for all tests of this folder."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -13,15 +15,18 @@ from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
 
+ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
+"""Tracing takes half a minute a layer, whatever its width."""
+
 
 @pytest.fixture(scope="session")
 def int4_folder(tmp_path_factory):
-    """DIMS, trained on a page of text until its continuations are hardly in doubt, then rounded to INT4."""
+    """ONE_LAYER, trained on a page of text until its continuations are hardly in doubt, then rounded to INT4."""
     root = tmp_path_factory.mktemp("trained")
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(root / "tokenizer"))
     ids = torch.tensor(tokenizer(prompts.texts()["knowledge"][:1000])["input_ids"])
     torch.manual_seed(0)
-    model = MobileMoEForCausalLM(config_from_dims(DIMS)).train()
+    model = MobileMoEForCausalLM(config_from_dims(ONE_LAYER)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         starts = torch.randint(len(ids) - 64, (8,)).tolist()
@@ -31,7 +36,7 @@ def int4_folder(tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
     tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    return write_int4_folder(tensors, DIMS, root / "tokenizer", root / "int4", ExportConfig())
+    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
 
 
 @pytest.fixture(scope="session")

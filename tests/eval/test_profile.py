@@ -7,6 +7,7 @@ import pytest
 from eval import profile_worker, prompts
 from eval.profile import N_ANSWER, bf16_weights, describe
 from pipelines.cli import DONE, REFUSED, main
+from tests.eval.conftest import ONE_LAYER
 from tests.eval.tiny_checkpoint import DIMS
 
 
@@ -23,7 +24,7 @@ def test_a_program(program_folder, tmp_path, capsys):
         assert m["prefill_tokens_per_second"] == pytest.approx((64 - N_ANSWER) / m["ttft_seconds"])
         assert m["decode_tokens_per_second"] > 0 and m["load_seconds"] > 0
         assert m["peak_rss_bytes"] > m["floor_rss_bytes"] > 50e6
-        experts = DIMS.n_layers * DIMS.top_k * about["expert_bytes"]
+        experts = ONE_LAYER.top_k * about["expert_bytes"]
         assert m["weight_bytes_a_decoded_token"] == about["dense_bytes"] + experts
         assert m["weight_bytes_of_the_prompt"] is None
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"profile.json", "speed.png", "memory.png"}
@@ -36,9 +37,9 @@ def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
         spec = {"artifact": str(int4_folder), "tokens": ids[domain], "n_answer": 8, "repetitions": 2, "threads": None}
         found[domain] = profile_worker.main(spec)
     assert len(found["knowledge"]["decode_seconds"]) == 2
-    assert found["knowledge"]["experts_read"]["answer"] == 8 * DIMS.n_layers * DIMS.top_k
+    assert found["knowledge"]["experts_read"]["answer"] == 8 * ONE_LAYER.top_k
     real, dummy = (found[domain]["experts_read"]["prompt"] for domain in ("knowledge", prompts.DUMMY))
-    assert DIMS.n_layers * DIMS.top_k <= dummy < real <= DIMS.n_layers * DIMS.n_experts
+    assert ONE_LAYER.top_k <= dummy < real <= ONE_LAYER.n_experts
     about = describe(int4_folder)
     assert about["format"].startswith("INT4") and about["context"] == DIMS.max_seq_len
 
