@@ -12,6 +12,7 @@ import pytest
 from eval.export.hf import CHECKSUMS, write_checksums
 from pipelines.artifacts import fetch, parse_checksums, publish
 from pipelines.cli import DONE, REFUSED, main
+from tests.pipelines import sftp_server
 
 CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 400, "int4/scales.safetensors": b"scales"}
 
@@ -62,6 +63,18 @@ def test_over_http(served, run, tmp_path):
     assert files(fetch(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
     with pytest.raises(ValueError, match="can be fetched from but not published to"):
         publish(run, served)
+
+
+def test_over_ssh(run, tmp_path):
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    with sftp_server.serve(shelf) as port:
+        address = f"ssh://{sftp_server.USER}:{sftp_server.PASSWORD}@127.0.0.1:{port}/models"
+        publish(run / "artifacts" / "int4", address)
+        partial = tmp_path / "back.partial"
+        partial.mkdir()
+        (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
+        assert files(fetch(address, tmp_path / "back")) == files(run / "artifacts" / "int4")
 
 
 def test_publishing_again_sends_what_is_missing_or_damaged(run, memory, monkeypatch):
