@@ -7,6 +7,7 @@ Tracing 20 or 30 layers takes long, so every model is cut to a part of its depth
 `--part` says otherwise: then output projection and layers keep the shares that they have in the whole model, and ratios
 of times are those of whole models but for costs that do not shrink. Weights are random, on the INT4 grid.
 - moe-stock, moe-fast: flavor S (20 layers), experts through llama::quantized_moe_ffn or our op, groups of 32;
+- moe-fast-short: the same with room for 160 tokens instead of 1,024, for its memory;
 - moe-fast-64, moe-fast-128: the experts in larger groups;
 - dense-pro: MobileLLM-Pro (30 layers, width 1280, hidden 6144, 20 / 4 heads, vocabulary 202,048), full attention in
   every layer where it has three local ones to a global one: no difference up to 512 tokens;
@@ -27,7 +28,8 @@ from eval import prompts
 from titan_ext.config import FLAVORS
 
 CONTEXT, N_PROMPT, N_ANSWER = 1024, 64, 64
-GROUPS = {"moe-stock": 32, "moe-fast": 32, "moe-fast-64": 64, "moe-fast-128": 128}
+SHORT_CONTEXT = 160
+GROUPS = {"moe-stock": 32, "moe-fast": 32, "moe-fast-short": 32, "moe-fast-64": 64, "moe-fast-128": 128}
 DENSE = ("dense-pro", "dense-active")
 
 
@@ -64,7 +66,8 @@ def export(name: str, part: int, folder: Path) -> None:
             key: torch.ones(shape) if key.endswith("norm.weight") else 0.02 * torch.randn(shape, generator=generator)
             for key, shape in tensor_shapes(config).items()
         }
-        device = DeviceConfig(CONTEXT, "stock" if name == "moe-stock" else "fast", GROUPS[name])
+        context = SHORT_CONTEXT if name == "moe-fast-short" else CONTEXT
+        device = DeviceConfig(context, "stock" if name == "moe-stock" else "fast", GROUPS[name])
         with tempfile.TemporaryDirectory() as tokenizer:
             weights = DeviceWeights(tensors, config, expert_group_size=device.expert_group_size)
             export_moe(weights, write_tokenizer(Path(tokenizer)), folder, device)

@@ -18,8 +18,8 @@ def texts() -> dict[str, str]:
 def token_ids(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
     """Domain -> `length` token ids, and the dummy; a text that is too short starts again from its beginning.
 
-    Through the artifact's tokenizer. A baseline of random weights has none: then every word's checksum is its id, which
-    keeps how often and in which order words recur.
+    Through the artifact's tokenizer. A baseline of random weights has none: then the checksum of every word, the space
+    before it included, is its id, which keeps how often and in which order words recur.
     """
     if (artifact / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -27,7 +27,7 @@ def token_ids(artifact: Path, texts: Mapping[str, str], vocab_size: int, length:
         tokenizer = AutoTokenizer.from_pretrained(artifact)
         ids = {domain: tokenizer(text)["input_ids"] for domain, text in texts.items()}
     else:
-        words = {domain: re.findall(r"\w+|\W", text) for domain, text in texts.items()}
+        words = {domain: re.findall(r"\s?\w+|\W", text) for domain, text in texts.items()}
         ids = {domain: [zlib.crc32(w.encode()) % vocab_size for w in found] for domain, found in words.items()}
     for domain, found in ids.items():
         if not found:
