@@ -47,9 +47,15 @@ class DeviceProgram:
         return values[0] if len(values) == 1 else list(values)
 
     def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
-        """float32 logits [vocab] after `tokens`, which start at `position`; what came before is in the cache."""
-        if position + len(tokens) > self.context:
-            raise ValueError(f"{position + len(tokens)} tokens: the program's context is {self.context}")
+        """float32 logits [vocab] after `tokens`, which start at `position`; what came before is in the cache.
+
+        Raises:
+            ValueError: more tokens than the context, or all of it in one call, which takes one less.
+        """
+        if position + len(tokens) > self.context or len(tokens) == self.context:
+            raise ValueError(
+                f"{position + len(tokens)} tokens: the program's context is {self.context}, and one less in one call"
+            )
         inputs = (torch.tensor([list(tokens)]), torch.tensor([position]))
         return self._forward.execute(inputs)[0][0]
 
