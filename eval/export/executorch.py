@@ -17,6 +17,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::quantized_moe_ffn)
+from executorch.extension.llm.export.export_passes import RemoveRedundantTransposes
 from executorch.kernels import quantized  # noqa: F401  (registers embedding_4bit.out)
 from torch import nn
 from torch.nn.attention import SDPBackend
@@ -104,6 +105,8 @@ def lower(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=True)
         # Functional form, torchao's tensors taken apart into quantize and dequantize.
         program = program.run_decompositions({})
+        # Cache and attention each turn keys and values round: without this, copies of the whole cache at every token.
+        RemoveRedundantTransposes()(program.graph_module)
         edge = to_edge_transform_and_lower(
             program,
             # Takes the dynamically quantized linears, too: a partitioner for them before it gives the same numbers in
