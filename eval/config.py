@@ -1,6 +1,7 @@
 """What a recipe says about evaluation and export."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,15 @@ class ExportConfig:
     """Weights that share a scale in the routed experts; None takes `group_size`."""
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file."""
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """The ExecuTorch program of a checkpoint."""
+
+    context: int = 2048
+    """Positions of the KV cache, which the program holds from its start: prompt and answer together."""
+    expert_op: Literal["stock", "fast"] = "stock"
+    """`stock`: llama::quantized_moe_ffn, which ExecuTorch's runners have; `fast`: our own, of eval/device_op."""
+    expert_group_size: int | None = None
+    """Values along the input dimension that share a scale in the experts; None takes the checkpoint's (32)."""

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from eval.config import EvaluationConfig
+from eval.config import DeviceConfig, EvaluationConfig
+from pipelines.artifact_commands import Fetch, Profile, Publish
 from pipelines.recipe import Recipe
 from titan_ext.config import FLAVORS, ModelDims
 
@@ -88,13 +89,16 @@ class Eval:
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a checkpoint of a run into a Hugging Face folder."""
+    """Turn a checkpoint of a run into a Hugging Face folder, or any checkpoint into an ExecuTorch program."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60."""
-    format: Literal["bf16", "int4"]
+    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; for executorch also a Hugging Face
+    folder, INT4 (its numbers are kept bit for bit) or BF16."""
+    format: Literal["bf16", "int4", "executorch"]
     out: Path
     """Folder to write; must not exist."""
+    device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
+    """For executorch."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -126,7 +130,7 @@ class Info:
 
 COMMANDS = {
     "run": Run, "status": Status, "report": Report, "recipes": Recipes, "info": Info, "eval": Eval, "export": Export,
-    "import": Import,
+    "import": Import, "profile": Profile, "publish": Publish, "fetch": Fetch,
 }  # fmt: skip
 
 
@@ -274,11 +278,58 @@ def _eval(arguments: Sequence[str]) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     command = _parse(Export, arguments, "export")
-    from pipelines.standalone import export_checkpoint
+    if command.format != "executorch" and command.device != DeviceConfig():
+        raise ValueError(f"--format {command.format} has no KV cache and no expert op; those options are executorch's")
+    from pipelines.standalone import export_checkpoint, export_program
 
-    export_checkpoint(command.checkpoint, command.format, command.out)
+    if command.format == "executorch":
+        export_program(command.checkpoint, command.out, command.device)
+    else:
+        export_checkpoint(command.checkpoint, command.format, command.out)
     _answer(command.json, {"out": str(command.out), "format": command.format}, lambda: f"written: {command.out}")
     return DONE
+
+
+def _profile(arguments: Sequence[str]) -> int:
+    command = _parse(Profile, arguments, "profile")
+    texts = json.loads(command.prompts.read_text()) if command.prompts else None
+    if texts is not None and not (isinstance(texts, dict) and all(isinstance(t, str) for t in texts.values())):
+        raise ValueError(f"--prompts {command.prompts}: expected a JSON object, domain -> text")
+    try:
+        contexts = [int(n) for n in command.contexts.split(",")] if command.contexts else None
+    except ValueError as error:
+        raise ValueError(f"--contexts {command.contexts}: give numbers of tokens with commas, 512,1024") from error
+    from eval import profile
+
+    out = command.out or command.artifact.with_name(f"{command.artifact.name}-profile")
+    result = profile.profile(
+        command.artifact, out, texts=texts, contexts=contexts, repetitions=command.repetitions,
+        threads=command.threads, report=_tell,
+    )  # fmt: skip
+    _answer(command.json, result, lambda: profile.table(result))
+    return DONE
+
+
+def _publish(arguments: Sequence[str]) -> int:
+    command = _parse(Publish, arguments, "publish")
+    from pipelines.artifacts import publish
+
+    addresses = publish(command.source, command.destination, _tell)
+    _answer(command.json, {"published": addresses}, lambda: "published: " + ", ".join(addresses))
+    return DONE
+
+
+def _fetch(arguments: Sequence[str]) -> int:
+    command = _parse(Fetch, arguments, "fetch")
+    from pipelines.artifacts import fetch
+
+    fetch(command.source, command.folder, _tell)
+    _answer(command.json, {"fetched": str(command.folder)}, lambda: f"fetched: {command.folder}")
+    return DONE
+
+
+def _tell(phase: str, done: int, total: int) -> None:
+    print(f"{done}/{total} {phase}", file=sys.stderr)
 
 
 def _import(arguments: Sequence[str]) -> int:
@@ -314,7 +365,7 @@ def _info(arguments: Sequence[str]) -> int:
 
 HANDLERS = {
     "run": _run, "status": _status, "report": _report, "recipes": _recipes, "info": _info, "eval": _eval,
-    "export": _export, "import": _import,
+    "export": _export, "import": _import, "profile": _profile, "publish": _publish, "fetch": _fetch,
 }  # fmt: skip
 
 

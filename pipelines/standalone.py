@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from data.corpora import Requirement
-from eval.config import EvaluationConfig, ExportConfig
+from eval.config import DeviceConfig, EvaluationConfig, ExportConfig
 from pipelines.manifest import Manifest
 from pipelines.packages import cache_dir, fetch
 from titan_ext.config import ModelDims, RopeScaling
@@ -37,6 +38,42 @@ def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:
     Raises:
         ValueError: the checkpoint is not one, lies in no run, or `out` exists.
     """
+    run, recipe = _run_of(checkpoint)
+    _require_new(out)
+    model, config, tokenizer = _model_of(recipe), ExportConfig(**recipe["export"]), run / "data" / "tokenizer"
+    from eval.export import checkpoint as exporter
+
+    if layout == "bf16":
+        exporter.export_bf16(checkpoint, model, tokenizer, out, config)
+    else:
+        exporter.export_int4(checkpoint, model, tokenizer, out, config, recipe["parallel"]["precision"])
+
+
+def export_program(checkpoint: Path, out: Path, device: DeviceConfig) -> None:
+    """A checkpoint of a run, or a Hugging Face folder, as an ExecuTorch program.
+
+    Raises:
+        ValueError: the checkpoint is neither, the fused op cannot take it, or `out` exists.
+    """
+    is_folder = (checkpoint / "config.json").is_file()
+    run, recipe = (None, None) if is_folder else _run_of(checkpoint)
+    _require_new(out)
+    from eval.export import checkpoint as exporter
+    from eval.export.device_weights import open_folder
+    from eval.export.executorch import export_moe
+
+    if is_folder:
+        export_moe(open_folder(checkpoint, device.expert_group_size), checkpoint, out, device)
+    else:
+        weights = exporter.device_weights(
+            checkpoint, _model_of(recipe), ExportConfig(**recipe["export"]), recipe["parallel"]["precision"],
+            device.expert_group_size,
+        )  # fmt: skip
+        export_moe(weights, run / "data" / "tokenizer", out, device)
+
+
+def _run_of(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """The run folder a DCP checkpoint lies in, and its recipe."""
     if not (checkpoint / ".metadata").is_file():
         raise ValueError(
             f"{checkpoint}: no .metadata, so no DCP checkpoint; give a folder like RUN/stages/3_sft/checkpoint/step-60"
@@ -46,16 +83,14 @@ def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:
         raise ValueError(
             f"{checkpoint}: no manifest.json in a folder above, so its model is unknown; give one inside a run"
         )
+    return run, Manifest(run).content["recipe"]
+
+
+def _model_of(recipe: dict[str, Any]) -> ModelDims:
+    dims = recipe["model"]
+    return ModelDims(**(dims | {"rope_scaling": RopeScaling(**dims["rope_scaling"])}))
+
+
+def _require_new(out: Path) -> None:
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a folder that does not")
-    recipe = Manifest(run).content["recipe"]
-    dims = recipe["model"]
-    model = ModelDims(**(dims | {"rope_scaling": RopeScaling(**dims["rope_scaling"])}))
-    config = ExportConfig(**recipe["export"])
-    from eval.export import checkpoint as exporter
-
-    tokenizer = run / "data" / "tokenizer"
-    if layout == "bf16":
-        exporter.export_bf16(checkpoint, model, tokenizer, out, config)
-    else:
-        exporter.export_int4(checkpoint, model, tokenizer, out, config, recipe["parallel"]["precision"])

@@ -6,9 +6,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from eval.config import ExportConfig
-from eval.export.hf import write_hf_folder
+from eval.export.device_weights import DeviceWeights
+from eval.export.hf import config_from_dims, write_hf_folder
 from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32
+from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 
@@ -57,8 +59,21 @@ def export_int4(
         precision: dtype in which the stage saw its weights (`ParallelConfig.precision`): the grid is that of the
             weights rounded to it, not of the float32 masters.
     """
-    seen = {
+    return write_int4_folder(_seen(checkpoint, model, precision).items(), model, tokenizer, out, config)
+
+
+def device_weights(
+    checkpoint: Path, model: ModelDims, config: ExportConfig, precision: str, expert_group_size: int | None
+) -> DeviceWeights:
+    """The weights of a checkpoint for the device program, on the grid that `export_int4` writes."""
+    layout = quantization_of(config.group_size, config.expert_group_axis)
+    tensors = _seen(checkpoint, model, precision)
+    return DeviceWeights(tensors, config_from_dims(model), layout=layout, expert_group_size=expert_group_size)
+
+
+def _seen(checkpoint: Path, model: ModelDims, precision: str) -> dict[str, torch.Tensor]:
+    """The weights as the stage's forward pass saw them, in float32."""
+    return {
         name: tensor if kept_in_float32(name) else tensor.to(getattr(torch, precision)).float()
         for name, tensor in read_checkpoint(checkpoint, model).items()
     }
-    return write_int4_folder(seen.items(), model, tokenizer, out, config)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
+from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.config import ModelDims
@@ -100,10 +101,12 @@ def write_folder(
     max_shard_bytes: int,
 ) -> None:
     """Fill `folder` with the tensors of `checkpoint_shapes(config)`, config, code and tokenizer."""
-    _write_tokenizer(Path(tokenizer_dir), config, folder)
+    write_tokenizer(Path(tokenizer_dir), config, folder)
     (folder / "config.json").write_text(json.dumps(_config_json(config), indent=2) + "\n")
     for name in _CODE_FILES:
         shutil.copyfile(Path(eval.hf_mobilemoe.__file__).parent / name, folder / name)
+    form = "bf16 checkpoint" if config.quantization is None else f"INT4 checkpoint ({config.quantization['format']})"
+    write_model_card(folder, config, form)
     shapes = _write_shards(tensors, config, folder, max_shard_bytes)
     check_tensors(shapes, config, "the exported state dict")
 
@@ -121,8 +124,12 @@ def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
-    """Copy the tokenizer through transformers, set the config's special ids, and write generation_config.json."""
+def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
+    """Copy the tokenizer through transformers, set the config's special ids, and write generation_config.json.
+
+    Raises:
+        ValueError: the tokenizer is larger than the vocabulary, or lacks a chat template or a Llama-3 special token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}")

@@ -152,7 +152,7 @@ def quantize_folder(source: Path, out: Path, export: ExportConfig) -> Path:
     check_tensors(tensors.shapes(), config, str(source))
     config = with_quantization(config, layout_of(export))
     packed_tensors(config, config.quantization)  # refuses a group size that does not fit before anything is written
-    scales = _stored_scales(source, config)
+    scales = stored_scales(source, config)
     with new_folder(out) as partial:
         write_folder(quantize_tensors(tensors.items(), config, scales), config, source, partial, export.max_shard_bytes)
     return out
@@ -186,7 +186,7 @@ def dequantize_folder(
     return out
 
 
-def _stored_scales(folder: Path, config: MobileMoEConfig) -> dict[str, torch.Tensor] | None:
+def stored_scales(folder: Path, config: MobileMoEConfig) -> dict[str, torch.Tensor] | None:
     """Scales beside a dequantized folder, None where there are none or where they are of another layout."""
     path = Path(folder) / SCALES_FILE
     if not path.is_file():

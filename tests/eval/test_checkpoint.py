@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval.hf_mobilemoe  # noqa: F401  registers the classes
+from eval import device_op
 from eval.config import ExportConfig
-from eval.export.checkpoint import export_bf16, export_int4, read_checkpoint
+from eval.export.checkpoint import device_weights, export_bf16, export_int4, read_checkpoint
+from eval.export.device_model import moe_transformer
+from eval.export.device_weights import open_folder
 from eval.export.hf import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
@@ -92,3 +95,41 @@ def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path
     deep = dataclasses.replace(DIMS, n_layers=3)
     with pytest.raises(ValueError, match=r"layers\.2\..* is missing"):
         read_checkpoint(checkpoint, deep)
+
+
+def test_the_device_program_gets_the_numbers_of_the_int4_folder(checkpoint, tokenizer_dir, tmp_path):
+    export_int4(checkpoint, DIMS, tokenizer_dir, tmp_path / "int4", ExportConfig(), "bfloat16")
+    folder = open_folder(tmp_path / "int4")
+    direct = device_weights(checkpoint, DIMS, ExportConfig(), "bfloat16", None)
+    layer = "model.layers.1."
+    for name in ("model.embed_tokens.weight", f"{layer}self_attn.q_proj.weight"):
+        for a, b in zip(folder.matrix(name), direct.matrix(name), strict=True):
+            assert torch.equal(a, b)
+    experts = f"{layer}feed_forward.experts.gate_up_proj"
+    for a, b in zip(folder.expert_matrices(experts), direct.expert_matrices(experts), strict=True):
+        assert torch.equal(a, b)
+    for name in ("feed_forward.router.weight", "feed_forward.expert_bias", "input_layernorm.weight"):
+        assert torch.equal(folder.plain(layer + name), direct.plain(layer + name))
+
+
+def test_a_checkpoint_grouped_along_the_output_is_refused_for_the_device(checkpoint):
+    with pytest.raises(ValueError, match="expert_group_axis"):
+        device_weights(checkpoint, DIMS, ExportConfig(expert_group_axis="out"), "bfloat16", None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("expert_op", "decibels"), [("fast", 60), ("stock", 25)])
+def test_qat_and_the_device_compute_the_same(titan_model, checkpoint, expert_op, decibels):
+    """Training's forward with fake-quantized weights and activations, and the modules that are traced for the device.
+
+    Both round weights and activations to the same grids; sums in another order put an activation on the edge of two
+    integers to the other one now and then. The stock op on x86 leaves the experts' activations unrounded.
+    """
+    device_op.declare()
+    qat = convert_to_qat(model_config(DIMS), QATConfig()).build()
+    qat.load_state_dict(titan_model.state_dict())
+    tokens = torch.randint(8, DIMS.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    trained = qat.eval()(tokens, positions=torch.arange(40)[None])[0, -1]
+    weights = device_weights(checkpoint, DIMS, ExportConfig(), "float32", None)
+    device = moe_transformer(weights, 64, expert_op)(tokens, {"input_pos": torch.tensor([0])})[0]
+    assert 20 * torch.log10(trained.norm() / (device - trained).norm()) > decibels

@@ -1,0 +1,46 @@
+"""A trained miniature and its ExecuTorch program, made once for all tests of this folder."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from eval import prompts
+from eval.config import ExportConfig
+from eval.export.hf import config_from_dims
+from eval.export.int4 import write_int4_folder
+from eval.hf_mobilemoe import MobileMoEForCausalLM
+from pipelines.cli import DONE, main
+from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
+
+ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
+"""Tracing takes half a minute a layer, whatever its width."""
+
+
+@pytest.fixture(scope="session")
+def int4_folder(tmp_path_factory):
+    """ONE_LAYER, trained on a page of text until its continuations are hardly in doubt, then rounded to INT4."""
+    root = tmp_path_factory.mktemp("trained")
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(root / "tokenizer"))
+    ids = torch.tensor(tokenizer(prompts.texts()["knowledge"][:1000])["input_ids"])
+    torch.manual_seed(0)
+    model = MobileMoEForCausalLM(config_from_dims(ONE_LAYER)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        starts = torch.randint(len(ids) - 64, (8,)).tolist()
+        batch = torch.stack([ids[s : s + 64] for s in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
+
+
+@pytest.fixture(scope="session")
+def program_folder(int4_folder):
+    out = int4_folder.with_name("program")
+    assert main(["export", str(int4_folder), "--format", "executorch", "--out", str(out), "--context", "128"]) == DONE
+    return out

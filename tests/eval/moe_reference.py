@@ -1,0 +1,56 @@
+"""A routed MoE layer with random INT4 weights, packed for the device, and what it should compute, in float64."""
+
+import torch
+import torch.nn.functional as F
+
+from eval.export.int4 import quantize_int4
+from eval.export.moe_blob import pack_blobs
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4
+
+
+class RandomExperts:
+    def __init__(
+        self, *, n_tokens=5, d_model=128, hidden=64, n_experts=8, top_k=3, group_size=32, use_bias=True, seed=0
+    ):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator)
+
+        self.sizes = (top_k, n_experts, hidden, d_model, group_size)
+        self.x, self.gate = random(n_tokens, d_model), 0.2 * random(n_experts, d_model)
+        self.bias = 0.1 * random(n_experts) if use_bias else None
+        q13, s13 = quantize_int4(random(n_experts, 2 * hidden, d_model), 2, group_size)
+        q2, s2 = quantize_int4(random(n_experts, d_model, hidden), 2, group_size)
+        self.packed = pack_blobs(q13, s13), pack_blobs(q2, s2)
+        self.w13 = dequantize_int4(q13, s13, 2, group_size).double()
+        self.w2 = dequantize_int4(q2, s2, 2, group_size).double()
+
+    def op_arguments(self) -> tuple:
+        bias = torch.empty(0) if self.bias is None else self.bias
+        return self.x, self.gate, bias, *self.packed, *self.sizes, 4, "sigmoid", 2.5
+
+    def reference(self, *, int8_activations: bool) -> torch.Tensor:
+        """The layer's output in float64; with INT8 activations, rounded a token in front of both products."""
+        top_k, hidden = self.sizes[0], self.sizes[2]
+        rounded = round_to_int8 if int8_activations else torch.Tensor.double
+        scores = (self.x.double() @ self.gate.double().T).sigmoid()
+        chosen = (scores if self.bias is None else scores + self.bias.double()).topk(top_k).indices
+        weights = scores.gather(1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True) * 2.5
+        out = torch.zeros_like(self.x, dtype=torch.float64)
+        for t, x in enumerate(rounded(self.x)):
+            for e, weight in zip(chosen[t], weights[t], strict=True):
+                gate_up = self.w13[e] @ x
+                inner = F.silu(gate_up[:hidden]) * gate_up[hidden:]
+                out[t] += weight * (self.w2[e] @ rounded(inner.float()[None])[0])
+        return out
+
+
+def round_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Every row on its own asymmetric INT8 grid that holds 0; parameters in float32 as everywhere, result float64."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+    zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    q = ((x * (1 / scale)).round() + zero).clamp(-128, 127)
+    return (q - zero).double() * scale.double()

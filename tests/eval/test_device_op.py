@@ -1,0 +1,133 @@
+"""Our MoE op: its three kernels against float64 and each other, in ExecuTorch's runtime, and where no compiler is."""
+
+import pytest
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.extension.pybindings import portable_lib
+from executorch.runtime import Runtime
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import device_op
+from tests.eval.moe_reference import RandomExperts
+
+FASTEST = device_op.load().mobilemoe_kernel().decode()
+AVAILABLE = device_op.KERNELS[device_op.KERNELS.index(FASTEST) :]
+
+
+def run(layer: RandomExperts, kernel: str) -> torch.Tensor:
+    top_k, _, hidden, _, group_size = layer.sizes
+    return device_op.run_kernel(
+        kernel, layer.x, layer.gate, layer.bias, *layer.packed,
+        top_k=top_k, expert_hidden=hidden, group_size=group_size, route_scale=2.5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    """Of ExecuTorch's pool; torch itself is faster with one on matrices this small."""
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    portable_lib._unsafe_reset_threadpool(request.param)
+    yield
+    torch.set_num_threads(torch_threads)
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE)
+@pytest.mark.parametrize("n_tokens", [1, 7, 20])
+def test_kernels_compute_the_layer_on_int8_activations(kernel, n_tokens):
+    """float32 sums against float64: an activation on the edge of two INT8 values may fall to the other."""
+    layer = RandomExperts(n_tokens=n_tokens, seed=n_tokens)
+    expected = layer.reference(int8_activations=True)
+    assert (run(layer, kernel) - expected).norm() < 2e-3 * expected.norm()
+    assert (run(layer, kernel) - expected).abs().median() < 1e-6 * expected.abs().max()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    d_groups=st.integers(1, 5), hidden_groups=st.integers(1, 4), group_size=st.sampled_from([32, 64, 96, 128]),
+    n_experts=st.integers(1, 9), n_tokens=st.integers(1, 9), use_bias=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_kernels_agree_at_any_size(d_groups, hidden_groups, group_size, n_experts, n_tokens, use_bias, data):
+    layer = RandomExperts(
+        n_tokens=n_tokens, d_model=d_groups * group_size, hidden=hidden_groups * group_size, n_experts=n_experts,
+        top_k=data.draw(st.integers(1, n_experts)), group_size=group_size, use_bias=use_bias,
+    )  # fmt: skip
+    portable = run(layer, "portable")
+    expected = layer.reference(int8_activations=True)
+    assert (portable - expected).norm() < 5e-3 * expected.norm()
+    for kernel in AVAILABLE:
+        assert (run(layer, kernel) - portable).norm() < 5e-3 * expected.norm()
+
+
+def test_extreme_values_do_not_overflow():
+    """Weights of 7 and -8 throughout, activations at both ends of their range: the largest sums there can be."""
+    layer = RandomExperts(n_tokens=2, d_model=2048, hidden=128, group_size=128)
+    layer.x = torch.full_like(layer.x, 100.0)
+    layer.x[1, ::2] = -100.0
+    expected = layer.reference(int8_activations=True)
+    for kernel in AVAILABLE:
+        assert (run(layer, kernel) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_int8_activations_stay_close_to_the_stock_op():
+    """The stock op on x86 leaves activations in float: 20 dB is what INT8 must not lose."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+    layer = RandomExperts(n_tokens=16, d_model=256, hidden=128)
+    stock = torch.ops.llama.quantized_moe_ffn(*layer.op_arguments())
+    noise = run(layer, FASTEST) - stock
+    assert 20 * torch.log10(stock.norm() / noise.norm()) > 30
+
+
+def test_nan_input_gives_nan_and_no_crash():
+    layer = RandomExperts()
+    layer.x[0, 0] = float("nan")
+    for kernel in AVAILABLE:
+        assert run(layer, kernel).shape == layer.x.shape
+
+
+def test_a_kernel_the_processor_lacks_is_refused():
+    with pytest.raises(ValueError, match="does not have the kernel 'neon'"):
+        run(RandomExperts(), "neon")
+
+
+class OneLayer(torch.nn.Module):
+    def __init__(self, layer: RandomExperts):
+        super().__init__()
+        _, *tensors = layer.op_arguments()
+        self.sizes = tensors[4:]
+        for name, tensor in zip(("gate", "bias", "w13", "w2"), tensors, strict=False):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return torch.ops.mobilemoe.quantized_moe_ffn(x, self.gate, self.bias, self.w13, self.w2, *self.sizes)
+
+
+def test_executorchs_runtime_calls_it(tmp_path):
+    device_op.declare()
+    layer = RandomExperts(n_tokens=6)
+    shapes = ({0: torch.export.Dim("tokens", max=64)},)
+    program = torch.export.export(OneLayer(layer), (layer.x,), dynamic_shapes=shapes)
+    edge = to_edge_transform_and_lower(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    path = tmp_path / "layer.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    read = device_op.load().mobilemoe_experts_read()
+    out = Runtime.get().load_program(path).load_method("forward").execute([layer.x])[0]
+    assert torch.equal(out, run(layer, FASTEST))
+    assert 3 <= (device_op.load().mobilemoe_experts_read() - read) / 2 <= 8
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOBILEMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler.*--expert-op stock"):
+        device_op.library_path()
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOBILEMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(ValueError, match="could not build the fast expert op"):
+        device_op.library_path()
+    assert not list(tmp_path.rglob("*.so"))

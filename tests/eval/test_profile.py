@@ -1,0 +1,81 @@
+"""Profiling: a program by the command, an INT4 folder in this process, what is refused."""
+
+import json
+
+import pytest
+
+from eval import profile_worker, prompts
+from eval.profile import N_ANSWER, bf16_weights, describe
+from pipelines.cli import DONE, REFUSED, main
+from tests.eval.conftest import ONE_LAYER
+from tests.eval.tiny_checkpoint import DIMS
+
+
+def test_a_program(program_folder, tmp_path, capsys):
+    texts = tmp_path / "prompts.json"
+    texts.write_text(json.dumps({"proverbs": "A stitch in time saves nine. Look before you leap. "}))
+    command = ["profile", str(program_folder), "--prompts", str(texts), "--contexts", "64", "--threads", "1"]
+    assert main([*command, "--repetitions", "2", "--out", str(tmp_path / "out"), "--json"]) == DONE
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert [(m["domain"], m["context"]) for m in result["measurements"]] == [("proverbs", 64), (prompts.DUMMY, 64)]
+    about = result["artifact"]
+    for m in result["measurements"]:
+        assert m["prefill_tokens_per_second"] == pytest.approx((64 - N_ANSWER) / m["ttft_seconds"])
+        assert m["decode_tokens_per_second"] > 0 and m["load_seconds"] > 0
+        assert m["peak_rss_bytes"] > m["floor_rss_bytes"] > 50e6
+        experts = ONE_LAYER.top_k * about["expert_bytes"]
+        assert m["weight_bytes_a_decoded_token"] == about["dense_bytes"] + experts
+        assert m["weight_bytes_of_the_prompt"] is None
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"profile.json", "speed.png", "memory.png"}
+
+
+def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
+    ids = prompts.token_ids(int4_folder, prompts.texts(), DIMS.vocab_size, 48)
+    found = {}
+    for domain in ("knowledge", prompts.DUMMY):
+        spec = {"artifact": str(int4_folder), "tokens": ids[domain], "n_answer": 8, "repetitions": 2, "threads": None}
+        found[domain] = profile_worker.main(spec)
+    assert len(found["knowledge"]["decode_seconds"]) == 2
+    assert found["knowledge"]["experts_read"]["answer"] == 8 * ONE_LAYER.top_k
+    real, dummy = (found[domain]["experts_read"]["prompt"] for domain in ("knowledge", prompts.DUMMY))
+    assert ONE_LAYER.top_k <= dummy < real <= ONE_LAYER.n_experts
+    about = describe(int4_folder)
+    assert about["format"].startswith("INT4") and about["context"] == DIMS.max_seq_len
+
+
+def test_weights_that_a_token_reads():
+    from eval.export.hf import config_from_dims
+    from titan_ext.accounting import count_parameters
+
+    weights = bf16_weights(config_from_dims(DIMS))
+    read = weights["dense_bytes"] + DIMS.n_layers * DIMS.top_k * weights["expert_bytes"]
+    # The expert bias is a buffer and no parameter.
+    assert read == 2 * (count_parameters(DIMS).active + DIMS.n_layers * DIMS.n_experts)
+
+
+def test_prompts_are_three_domains_and_a_dummy(tmp_path):
+    ids = prompts.token_ids(tmp_path, prompts.texts(), 1000, 5000)
+    assert list(ids) == [*prompts.DOMAINS, prompts.DUMMY]
+    assert all(len(found) == 5000 and max(found) < 1000 for found in ids.values())
+    assert len(set(ids[prompts.DUMMY])) == 1
+    with pytest.raises(ValueError, match="domain 'empty' is empty"):
+        prompts.token_ids(tmp_path, {"empty": ""}, 1000, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contexts", "64,x"], "give numbers of tokens"),
+        (["--contexts", "32"], "more than 32 and at most"),
+        (["--contexts", "99999"], "more than 32 and at most"),
+    ],
+)
+def test_refusals(int4_folder, arguments, message, capsys):
+    assert main(["profile", str(int4_folder), *arguments]) == REFUSED
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_artifact_is_refused(tmp_path, capsys):
+    assert main(["profile", str(tmp_path)]) == REFUSED
+    assert "no config.json" in capsys.readouterr().err

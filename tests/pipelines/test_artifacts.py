@@ -1,0 +1,174 @@
+"""Publishing and fetching: local folders, fsspec's memory file system and a real HTTP server."""
+
+import functools
+import hashlib
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from eval.export.hf import CHECKSUMS, write_checksums
+from pipelines.artifacts import fetch, parse_checksums, publish
+from pipelines.cli import DONE, REFUSED, main
+from tests.pipelines import sftp_server
+
+CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 400, "int4/scales.safetensors": b"scales"}
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for artifact in ("bf16", "int4"):
+        for name, content in CONTENT.items():
+            path = tmp_path / "run" / "artifacts" / artifact / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(artifact.encode() + content)
+        write_checksums(tmp_path / "run" / "artifacts" / artifact)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def memory():
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def served(run):
+    """The run's folder over HTTP; the server sends whole files only."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=run)
+    handler.log_message = lambda *args: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/artifacts/int4"
+    server.shutdown()
+    server.server_close()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("destination", ["{tmp_path}/shelf", "memory://shelf"])
+def test_a_run_goes_there_and_an_artifact_comes_back(run, memory, tmp_path, destination):
+    address = destination.format(tmp_path=tmp_path)
+    assert publish(run, address) == [f"{address}/bf16", f"{address}/int4"]
+    assert files(fetch(f"{address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
+
+
+def test_over_http(served, run, tmp_path):
+    assert files(fetch(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
+    with pytest.raises(ValueError, match="can be fetched from but not published to"):
+        publish(run, served)
+
+
+def test_over_ssh(run, tmp_path):
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    with sftp_server.serve(shelf) as port:
+        address = f"ssh://{sftp_server.USER}:{sftp_server.PASSWORD}@127.0.0.1:{port}/models"
+        publish(run / "artifacts" / "int4", address)
+        partial = tmp_path / "back.partial"
+        partial.mkdir()
+        (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
+        assert files(fetch(address, tmp_path / "back")) == files(run / "artifacts" / "int4")
+
+
+def test_publishing_again_sends_what_is_missing_or_damaged(run, memory, monkeypatch):
+    publish(run / "artifacts" / "int4", "memory://shelf/int4")
+    memory.pipe_file("/shelf/int4/model.safetensors", b"cut off")
+    memory.rm_file("/shelf/int4/config.json")
+    sent = []
+    put_file = memory.put_file
+    monkeypatch.setattr(
+        memory, "put_file", lambda local, remote: sent.append(Path(local).name) or put_file(local, remote)
+    )
+    publish(run / "artifacts" / "int4", "memory://shelf/int4")
+    assert sent == ["config.json", "model.safetensors", CHECKSUMS]
+
+
+@pytest.mark.parametrize("half", [0, 50_000, 102_404, 200_000])
+def test_a_cut_off_fetch_continues(run, memory, tmp_path, monkeypatch, half):
+    publish(run / "artifacts" / "int4", "memory://shelf")
+    whole = (run / "artifacts" / "int4" / "model.safetensors").read_bytes()
+    partial = tmp_path / "back.partial"
+    partial.mkdir()
+    (partial / "model.safetensors.part").write_bytes((whole * 2)[:half])
+    asked = []
+    cat_file = memory.cat_file
+    monkeypatch.setattr(
+        memory, "cat_file", lambda path, start=None, end=None: asked.append(start) or cat_file(path, start, end)
+    )
+    fetch("memory://shelf", tmp_path / "back")
+    assert files(tmp_path / "back") == files(run / "artifacts" / "int4")
+    assert [start for start in asked if start is not None] == ([half] if half == 50_000 else [])
+
+
+def test_a_server_without_ranges_sends_the_whole_file_again(served, run, tmp_path):
+    partial = tmp_path / "back.partial"
+    partial.mkdir()
+    (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
+    assert files(fetch(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
+
+
+def test_a_file_with_another_hash_is_refused_and_not_kept(run, tmp_path):
+    artifact = run / "artifacts" / "int4"
+    (artifact / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"model.safetensors has SHA-256 \w+, SHA256SUMS says"):
+        fetch(str(artifact), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    assert not list((tmp_path / "back.partial").rglob("model*"))
+    with pytest.raises(ValueError, match=r"model.safetensors has SHA-256"):
+        publish(run, str(tmp_path / "shelf"))
+
+
+def test_a_file_that_is_listed_but_missing(run, tmp_path):
+    (run / "artifacts" / "int4" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json is listed in SHA256SUMS but missing"):
+        fetch(str(run / "artifacts" / "int4"), tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/passwd", "a/../../evil", "a\\b", "C:evil", "./a", "a//b", CHECKSUMS, ""]
+)
+def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / CHECKSUMS).write_text(f"{hashlib.sha256(b'').hexdigest()}  {name}\n")
+    with pytest.raises(ValueError, match="line 1"):
+        fetch(str(source), tmp_path / "back")
+    assert not (tmp_path / "back").exists() and not (tmp_path / "evil").exists()
+
+
+def test_a_path_listed_twice_is_refused():
+    line = f"{'0' * 64}  a\n"
+    with pytest.raises(ValueError, match="line 2"):
+        parse_checksums(line * 2, "there")
+
+
+def test_what_is_there_already_stays(run, tmp_path):
+    artifact = run / "artifacts" / "int4"
+    fetch(str(artifact), tmp_path / "back")
+    assert fetch(str(artifact), tmp_path / "back") == tmp_path / "back"
+    with pytest.raises(ValueError, match="holds something else"):
+        fetch(str(run / "artifacts" / "bf16"), tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere://a", "nowhere"), ("{tmp_path}/none", "has no SHA256SUMS"), ("memory://none", "has no SHA256SUMS")],
+)
+def test_addresses_that_lead_nowhere(tmp_path, source, message, capsys):
+    assert main(["fetch", source.format(tmp_path=tmp_path), str(tmp_path / "back")]) == REFUSED
+    assert message in capsys.readouterr().err
+
+
+def test_the_commands(run, tmp_path, capsys):
+    assert main(["publish", str(run), str(tmp_path / "shelf"), "--json"]) == DONE
+    assert main(["fetch", str(tmp_path / "shelf" / "bf16"), str(tmp_path / "back")]) == DONE
+    assert files(tmp_path / "back") == files(run / "artifacts" / "bf16")
+    assert main(["publish", str(tmp_path), str(tmp_path / "shelf")]) == REFUSED
+    assert "neither an artifact" in capsys.readouterr().err
