@@ -21,6 +21,8 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
+from data.words import EnglishWords
+
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
@@ -49,7 +51,7 @@ def exact_filter(folder: Path) -> PipelineStep:
 
 def near_signature(folder: Path) -> PipelineStep:
     """Last block of a step: writes the MinHash signatures of this rank's documents."""
-    return MinhashDedupSignature(str(folder / "signatures"), MINHASH)
+    return MinhashDedupSignature(str(folder / "signatures"), MINHASH, language=EnglishWords())
 
 
 def near_buckets(folder: Path) -> PipelineStep:

@@ -177,7 +177,9 @@ def test_interrupted_join_goes_on(tmp_path):
     beside.mkdir(parents=True)
     shard = parts / "00000/shards/sft/math/shard.00000.mds.zstd"
     shard.rename(beside / "shard.00000.mds.zstd")  # as if killed after the first rename
-    mds.assemble(parts, tmp_path / "out", "shards/sft/math")
+    entry = mds.assemble(parts, tmp_path / "out", "shards/sft/math", "abc")
+    index = json.loads((tmp_path / "out/shards/sft/math/index.json").read_text())
+    assert index["vocabulary_sha256"] == "abc" and entry["shards"] == len(index["shards"]) == 3
     read = samples(tmp_path / "out/shards/sft/math")
     assert [len(sample["tokens"]) for sample in read] == [3, 3, 4, 3, 4, 5]
     assert all((sample["loss_mask"] == sample["tokens"] % 2).all() for sample in read)
