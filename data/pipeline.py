@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 from datatrove.pipeline.writers import JsonlWriter
 from filelock import FileLock, Timeout
 
 from data import decontaminate, dedup, language, manifest, mds, tally, tokenizer
-from data.blocks import CorpusReader, RankReader, SplitTagger
+from data.blocks import CorpusReader, RankReader, SplitTagger, rank_file
 from data.check import check, estimate_bytes
 from data.config import DataConfig
 from data.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, units
@@ -187,7 +188,7 @@ def _clean(
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
         _jsonl(work / "filtered"),
-        dedup.exact_signature(exact),
+        dedup.exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in todo))),
     ]
     runner.run("1-read-and-filter", read, len(todo))
     runner.run("2-exact-find", [dedup.exact_find(exact)], 1)
@@ -281,10 +282,14 @@ def _pretrain_texts(clean: Path, todo: list[Unit]) -> Iterator[str]:
     ranks = [rank for rank, unit in enumerate(todo) if unit.corpus.kind == "text"]
     for rank in ranks:
         left = TOKENIZER_TRAINING_CHARS // len(ranks)
-        for document in RankReader(clean).run(rank=rank):
-            if document.metadata["split"] == "pretrain" and left > 0:
-                left -= len(document.text)
-                yield document.text
+        path = clean / rank_file(rank)
+        if not path.exists():
+            continue
+        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as lines:
+            for document in map(json.loads, lines):
+                if document["metadata"]["split"] == "pretrain" and left > 0:
+                    left -= len(document["text"])
+                    yield document["text"]
 
 
 def _tokenizer_entry(folder: Path) -> dict:

@@ -145,8 +145,8 @@ class ShardStore:
                 return
             _make_room(self._cache, self._cache_bytes - reader.raw_data.bytes, keep=path)
             # streaming trusts what is there, also what a killed process left: begin with nothing.
-            zipped = reader.zip_data and path.with_name(reader.zip_data.basename)
-            leftovers = [path, path.with_name(f"{path.name}.tmp"), *([zipped] if zipped else [])]
+            files = [path, *([path.with_name(reader.zip_data.basename)] if reader.zip_data else [])]
+            leftovers = [*files, *(file.with_name(f"{file.name}.tmp") for file in files)]
             for leftover in leftovers:
                 leftover.unlink(missing_ok=True)
             try:
@@ -160,10 +160,7 @@ class ShardStore:
 
     def _explain(self, shard: int, error: Exception) -> Exception:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return OSError(
-                error.errno,
-                f"cannot unpack {self.path(shard)} ({error}). Make room there, or name another folder as `local`",
-            )
+            return _no_room(self.path(shard), error)
         file = self._readers[shard].zip_data or self._readers[shard].raw_data
         return ValueError(
             f"shard {self.source}/{file.basename} is damaged, missing or out of reach at its source "
@@ -238,9 +235,22 @@ def _check_shard(source: str, shard: dict) -> None:
 def _write_whole(path: Path, data: bytes) -> None:
     """Write `data` so that a reader sees all of it or the file of before, also with several writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.read_bytes() == data:
+        return
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".index-", delete=False) as file:
-        file.write(data)
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            Path(file.name).unlink()
+            raise _no_room(path, error) from error
     os.replace(file.name, path)
+
+
+def _no_room(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno, f"cannot write {path} ({error}). Make room there, or name another folder as the loader's `local`"
+    )
 
 
 def _make_room(cache: Path, limit: int, keep: Path) -> None:
