@@ -15,14 +15,15 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.readers.base import BaseReader
 
-from data.corpora import Unit
+from data import hub
+from data.corpus import RemoteFiles, Unit
 from data.instructions import ROLES
 from data.special_tokens import SPECIAL_TOKENS
 
 
 def rank_file(rank: int) -> str:
     """Name of the file that holds a rank's documents between two steps."""
-    return f"{rank:05d}.jsonl.gz"
+    return f"{rank:05d}.jsonl.zst"
 
 
 def problem(record: dict, kind: str) -> str | None:
@@ -59,7 +60,8 @@ def _text_problem(text: object) -> str | None:
 class CorpusReader(BaseReader):
     """Reads unit `rank` as documents; rows that cannot be used go to `set_aside/malformed`, with the reason.
 
-    Beside the documents it leaves `<read>/<rank>.json`: rows read, rows malformed, sha256 over the records read.
+    Beside the documents it leaves `<read>/<rank>.json`: rows read, rows malformed, sha256 over the records read, and of
+    remote files what each was (`data.hub.inputs`).
     A document of an sft corpus has its contents as text and the conversation in `metadata["messages"]`.
     """
 
@@ -94,7 +96,9 @@ class CorpusReader(BaseReader):
         if counts["malformed"] == 0:
             set_aside.unlink()
         self.read.mkdir(parents=True, exist_ok=True)
-        (self.read / f"{rank:05d}.json").write_text(json.dumps({**counts, "sha256": digest.hexdigest()}))
+        inputs = hub.inputs(unit) if isinstance(unit.corpus.source, RemoteFiles) else []
+        found = {**counts, "sha256": digest.hexdigest(), "inputs": inputs}
+        (self.read / f"{rank:05d}.json").write_text(json.dumps(found))
 
     @staticmethod
     def _records(unit: Unit) -> Iterator[dict]:
@@ -130,16 +134,17 @@ class RankReader(JsonlReader):
                 yield document
 
 
-def split_of(text: str, kind: str, seed: int, heldout_fraction: float, midtrain_fraction: float) -> str:
-    """Which part a text belongs to, from its hash alone: `heldout`, `pretrain`, `midtrain` or `sft`.
+def split_of(text: str, splits: tuple[str, ...], seed: int, heldout_fraction: float, midtrain_fraction: float) -> str:
+    """Which part a text belongs to, from its hash alone: `heldout` or one of `splits` (`Corpus.splits`).
 
-    Two independent uniform numbers from one sha256: the first decides held-out, the second mid-training.
+    Two independent uniform numbers from one sha256: the first decides held-out, the second, where a corpus feeds both,
+    pre-training or mid-training.
     """
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
     if int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction:
         return "heldout"
-    if kind == "sft":
-        return "sft"
+    if len(splits) == 1:
+        return splits[0]
     return "midtrain" if int.from_bytes(digest[8:16], "big") / 2**64 < midtrain_fraction else "pretrain"
 
 
@@ -149,17 +154,16 @@ class SplitTagger(PipelineStep):
     type = "✂️ - SPLIT"
     name = "by hash"
 
-    def __init__(self, seed: int, heldout_fraction: float, midtrain_fraction: float):
+    def __init__(self, units: list[Unit], seed: int, heldout_fraction: float, midtrain_fraction: float):
         super().__init__()
+        self.splits = [unit.corpus.splits for unit in units]
         self.seed = seed
         self.heldout_fraction = heldout_fraction
         self.midtrain_fraction = midtrain_fraction
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:
-            split = split_of(
-                document.text, document.metadata["kind"], self.seed, self.heldout_fraction, self.midtrain_fraction
-            )
+            split = split_of(document.text, self.splits[rank], self.seed, self.heldout_fraction, self.midtrain_fraction)
             document.metadata["split"] = split
             self.stat_update(split)
             yield document

@@ -1,36 +1,59 @@
 """Documents and conversations to token ids, with the mask that says which tokens are trained."""
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 
+class Conversation(NamedTuple):
+    """tokens uint32 [n], loss_mask uint8 [n]; `shortened` where turns were left off to fit."""
+
+    tokens: NDArray[np.uint32]
+    loss_mask: NDArray[np.uint8]
+    shortened: bool
+
+
 class Encoder:
-    """Encodes with one tokenizer. Arrays: tokens uint32 [n], loss_mask uint8 [n]."""
+    """Encodes batches with one tokenizer; results are the same for any division into batches.
+
+    Whether a batch runs on several threads is the tokenizers library's to say (TOKENIZERS_PARALLELISM).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.special_ids = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        # Of its own: the flag is a state of the tokenizer, and conversations are rendered with special tokens in them.
+        self._literal = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._literal.encode_special_tokens = True
 
-    def document(self, text: str) -> np.ndarray:
-        """bos, the text, eos. A special token's name inside the text is spelled out, never taken as the token."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = True
-        try:
-            ids = backend.encode(text, add_special_tokens=False).ids
-        finally:
-            backend.encode_special_tokens = False
-        return np.array([self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id], dtype=np.uint32)
+    def documents(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """bos, the text, eos. A special token's name inside a text is spelled out, never taken as the token."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        # The fast form leaves out the offsets, which nobody asks for.
+        found = self._literal.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([bos, *encoding.ids, eos], dtype=np.uint32) for encoding in found]
 
-    def conversation(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    def conversations(self, conversations: list[list[dict]], max_tokens: int) -> list[Conversation | None]:
         """Tokens of the rendered chat template and the mask: 1 on assistant contents and the token that closes them.
 
         Each assistant turn is encoded apart from what precedes it, as at inference, where the prompt ends before it.
+        A conversation of more than `max_tokens` ends after its last answer that fits: an answer is never cut. Where
+        not even the first fits, None.
 
         Raises:
             ValueError: the chat template does not render a conversation as a prefix of its continuation.
         """
-        ids: list[int] = []
-        mask: list[int] = []
+        pieces = [self._pieces(messages) for messages in conversations]
+        flat = [text for pairs in pieces for pair in pairs for text in pair]
+        encoded = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        return [self._join([(next(encoded), next(encoded)) for _ in pairs], max_tokens) for pairs in pieces]
+
+    def _pieces(self, messages: list[dict]) -> list[tuple[str, str]]:
+        """(what precedes, answer) of every assistant turn, as rendered."""
+        pieces = []
         rendered = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -42,17 +65,25 @@ class Encoder:
                     "tokenizer.chat_template: rendering more messages changes the text of the earlier ones, so the "
                     "assistant's tokens cannot be told apart; use a template that only appends"
                 )
-            before = self._encode(prompt[len(rendered) :])
-            answer = self._encode(through[len(prompt) :])
+            pieces.append((prompt[len(rendered) :], through[len(prompt) :]))
+            rendered = through
+        return pieces
+
+    def _join(self, turns: list[tuple[Encoding, Encoding]], max_tokens: int) -> Conversation | None:
+        ids: list[int] = []
+        mask: list[int] = []
+        kept = 0
+        for before, answer in ((before.ids, answer.ids) for before, answer in turns):
+            if len(ids) + len(before) + len(answer) > max_tokens:
+                break
             # Whatever a template adds after the closing token (a newline, say) is no answer.
             end = 1 + max((i for i, token in enumerate(answer) if token in self.special_ids), default=len(answer) - 1)
             ids += before + answer
             mask += [0] * len(before) + [1] * end + [0] * (len(answer) - end)
-            rendered = through
-        return np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8)
+            kept += 1
+        if kept == 0:
+            return None
+        return Conversation(np.array(ids, np.uint32), np.array(mask, np.uint8), shortened=kept < len(turns))
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)

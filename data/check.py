@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from data.config import DataConfig
-from data.corpora import CATALOGUE, Corpus
+from data.config import FILTERS, DataConfig
+from data.corpora import CATALOGUE
+from data.corpus import Corpus
 from data.special_tokens import MIN_VOCAB_SIZE
 
 MAX_SHARD_BYTES = 2**32 - 1
 MIN_SHARD_BYTES = 1 << 16
 MIN_NGRAM = 5
+MIN_CONVERSATION_TOKENS = 64
 WORK_COPIES = 2
 """Copies of the text that exist at once, at the worst moment: three jsonl steps and the shards, all compressed."""
 
@@ -26,6 +28,16 @@ def check(config: DataConfig) -> None:
         _require(name in CATALOGUE, "corpora", name, "not in the catalogue", f"choose from: {names}")
     duplicates = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
     _require(not duplicates, "corpora", duplicates, "named twice", "name each corpus once")
+    non_commercial = [name for name in config.corpora if CATALOGUE[name].non_commercial]
+    _require(
+        not (config.commercial_only and non_commercial), "corpora", non_commercial,
+        "licensed for non-commercial use only, which data.commercial_only refuses",
+        "take them out, or set data.commercial_only to False where your use allows them",
+    )  # fmt: skip
+    odd = [code for code in config.languages if not (code.isalpha() and code.islower() and len(code) in (2, 3))]
+    _require(not odd, "languages", odd, "no language code of ISO 639", "write en, de, ...; leave it empty to keep all")
+    unknown = sorted(set(config.filters) - set(FILTERS))
+    _require(not unknown, "filters", unknown, "no such filter", f"choose from: {', '.join(FILTERS)}")
     text = [name for name in config.corpora if CATALOGUE[name].kind == "text"]
     _require(bool(text), "corpora", config.corpora, "no text corpus to pre-train on", "add one of kind text")
     _require(
@@ -39,6 +51,11 @@ def check(config: DataConfig) -> None:
     _require(
         config.decontaminate_ngram >= MIN_NGRAM, "decontaminate_ngram", config.decontaminate_ngram,
         f"must be at least {MIN_NGRAM} words, or ordinary phrases count as contamination", "13 is the default",
+    )  # fmt: skip
+    _require(
+        config.max_conversation_tokens >= MIN_CONVERSATION_TOKENS, "max_conversation_tokens",
+        config.max_conversation_tokens, f"must be at least {MIN_CONVERSATION_TOKENS}",
+        "8192, the context of instruction tuning, is the default",
     )  # fmt: skip
     _require(
         MIN_SHARD_BYTES <= config.shard_bytes <= MAX_SHARD_BYTES, "shard_bytes", config.shard_bytes,

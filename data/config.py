@@ -5,6 +5,12 @@
 
 from dataclasses import dataclass, field
 
+FILTERS = (
+    "gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality", "encyclopedia_repetition",
+    "encyclopedia_quality", "documentation_quality",
+)  # fmt: skip
+"""Labels of the quality filters (data/filters.py), each for one style of writing."""
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -23,14 +29,24 @@ class DataConfig:
     corpora: tuple[str, ...]
     """Names in the catalogue `data.corpora.CATALOGUE`; each brings its domain and its stages."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    commercial_only: bool = False
+    """Refuse corpora whose licence or terms of access forbid commercial use."""
+    languages: tuple[str, ...] = ("en",)
+    """Languages kept of web and encyclopedia text (ISO 639-1); empty keeps all. The other rules know English only."""
+    filters: tuple[str, ...] = FILTERS
+    """Quality filters to apply, by label."""
+    redact_pii: bool = True
+    """Replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
     heldout_fraction: float = 0.02
     """Share of the documents of every domain kept out of training, by a hash of the text."""
     midtrain_fraction: float = 0.25
     """Share of the remaining text documents that go to mid-training; pre-training gets the others."""
     decontaminate_ngram: int = 13
-    """A training document sharing a run of this many words with a benchmark item is dropped."""
+    """A training document sharing a run of this many words with a benchmark item, or a short one whole, is dropped."""
+    max_conversation_tokens: int = 8192
+    """A longer conversation ends after its last answer that fits; one whose first answer does not is set aside."""
     shard_bytes: int = 64 << 20
-    """Uncompressed size limit of one MDS shard."""
+    """Uncompressed size limit of one MDS shard: 16.8M tokens, about a third of that as an object in a store."""
     workers: int = 2
     """datatrove tasks that run at once."""
     seed: int = 0

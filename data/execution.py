@@ -1,8 +1,9 @@
-"""Run datatrove blocks, locally or on Ray, so that a failure is raised and an interruption resumes.
+"""Run datatrove blocks, locally, on Ray or through Slurm, so that a failure is raised and an interruption resumes.
 
 datatrove's own `run` methods are not used. Locally its pool waits for ever when a worker is killed (out of memory), and
 its manager process outlives a killed parent. On Ray it starts a process for every rank, which imports everything
-again, does not raise a task's exception, and was seen to hang after all ranks had completed.
+again, does not raise a task's exception, and was seen to hang after all ranks had completed. Its Slurm executor returns
+when the jobs are submitted, which says nothing about how they ended.
 """
 
 import contextlib
@@ -12,6 +13,10 @@ import importlib.metadata  # noqa: F401  datatrove's dependency check uses this 
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
+import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +32,8 @@ Report = Callable[[str, int, int], None]
 """report(phase, done, total)"""
 
 POLL_SECONDS = 0.5
+MAX_ARRAY_SIZE = 1000
+"""Of a job array: Slurm's default limit is 1,001."""
 
 
 @functools.cache
@@ -44,7 +51,7 @@ class LocalExecutor(LocalPipelineExecutor):
         if not ranks:
             return
         # The server imports the heavy libraries once; every step's workers are forked from it.
-        multiprocessing.set_forkserver_preload(["data.blocks", "data.filters", "data.mds"])
+        multiprocessing.set_forkserver_preload(["data.blocks", "data.filters", "data.shard_writer"])
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context, initializer=_die_with_parent) as pool:
             for future in [pool.submit(self._run_for_rank, rank) for rank in ranks]:
@@ -96,7 +103,39 @@ def _run_rank(executor: RayExecutor, rank: int) -> None:
     executor._run_for_rank(rank)
 
 
-EXECUTORS = {"local": LocalExecutor, "ray": RayExecutor}
+class SlurmExecutor(LocalExecutor):
+    """A job array, a CPU a task; all nodes see the same folders, and python at the same path.
+
+    Partition, account and time limit are what the SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT of the
+    environment say, as sbatch reads them.
+    """
+
+    def run(self) -> None:
+        """Submit the ranks that are not done and wait for them; raises RuntimeError where a job of the array failed."""
+        folder = Path(self.logging_dir.path) / "slurm"
+        folder.mkdir(parents=True, exist_ok=True)
+        ranks = self.get_incomplete_ranks()
+        for first in range(0, len(ranks), MAX_ARRAY_SIZE):
+            job = folder / f"array_{first:06d}.pickle"
+            job.write_bytes(pickle.dumps((self, ranks[first : first + MAX_ARRAY_SIZE])))
+            last = min(MAX_ARRAY_SIZE, len(ranks) - first) - 1
+            command = [
+                "sbatch", "--wait", f"--array=0-{last}%{self.workers}", "--ntasks=1", "--cpus-per-task=1",
+                f"--output={folder}/%A_%a.out", "--job-name=mobilemoe-data",
+                f"--wrap={shlex.join([sys.executable, '-m', 'data.execution', str(job)])}",
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"sbatch ended with {done.returncode}: {done.stderr.strip()}; see {folder}")
+
+
+def _run_array_task(job: str) -> None:
+    """In a job of the array: its rank."""
+    executor, ranks = pickle.loads(Path(job).read_bytes())
+    executor._run_for_rank(ranks[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+
+
+EXECUTORS = {"local": LocalExecutor, "ray": RayExecutor, "slurm": SlurmExecutor}
 
 
 @dataclass(frozen=True)
@@ -107,7 +146,7 @@ class Runner:
         logs: folder of datatrove's logs, statistics and completion markers, one folder a step.
     """
 
-    kind: Literal["local", "ray"]
+    kind: Literal["local", "ray", "slurm"]
     workers: int
     logs: Path
     report: Report
@@ -140,3 +179,10 @@ class Runner:
     def _watch(self, name: str, folder: Path, tasks: int, finished: threading.Event) -> None:
         while not finished.wait(POLL_SECONDS):
             self.report(name, len(list(folder.glob("completions/*"))), tasks)
+
+
+if __name__ == "__main__":
+    # Pickled classes are those of the importable module, not of __main__.
+    from data import execution
+
+    execution._run_array_task(sys.argv[1])

@@ -1,28 +1,34 @@
-"""The open corpora of the published recipe, as parquet or jsonl files on any fsspec address.
+"""Readers of files on any fsspec address: parquet, arrow, json and jsonl, as data set hubs and mirrors serve them.
 
-`hf://` needs the hub; a mirror is the same files under another address (`RemoteFiles.address`).
+A reader takes the columns its corpus names, in that order. `hf://` needs the hub; a mirror is the same files under
+another address (`RemoteFiles.address`).
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet
 
-if TYPE_CHECKING:
-    from data.corpora import Unit
+from data.corpus import Unit
+from data.instructions import exchange, turn
 
 ROWS_PER_BATCH = 1024
+ARROW_FILE_MAGIC = b"ARROW1"
+ROLES_OF_SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+"""ShareGPT's names of the speakers; a role that has its usual name already is left as it is."""
+TOOLS_PROMPT = "You may call these functions:"
 
 
-def rows(unit: "Unit") -> Iterator[dict]:
-    """Rows of this shard's files (every `shards`-th), as dictionaries; broken jsonl lines as malformed records.
+def files_of(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    """The file system and this unit's files on it: every `shards`-th, in sorted order.
 
     Raises:
-        ValueError: no file matches.
+        ValueError: no file matches the corpus's pattern.
     """
     source = unit.corpus.source
     fs, root = fsspec.core.url_to_fs(unit.location)
@@ -31,128 +37,152 @@ def rows(unit: "Unit") -> Iterator[dict]:
         raise ValueError(
             f"corpora: {unit.corpus.name} finds no {source.pattern!r} under {unit.location}; check the address"
         )
-    for path in files[unit.shard :: unit.corpus.shards]:
+    return fs, files[unit.shard :: unit.corpus.shards]
+
+
+def inputs(unit: Unit) -> list[dict]:
+    """What this unit read, for the manifest: `path`, `bytes` and a `checksum`.
+
+    The checksum is sha256 where the file is local or the hub keeps one, otherwise the store's own ETag or MD5, and None
+    where the store states nothing.
+    """
+    fs, files = files_of(unit)
+    return [_identity(fs, path) for path in files]
+
+
+def _identity(fs: fsspec.AbstractFileSystem, path: str) -> dict:
+    info = fs.info(path)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        with open(path, "rb") as file:
+            checksum = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    elif info.get("lfs"):
+        checksum = f"sha256:{info['lfs']['sha256']}"
+    else:
+        stated = (f"{key}:{info[key]}" for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key))
+        checksum = next(stated, None)
+    return {"path": path, "bytes": info["size"], "checksum": checksum}
+
+
+def rows(unit: Unit) -> Iterator[dict]:
+    """Rows of this unit's files as dictionaries with at least the corpus's columns that the file has.
+
+    A jsonl line that does not parse is `{"malformed", "raw"}`.
+    """
+    fs, files = files_of(unit)
+    columns = unit.corpus.source.columns
+    for path in files:
         if path.endswith(".parquet"):
             with fs.open(path) as file:
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_PER_BATCH):
-                    yield from batch.to_pylist()
+                yield from _parquet_rows(file, columns)
+        elif path.endswith(".arrow"):
+            with fs.open(path) as file:
+                for batch in _arrow_batches(file):
+                    yield from batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
         else:
             with fs.open(path, compression="infer") as file:
-                yield from _json_lines(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
+                yield from _json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
 
 
-def _json_lines(file: io.TextIOWrapper) -> Iterator[dict]:
-    for line in file:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            yield {"malformed": f"json: {error.msg}", "raw": line}
+def _parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
+    table = pyarrow.parquet.ParquetFile(file)
+    present = [name for name in columns if name in table.schema_arrow.names]
+    for batch in table.iter_batches(ROWS_PER_BATCH, columns=present):
+        yield from batch.to_pylist()
 
 
-def read_text(unit: "Unit", field: str = "text") -> Iterator[dict]:
-    """Documents from one column."""
+def _arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
+    """Batches of Arrow's file format, or of its stream format, which `datasets` writes under the same suffix."""
+    magic = file.read(len(ARROW_FILE_MAGIC))
+    file.seek(0)
+    if magic == ARROW_FILE_MAGIC:
+        reader = pa.ipc.open_file(file)
+        return (reader.get_batch(index) for index in range(reader.num_record_batches))
+    return pa.ipc.open_stream(file)
+
+
+def _json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
+    """One array of rows, or a row a line."""
+    first = file.readline()
+    if first.lstrip().startswith("["):
+        array = _parsed(first + file.read())
+        yield from array if isinstance(array, list) else [array]
+        return
+    for line in chain([first], file):
+        if line.strip():
+            row = _parsed(line)
+            yield row if isinstance(row, dict) else {"malformed": "json: not an object", "raw": line}
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return {"malformed": f"json: {error.msg}", "raw": text}
+
+
+def read_text(unit: Unit) -> Iterator[dict]:
+    """Documents. Columns: the text."""
+    (text,) = unit.corpus.source.columns
     for row in rows(unit):
-        yield row if "malformed" in row else {"text": row.get(field)}
+        yield row if "malformed" in row else {"text": row.get(text)}
 
 
-def read_pairs(unit: "Unit", question: str, answer: str) -> Iterator[dict]:
-    """One question and one answer from two columns."""
+def read_pairs(unit: Unit) -> Iterator[dict]:
+    """One question and one answer. Columns: question, answer."""
+    question, answer = unit.corpus.source.columns
     for row in rows(unit):
-        yield (
-            row
-            if "malformed" in row
-            else {
-                "messages": [
-                    {"role": "user", "content": row.get(question)},
-                    {"role": "assistant", "content": row.get(answer)},
-                ]
-            }
-        )
+        yield row if "malformed" in row else exchange(row.get(question), row.get(answer))
 
 
-def read_messages(unit: "Unit", field: str = "messages") -> Iterator[dict]:
-    """Conversations from a column of {role, content, tool_calls}; a turn that only calls functions is their JSON."""
+def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
+    """Pairs whose answer was labelled unharmful; the others are set aside. Columns: question, answer, label."""
+    question, answer, label = unit.corpus.source.columns
     for row in rows(unit):
-        yield row if "malformed" in row else {"messages": [_message(turn) for turn in row.get(field) or []]}
-
-
-def read_prompted(unit: "Unit") -> Iterator[dict]:
-    """Columns `input` (the messages so far) and `output` (the assistant's next)."""
-    for row in rows(unit):
-        if "malformed" in row or not isinstance(row.get("input"), list):
-            yield {"malformed": "no list of messages in `input`", "raw": json.dumps(row)}
+        if "malformed" in row:
+            yield row
+        elif row.get(label) != "unharmful":
+            yield {"malformed": f"{label} is {row.get(label)!r}, not 'unharmful'", "raw": json.dumps(row)}
         else:
-            answer = {"role": "assistant", "content": row.get("output")}
-            yield {"messages": [*map(_message, row["input"]), answer]}
+            yield exchange(row.get(question), row.get(answer))
 
 
-def _message(turn: dict) -> dict:
-    content = turn.get("content")
-    if not content and turn.get("tool_calls"):
-        content = json.dumps([call["function"] for call in turn["tool_calls"]])
-    return {"role": turn.get("role"), "content": content}
+def read_messages(unit: Unit) -> Iterator[dict]:
+    """Conversations. Columns: messages ({role, content, tool_calls} or {from, value}); a system prompt, if any."""
+    messages, *system = unit.corpus.source.columns
+    for row in rows(unit):
+        if "malformed" in row or not isinstance(row.get(messages), list):
+            yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
+            continue
+        before = [turn("system", row[name]) for name in system if row.get(name)]
+        yield {"messages": [*before, *map(_message, row[messages])]}
 
 
-def entries(corpus: Callable, files: Callable) -> tuple:
-    """Catalogue entries; the constructors come as arguments because `data.corpora` imports this module."""
-    text = partial(corpus, kind="text", shards=64)
-    sft = partial(corpus, kind="sft", style="conversation", shards=16)
-    hf = "hf://datasets"
-    nemotron = f"{hf}/nvidia/Nemotron-Post-Training-Dataset-v1"
-    return (
-        text(
-            name="fineweb-edu", domain="web", style="prose", licence="ODC-BY-1.0",
-            source=files(f"{hf}/HuggingFaceFW/fineweb-edu", "sample/350BT/*.parquet"), read=read_text,
-            text_bytes=int(1.6e12),
-        ),
-        text(
-            name="finemath", domain="math", style="documentation", licence="ODC-BY-1.0",
-            source=files(f"{hf}/HuggingFaceTB/finemath", "finemath-3plus/*.parquet"), read=read_text,
-            text_bytes=int(1.4e11),
-        ),
-        text(
-            name="wikipedia", domain="knowledge", style="encyclopedia", licence="CC-BY-SA-3.0",
-            source=files(f"{hf}/wikimedia/wikipedia", "20231101.en/*.parquet"), read=read_text, text_bytes=int(2e10),
-        ),
-        text(
-            name="starcoder", domain="code", style="code", licence="each repository's own, permissive ones only",
-            source=files(f"{hf}/bigcode/starcoderdata", "*/*.parquet"), read=partial(read_text, field="content"),
-            text_bytes=int(7.8e11),
-        ),
-        text(
-            name="pes2o", domain="science", style="documentation", licence="ODC-BY-1.0",
-            source=files(f"{hf}/allenai/peS2o", "data/v2/train-*.json.gz"), read=read_text, text_bytes=int(1.8e11),
-        ),
-        sft(
-            name="open-math-instruct-2", domain="math", licence="CC-BY-4.0",
-            source=files(f"{hf}/nvidia/OpenMathInstruct-2", "data/train-*.parquet"),
-            read=partial(read_pairs, question="problem", answer="generated_solution"), text_bytes=int(2.5e10),
-        ),
-        sft(
-            name="open-code-instruct", domain="code", licence="CC-BY-4.0",
-            source=files(f"{hf}/nvidia/OpenCodeInstruct", "data/train-*.parquet"),
-            read=partial(read_pairs, question="input", answer="output"), text_bytes=int(1.5e10),
-        ),
-        sft(
-            name="natural-reasoning", domain="reasoning", licence="CC-BY-NC-4.0 (non-commercial)",
-            source=files(f"{hf}/facebook/natural_reasoning", "*.jsonl"),
-            read=partial(read_pairs, question="question", answer="reference_answer"), text_bytes=int(1e9),
-        ),
-        sft(
-            name="nemotron-chat", domain="chat", licence="CC-BY-4.0", source=files(nemotron, "data/chat-*.parquet"),
-            read=read_messages, text_bytes=int(3.8e9),
-        ),
-        sft(
-            name="nemotron-tools", domain="tool_use", licence="CC-BY-4.0",
-            source=files(nemotron, "data/tool-*.parquet"), read=read_messages, text_bytes=int(6.4e9),
-        ),
-        sft(
-            name="nemotron-stem", domain="science", licence="CC-BY-4.0", source=files(nemotron, "data/stem-*.parquet"),
-            read=read_messages, text_bytes=int(3.3e11),
-        ),
-        sft(
-            name="nemotron-safety", domain="safety", licence="CC-BY-4.0",
-            source=files(f"{hf}/nvidia/Llama-Nemotron-Post-Training-Dataset", "SFT/safety/*.jsonl"), read=read_prompted,
-            text_bytes=int(5e7),
-        ),
-    )  # fmt: skip
+def read_prompted(unit: Unit) -> Iterator[dict]:
+    """The messages so far and the assistant's next. Columns: messages, answer."""
+    messages, answer = unit.corpus.source.columns
+    for row in rows(unit):
+        if "malformed" in row or not isinstance(row.get(messages), list):
+            yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
+        else:
+            yield {"messages": [*map(_message, row[messages]), turn("assistant", row.get(answer))]}
+
+
+def read_function_calls(unit: Unit) -> Iterator[dict]:
+    """One request answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
+    request, tools, calls = unit.corpus.source.columns
+    for row in rows(unit):
+        if "malformed" in row:
+            yield row
+            continue
+        conversation = exchange(row.get(request), row.get(calls))["messages"]
+        yield {"messages": [turn("system", f"{TOOLS_PROMPT}\n{row.get(tools)}"), *conversation]}
+
+
+def _message(said: dict) -> dict:
+    """A message in {role, content}; the functions that a turn calls follow its words as JSON."""
+    role = said.get("role") or said.get("from")
+    content = said.get("content") if "content" in said else said.get("value")
+    if said.get("tool_calls"):
+        calls = json.dumps([call["function"] for call in said["tool_calls"]])
+        content = f"{content}\n{calls}" if content else calls
+    return turn(ROLES_OF_SPEAKERS.get(role, role), content)

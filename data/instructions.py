@@ -3,14 +3,11 @@
 import ast
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import yaml
 
+from data.corpus import Unit
 from data.texts import members, package_file, stdlib_modules
-
-if TYPE_CHECKING:
-    from data.corpora import Unit
 
 ROLES = ("system", "user", "assistant", "tool")
 SAMPLES_PER_TASK = 150
@@ -38,7 +35,7 @@ def exchange(question: str, answer: str) -> dict:
     return {"messages": [turn("user", question), turn("assistant", answer)]}
 
 
-def read_reasoning_gym(unit: "Unit", tasks: tuple[str, ...]) -> Iterator[dict]:
+def read_reasoning_gym(unit: Unit, tasks: tuple[str, ...]) -> Iterator[dict]:
     """Generated questions with answers that are right by construction; the seed fixes them."""
     import reasoning_gym  # seconds to import, and only this reader wants it
 
@@ -47,7 +44,7 @@ def read_reasoning_gym(unit: "Unit", tasks: tuple[str, ...]) -> Iterator[dict]:
             yield exchange(item["question"].strip(), item["answer"])
 
 
-def read_dialogues(unit: "Unit") -> Iterator[dict]:
+def read_dialogues(unit: Unit) -> Iterator[dict]:
     """chatterbot-corpus: lists of statements, speakers taking turns; a last turn without an answer is left off.
 
     Files that list several answers to one prompt instead of a dialogue (emotion, computers) give the first answer.
@@ -66,7 +63,7 @@ def read_dialogues(unit: "Unit") -> Iterator[dict]:
             yield {"messages": messages}
 
 
-def read_tool_calls(unit: "Unit") -> Iterator[dict]:
+def read_tool_calls(unit: Unit) -> Iterator[dict]:
     """Conversations with function calls: the tools stand in the system message, calls are the assistant's JSON."""
     roles = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
     for row in json.loads(package_file(unit)):
@@ -82,7 +79,7 @@ def read_tool_calls(unit: "Unit") -> Iterator[dict]:
         yield {"messages": messages}
 
 
-def read_alpaca(unit: "Unit") -> Iterator[dict]:
+def read_alpaca(unit: Unit) -> Iterator[dict]:
     """Rows of instruction, optional input and output."""
     for row in json.loads(package_file(unit)):
         question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
@@ -100,7 +97,7 @@ def _documented_functions() -> Iterator[tuple[str, ast.FunctionDef, str, str]]:
                     yield path.stem, node, docstring, source
 
 
-def read_stdlib_functions(unit: "Unit") -> Iterator[dict]:
+def read_stdlib_functions(unit: Unit) -> Iterator[dict]:
     """Signature and docstring as the task, the function's own source as the answer; 3 to 40 lines."""
     for _, node, docstring, source in _documented_functions():
         body = [statement for statement in node.body[1:] if not isinstance(statement, ast.Pass)]
@@ -113,7 +110,7 @@ def read_stdlib_functions(unit: "Unit") -> Iterator[dict]:
             )
 
 
-def read_stdlib_questions(unit: "Unit") -> Iterator[dict]:
+def read_stdlib_questions(unit: Unit) -> Iterator[dict]:
     """What a function of the standard library does, in its documentation's words; for when there are no dialogues."""
     for module, node, docstring, _ in _documented_functions():
         if len(docstring) >= 40:

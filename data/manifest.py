@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpora import Corpus, Installed, PackageFile, Unit
+from data.corpus import Corpus, Installed, PackageFile, Unit
 from data.files import sha256_file
+from data.tally import Tally
+
+VERSIONED = ("datatrove", "mosaicml-streaming", "tokenizers", "spacy", "fasttext-numpy2-wheel", "xxhash")
+"""Libraries whose version can change what comes out."""
 
 
 def block_statistics(logs: Path, step: str, units: list[Unit]) -> dict[str, dict[str, Counter]]:
@@ -31,21 +35,25 @@ def flow(counter: Counter) -> dict:
 
 
 def reading(read: Path, units: list[Unit]) -> dict[str, dict]:
-    """Rows read and set aside, and the sha256 of what was read, for each corpus."""
+    """Rows read and set aside, the sha256 of what was read and the remote files it came from, for each corpus."""
     found: dict[str, dict] = {}
     for rank, unit in enumerate(units):
         part = json.loads((read / f"{rank:05d}.json").read_text())
-        entry = found.setdefault(unit.corpus.name, {"read": 0, "malformed": 0, "records_sha256": []})
+        entry = found.setdefault(unit.corpus.name, {"read": 0, "malformed": 0, "records_sha256": [], "inputs": []})
         entry["read"] += part["read"]
         entry["malformed"] += part["malformed"]
         entry["records_sha256"].append(part["sha256"])
+        entry["inputs"] += part["inputs"]
     return found
 
 
 def provenance(corpus: Corpus, packages: dict[str, Path]) -> dict:
     """Where a corpus came from: package, version, file, sha256, licence."""
     source = corpus.source
-    entry = {"domain": corpus.domain, "kind": corpus.kind, "licence": corpus.licence}
+    entry = {
+        "domain": corpus.domain, "kind": corpus.kind, "licence": corpus.licence,
+        "non_commercial": corpus.non_commercial,
+    }  # fmt: skip
     if isinstance(source, PackageFile):
         archive = packages[source.package]
         return entry | {
@@ -59,6 +67,11 @@ def provenance(corpus: Corpus, packages: dict[str, Path]) -> dict:
         versions = {name: _version(name) for name in source.distributions if name != "*"}
         return entry | {"installed": versions or "all installed distributions"}
     return entry | {"address": source.address, "pattern": source.pattern}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that make tokens of text."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def _version(distribution: str) -> str:
@@ -76,14 +89,27 @@ def corpus_flow(logs: Path, read: Path, units: list[Unit], filter_labels: list[s
         entry["filters"] = {
             label: flow(filtering[name][label]) for label in filter_labels if filtering[name][label]["dropped"]
         }
+        entry["redacted"] = filtering[name].get("pii", Counter())["redacted"]
         entry["exact_duplicates"] = exact[name]["💥 exact-deduplication stage 3"]["dropped"]
         entry["near_duplicates"] = final[name]["🎯 MinHash stage 4"]["dropped"]
-        contamination = flow(final[name]["decontamination"]) if "decontamination" in final[name] else {"dropped": {}}
-        entry["contaminated"] = contamination["dropped"]
+        decontamination = final[name].get("decontamination", Counter())
+        entry["contaminated"] = flow(decontamination)["dropped"]
+        entry["contamination_hits"] = {
+            key.removeprefix("hit_"): n for key, n in sorted(decontamination.items()) if key.startswith("hit_")
+        }
         splits = final[name]["by hash"]
         entry["splits"] = dict(splits)
         entry["kept"] = sum(splits.values())
     return flows
+
+
+def conversation_lengths(logs: Path, units: list[Unit]) -> dict[str, dict[str, int]]:
+    """Corpus -> conversations that lost their last turns (`shortened`) and those set aside (`too_long`)."""
+    written = block_statistics(logs, "9-tokenize", units)
+    return {
+        name: {key: blocks.get("mds", Counter())[key] for key in ("shortened", "too_long")}
+        for name, blocks in written.items()
+    }
 
 
 def refuse_empty(flows: dict[str, dict]) -> None:
@@ -99,10 +125,10 @@ def refuse_empty(flows: dict[str, dict]) -> None:
 
 
 def hits_by_benchmark(flows: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Benchmark -> corpus -> documents dropped."""
+    """Benchmark -> corpus -> documents that share a run with it; one that shares with two benchmarks is in both."""
     hits: dict[str, dict[str, int]] = {}
     for corpus, entry in flows.items():
-        for benchmark, count in entry["contaminated"].items():
+        for benchmark, count in entry["contamination_hits"].items():
             hits.setdefault(benchmark, {})[corpus] = count
     return hits
 
@@ -113,26 +139,7 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def token_counts(parts: Path) -> dict[str, dict[str, int]]:
-    """Destination -> documents, tokens, trained_tokens, bytes, summed over the parts."""
-    totals: dict[str, Counter] = {}
-    for file in sorted(parts.glob("*/counts.json")):
-        for target, counts in json.loads(file.read_text()).items():
-            totals.setdefault(target, Counter()).update(counts)
-    return {target: dict(totals[target]) for target in sorted(totals)}
-
-
-def unigram_counts(parts: Path) -> dict[str, np.ndarray]:
-    """Destination -> int64 [vocab], summed over the parts."""
-    totals: dict[str, np.ndarray] = {}
-    for file in sorted(parts.glob("*/unigrams.npz")):
-        with np.load(file) as arrays:
-            for target in arrays.files:
-                totals[target] = totals.get(target, 0) + arrays[target]
-    return totals
-
-
-def entropies(unigrams: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def entropies(tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
     """Unigram entropy in nats a token of held-out text, held-out answers and sft answers, by domain and `overall`.
 
     Over the tokens a model predicts: all but the opening bos of a text, the masked tokens of a conversation.
@@ -141,7 +148,7 @@ def entropies(unigrams: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     for group, prefix in (
         ("heldout_text", "heldout/pretrain/"), ("heldout_sft", "heldout/sft/"), ("sft", "shards/sft/"),
     ):  # fmt: skip
-        members = {key.removeprefix(prefix): counts for key, counts in unigrams.items() if key.startswith(prefix)}
+        members = {key.removeprefix(prefix): t.unigrams for key, t in tallies.items() if key.startswith(prefix)}
         if members:
             found[group] = {domain: entropy(counts) for domain, counts in sorted(members.items())}
             found[group]["overall"] = entropy(sum(members.values()))

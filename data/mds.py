@@ -1,28 +1,35 @@
-"""The MDS sample schema, written down once, and the blocks and functions that write shards.
+"""The MDS sample schema, written down once, and the functions that write and join shards.
 
 A task writes its part of every destination (`shards/pretrain/web`, `heldout/sft/math`, ...) below `parts/<rank>/`;
 `assemble` joins the parts of a destination into one ordinary MDS folder.
 """
 
+import hashlib
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
-from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 from streaming import MDSWriter
 
-from data import tokenizer
-from data.chat import Encoder
-from data.files import write_json
+from data.files import sha256_file, write_json
 
 TEXT_COLUMNS = {"tokens": "ndarray:uint32"}
 """One document: bos ... eos."""
 SFT_COLUMNS = {"tokens": "ndarray:uint32", "loss_mask": "ndarray:uint8"}
 """One conversation; loss_mask is 1 on the assistant's contents and the tokens that close them."""
 COMPRESSION = "zstd"
-HASHES = ["xxh64"]
+HASHES = ["sha256", "xxh64"]
+"""xxh64 is what a loader checks at every start, sha256 what shows that nobody changed a shard (data/verify.py)."""
+VOCABULARY_KEY = "vocabulary_sha256"
+"""Key of index.json, beside MDS's own: whose token ids these are. A loader compares it with its tokenizer."""
+
+
+def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
+    """What token ids mean, as one hash: sha256 of `id<TAB>token<LF>` in the order of the ids, UTF-8.
+
+    Independent of file format and library version; two tokenizers that share it read each other's shards.
+    """
+    lines = (f"{index}\t{token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def destination(metadata: dict) -> str:
@@ -39,81 +46,33 @@ def writer(folder: Path, kind: str, shard_bytes: int) -> MDSWriter:
     return MDSWriter(out=str(folder), columns=columns, compression=COMPRESSION, hashes=HASHES, size_limit=shard_bytes)
 
 
-class ShardWriter(PipelineStep):
-    """Last block: tokenizes this rank's documents and writes `parts/<rank>/<destination>`, whole or not at all.
-
-    Beside the parts it leaves what the manifest sums up:
-      counts.json   destination -> documents, tokens, trained_tokens, bytes (UTF-8, of the text)
-      unigrams.npz  destination -> int64 [vocab], how often each id is a trained target (held-out and sft only)
-    """
-
-    type = "💽 - WRITER"
-    name = "mds"
-
-    def __init__(self, tokenizer_folder: Path, parts: Path, shard_bytes: int):
-        super().__init__()
-        self.tokenizer_folder = tokenizer_folder
-        self.parts = parts
-        self.shard_bytes = shard_bytes
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        loaded = tokenizer.load(self.tokenizer_folder)
-        encoder = Encoder(loaded)
-        part = self.parts / f"{rank:05d}"
-        beside = self.parts / f"{rank:05d}.partial"
-        for leftover in (part, beside):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-        writers: dict[str, MDSWriter] = {}
-        counts: dict[str, dict[str, int]] = {}
-        unigrams: dict[str, np.ndarray] = {}
-        for document in data:
-            with self.track_time():
-                target = destination(document.metadata)
-                sample = self._sample(encoder, document)
-                if target not in writers:
-                    writers[target] = writer(beside / target, document.metadata["kind"], self.shard_bytes)
-                    counts[target] = dict.fromkeys(("documents", "tokens", "trained_tokens", "bytes"), 0)
-                writers[target].write(sample)
-                trained = trained_tokens(sample)
-                added = (1, len(sample["tokens"]), len(trained), len(document.text.encode()))
-                for key, value in zip(counts[target], added, strict=True):
-                    counts[target][key] += value
-                if not target.startswith(("shards/pretrain", "shards/midtrain")):
-                    if target not in unigrams:
-                        unigrams[target] = np.zeros(len(loaded), dtype=np.int64)
-                    unigrams[target] += np.bincount(trained, minlength=len(loaded))
-        for mds in writers.values():
-            mds.finish()
-        (beside / "counts.json").write_text(json.dumps(counts))
-        np.savez_compressed(beside / "unigrams.npz", **unigrams)
-        beside.rename(part)
-
-    @staticmethod
-    def _sample(encoder: Encoder, document: Document) -> dict[str, np.ndarray]:
-        if document.metadata["kind"] == "sft":
-            tokens, loss_mask = encoder.conversation(document.metadata["messages"])
-            return {"tokens": tokens, "loss_mask": loss_mask}
-        return {"tokens": encoder.document(document.text)}
-
-
-def trained_tokens(sample: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids that a model is trained to predict: an answer's where there is a mask, otherwise all but the opening bos."""
-    if "loss_mask" in sample:
-        return sample["tokens"][sample["loss_mask"] == 1]
-    return sample["tokens"][1:]
-
-
-def assemble(parts: Path, out: Path, target: str) -> None:
-    """Join the parts of one destination into the MDS folder `out/target`; skipped where it is complete.
+def assemble(parts: Path, out: Path, target: str, vocabulary: str) -> dict:
+    """Join the parts of one destination into the MDS folder `out/target`; only looked at where it is complete.
 
     Shards are renamed, not copied. An interruption leaves `<target>.partial`, which the next call goes on with.
+
+    Args:
+        vocabulary: `vocabulary_sha256` of the tokenizer that made the tokens.
+    Returns:
+        `shards`, their `compressed_bytes`, and `index_sha256`, which stands for all of it: the index has their hashes.
     """
     final = out / target
-    if (final / "index.json").exists():
-        return
-    beside = final.with_name(final.name + ".partial")
-    beside.mkdir(parents=True, exist_ok=True)
+    if not (final / "index.json").exists():
+        beside = final.with_name(final.name + ".partial")
+        beside.mkdir(parents=True, exist_ok=True)
+        index = {"version": 2, VOCABULARY_KEY: vocabulary, "shards": _join(parts, beside, target)}
+        write_json(beside / "index.json", index)
+        beside.rename(final)
+    shards = json.loads((final / "index.json").read_text())["shards"]
+    return {
+        "shards": len(shards),
+        "compressed_bytes": sum(shard["zip_data"]["bytes"] for shard in shards),
+        "index_sha256": sha256_file(final / "index.json"),
+    }
+
+
+def _join(parts: Path, beside: Path, target: str) -> list[dict]:
+    """Move every part's shards to `beside` under running numbers; their entries for the common index."""
     shards = []
     for part in sorted(parts.glob(f"*/{target}")):
         for shard in json.loads((part / "index.json").read_text())["shards"]:
@@ -125,5 +84,4 @@ def assemble(parts: Path, out: Path, target: str) -> None:
                     source.rename(beside / data["basename"])
             assert (beside / shard["zip_data"]["basename"]).exists(), f"{part} lost a shard"
             shards.append(shard)
-    write_json(beside / "index.json", {"version": 2, "shards": shards})
-    beside.rename(final)
+    return shards

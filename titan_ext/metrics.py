@@ -1,11 +1,12 @@
 """Training metrics as TensorBoard scalars (torchtitan's) and as JSON lines that the driver and the report read.
 
-Files in the stage folder, written by one rank: metrics.jsonl, heldout.jsonl, expert_load.jsonl. After a resume the
-lines of steps that are trained again are dropped, so each step stands once.
+Files in the stage folder, written by one rank: metrics.jsonl, heldout.jsonl, expert_load.jsonl, data.jsonl. After a
+resume the lines of steps that are trained again are dropped, so each step stands once.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchtitan.components.validate import Validator
 
 from titan_ext import moe_metrics
 
+FILES = ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl", "data.jsonl")
 LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
 
 
@@ -35,6 +37,8 @@ class StageMetrics(MetricsProcessor):
         self.started = time.perf_counter()
         self.last_logged_step = 0
         self.num_skipped = 0
+        self.data_statistics: Callable[[], dict[str, Any]] = dict
+        """What the loader has handed out on this rank: padding, repeats, tokens by domain."""
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.config.last_step
@@ -44,7 +48,7 @@ class StageMetrics(MetricsProcessor):
         self.last_logged_step = step
         if dist.get_rank() != 0:
             return
-        for name in ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl"):
+        for name in FILES:
             path = self.folder / name
             if not path.exists():
                 continue
@@ -67,6 +71,9 @@ class StageMetrics(MetricsProcessor):
         scalars = {"moe/router_z": means["z_loss"], "moe/dropped": means["dropped"], "skipped_steps": self.num_skipped}
         for i, layer in enumerate(layers):
             scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in LAYER_SCALARS}
+        data = self.data_statistics()
+        scalars |= {f"data/{key}": value for key, value in data.items() if not isinstance(value, dict)}
+        scalars |= {f"data/epochs/{domain}": epochs for domain, epochs in data.get("epochs", {}).items()}
         seconds = time.perf_counter() - self.time_last_log
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **scalars})
         learning_rate = next(value for key, value in extra_metrics.items() if key.startswith("lr"))
@@ -86,6 +93,7 @@ class StageMetrics(MetricsProcessor):
             },
         )
         self._append("expert_load.jsonl", {"step": step, "layers": layers})
+        self._append("data.jsonl", {"step": step, **data})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         super().log_validation(loss, step, extra_metrics)

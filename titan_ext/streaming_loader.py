@@ -5,6 +5,7 @@ sequences of a micro-batch (torchtitan's local batch), L tokens of a sequence; G
 parallel ranks.
 """
 
+import hashlib
 import json
 import math
 import queue
@@ -22,7 +23,8 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from titan_ext.packing import Lane, LaneState, Segment, fill, head_starts
-from titan_ext.shards import Domain, default_cache, is_remote, list_domains
+from titan_ext.shard_store import VOCABULARY_KEY, default_cache, is_remote
+from titan_ext.shards import Domain, list_domains
 
 PREFETCH_BATCHES = 4
 """Micro-batches prepared ahead of the training loop."""
@@ -79,8 +81,9 @@ class StreamingLoader(BaseDataLoader):
         tokenizer: BaseTokenizer | None = None,
         snapshot_every_n_steps: int | None = None,
     ):
-        """`tokenizer` and `snapshot_every_n_steps` are what torchtitan hands every loader; the shards hold tokens, and
-        the state is exact at every batch. Raises ValueError for what cannot be trained on, naming the field.
+        """`tokenizer` is compared with the one that made the shards; `snapshot_every_n_steps` is what torchtitan hands
+        every loader, but the state is exact at every batch. Raises ValueError for what cannot be trained on, naming the
+        field.
         """
         _check_shape(config, dp_world_size, dp_rank, seq_len, local_batch_size)
         self._config = config
@@ -88,6 +91,7 @@ class StreamingLoader(BaseDataLoader):
             dp_world_size, dp_rank, seq_len, local_batch_size,
         )  # fmt: skip
         self._domains = _open_domains(config)
+        _check_tokenizer(self._domains, tokenizer)
         self._mixture = _mixture(config, self._domains)
         # One pass is one lane dealt to all ranks: they then agree on its end without talking to each other.
         self._num_lanes = config.global_batch_size if config.infinite else 1
@@ -180,7 +184,7 @@ class StreamingLoader(BaseDataLoader):
             "global_batch_size": self._config.global_batch_size,
             "infinite": self._config.infinite,
             "mixture": self._mixture,
-            "shards": {domain.name: domain.fingerprint for domain in self._domains},
+            "shards": {domain.name: domain.store.fingerprint for domain in self._domains},
         }
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
@@ -312,6 +316,30 @@ def _open_domains(config: StreamingLoader.Config) -> list[Domain]:
         Domain(name, f"{config.shards.rstrip('/')}/{name}", cache, seed=config.seed, cache_bytes=config.cache_bytes)
         for name in sorted(config.mixture or present)
     ]
+
+
+def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
+    """What token ids mean, as one hash: sha256 of `id<TAB>token<LF>` in the order of the ids, UTF-8.
+
+    The data step writes the same into index.json, under VOCABULARY_KEY.
+    """
+    lines = (f"{index}\t{token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_tokenizer(domains: list[Domain], tokenizer: BaseTokenizer | None) -> None:
+    """Refuse shards of another tokenizer: their ids would be trained as other words, and nothing would show it."""
+    stated = {domain.name: domain.store.vocabulary for domain in domains if domain.store.vocabulary}
+    if tokenizer is None or not stated:
+        return
+    given = vocabulary_sha256(tokenizer.get_vocab())
+    other = {name: vocabulary for name, vocabulary in stated.items() if vocabulary != given}
+    if other:
+        raise ValueError(
+            f"the shards of {sorted(other)} were written with another tokenizer: {VOCABULARY_KEY} in their index.json "
+            f"is {sorted(set(other.values()))}, that of the tokenizer given here {given}. Name the tokenizer folder of "
+            "the data step as hf_assets_path, or write the shards again with this one"
+        )
 
 
 def _check_mixture(config: StreamingLoader.Config) -> None:

@@ -51,6 +51,7 @@ class StageTrainer(Trainer):
         if not self.started:
             # Only here is it known at which step the loaded checkpoint left off.
             self.metrics_processor.start_after(self.step - 1)
+            self.metrics_processor.data_statistics = self.dataloader.statistics
             self.started = True
         super().train_step(data_iterator)
 

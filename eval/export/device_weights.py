@@ -41,7 +41,7 @@ class DeviceWeights:
         self.config = config
         self.is_int4 = config.quantization is not None
         quantization = config.quantization or layout or quantization_of(DENSE_GROUP_SIZE, "in")
-        self.expert_group_size = expert_group_size or quantization["group_size"]
+        self.expert_group_size = expert_group_size or quantization.get("expert_group_size", quantization["group_size"])
         check_fused_op(config, quantization, self.expert_group_size)
         self._tensors, self._scales = tensors, scales
         self._config = with_quantization(config, quantization)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from data import corpora
 from data.pipeline import prepare
 from tests.data import planted
 
@@ -14,7 +13,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> planted.Preparation:
     out = folder / "out"
     reports = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(corpora.CATALOGUE, "planted", planted.planted_corpus(source))
+        planted.plant(patch, source)
         manifest = prepare(
             planted.CONFIG,
             packages={},

@@ -11,7 +11,7 @@ from tests.data import planted
 
 
 def main(source: str, benchmark_texts: str, out: str, last_phase: str) -> None:
-    corpora.CATALOGUE["planted"] = planted.planted_corpus(Path(source))
+    corpora.CATALOGUE.update(planted.planted_corpora(Path(source)))
 
     def report(phase: str, done: int, total: int) -> None:
         if phase == last_phase and done >= 1:

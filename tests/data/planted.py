@@ -5,8 +5,12 @@ import json
 import random
 from pathlib import Path
 
-from data import corpora, hub
+import pytest
+
+from data import hub
 from data.config import DataConfig, TokenizerConfig
+from data.corpora import CATALOGUE
+from data.corpus import Corpus, RemoteFiles
 
 BENCHMARK_ITEM = (
     "A baker sells seven trays of rolls every morning and two trays more on market days, so how many trays does she "
@@ -42,6 +46,14 @@ def planted_rows() -> list[str]:
     return [*lines, '{"text": "cut off', json.dumps({"text": None}), json.dumps({"body": "no text"})]
 
 
+def mirror_rows() -> list[str]:
+    """jsonl lines of a second corpus: a page of the first, one nearly so, an address, and pages of its own."""
+    near = page(21).replace("The ", "Our ", 1)
+    address = page(NUM_PAGES) + "\nWrite to the teacher at jane.doe@company.com with the letter."
+    texts = [page(20), near, address, *(page(number) for number in range(NUM_PAGES + 1, NUM_PAGES + 10))]
+    return [json.dumps({"text": text}) for text in texts]
+
+
 @dataclasses.dataclass(frozen=True)
 class Preparation:
     """What a test may want of the run."""
@@ -54,11 +66,22 @@ class Preparation:
     reports: list[tuple[str, int, int]]
 
 
-def planted_corpus(source: Path) -> corpora.Corpus:
-    return corpora.Corpus(
-        "planted", "web", "text", "prose", "test", corpora.RemoteFiles(str(source), "*.jsonl"), hub.read_text,
+def planted_corpora(source: Path) -> dict[str, Corpus]:
+    """To be added to the catalogue."""
+    planted = Corpus(
+        "planted", "web", "text", "prose", "test", RemoteFiles(str(source), "*.jsonl"), hub.read_text,
         text_bytes=100_000, shards=2,
     )  # fmt: skip
+    mirror = dataclasses.replace(
+        planted, name="mirror", source=RemoteFiles(str(source / "mirror"), "*.jsonl"), shards=1, stages=("midtrain",)
+    )
+    return {"planted": planted, "mirror": mirror}
+
+
+def plant(patch: pytest.MonkeyPatch, source: Path) -> None:
+    """Add them to the catalogue."""
+    for name, corpus in planted_corpora(source).items():
+        patch.setitem(CATALOGUE, name, corpus)
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path]:
@@ -68,6 +91,8 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     rows = planted_rows()
     (source / "a.jsonl").write_text("\n".join(rows[:40]) + "\n")
     (source / "b.jsonl").write_text("\n".join(rows[40:]) + "\n")
+    (source / "mirror").mkdir()
+    (source / "mirror/a.jsonl").write_text("\n".join(mirror_rows()) + "\n")
     benchmark_texts = folder / "benchmark_texts.jsonl"
     rows = [{"benchmark": "bakery", "text": BENCHMARK_ITEM}, {"benchmark": "short", "text": "What is the river?"}]
     benchmark_texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,7 +100,7 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
 
 
 CONFIG = DataConfig(
-    corpora=("planted", "wikipedia-plain", "tool-calls"),
+    corpora=("planted", "mirror", "wikipedia-plain", "tool-calls"),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
     heldout_fraction=0.1,
 )

@@ -10,7 +10,7 @@ from data.blocks import split_of
 from data.check import check, estimate_bytes
 from data.config import DataConfig, TokenizerConfig
 from data.corpora import SMOKE_CORPORA
-from data.decontaminate import build_index, ngram_hashes
+from data.decontaminate import build_index, item_hashes
 from data.manifest import refuse_empty
 from data.pipeline import prepare
 
@@ -81,20 +81,20 @@ def test_benchmark_line_of_another_form_is_refused(tmp_path):
         build_index(path, 13, tmp_path / "index")
 
 
-def test_ngrams_ignore_case_punctuation_and_accents_but_not_numbers():
-    one = ngram_hashes("The café, at Nº 5: opens AT nine!", 5)
-    assert (one == ngram_hashes("the cafe at nº 5 opens at nine", 5)).all()
+def test_runs_ignore_case_punctuation_and_accents_but_not_numbers():
+    one = item_hashes("The café, at Nº 5: opens AT nine!", 5)
+    assert (one == item_hashes("the cafe at nº 5 opens at nine", 5)).all()
     assert len(one) == 4
-    assert not set(one) & set(ngram_hashes("the cafe at nº 6 opens at ten", 5)[1:])
-    assert len(ngram_hashes("too short", 5)) == 0
+    assert not set(one) & set(item_hashes("the cafe at nº 6 opens at ten", 5)[1:])
 
 
 def test_split_is_a_function_of_the_text_with_the_asked_shares():
-    parts = [split_of(f"text {i}", "text", 0, 0.1, 0.25) for i in range(20_000)]
-    assert parts == [split_of(f"text {i}", "text", 0, 0.1, 0.25) for i in range(20_000)]
+    parts = [split_of(f"text {i}", ("pretrain", "midtrain"), 0, 0.1, 0.25) for i in range(20_000)]
+    assert parts == [split_of(f"text {i}", ("pretrain", "midtrain"), 0, 0.1, 0.25) for i in range(20_000)]
     assert parts.count("heldout") / 20_000 == pytest.approx(0.1, abs=0.01)
     assert parts.count("midtrain") / 20_000 == pytest.approx(0.9 * 0.25, abs=0.01)
-    assert split_of("text 1", "sft", 0, 0.0, 0.9) == "sft"
+    assert split_of("text 1", ("sft",), 0, 0.0, 0.9) == "sft"
+    assert split_of("text 1", ("midtrain",), 0, 0.0, 0.0) == "midtrain"
 
 
 def test_refuse_empty_lets_a_corpus_with_documents_pass():

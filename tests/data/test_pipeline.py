@@ -1,6 +1,8 @@
 """The whole data step on a small subset: what it drops, what it keeps, and that a kill -9 changes nothing."""
 
 import gzip
+import hashlib
+import importlib.metadata
 import json
 import signal
 import subprocess
@@ -13,9 +15,9 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
-from data import corpora, mds
+from data import mds
 from data.pipeline import prepare
-from tests.data.planted import CONFIG, NUM_PAGES, Preparation, planted_corpus
+from tests.data.planted import CONFIG, NUM_PAGES, Preparation, plant
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -47,6 +49,35 @@ def test_planted_rows_are_counted_out(prepared):
     assert entry["contaminated"] == {"bakery": 1}
     assert entry["kept"] == NUM_PAGES - 1
     assert prepared.manifest["decontamination"]["hits"] == {"bakery": {"planted": 1}}
+    assert prepared.manifest["decontamination"]["benchmarks"] == {
+        "bakery": {"items": 1, "runs": 18, "too_short": 0}, "short": {"items": 1, "runs": 0, "too_short": 1},
+    }  # fmt: skip
+
+
+def test_duplicates_are_found_across_corpora_and_the_first_named_keeps_its_own(prepared):
+    entry = prepared.manifest["corpora"]["mirror"]
+    assert (entry["read"], entry["exact_duplicates"], entry["near_duplicates"]) == (12, 1, 1)
+    assert entry["kept"] == 10 and prepared.manifest["corpora"]["planted"]["kept"] == NUM_PAGES - 1
+
+
+def test_a_corpus_for_midtraining_alone_is_not_pretrained_on(prepared):
+    assert set(prepared.manifest["corpora"]["mirror"]["splits"]) <= {"midtrain", "heldout"}
+
+
+def test_addresses_are_redacted_and_counted(prepared):
+    assert prepared.manifest["corpora"]["mirror"]["redacted"] == 1
+    everything = texts(prepared, "*/*/web")
+    assert not any("jane.doe" in text for text in everything)
+    assert any("example." in text for text in everything)
+
+
+def test_manifest_names_inputs_versions_and_filters(prepared):
+    source = prepared.source / "mirror/a.jsonl"
+    (named,) = prepared.manifest["corpora"]["mirror"]["inputs"]
+    assert named["checksum"] == f"sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}"
+    assert prepared.manifest["versions"]["datatrove"] == importlib.metadata.version("datatrove")
+    assert [block["label"] for block in prepared.manifest["filters"]] == list(CONFIG.filters)
+    assert prepared.manifest["language"]["not_run"]  # no package was given
 
 
 def test_malformed_rows_are_set_aside_with_a_reason(prepared):
@@ -69,7 +100,7 @@ def test_kept_texts_are_distinct_and_in_one_part_only(prepared):
     kept = {part: texts(prepared, f"{part}/web") for part in ("shards/pretrain", "shards/midtrain", "heldout/pretrain")}
     everything = [text for part in kept.values() for text in part]
     assert all(kept.values())
-    assert len(everything) == len(set(everything)) == NUM_PAGES - 1
+    assert len(everything) == len(set(everything)) == NUM_PAGES - 1 + 10
 
 
 def test_documents_begin_with_bos_and_end_with_eos(prepared):
@@ -114,7 +145,7 @@ def test_missing_packages_fall_back_and_say_so(prepared):
         "wikipedia-plain": "python-topics",
         "tool-calls": "generated-tool-calls",
     }
-    assert set(prepared.manifest["corpora"]) == {"planted", "python-topics", "generated-tool-calls"}
+    assert set(prepared.manifest["corpora"]) == {"planted", "mirror", "python-topics", "generated-tool-calls"}
     assert prepared.manifest["corpora"]["python-topics"]["licence"] == "PSF-2.0"
 
 
@@ -141,7 +172,7 @@ def test_resumes_after_sigkill_with_the_same_result(prepared, tmp_path, monkeypa
     marker = out / "work" / "logs" / "1-read-and-filter" / "completions" / "00000"
     done_at = marker.stat().st_mtime_ns
 
-    monkeypatch.setitem(corpora.CATALOGUE, "planted", planted_corpus(prepared.source))
+    plant(monkeypatch, prepared.source)
     seen = []
 
     def report(phase, done, total):
@@ -157,7 +188,7 @@ def test_resumes_after_sigkill_with_the_same_result(prepared, tmp_path, monkeypa
 
 
 def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
-    monkeypatch.setitem(corpora.CATALOGUE, "planted", planted_corpus(prepared.source))
+    plant(monkeypatch, prepared.source)
     before = (prepared.out / "data_manifest.json").stat().st_mtime_ns
     again = prepare(
         CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=prepared.out, report=lambda *_: None
@@ -177,7 +208,9 @@ def test_interrupted_join_goes_on(tmp_path):
     beside.mkdir(parents=True)
     shard = parts / "00000/shards/sft/math/shard.00000.mds.zstd"
     shard.rename(beside / "shard.00000.mds.zstd")  # as if killed after the first rename
-    mds.assemble(parts, tmp_path / "out", "shards/sft/math")
+    entry = mds.assemble(parts, tmp_path / "out", "shards/sft/math", "abc")
+    index = json.loads((tmp_path / "out/shards/sft/math/index.json").read_text())
+    assert index["vocabulary_sha256"] == "abc" and entry["shards"] == len(index["shards"]) == 3
     read = samples(tmp_path / "out/shards/sft/math")
     assert [len(sample["tokens"]) for sample in read] == [3, 3, 4, 3, 4, 5]
     assert all((sample["loss_mask"] == sample["tokens"] % 2).all() for sample in read)

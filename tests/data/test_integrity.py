@@ -1,0 +1,141 @@
+"""Full disks, two writers, changed files: found, named, and mended by running again."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datatrove.data import Document
+from filelock import FileLock
+
+from data import mds
+from data.pipeline import prepare
+from data.shard_writer import ShardWriter
+from data.verify import verify
+from tests.data.planted import CONFIG, Preparation, page, plant
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def copy(prepared, tmp_path) -> Path:
+    shutil.copytree(prepared.out, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_finished_folder_and_its_copy_verify(prepared: Preparation, copy: Path):
+    found = verify(copy)
+    entries = [e for top in ("shards", "heldout") for s in prepared.manifest[top].values() for e in s.values()]
+    assert found["domains"] == len(entries)
+    assert found["shards"] == sum(entry["shards"] for entry in entries)
+    assert found["bytes"] == sum(entry["compressed_bytes"] for entry in entries)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard.00000.mds.zstd"])
+@pytest.mark.parametrize(("damage", "said"), [(flip, "is damaged"), (Path.unlink, "is missing")])
+def test_a_changed_or_missing_file_is_named(copy, name, damage, said):
+    damage(copy / "shards/pretrain/web" / name)
+    with pytest.raises(ValueError, match=rf"shards/pretrain/web/{name} {said}"):
+        verify(copy)
+
+
+def test_a_file_too_many_and_a_folder_without_manifest_are_refused(copy):
+    (copy / "shards/sft/tool_use/shard.00099.mds.zstd").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard\.00099.* are not in index\.json"):
+        verify(copy)
+    (copy / "data_manifest.json").unlink()
+    with pytest.raises(ValueError, match="not a finished data step"):
+        verify(copy)
+
+
+def test_a_second_writer_of_one_folder_is_refused_and_disturbs_nothing(prepared, tmp_path, monkeypatch):
+    plant(monkeypatch, prepared.source)
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"), pytest.raises(ValueError, match="is being written by another process"):
+        prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=lambda *_: None)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_fails_the_step_and_the_next_run_goes_on(prepared, tmp_path, monkeypatch):
+    """No file may grow beyond 4 kB: what a disk without room does to a process, without filling one."""
+    out = tmp_path / "out"
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "sys.argv = sys.argv[1:]; runpy.run_module('tests.data.killed_prepare', run_name='__main__')"
+    )
+    arguments = ["killed_prepare", prepared.source, prepared.benchmark_texts, out, "never"]
+    full = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 1
+    assert "data step '1-read-and-filter': ranks" in full.stderr and "File too large" in full.stderr
+    assert not (out / "data_manifest.json").exists() and not (out / ".lock").exists()
+
+    plant(monkeypatch, prepared.source)
+    again = prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=lambda *_: None)
+    assert again == prepared.manifest
+    verify(out)
+
+
+def _write_with_little_room(folder: Path, parts: Path, result) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+    metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
+    documents = [Document(text=page(number), id=str(number), metadata=metadata) for number in range(400)]
+    try:
+        ShardWriter(folder, parts, parts / "too_long", 1 << 16, 8192).run(documents, 0, 1)
+        result.put("written")
+    except OSError as error:
+        result.put(os.strerror(error.errno))
+
+
+def test_a_disk_full_among_shards_leaves_no_part_that_looks_whole(prepared, tmp_path):
+    context = multiprocessing.get_context("fork")
+    result = context.Queue()
+    worker = context.Process(target=_write_with_little_room, args=(prepared.out / "tokenizer", tmp_path, result))
+    worker.start()
+    assert result.get(timeout=60) == "File too large"
+    worker.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.partial"]
+    # The next try begins again, and its part is whole.
+    metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
+    ShardWriter(prepared.out / "tokenizer", tmp_path, tmp_path / "too_long", 1 << 16, 8192).run(
+        [Document(text=page(0), id="0", metadata=metadata)], 0, 1
+    )
+    assert mds.assemble(tmp_path, tmp_path / "out", "shards/pretrain/web", "v")["shards"] == 1
+
+
+def test_the_page_shows_what_the_manifest_counts_and_needs_nothing_else(prepared):
+    page_text = (prepared.out / "statistics.html").read_text()
+    for stage, domains in prepared.manifest["shards"].items():
+        assert f"shards/{stage}" in page_text
+        for entry in domains.values():
+            assert f"{entry['tokens']:,}" in page_text
+    for name in prepared.manifest["corpora"]:
+        assert name in page_text
+    assert "bakery" in page_text
+    assert page_text.count('<div class="sample">') >= 20
+    assert not any(reference in page_text for reference in (" src=", "<link", "@import", "url("))
+
+
+def test_counted_rows_add_up(prepared):
+    for name, entry in prepared.manifest["corpora"].items():
+        dropped = sum(sum(flow["dropped"].values()) for flow in entry["filters"].values())
+        gone = entry["malformed"] + dropped + entry["exact_duplicates"] + entry["near_duplicates"]
+        assert entry["read"] == gone + sum(entry["contaminated"].values()) + entry["kept"], name
+        assert json.dumps(entry)

@@ -1,0 +1,35 @@
+"""The plan against figures worked out by hand."""
+
+import pytest
+
+from data.planning import Rates, plan_data
+
+RATES = Rates(clean=1.0, tokenize=5.0, cluster_seconds=10.0, cluster_bytes=100.0, signature_bytes=500.0)
+
+
+def test_a_plan_worked_out_by_hand():
+    # 7e9 tokens of 4.5 bytes are 31,500 MB of text and 10M documents; half the text falls away on the way.
+    plan = plan_data(7e9, RATES, shard_bytes=1 << 26, kept=0.5)
+    assert plan.documents == 20_000_000 and plan.text_bytes == 63_000_000_000
+    assert plan.clean_core_hours == pytest.approx(63_000 / 3600)
+    assert plan.tokenize_core_hours == pytest.approx(31_500 / 5 / 3600)
+    assert plan.cluster_hours == pytest.approx(20 * 10 / 3600)
+    assert plan.cluster_memory_bytes == 2_000_000_000
+    assert plan.shards == 418  # 28e9 / 2^26 = 417.2
+    assert plan.files == 423
+    assert plan.storage_bytes == 17_500_000_000
+    assert plan.shard_object_bytes == 2**26 / 4 * 2.5
+    assert plan.work_bytes == 42_000_000_000 + 10_000_000_000
+    assert plan.hours_on(100) == pytest.approx(17.5 / 100 + 1.75 / 100 + 200 / 3600)
+
+
+def test_twice_the_tokens_cost_twice_as_much():
+    one, two = plan_data(1e12, RATES), plan_data(2e12, RATES)
+    for name in ("documents", "clean_core_hours", "tokenize_core_hours", "cluster_memory_bytes", "storage_bytes"):
+        assert getattr(two, name) == pytest.approx(2 * getattr(one, name))
+
+
+@pytest.mark.parametrize(("change", "message"), [({"tokens": 0}, "tokens is 0"), ({"kept": 0.0}, "kept is 0.0")])
+def test_nonsense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan_data(**{"tokens": 1e9, "rates": RATES} | change)

@@ -1,0 +1,119 @@
+"""What the store of shards promises beyond damage: the tokenizer, fetching ahead, full disks, repeats."""
+
+import json
+import logging
+import multiprocessing
+import resource
+import time
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from data import mds
+from tests.titan_ext.stage_of_shards import G, build, sequences, write_domain
+from titan_ext.shard_store import VOCABULARY_KEY
+from titan_ext.streaming_loader import StreamingLoader, vocabulary_sha256
+
+
+def tokenizer(folder, words: list[str]) -> HuggingFaceTokenizer:
+    """As torchtitan hands it to the loader."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    return HuggingFaceTokenizer(tokenizer_path=str(folder))
+
+
+def write_stage(root, vocabulary: dict[str, int] | None):
+    write_domain(root / "web", [[1, 2, 3]] * 4)
+    if vocabulary is not None:
+        index = root / "web/index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {VOCABULARY_KEY: vocabulary_sha256(vocabulary)}))
+    return str(root)
+
+
+def load(shards: str, cache, given) -> StreamingLoader:
+    config = StreamingLoader.Config(shards=shards, local=str(cache), global_batch_size=1, pad_token_id=0)
+    return config.build(
+        dp_world_size=1, dp_rank=0, tokenizer=given, seq_len=8, local_batch_size=1, snapshot_every_n_steps=1
+    )
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path):
+    own = tokenizer(tmp_path / "own", ["a", "b", "c", "d"])
+    other = tokenizer(tmp_path / "other", ["a", "b", "d", "c"])
+    shards = write_stage(tmp_path / "stage", own.get_vocab())
+    assert next(iter(load(shards, tmp_path / "cache", own)))
+    with pytest.raises(ValueError, match=r"shards of \['web'\] were written with another tokenizer.*hf_assets_path"):
+        load(shards, tmp_path / "cache", other)
+
+
+def test_shards_that_do_not_say_and_loaders_without_tokenizer_pass(tmp_path):
+    own = tokenizer(tmp_path / "own", ["a", "b", "c", "d"])
+    assert load(write_stage(tmp_path / "silent", None), tmp_path / "cache", own)
+    assert load(write_stage(tmp_path / "said", {"x": 0}), tmp_path / "cache", None)
+
+
+def test_data_step_and_loader_mean_the_same_by_a_vocabulary():
+    vocabulary = {"Ġthe": 1, "é": 0, "<|eot_id|>": 2, "\t": 3}
+    assert vocabulary_sha256(vocabulary) == mds.vocabulary_sha256(vocabulary)
+    assert vocabulary_sha256(vocabulary) != vocabulary_sha256(vocabulary | {"é": 3, "\t": 0})
+    assert VOCABULARY_KEY == mds.VOCABULARY_KEY
+
+
+def test_shards_are_fetched_ahead_of_their_documents(stage, tmp_path):
+    loader = build(stage, tmp_path, mixture={"web": 1.0}, global_batch_size=1)
+    sequences([loader], 1)
+    store = loader._domains[0].store
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("web-*/*.mds"))) < min(len(store.sizes), 32) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(list(tmp_path.glob("web-*/*.mds"))) == min(len(store.sizes), 32)
+
+
+def test_a_cache_too_small_to_hold_what_is_ahead_fetches_when_asked(stage, cache, tmp_path):
+    expected = sequences([build(stage, cache)], 4 * G)
+    np.testing.assert_array_equal(sequences([build(stage, tmp_path, cache_bytes=6000)], 4 * G), expected)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*.mds")) <= 6000
+
+
+def _read_with_little_room(stage, cache, result):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        sequences([build(stage, cache)], 4 * G)
+    except OSError as error:
+        result.put(str(error))
+
+
+def test_a_full_cache_disk_is_named_and_leaves_nothing_half_written(stage, cache, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["titan_ext.streaming_loader"])
+    (tmp_path / "full").mkdir()
+    build(stage, tmp_path / "full")  # the indexes, which are larger than the limit, are there
+    result = context.Queue()
+    worker = context.Process(target=_read_with_little_room, args=(stage, tmp_path / "full", result))
+    worker.start()
+    assert "Make room there, or name another folder as the loader's `local`" in result.get(timeout=60)
+    worker.join()
+    assert not list((tmp_path / "full").glob("*/*.tmp"))
+    expected = sequences([build(stage, cache)], 4 * G)
+    np.testing.assert_array_equal(sequences([build(stage, tmp_path / "full")], 4 * G), expected)
+
+
+def test_a_domain_that_begins_again_is_reported(stage, cache, caplog):
+    with caplog.at_level(logging.WARNING, "titan_ext.shards"):
+        sequences([build(stage, cache, mixture={"code": 1.0})], 12 * G)
+    said = [record.getMessage() for record in caplog.records]
+    assert "domain code: epoch 2 begins, its documents repeat" in said
+    assert len(said) == len(set(said))
+
+
+def test_an_index_that_miscounts_a_shard_is_refused(tmp_path):
+    write_domain(tmp_path / "s/web", [[1, 2, 3]] * 4)
+    index = tmp_path / "s/web/index.json"
+    content = json.loads(index.read_text())
+    content["shards"][0]["samples"] += 1
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"shard\.00000"):
+        sequences([build(tmp_path / "s", tmp_path / "cache", mixture={"web": 1.0})], 2 * G)
