@@ -8,9 +8,8 @@ import torch.distributed.checkpoint as dcp
 from eval.config import ExportConfig
 from eval.export.device_weights import DeviceWeights
 from eval.export.hf import config_from_dims, write_hf_folder
-from eval.export.int4 import write_int4_folder
+from eval.export.int4 import layout_of, write_int4_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32
-from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 
@@ -66,7 +65,7 @@ def device_weights(
     checkpoint: Path, model: ModelDims, config: ExportConfig, precision: str, expert_group_size: int | None
 ) -> DeviceWeights:
     """The weights of a checkpoint for the device program, on the grid that `export_int4` writes."""
-    layout = quantization_of(config.group_size, config.expert_group_axis)
+    layout = layout_of(config)
     tensors = _seen(checkpoint, model, precision)
     return DeviceWeights(tensors, config_from_dims(model), layout=layout, expert_group_size=expert_group_size)
 
