@@ -4,7 +4,7 @@
 
 Three domains of documents with lengths as the web's (log-normal, some 700 tokens on average) in 64 MiB shards.
 Compressed shards are unpacked into an empty cache within the time measured, and read from the full one in the second
-row. Medians over the rounds. For scale: an H100 that trains the S flavor takes some 250,000 tokens/s.
+row. Medians over the rounds.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """datatrove's GopherRepetitionFilter with its n-grams as numbers: the same verdicts, a fraction of the time.
 
 datatrove joins the words of every n-gram of nine lengths into strings. Here words become 64-bit hashes, an n-gram's
-hash rolls on from that of the n-gram one word shorter, and numpy counts. Lengths in characters are cumulative sums.
+hash rolls on from that of the n-gram one word shorter, numpy counts, and lengths come from cumulative sums.
 """
 
 import numpy as np

@@ -17,12 +17,13 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
+import queue
 import tempfile
 import threading
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -34,6 +35,8 @@ from streaming import Stream
 from streaming.base.format.mds import MDSReader
 from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
+
+log = logging.getLogger(__name__)
 
 HASH = "xxh64"
 COLUMNS = {"tokens": "ndarray:uint32", "loss_mask": "ndarray:uint8"}
@@ -105,8 +108,7 @@ class ShardStore:
         shards = [shard for shard in shards if shard not in self._verified]
         if 4 * sum(self._readers[shard].raw_data.bytes for shard in shards) <= self._cache_bytes:
             for shard in shards:
-                # A failure shows again, and is raised, when the shard is read.
-                _workers().submit(self._prepare, shard)
+                _asked_ahead().put((self._prepare, shard))
 
     def _stream(self) -> Stream:
         """This thread's: its downloader is not made for several."""
@@ -179,8 +181,22 @@ class ShardStore:
 
 
 @functools.cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="shard-worker")
+def _asked_ahead() -> queue.SimpleQueue:
+    """What the process's workers are to do. They are daemons: a process that ends does not wait for its downloads."""
+    asked: queue.SimpleQueue = queue.SimpleQueue()
+    for number in range(NUM_WORKERS):
+        threading.Thread(target=_serve, args=(asked,), name=f"shard-worker-{number}", daemon=True).start()
+    return asked
+
+
+def _serve(asked: queue.SimpleQueue) -> None:
+    while True:
+        prepare, shard = asked.get()
+        try:
+            prepare(shard)
+        except Exception as error:
+            # It shows again, and is raised, when the shard is read.
+            log.warning("a shard could not be fetched ahead: %s", error)
 
 
 def is_remote(source: str) -> bool:
