@@ -75,8 +75,14 @@ def train(
     for process in processes:
         process.kill()
         process.join()
-    logs = "\n".join((scratch / f"rank_{rank}.log").read_text()[-4000:] for rank in range(len(processes)))
+    logs = "\n".join(_end_of(scratch / f"rank_{rank}.log") for rank in range(len(processes)))
     assert codes == [0] * len(codes), f"ranks ended with {codes}\n{logs}"
+
+
+def _end_of(log: Path) -> str:
+    """The last lines of a rank's log, without the list of modules that a fatal signal prints."""
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("Extension modules:")]
+    return "\n".join(lines)[-4000:]
 
 
 def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
