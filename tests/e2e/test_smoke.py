@@ -1,4 +1,4 @@
-"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in six of them, then the results."""
+"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in four of them, then the results."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval.export.hf import verify_checksums
 from pipelines.graph import STEPS
 
-pytestmark = pytest.mark.timeout(2400)  # seven drivers, some minutes together; the machine may be busy
+pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy
 
 OVERRIDES = [
     "--data.corpora", "c4-sample", "wikipedia-plain", "python-stdlib", "sympy-docs", "scipy-docs", "dialogues",
@@ -86,17 +86,15 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
-    """A run whose driver died in data, two stages, export, evaluation, report: (folder, steps by then, last log)."""
+    """A run whose driver died in data, a stage, export and evaluation: (folder, steps by then, last log)."""
     folder = tmp_path_factory.mktemp("e2e")
     run, seen = folder / "run", []
     pretrain = run / "stages/1_pretrain"
     moments = (
         lambda: any((run / "data.partial").glob("work/logs/1-*/completions/*")),
         lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
-        lambda: any(run.glob("stages/4_qat/checkpoint/step-2/.metadata")),
         lambda: any(run.glob("artifacts/*")),  # one of five, or its partial folder
         lambda: any(run.glob("eval/sft_bf16*/*.json")),  # in the partial folder: the first of 14 is done
-        lambda: steps_of(run).get("report", {}).get("state") == "running",
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
