@@ -1,10 +1,12 @@
 """The open corpora of the published recipe's families (arXiv 2605.27358 names the families, not the exact lists).
 
-Every fact is what the data set's own card states: licence, files, columns, documents and tokens (tokens of the
-publisher's tokenizer). None where the card has no figure. Gated sets want an accepted agreement and HF_TOKEN.
+Licence, files, columns, documents and tokens (of the publisher's tokenizer) are those of the data sets' cards where
+these could be read; None where no figure was found. NOT checked against a card: the files of smoltalk, ToolACE, hermes
+and xlam, wildcard patterns, the label column of the safety set, FineWeb-Edu's and xlam's sizes. No address was opened:
+a wrong one is refused when the data step starts, by name. Gated sets want an accepted agreement and HF_TOKEN.
 
-`text_bytes` is the uncompressed text where the card states it, otherwise tokens x 4.5 or, for conversations, the size
-of the files.
+`text_bytes` is the uncompressed text where a card states it, otherwise an estimate for the disk check: tokens x 4.5 or,
+for conversations, the size of the files.
 """
 
 from functools import partial

@@ -2,8 +2,8 @@
 
 Counted are the tensors of a step without recomputation and without compile, as the CPU runs it: what autograd keeps
 for the backward pass, a layer at a time, was read off `torch.autograd.graph.saved_tensors_hooks` and is held against
-it by tests/titan_ext/test_memory.py. On a GPU fused norms, compile and selective recomputation keep less: there it is
-an upper bound. Not counted: the runtime's own floor, the loader's cache, fragmentation.
+it by tests/titan_ext/test_memory.py. On a GPU fused norms, compile and selective recomputation keep less, so it should
+be an upper bound there; that was not measured. Not counted: the runtime's own floor, the loader's cache, fragmentation.
 
 Suffixes as in the model: D model dimension, F width of an expert, E experts, K experts a token.
 """

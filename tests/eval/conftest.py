@@ -1,4 +1,4 @@
-"""A trained miniature and its ExecuTorch program, made once for all tests of this folder."""
+"""Single-threaded torch for small models; a trained miniature and its ExecuTorch program, made once for all tests."""
 
 import dataclasses
 
@@ -17,6 +17,15 @@ from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
 
 ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
 """Tracing takes half a minute a layer, whatever its width."""
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small are slower on several threads, much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -14,16 +14,9 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from tests.eval.tiny_checkpoint import DIMS, random_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = config_from_dims(DIMS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
