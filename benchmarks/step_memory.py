@@ -6,16 +6,18 @@ Every layout is measured in a process of its own: rank 0 of a fake world of that
 but whose tensors are all there, takes two steps, optimizer included. Two layers, float32 master weights, bfloat16
 compute. `tensors` is the most bytes of tensors that were alive at once in the second step, from the record of
 every allocation: what torch.cuda.max_memory_allocated says on a GPU. `resident` is the process's largest resident size
-minus its size before the trainer is built: modules imported later, oneDNN's buffers and the holes that glibc leaves in
-its heap are in it (titan_ext/cpu.py keeps freed memory, for speed).
+in two steps without that record, minus its size with the trainer built and its weights left out: once as training on
+the CPU runs, which keeps freed memory for speed (titan_ext/cpu.py), and once with glibc giving back what is freed.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +28,8 @@ LAYOUTS = {
     "4 ranks, tp 2, ep 4": {"world_size": 4, "tensor_parallel": 2, "expert_parallel": 4},
 }
 BATCHES = {"4 x 1,024 tokens": (4, 1024, None), "16 x 1,024 tokens, capacity 1.5": (16, 1024, 1.5)}
+WAYS = ("tensors", "resident", "resident, given back")
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # <malloc.h>
 VOCAB_SIZE, N_LAYERS = 16_384, 2
 TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_token": "a"}}
 
@@ -51,8 +55,8 @@ def write_data(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
 
 
-def measure(layout: dict, batch: tuple[int, int, float | None]) -> dict[str, float]:
-    """Rank 0's two steps; called in a fresh process."""
+def measure(layout: dict, batch: tuple[int, int, float | None], how: str) -> dict[str, float]:
+    """Rank 0's two steps, in megabytes; called in a fresh process. `how` is one of WAYS."""
     import torch
 
     from titan_ext.config import FLAVORS, ParallelConfig
@@ -60,6 +64,10 @@ def measure(layout: dict, batch: tuple[int, int, float | None]) -> dict[str, flo
     from titan_ext.stages import published_stages
     from titan_ext.trainer_config import trainer_config
 
+    if how == "resident, given back":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 4 << 20)):
+            libc.mallopt(parameter, value)
     torch.set_num_threads(2)
     parallel = ParallelConfig(**layout)
     local_batch_size, seq_len, capacity_factor = batch
@@ -68,32 +76,25 @@ def measure(layout: dict, batch: tuple[int, int, float | None]) -> dict[str, flo
         global_batch_size=local_batch_size * parallel.data_parallel, capacity_factor=capacity_factor,
     )  # fmt: skip
     dims = dataclasses.replace(FLAVORS["S"], n_layers=N_LAYERS, vocab_size=VOCAB_SIZE)
-    estimate = estimate_memory(dims, stage, parallel)
     os.environ |= {"NGPU": str(parallel.world_size), "WORLD_SIZE": str(parallel.world_size)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        before = resident("VmRSS")
-        tensors = run_steps(trainer_config, folder, dims, stage, parallel)
-        peak = resident("VmHWM") - before
-    return {
-        "estimate_mb": estimate.peak / 1e6, "tensors_mb": tensors / 1e6, "resident_mb": peak / 1e6,
-        "tensors / estimate": tensors / estimate.peak, "resident / estimate": peak / estimate.peak,
-    }  # fmt: skip
+        config = trainer_config(
+            model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
+            tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
+        )  # fmt: skip
+        peak = (tensors_of if how == "tensors" else resident_of)(config)
+    return {"estimate": estimate_memory(dims, stage, parallel).peak / 1e6, how: peak / 1e6}
 
 
-def run_steps(trainer_config, folder: Path, dims, stage, parallel) -> int:
-    """Two steps without the trainer's guard, since in a fake world numbers mean nothing; the second one's peak."""
+def prepare(config) -> tuple[object, Callable[[], None], int]:
+    """The trainer in a fake world, its step without the guard (numbers mean nothing there), and its weights' bytes."""
     import torch
     from torch.distributed.tensor import DTensor
-    from torch.profiler import ProfilerActivity, profile
     from torchtitan.config.configs import CommConfig
     from torchtitan.trainer import Trainer
 
-    config = trainer_config(
-        model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
-        tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
-    )  # fmt: skip
     config.comm = CommConfig(mode="fake_backend")
     config.checkpoint.enable = False
     trainer = config.build()
@@ -107,30 +108,52 @@ def run_steps(trainer_config, folder: Path, dims, stage, parallel) -> int:
         trainer.optimizers._optimizers.step()
         trainer.optimizers.zero_grad()
 
-    step()
     shards = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.model_parts[0].parameters()]
-    lasting = 3 * sum(shard.numel() * shard.element_size() for shard in shards)  # weights and AdamW's two moments
+    return trainer, step, sum(shard.numel() * shard.element_size() for shard in shards)
+
+
+def tensors_of(config) -> int:
+    """Most bytes of tensors alive at once in the second step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    trainer, step, weights = prepare(config)
+    step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     trainer.close()
     events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     alive = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
-    return lasting + max(alive)
+    return 3 * weights + max(alive)  # AdamW's two moments were there before the record began, like the weights
+
+
+def resident_of(config) -> int:
+    """The largest resident size, over that of a process without weights."""
+    trainer, step, weights = prepare(config)
+    floor = resident("VmRSS") - weights
+    step()
+    step()
+    peak = resident("VmHWM")
+    trainer.close()
+    return peak - floor
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        print(json.dumps(measure(LAYOUTS[sys.argv[1]], BATCHES[sys.argv[2]])), flush=True)
+    if len(sys.argv) == 4:
+        layout, batch, how = sys.argv[1:]
+        print(json.dumps(measure(LAYOUTS[layout], BATCHES[batch], how)), flush=True)
         os._exit(0)  # the loader's thread is in the middle of a batch, which an orderly end does not survive
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     for layout in LAYOUTS:
         for batch in BATCHES:
-            command = [sys.executable, __file__, layout, batch]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            if done.returncode:
-                sys.exit(f"{layout}, {batch}:\n{done.stderr[-3000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(f"{layout:22} {batch:32}", {key: round(value, 2) for key, value in found.items()}, flush=True)
+            found = {}
+            for how in WAYS:
+                command = [sys.executable, __file__, layout, batch, how]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+                if done.returncode:
+                    sys.exit(f"{layout}, {batch}:\n{done.stderr[-3000:]}")
+                found |= json.loads(done.stdout.splitlines()[-1])
+            ratios = {f"{how} / estimate": round(found[how] / found["estimate"], 2) for how in WAYS}
+            print(f"{layout:22} {batch:32}", {key: round(value) for key, value in found.items()}, ratios, flush=True)
 
 
 if __name__ == "__main__":

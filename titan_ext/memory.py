@@ -3,7 +3,8 @@
 Counted are the tensors of a step without recomputation and without compile, as the CPU runs it: what autograd keeps
 for the backward pass, a layer at a time, was read off `torch.autograd.graph.saved_tensors_hooks` and is held against
 it by tests/titan_ext/test_memory.py. On a GPU fused norms, compile and selective recomputation keep less, so it should
-be an upper bound there; that was not measured. Not counted: the runtime's own floor, the loader's cache, fragmentation.
+be an upper bound there; that was not measured. Not counted: the runtime's own floor, the loader's cache, fragmentation,
+and the attention probabilities that the CPU keeps of documents up to 512 tokens (titan_ext/mobilemoe/attention.py).
 
 Suffixes as in the model: D model dimension, F width of an expert, E experts, K experts a token.
 """
@@ -40,6 +41,8 @@ class MemoryEstimate:
     """What the backward pass of one micro-batch needs of the forward pass."""
     logits: int
     """One chunk of the sequence against the vocabulary."""
+    combination: int
+    """The routed experts' rows, three times in float32, where the backward pass takes a layer's weighted sum apart."""
     accumulates: bool
     """Whether gradients of an earlier micro-batch are there when the activations are."""
 
@@ -47,7 +50,7 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Activations shrink as gradients grow, a layer at a time: the larger of the two, or both if accumulating."""
         growing = self.gradients + self.reduction
-        falling = self.activations + self.logits
+        falling = self.activations + max(self.logits, self.combination)
         moving = growing + falling if self.accumulates else max(growing, falling)
         return self.parameters + self.optimizer + self.gathered + moving
 
@@ -69,6 +72,7 @@ def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfi
         reduction=(size + FLOAT32) * max(layer, root),
         activations=tokens * dims.n_layers * activation_bytes_per_token(dims, size, stage.capacity_factor),
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS,
+        combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
     )
 
