@@ -3,34 +3,41 @@ and what drop-and-pad, packed documents and QAT add.
 
     python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--compile]
 
-All variants take turns in one process, so that a busy machine slows them alike; medians over the rounds. Weights,
-gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is Qwen2-MoE (it has a shared
-expert); Qwen3-MoE has none and computes less. A small vocabulary keeps the output projection, which is the same
-product everywhere, from hiding the layers; the published one is 128,256.
+Every variant is a process of its own and they take turns, one step at a time, so that a busy machine slows them alike;
+medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is
+Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user gets them, and
+once more with this project's settings of malloc (titan_ext/cpu.py), which help them as well. A small vocabulary keeps
+the output projection, which is the same product everywhere, from hiding the layers; the published one is 128,256.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from titan_ext.accounting import training_flops_per_token
 from titan_ext.config import FLAVORS, ModelDims, QATConfig
-from titan_ext.mobilemoe import model_config
-from titan_ext.qat import convert_to_qat
 
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
+GEMM_SIZE = 2048
+PEERS = ("qwen2_moe", "qwen3_moe")
+COMPILED = "mobilemoe, compiled blocks"
+VARIANTS = (
+    "gemm", "mobilemoe", "mobilemoe, capacity 1.5", "mobilemoe, 4 documents a row", "mobilemoe, QAT", *PEERS,
+    *(f"{name}, with our malloc" for name in PEERS),
+)  # fmt: skip
 CATEGORIES = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("aten::_scaled_dot_product",),
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product"),
     "optimizer": ("aten::_fused_adamw_",),
     "gather and scatter": ("aten::index", "aten::_index_put", "aten::scatter", "aten::gather", "aten::embedding"),
 }
@@ -40,6 +47,9 @@ def titan_step(
     dims: ModelDims, positions_BL: torch.Tensor, qat: bool = False, compiled: bool = False, **options
 ) -> Callable[[], None]:
     """A step of the torchtitan model; `compiled` compiles every block, as torchtitan does on GPUs."""
+    from titan_ext.mobilemoe import model_config  # changes malloc's settings: only in processes that want that
+    from titan_ext.qat import convert_to_qat
+
     config = model_config(dims, **options)
     model = (convert_to_qat(config, QATConfig()) if qat else config).build()
     model.init_states()
@@ -51,15 +61,21 @@ def titan_step(
     return step_of(model, lambda tokens: model(tokens, positions=positions_BL), dims.vocab_size)
 
 
-def peer_step(dims: ModelDims, config_class: type, model_class: type, **options) -> Callable[[], None]:
-    """A step of a transformers model of the same dimensions."""
-    config = config_class(
-        vocab_size=dims.vocab_size, hidden_size=dims.d_model, num_hidden_layers=dims.n_layers,
+def peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
+    """A step of the transformers model `name` of the same dimensions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {
+        "qwen2_moe": {"shared_expert_intermediate_size": dims.shared_hidden, "decoder_sparse_step": 1},
+        "qwen3_moe": {"head_dim": dims.head_dim},
+    }
+    config = AutoConfig.for_model(
+        name, vocab_size=dims.vocab_size, hidden_size=dims.d_model, num_hidden_layers=dims.n_layers,
         num_attention_heads=dims.n_heads, num_key_value_heads=dims.n_kv_heads, num_experts=dims.n_experts,
-        num_experts_per_tok=dims.top_k, moe_intermediate_size=dims.expert_hidden, tie_word_embeddings=True,
-        use_cache=False, **options,
+        num_experts_per_tok=dims.top_k, moe_intermediate_size=dims.expert_hidden, intermediate_size=dims.shared_hidden,
+        tie_word_embeddings=True, use_cache=False, **options[name],
     )  # fmt: skip
-    model = model_class(config).bfloat16()
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
     return step_of(model, lambda tokens: model(tokens).logits, dims.vocab_size)
 
 
@@ -76,13 +92,64 @@ def step_of(model: torch.nn.Module, forward: Callable, vocab_size: int) -> Calla
     return step
 
 
-def gemm() -> None:
+def gemm_step() -> Callable[[], None]:
     """A large square product: what this machine can do at best."""
-    torch.mm(GEMM_A, GEMM_B)
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
+    return lambda: torch.mm(a, b)
 
 
-GEMM_SIZE = 2048
-GEMM_A, GEMM_B = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
+def build(name: str, vocab_size: int) -> Callable[[], None]:
+    """The step of the variant `name`, one of VARIANTS or COMPILED."""
+    dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size)
+    whole_BL = torch.arange(SEQ_LEN).repeat(BATCH, 1)
+    packed_BL = torch.arange(SEQ_LEN // 4).repeat(BATCH, 4)
+    peer, _, settings = name.partition(", ")
+    if name == "gemm":
+        return gemm_step()
+    if peer in PEERS:
+        if settings:
+            import titan_ext.mobilemoe  # noqa: F401  sets malloc as training on the CPU does
+        return peer_step(dims, peer)
+    options = {
+        "mobilemoe": {},
+        "mobilemoe, capacity 1.5": {"capacity_factor": 1.5},
+        "mobilemoe, QAT": {"qat": True},
+        COMPILED: {"compiled": True},
+    }
+    if name == "mobilemoe, 4 documents a row":
+        return titan_step(dims, packed_BL)
+    return titan_step(dims, whole_BL, **options[name])
+
+
+class Variant:
+    """A variant in a process of its own, which takes a step when asked to."""
+
+    def __init__(self, name: str, vocab_size: int):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def ask(self, question: str) -> object:
+        """The answer to "step", seconds, or "profile", shares."""
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def serve(name: str, vocab_size: int) -> None:
+    """The other end of `Variant`."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    step = build(name, vocab_size)
+    for question in sys.stdin:
+        if question == "profile\n":
+            answer = shares(step)
+        else:
+            start = time.perf_counter()
+            step()
+            answer = time.perf_counter() - start
+        print(json.dumps(answer), flush=True)
 
 
 def shares(step: Callable[[], None]) -> dict[str, float]:
@@ -104,57 +171,43 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--compile", action="store_true", help="also with compiled blocks; compiling takes minutes")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=arguments.vocab_size)
-    whole_BL = torch.arange(SEQ_LEN).repeat(BATCH, 1)
-    packed_BL = torch.arange(SEQ_LEN // 4).repeat(BATCH, 4)
-    steps = {
-        "gemm": gemm,
-        "mobilemoe": titan_step(dims, whole_BL),
-        "mobilemoe, capacity 1.5": titan_step(dims, whole_BL, capacity_factor=1.5),
-        "mobilemoe, 4 documents a row": titan_step(dims, packed_BL),
-        "mobilemoe, QAT": titan_step(dims, whole_BL, qat=True),
-        "qwen2-moe": peer_step(
-            dims, Qwen2MoeConfig, Qwen2MoeForCausalLM, shared_expert_intermediate_size=dims.shared_hidden,
-            intermediate_size=dims.shared_hidden, decoder_sparse_step=1,
-        ),
-        "qwen3-moe": peer_step(
-            dims, Qwen3MoeConfig, Qwen3MoeForCausalLM, head_dim=dims.head_dim, intermediate_size=dims.shared_hidden
-        ),
-    }  # fmt: skip
-    if arguments.compile:
-        steps["mobilemoe, compiled blocks"] = titan_step(dims, whole_BL, compiled=True)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    if arguments.variant:
+        serve(arguments.variant, arguments.vocab_size)
+        return
+    names = [*VARIANTS, COMPILED] if arguments.compile else VARIANTS
+    variants = {name: Variant(name, arguments.vocab_size) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
+        for name, variant in variants.items():
+            seconds = variant.ask("step")
             if number >= WARMUP_ROUNDS:
-                times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    peak = 2 * GEMM_SIZE**3 / seconds.pop("gemm")
-    flops = training_flops_per_token(dims, SEQ_LEN) * BATCH * SEQ_LEN
-    result = {
-        "rounds": arguments.rounds,
-        "vocab_size": arguments.vocab_size,
-        "gemm_gflops": peak / 1e9,
-        "tokens_per_second": {name: BATCH * SEQ_LEN / value for name, value in seconds.items()},
-        "times_faster_than_qwen2_moe": statistics.median(
-            peer / own for peer, own in zip(times["qwen2-moe"], times["mobilemoe"], strict=True)
-        ),
-        "times_faster_than_qwen3_moe": statistics.median(
-            peer / own for peer, own in zip(times["qwen3-moe"], times["mobilemoe"], strict=True)
-        ),
-        "share_of_gemm_peak": flops / seconds["mobilemoe"] / peak,
-        "cost_against_mobilemoe": {
-            name: seconds[name] / seconds["mobilemoe"] for name in seconds if name.startswith("mobilemoe,")
-        },
-    }
+                times[name].append(seconds)
+    result = summary(times, arguments.vocab_size)
     if arguments.profile:
-        result["where_the_time_goes"] = shares(steps["mobilemoe"])
+        result["where_the_time_goes"] = variants["mobilemoe"].ask("profile")
     print(json.dumps(result, indent=2))
+
+
+def summary(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]:
+    """Medians over the rounds; ratios are of steps of one round."""
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    peak = 2 * GEMM_SIZE**3 / seconds["gemm"]
+    flops = training_flops_per_token(dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size), SEQ_LEN)
+    of_mobilemoe = {
+        name: statistics.median(other / own for other, own in zip(values, times["mobilemoe"], strict=True))
+        for name, values in times.items()
+        if name not in ("gemm", "mobilemoe")
+    }
+    return {
+        "rounds": len(times["gemm"]),
+        "vocab_size": vocab_size,
+        "gemm_gflops": peak / 1e9,
+        "share_of_gemm_peak": flops * BATCH * SEQ_LEN / seconds["mobilemoe"] / peak,
+        "tokens_per_second": {name: BATCH * SEQ_LEN / value for name, value in seconds.items() if name != "gemm"},
+        "time_of_the_plain_step": of_mobilemoe,
+    }
 
 
 if __name__ == "__main__":
