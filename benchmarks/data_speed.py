@@ -23,6 +23,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import two_cores
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.dedup import MinhashDedupSignature
@@ -46,6 +47,7 @@ VOCAB_SIZE = 16_384
 RANKS = 4
 BLOCKS_EVERY = 12
 """One document in so many is enough to time a block."""
+CLUSTERED = 300_000
 BARE = """
 import json, sys, time
 from tokenizers import Tokenizer
@@ -270,11 +272,10 @@ def minhash(found: list[str], scratch: Path) -> None:
     paragraphs = [p for text in found for p in text.split("\n\n") if len(p.split()) >= 20]
     documents = documents_of(paragraphs, "prose")
     folder = scratch / "dedup"
-    (buckets, tasks), (cluster, _) = dedup.near_buckets(folder, ["all"]), dedup.near_cluster(folder, ["all"])
+    buckets, tasks = dedup.near_buckets(folder, ["all"])
     steps = {
         "signatures": lambda: dedup.near_signature(folder, ["all"]).run(documents, 0, 1),
         "buckets (14 tasks)": lambda: [buckets.run(None, b, tasks) for b in range(tasks)],
-        "cluster (1 task)": lambda: cluster.run(None, 0, 1),
     }
     scale = 1e6 / len(documents)
     mean = megabytes(paragraphs) * 1e6 / len(documents)
@@ -283,8 +284,22 @@ def minhash(found: list[str], scratch: Path) -> None:
     for name, work in steps.items():
         elapsed, memory = in_a_process(work)
         print(f"| {name} | {elapsed * scale:.0f} | {memory:.0f} |")
+    elapsed, memory = in_a_process(lambda: cluster_pairs(scratch / "pairs", CLUSTERED))
+    print(f"| cluster (1 task), {CLUSTERED:,} all in pairs | {elapsed * 1e6 / CLUSTERED:.0f} | {memory:.0f} |")
     signatures = sum(path.stat().st_size for path in (folder / "all" / "signatures").rglob("*.sig"))
     print(f"\nsignatures on disk: {signatures * scale / 1e6:.0f} MB a million documents")
+
+
+def cluster_pairs(folder: Path, number: int) -> None:
+    """The one task of step 6 where every document has a duplicate: it holds those that have one, and no others."""
+    (folder / "pairs").mkdir(parents=True)
+    documents = np.arange(number // 2 * 2, dtype=np.uint32).reshape(-1, 2)
+    rank = np.zeros_like(documents[:, :1])
+    for bucket in range(dedup.MINHASH.num_buckets):
+        pairs = np.hstack([rank, documents[:, :1], rank, documents[:, 1:]]) if bucket == 0 else documents[:0]
+        pairs.tofile(folder / f"pairs/{bucket:05d}_00.dups")
+    block, _ = dedup.near_cluster(folder.parent, [folder.name])
+    block.run(None, 0, 1)
 
 
 def in_a_process(work: Callable[[], object]) -> tuple[float, float]:

@@ -11,7 +11,8 @@ from data.corpus import Unit
 from tests.data.planted import page
 
 BOOKS = replace(CATALOGUE["c4-sample"], name="books", shards=2)
-UNITS = [Unit(BOOKS, "", 0, 0), Unit(BOOKS, "", 1, 0), Unit(replace(BOOKS, name="web", shards=1), "", 0, 0)]
+WEB, NOTHING = (replace(BOOKS, name=name, shards=1) for name in ("web", "nothing"))
+UNITS = [Unit(BOOKS, "", 0, 0), Unit(BOOKS, "", 1, 0), Unit(WEB, "", 0, 0), Unit(NOTHING, "", 0, 0)]
 
 
 def near(number: int) -> str:
@@ -22,6 +23,7 @@ TEXTS = [
     [page(1), page(2), near(1)],  # repeats itself
     [near(2), page(3)],  # repeats the shard before
     [page(3), near(3), page(4)],  # repeats the other corpus, and itself
+    [],  # nothing was left of it
 ]
 
 
