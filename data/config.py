@@ -40,7 +40,7 @@ class DataConfig:
     """Replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
     near_duplicates_within: str = "all"
     """Where near duplicates are sought: `all` text corpora together, each `corpus` alone, or each `shard` of a corpus
-    alone. One task holds what repeats in a group, up to 215 bytes a document: trillions of tokens want `shard`."""
+    alone. One task a group holds what repeats in it, 180 bytes a document: trillions of tokens want `shard`."""
     heldout_fraction: float = 0.02
     """Share of the documents of every domain kept out of training, by a hash of the text."""
     midtrain_fraction: float = 0.25

@@ -11,11 +11,11 @@ class Rates:
     """Of one core, on text of the web's kind; docs/data.md has those measured."""
 
     clean: float
-    """MB of text a second through steps 1 to 4 and 7: read, filter, redact, deduplicate, decontaminate."""
+    """MB of text a second through steps 1 to 4 and 7: repair, filter, redact, deduplicate, decontaminate."""
     tokenize: float
     """MB of text a second through step 9: read, tokenize, write."""
     cluster_seconds: float
-    """Of the one task of step 6, a million documents."""
+    """Of the one task of step 6, a million documents that have a duplicate; it holds no others."""
     cluster_bytes: float
     """Peak memory of that task, a document."""
     signature_bytes: float
@@ -28,9 +28,8 @@ class Rates:
     """525 on the same, 1,308 as DCLM's publishers count."""
 
 
-MEASURED = Rates(clean=0.55, tokenize=1.2, cluster_seconds=3, cluster_bytes=215, signature_bytes=952)
-"""On the machine of docs/data.md, a slow one. `clean` is the blocks of web prose one after the other; `tokenize`
-includes the start of the processes and `cluster_bytes` what a process weighs: both are less on more data."""
+MEASURED = Rates(clean=0.26, tokenize=1.37, cluster_seconds=8, cluster_bytes=180, signature_bytes=952)
+"""On the machine of docs/data.md, a slow one. `clean` is the blocks of web prose one after the other."""
 
 
 @dataclass(frozen=True)
