@@ -1,9 +1,9 @@
 """The data step's blocks: MB/s a core, and read + tokenize + write against the tokenizers library alone.
 
-    python benchmarks/data_speed.py [--rounds 3] [--megabytes 24] [--parts blocks tokenize minhash]
+    python benchmarks/data_speed.py [--rounds 3] [--megabytes 40] [--parts blocks tokenize minhash sizes]
 
-Text is what the Python environment carries (descriptions, documentation, source), repeated to the asked size for the
-tokenizer. Each figure is the median of the rounds; what is compared takes turns, so a busy machine slows both alike.
+Text is what the Python environment carries: descriptions, documentation, source; no text comes twice. Each figure is
+the median of the rounds; what is compared takes turns, so a busy machine slows both alike.
 """
 
 import argparse
@@ -15,24 +15,30 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import fsspec
-from datatrove.data import Document
+import numpy as np
+import two_cores
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.utils import text as datatrove_text
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
-from data import decontaminate, dedup, tokenizer
+from data import decontaminate, dedup, mds, shard_writer, tokenizer
 from data.blocks import RankReader, rank_file
+from data.chat import Encoder
+from data.config import DataConfig
 from data.corpora import CATALOGUE, LANGUAGE_PACKAGE
-from data.corpus import Unit
+from data.corpus import PackageFile, Unit
 from data.execution import Runner
-from data.filters import LANGUAGE_STYLES, PIIRedaction, StyleFilter, quality_filters
+from data.filters import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, quality_filters
 from data.language import language_filter, unpack_model
 from data.shard_writer import ShardWriter
 
@@ -41,16 +47,29 @@ VOCAB_SIZE = 16_384
 RANKS = 4
 BLOCKS_EVERY = 12
 """One document in so many is enough to time a block."""
+CLUSTERED = 300_000
 BARE = """
 import json, sys, time
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
-texts = json.load(open(sys.argv[2]))
-started = time.perf_counter()
-tokenizer.encode_batch(texts)
-print(time.perf_counter() - started)
+texts = json.load(open(sys.argv[2]))[int(sys.argv[3]) :: int(sys.argv[4])]
+wall, cpu = time.perf_counter(), time.process_time()
+for first in range(0, len(texts), 1000):
+    tokenizer.encode_batch(texts[first : first + 1000])
+print(time.perf_counter() - wall, time.process_time() - cpu)
 """
-"""The bare library, in a process of its own: its number of threads is fixed when it starts."""
+"""The bare library, in processes of its own: its number of threads is fixed when it starts. Batches of 1,000 texts: all
+at once would hold gigabytes of encodings."""
+
+
+class TimedWriter(ShardWriter):
+    """Leaves what a task took beside the parts, without the start of its process and the loading of the tokenizer."""
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        shard_writer.load_encoder(self.tokenizer_folder, tokenizer.sha256(self.tokenizer_folder))
+        wall, cpu = time.perf_counter(), time.process_time()
+        super().run(data, rank, world_size)
+        (self.parts / f"{rank}.json").write_text(json.dumps([wall, time.perf_counter(), time.process_time() - cpu]))
 
 
 def texts() -> list[str]:
@@ -79,8 +98,10 @@ def blocks(found: list[str], rounds: int, language_wheel: Path | None, scratch: 
     for _ in range(rounds):
         for name, work in block_work(found, language_wheel, scratch):
             datatrove_text.split_into_parts.cache_clear()
-            rates.setdefault(name, []).append(size / seconds(work))
-    print(f"\n{size:.1f} MB, {len(found):,} documents, one core\n\n| block | MB/s a core |\n|---|--:|")
+            started = time.process_time()
+            work()
+            rates.setdefault(name, []).append(size / (time.process_time() - started))
+    print(f"\n{size:.1f} MB, {len(found):,} documents\n\n| block | MB a second of CPU |\n|---|--:|")
     for name, values in rates.items():
         print(f"| {name} | {statistics.median(values):.2f} |")
 
@@ -103,15 +124,17 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
         "the four prose filters in a row",
         lambda: [all(block.filter(document) is True for block in prose) for document in documents_of(found, "prose")],
     )
+    repair = TextRepair()
+    yield "repair", lambda: [repair.format(text) for text in found]
     redaction = PIIRedaction()
     yield "pii", lambda: [redaction.format(text) for text in found]
     index = benchmark_index(found, scratch)
     block = decontaminate.DecontaminationFilter(index, 13, None)
     documents = documents_of(found, "prose")
     yield "decontamination", lambda: [block.filter(document) for document in documents]
-    signature = dedup.near_signature(scratch / "near")
+    signature = dedup.near_signature(scratch / "near", ["all"])
     yield "minhash signature", lambda: [signature.get_signature(signature.get_shingles(text)) for text in found]
-    signature = type(signature)(str(scratch / "near"), dedup.MINHASH)
+    signature = MinhashDedupSignature(str(scratch / "near"), dedup.MINHASH)
     assert signature.word_tokenizer is load_word_tokenizer("eng")
     yield (
         "minhash signature, datatrove's words",
@@ -131,34 +154,75 @@ def benchmark_index(found: list[str], scratch: Path) -> Path:
 
 
 def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
-    """Read + tokenize + write against bare encode_batch, on 1 and on 2 cores."""
-    many = list(islice(cycle(found), int(len(found) * size / megabytes(found))))
+    """Read + tokenize + write against bare encode_batch, on 1 and on 2 cores; what is compared takes turns."""
+    tokenizer.save(tokenizer.train(iter(found), VOCAB_SIZE), scratch / "tokenizer")
+    many = up_to(chain(found, installed_sources()), size)
     size = megabytes(many)
-    made = tokenizer.train(iter(found), VOCAB_SIZE)
-    tokenizer.save(made, scratch / "tokenizer")
     (scratch / "texts.json").write_text(json.dumps(many))
     write_clean(many, scratch / "clean")
-    write_shards(scratch, 2, "warm-up")  # starts the server that workers are forked from
-    rates: dict[tuple[str, int], list[float]] = {}
+    del many
+    taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    whole: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for cores in (1, 2):
-            rates.setdefault(("bare", cores), []).append(size / bare(scratch, cores))
-            ours = seconds(lambda cores=cores, number=number: write_shards(scratch, cores, f"{number}-{cores}"))
-            rates.setdefault(("ours", cores), []).append(size / ours)
+            taken.setdefault(("encode_batch, threads", cores), []).append(bare(scratch, 1, cores))
+            if cores > 1:
+                taken.setdefault(("encode_batch, processes", cores), []).append(bare(scratch, cores, 1))
+            started = time.perf_counter()
+            taken.setdefault(("read + tokenize + write", cores), []).append(write_shards(scratch, cores))
+            whole[cores].append(time.perf_counter() - started)
+        print(f"round {number + 1}", {key: values[-1] for key, values in taken.items()}, file=sys.stderr)
+    wall, cpu = ({key: statistics.median(v[i] for v in values) for key, values in taken.items()} for i in (0, 1))
     print(f"\n{size:.1f} MB, vocabulary {VOCAB_SIZE:,}\n")
-    print("| cores | encode_batch MB/s | read + tokenize + write MB/s | ratio |\n|--:|--:|--:|--:|")
-    for cores in (1, 2):
-        theirs, ours = rates["bare", cores], rates["ours", cores]
-        ratio = statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
-        print(f"| {cores} | {statistics.median(theirs):.2f} | {statistics.median(ours):.2f} | {ratio:.2f} |")
-    two = statistics.median(b / a for a, b in zip(rates["ours", 1], rates["ours", 2], strict=True))
-    print(f"\n2 cores / 1 core: {two:.2f}")
+    print("| cores | | MB/s | MB a second of CPU | CPU of encode_batch / its own |\n|--:|---|--:|--:|--:|")
+    for side, cores in taken:
+        ratio = cpu["encode_batch, threads", 1] / cpu[side, cores]
+        print(f"| {cores} | {side} | {size / wall[side, cores]:.2f} | {size / cpu[side, cores]:.2f} | {ratio:.2f} |")
+    for cores, seconds_ in whole.items():
+        start = statistics.median(seconds_) - wall["read + tokenize + write", cores]
+        print(
+            f"\nstart of the processes and loading the tokenizer, {cores} cores: {start:.1f} s of wall clock beside it"
+        )
+    for two, one in (
+        ("encode_batch, threads", "encode_batch, threads"), ("encode_batch, processes", "encode_batch, threads"),
+        ("read + tokenize + write", "read + tokenize + write"),
+    ):  # fmt: skip
+        print(f"{two}, 2 cores / 1 core: {wall[one, 1] / wall[two, 2]:.2f}")
+    print(two_cores.table())
 
 
-def bare(scratch: Path, cores: int) -> float:
-    command = [sys.executable, "-c", BARE, str(scratch / "tokenizer/tokenizer.json"), str(scratch / "texts.json")]
-    environment = os.environ | {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}
-    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+def up_to(found: Iterable[str], size: float) -> list[str]:
+    """The first `size` MB of the texts."""
+    chosen, room = [], size * 1e6
+    for text in found:
+        chosen.append(text)
+        room -= len(text.encode())
+        if room <= 0:
+            break
+    return chosen
+
+
+def installed_sources() -> Iterator[str]:
+    """Source files of the installed distributions: hundreds of megabytes that no text repeats."""
+    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield text
+
+
+def bare(scratch: Path, processes: int, threads: int) -> tuple[float, float]:
+    """Seconds that the slowest of the processes is encoding its part of the texts, and of CPU of all."""
+    environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", BARE, scratch / "tokenizer/tokenizer.json", scratch / "texts.json", str(part),
+             str(processes)],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for part in range(processes)
+    ]  # fmt: skip
+    times = [tuple(map(float, process.communicate()[0].split())) for process in started]
+    return max(wall for wall, _ in times), sum(cpu for _, cpu in times)
 
 
 def write_clean(found: list[str], folder: Path) -> None:
@@ -171,11 +235,38 @@ def write_clean(found: list[str], folder: Path) -> None:
                 file.write(json.dumps({"text": text, "id": str(i), "metadata": metadata}) + "\n")
 
 
-def write_shards(scratch: Path, cores: int, name: str) -> None:
-    writer = ShardWriter(scratch / "tokenizer", scratch / "parts" / name, scratch / "too_long", 64 << 20, 8192)
+def write_shards(scratch: Path, cores: int) -> tuple[float, float]:
+    """Seconds from the first task's start to the last one's end, and of CPU of all."""
+    for leftover in (scratch / "parts", scratch / "logs"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "too_long", 64 << 20, 8192)
     runner = Runner("local", cores, scratch / "logs", lambda *_: None)
-    runner.run(name, [RankReader(scratch / "clean"), writer], RANKS)
-    shutil.rmtree(scratch / "parts" / name)
+    runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
+    times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]
+    return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(cpu for _, _, cpu in times)
+
+
+def sizes(archive: Path | None, path: str, scratch: Path) -> None:
+    """What data.planning assumes of web text, measured on the samples at hand: small and narrow, so a comparison."""
+    made = tokenizer.load_existing(path)
+    encoder = Encoder(made)
+    print(f"\nvocabulary {len(made):,}\n")
+    print("| corpus | documents | bytes a token | bytes of shard a token | tokens a document |\n|---|--:|--:|--:|--:|")
+    for name in ("c4-sample", "wikipedia-plain", "package-descriptions", "python-stdlib"):
+        corpus = CATALOGUE[name]
+        if isinstance(corpus.source, PackageFile) and not archive:
+            continue
+        found = [record["text"] for record in corpus.read(Unit(corpus, str(archive), 0, 0))]
+        tokens = encoder.documents(found)
+        with mds.writer(scratch / name, "text", DataConfig.shard_bytes) as writer:
+            for ids in tokens:
+                writer.write({"tokens": ids})
+        total = sum(map(len, tokens))
+        stored = sum(path.stat().st_size for path in (scratch / name).glob("*.zstd"))
+        print(
+            f"| {name} | {len(found):,} | {megabytes(found) * 1e6 / total:.2f} | {stored / total:.2f} "
+            f"| {total / len(found):,.0f} |"
+        )
 
 
 def minhash(found: list[str], scratch: Path) -> None:
@@ -183,10 +274,10 @@ def minhash(found: list[str], scratch: Path) -> None:
     paragraphs = [p for text in found for p in text.split("\n\n") if len(p.split()) >= 20]
     documents = documents_of(paragraphs, "prose")
     folder = scratch / "dedup"
+    buckets, tasks = dedup.near_buckets(folder, ["all"])
     steps = {
-        "signatures": lambda: dedup.near_signature(folder).run(documents, 0, 1),
-        "buckets (14 tasks)": lambda: [dedup.near_buckets(folder).run(None, b, 14) for b in range(14)],
-        "cluster (1 task)": lambda: dedup.near_cluster(folder).run(None, 0, 1),
+        "signatures": lambda: dedup.near_signature(folder, ["all"]).run(documents, 0, 1),
+        "buckets (14 tasks)": lambda: [buckets.run(None, b, tasks) for b in range(tasks)],
     }
     scale = 1e6 / len(documents)
     mean = megabytes(paragraphs) * 1e6 / len(documents)
@@ -195,8 +286,22 @@ def minhash(found: list[str], scratch: Path) -> None:
     for name, work in steps.items():
         elapsed, memory = in_a_process(work)
         print(f"| {name} | {elapsed * scale:.0f} | {memory:.0f} |")
-    signatures = sum(path.stat().st_size for path in (folder / "signatures").rglob("*.sig"))
+    elapsed, memory = in_a_process(lambda: cluster_pairs(scratch / "pairs", CLUSTERED))
+    print(f"| cluster (1 task), {CLUSTERED:,} all in pairs | {elapsed * 1e6 / CLUSTERED:.0f} | {memory:.0f} |")
+    signatures = sum(path.stat().st_size for path in (folder / "all" / "signatures").rglob("*.sig"))
     print(f"\nsignatures on disk: {signatures * scale / 1e6:.0f} MB a million documents")
+
+
+def cluster_pairs(folder: Path, number: int) -> None:
+    """The one task of step 6 where every document has a duplicate: it holds those that have one, and no others."""
+    (folder / "pairs").mkdir(parents=True)
+    documents = np.arange(number // 2 * 2, dtype=np.uint32).reshape(-1, 2)
+    rank = np.zeros_like(documents[:, :1])
+    for bucket in range(dedup.MINHASH.num_buckets):
+        pairs = np.hstack([rank, documents[:, :1], rank, documents[:, 1:]]) if bucket == 0 else documents[:0]
+        pairs.tofile(folder / f"pairs/{bucket:05d}_00.dups")
+    block, _ = dedup.near_cluster(folder.parent, [folder.name])
+    block.run(None, 0, 1)
 
 
 def in_a_process(work: Callable[[], object]) -> tuple[float, float]:
@@ -218,17 +323,21 @@ def in_a_process(work: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--megabytes", type=float, default=24)
+    parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--language-wheel", type=Path, help=f"wheel of {LANGUAGE_PACKAGE}")
     parser.add_argument("--parts", nargs="+", default=["blocks", "tokenize", "minhash"])
+    parser.add_argument("--tokenizer", help="folder or tokenizer.json, for the part `sizes`")
+    parser.add_argument("--llamafactory", type=Path, help="its sdist, for two more corpora of the part `sizes`")
     arguments = parser.parse_args()
-    found = texts()
+    found = texts() if set(arguments.parts) - {"sizes"} else []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "blocks" in arguments.parts:
             blocks(found[::BLOCKS_EVERY], arguments.rounds, arguments.language_wheel, scratch)
         if "tokenize" in arguments.parts:
             tokenize(found, arguments.rounds, arguments.megabytes, scratch)
+        if "sizes" in arguments.parts:
+            sizes(arguments.llamafactory, arguments.tokenizer, scratch)
         if "minhash" in arguments.parts:
             minhash(found[::4], scratch)
 

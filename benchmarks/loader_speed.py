@@ -1,21 +1,26 @@
-"""The streaming loader: tokens/s a process, every shard hashed before use; one process against two.
+"""The streaming loader: tokens/s a process, every shard hashed before use; on one core and on two.
 
     python benchmarks/loader_speed.py [--rounds 3] [--million-tokens 48]
 
 Three domains of documents with lengths as the web's (log-normal, some 700 tokens on average) in 64 MiB shards.
 Compressed shards are unpacked into an empty cache within the time measured, and read from the full one in the second
-row. Medians over the rounds.
+row. A process has five threads of its own, so each is pinned to its cores: one process on one core, one process on two,
+and two processes on a core each. Medians over the rounds; the last line says what two cores can give at all.
 """
 
 import argparse
 import multiprocessing
+import os
 import shutil
 import statistics
 import tempfile
 import time
+from multiprocessing import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
+import two_cores
 from streaming import MDSWriter
 
 from titan_ext.streaming_loader import StreamingLoader
@@ -38,8 +43,16 @@ def write_stage(folder: Path, tokens: int, compression: str | None) -> None:
                 left -= length
 
 
-def tokens_per_second(shards: Path, cache: Path, rank: int, world: int, tokens: int) -> float:
+LAYOUTS = {"1 on 1": (1, 1), "1 on 2": (1, 2), "2 on 1 each": (2, 1)}
+"""Name -> processes, cores of each."""
+
+
+def tokens_per_second(
+    shards: Path, cache: Path, rank: int, world: int, tokens: int, cores: set[int], barrier: Barrier, result: Queue
+) -> None:
     """Of one process, from the start of the loader to `tokens` tokens handed out."""
+    os.sched_setaffinity(0, cores)
+    barrier.wait()
     started = time.perf_counter()
     config = StreamingLoader.Config(
         shards=str(shards), local=str(cache), mixture=MIXTURE, global_batch_size=GLOBAL_BATCH, pad_token_id=0
@@ -52,15 +65,29 @@ def tokens_per_second(shards: Path, cache: Path, rank: int, world: int, tokens: 
     for inputs, _ in loader:
         taken += inputs["input"].numel()
         if taken >= tokens:
-            return taken / (time.perf_counter() - started)
-    raise AssertionError("the loader is endless")
+            break
+    result.put(taken / (time.perf_counter() - started))
 
 
-def together(world: int, shards: Path, cache: Path, tokens: int) -> float:
-    """Sum over `world` processes that run at once."""
-    with multiprocessing.get_context("fork").Pool(world) as pool:
-        parts = [(shards, cache, rank, world, tokens) for rank in range(world)]
-        return sum(pool.starmap(tokens_per_second, parts))
+def together(layout: str, shards: Path, cache: Path, tokens: int) -> float:
+    """Sum over the layout's processes, which run at once and share out the tokens."""
+    world, num_cores = LAYOUTS[layout]
+    cores = sorted(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("fork")
+    barrier, result = context.Barrier(world), context.Queue()
+    processes = [
+        context.Process(
+            target=tokens_per_second,
+            args=(shards, cache, rank, world, tokens // world, set(cores[rank : rank + num_cores]), barrier, result),
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    total = sum(result.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return total
 
 
 def main() -> None:
@@ -73,23 +100,24 @@ def main() -> None:
         root = Path(folder)
         for name, compression in (("plain", None), ("zstd", "zstd")):
             write_stage(root / name, size, compression)
-        rates: dict[tuple[str, int], list[float]] = {}
+        rates: dict[tuple[str, str], list[float]] = {}
         for _ in range(arguments.rounds):
-            for world in (1, 2):
+            for layout in LAYOUTS:
                 shutil.rmtree(root / "cache", ignore_errors=True)
                 for label, shards in (
                     ("zstd, cache empty", root / "zstd"),
                     ("zstd, cache full", root / "zstd"),
                     ("uncompressed, in place", root / "plain"),
                 ):
-                    rate = together(world, shards, root / "cache", size // 2 // world)
-                    rates.setdefault((label, world), []).append(rate)
-    print(f"{size / 1e6:.0f}M tokens of shards, half of them taken\n")
-    print("| shards | 1 process, tokens/s | 2 processes, tokens/s together | 2 / 1 |\n|---|--:|--:|--:|")
+                    rate = together(layout, shards, root / "cache", size // 2)
+                    rates.setdefault((label, layout), []).append(rate)
+    print(f"{size / 1e6:.0f}M tokens of shards, half of them taken; million tokens/s\n")
+    print("| shards | 1 process, 1 core | 1 process, 2 cores | 2 processes, a core each | 2 processes / 1 |")
+    print("|---|--:|--:|--:|--:|")
     for label in dict.fromkeys(label for label, _ in rates):
-        one, two = rates[label, 1], rates[label, 2]
-        ratio = statistics.median(b / a for a, b in zip(one, two, strict=True))
-        print(f"| {label} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {ratio:.2f} |")
+        one, threads, two = (statistics.median(rates[label, layout]) / 1e6 for layout in LAYOUTS)
+        print(f"| {label} | {one:.1f} | {threads:.1f} | {two:.1f} | {two / one:.2f} |")
+    print(f"\n{two_cores.table()}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.config import FILTERS, DataConfig
+from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
 from data.corpora import CATALOGUE
 from data.corpus import Corpus
 from data.special_tokens import MIN_VOCAB_SIZE
@@ -38,6 +38,10 @@ def check(config: DataConfig) -> None:
     _require(not odd, "languages", odd, "no language code of ISO 639", "write en, de, ...; leave it empty to keep all")
     unknown = sorted(set(config.filters) - set(FILTERS))
     _require(not unknown, "filters", unknown, "no such filter", f"choose from: {', '.join(FILTERS)}")
+    _require(
+        config.near_duplicates_within in NEAR_DUPLICATES_WITHIN, "near_duplicates_within",
+        config.near_duplicates_within, "no such group", f"choose from: {', '.join(NEAR_DUPLICATES_WITHIN)}",
+    )  # fmt: skip
     text = [name for name in config.corpora if CATALOGUE[name].kind == "text"]
     _require(bool(text), "corpora", config.corpora, "no text corpus to pre-train on", "add one of kind text")
     _require(

@@ -10,6 +10,7 @@ FILTERS = (
     "encyclopedia_quality", "documentation_quality",
 )  # fmt: skip
 """Labels of the quality filters (data/filters.py), each for one style of writing."""
+NEAR_DUPLICATES_WITHIN = ("all", "corpus", "shard")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class DataConfig:
     """Quality filters to apply, by label."""
     redact_pii: bool = True
     """Replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
+    near_duplicates_within: str = "all"
+    """Where near duplicates are sought: `all` text corpora together, each `corpus` alone, or each `shard` of a corpus
+    alone. One task a group holds what repeats in it, 180 bytes a document: trillions of tokens want `shard`."""
     heldout_fraction: float = 0.02
     """Share of the documents of every domain kept out of training, by a hash of the text."""
     midtrain_fraction: float = 0.25
@@ -46,7 +50,7 @@ class DataConfig:
     max_conversation_tokens: int = 8192
     """A longer conversation ends after its last answer that fits; one whose first answer does not is set aside."""
     shard_bytes: int = 64 << 20
-    """Uncompressed size limit of one MDS shard: 16.8M tokens, about a third of that as an object in a store."""
+    """Uncompressed size limit of one MDS shard: 16.8M tokens, some 30 MB as an object in a store."""
     workers: int = 2
     """datatrove tasks that run at once."""
     seed: int = 0

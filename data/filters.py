@@ -1,4 +1,4 @@
-"""Filters and redaction, by what kind of writing a document is.
+"""Repair, filters and redaction, by what kind of writing a document is.
 
 Web prose gets FineWeb's sequence (arXiv 2406.17557): language, Gopher repetition, Gopher quality, C4 without its
 line-punctuation rule, FineWeb's own three rules. An encyclopedia gets language and Gopher's: the rules about lines
@@ -16,7 +16,7 @@ from datatrove.pipeline.filters import (
     GopherQualityFilter,
 )
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.formatters import PIIFormatter
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 
 from data.config import DataConfig
 from data.corpus import Style
@@ -24,8 +24,9 @@ from data.language import language_filter
 from data.repetition import RepetitionFilter
 from data.words import EnglishWords
 
-REDACTED_STYLES: tuple[Style, ...] = ("prose", "encyclopedia", "documentation")
-"""An address in code or in a tool call is what the text is about, and has to be the same in every turn."""
+REWRITTEN_STYLES: tuple[Style, ...] = ("prose", "encyclopedia", "documentation")
+"""An address or an odd character in code or in a tool call is what the text is about, and has to be the same in every
+turn."""
 LANGUAGE_STYLES: tuple[Style, ...] = ("prose", "encyclopedia")
 
 
@@ -58,20 +59,39 @@ class StyleFilter(BaseFilter):
         }
 
 
-class PIIRedaction(PIIFormatter):
-    """datatrove's replacement of e-mail and public IP addresses, in the styles it makes sense in; counts documents."""
+class _InProse:
+    """Of a datatrove formatter: changes documents of REWRITTEN_STYLES alone, and counts those it changed."""
 
-    name = "pii"
+    counter: str
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:
-            if document.metadata["style"] in REDACTED_STYLES:
+            if document.metadata["style"] in REWRITTEN_STYLES:
                 with self.track_time():
-                    redacted = self.format(document.text)
-                if redacted != document.text:
-                    self.stat_update("redacted")
-                    document.text = redacted
+                    text = self.format(document.text)
+                if text != document.text:
+                    self.stat_update(self.counter)
+                    document.text = text
             yield document
+
+
+class TextRepair(_InProse, FTFYFormatter):
+    """datatrove's repair, as FineWeb's: text decoded with the wrong encoding, HTML entities, terminal escapes, control
+    characters; line breaks become LF too. Quotes, widths and ligatures stay as they were written.
+    """
+
+    name = "repair"
+    counter = "repaired"
+
+    def __init__(self):
+        super().__init__(fix_line_breaks=True)
+
+
+class PIIRedaction(_InProse, PIIFormatter):
+    """datatrove's replacement of e-mail and public IP addresses."""
+
+    name = "pii"
+    counter = "redacted"
 
 
 def quality_filters() -> list[StyleFilter]:

@@ -12,7 +12,7 @@ from data.corpus import Corpus, Installed, PackageFile, Unit
 from data.files import sha256_file
 from data.tally import Tally
 
-VERSIONED = ("datatrove", "mosaicml-streaming", "tokenizers", "spacy", "fasttext-numpy2-wheel", "xxhash")
+VERSIONED = ("datatrove", "mosaicml-streaming", "tokenizers", "spacy", "fasttext-numpy2-wheel", "xxhash", "ftfy")
 """Libraries whose version can change what comes out."""
 
 
@@ -89,6 +89,7 @@ def corpus_flow(logs: Path, read: Path, units: list[Unit], filter_labels: list[s
         entry["filters"] = {
             label: flow(filtering[name][label]) for label in filter_labels if filtering[name][label]["dropped"]
         }
+        entry["repaired"] = filtering[name].get("repair", Counter())["repaired"]
         entry["redacted"] = filtering[name].get("pii", Counter())["redacted"]
         entry["exact_duplicates"] = exact[name]["💥 exact-deduplication stage 3"]["dropped"]
         entry["near_duplicates"] = final[name]["🎯 MinHash stage 4"]["dropped"]

@@ -1,12 +1,18 @@
 """The open corpora of the published recipe's families (arXiv 2605.27358 names the families, not the exact lists).
 
-Licence, files, columns, documents and tokens (of the publisher's tokenizer) are those of the data sets' cards where
-these could be read; None where no figure was found. NOT checked against a card: the files of smoltalk, ToolACE, hermes
-and xlam, wildcard patterns, the label column of the safety set, FineWeb-Edu's and xlam's sizes. No address was opened:
-a wrong one is refused when the data step starts, by name. Gated sets want an accepted agreement and HF_TOKEN.
+In reading order: of copies in two corpora the first keeps its own, so what is rare comes before the web.
 
-`text_bytes` is the uncompressed text where a card states it, otherwise an estimate for the disk check: tokens x 4.5 or,
-for conversations, the size of the files.
+Seen in the cards and file lists that public pages and repositories quote: hub ids, licences, folders and file names of
+all but those below; sizes of the Dolma and Proof Pile parts (OLMoE's card; the files are OLMo 2's, whose card lists the
+same folders, where OLMoE's has lost arXiv's); WildGuardMix's labels; columns of ToolACE, xLAM, OpenThoughts and the
+Nemotron sets. NOT seen there, from memory: the sizes of FineWeb-Edu and xLAM; the file names of OpenCodeInstruct, Tulu
+3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of OpenCoder's `synthetic_qa`; OpenThoughts'
+licence. No address was opened: a wrong one is refused when the data step starts, by name. Gated sets want an accepted
+agreement and HF_TOKEN.
+
+`tokens` are the publisher's, of its own tokenizer; None where no figure was found. `text_bytes` is the uncompressed
+text where a card states it, otherwise an estimate for the disk check: tokens x 4.5 or, for conversations, the size of
+the files.
 """
 
 from functools import partial
@@ -15,7 +21,7 @@ from data import hub
 from data.corpus import Corpus, RemoteFiles
 
 _HF = "hf://datasets"
-_OLMOE = f"{_HF}/allenai/OLMoE-mix-0924"
+_OLMO = f"{_HF}/allenai/olmo-mix-1124"
 _DOLMINO = f"{_HF}/allenai/dolmino-mix-1124"
 _NEMOTRON = f"{_HF}/nvidia/Nemotron-Post-Training-Dataset-v1"
 _LLAMA_NEMOTRON = f"{_HF}/nvidia/Llama-Nemotron-Post-Training-Dataset"
@@ -30,7 +36,7 @@ _WEB = (
         source=RemoteFiles(f"{_HF}/HuggingFaceFW/fineweb-edu", "data/*/*.parquet"), text_bytes=int(5.9e12),
     ),
     _text(
-        name="dclm-baseline", domain="web", style="prose", licence="CC-BY-4.0", tokens=4e12, documents=3_000_000_000,
+        name="dclm-baseline", domain="web", style="prose", licence="CC-BY-4.0", tokens=3.86e12, documents=2_950_000_000,
         source=RemoteFiles(f"{_HF}/mlfoundations/dclm-baseline-1.0-parquet", "**/*.parquet"),
         text_bytes=int(16.7e12),
     ),
@@ -48,11 +54,11 @@ _MATH = (
     ),
     _text(
         name="open-web-math", domain="math", style="documentation", licence="ODC-BY-1.0", tokens=12.7e9,
-        documents=2_910_000, source=RemoteFiles(_OLMOE, "data/open-web-math/**/*.json*"), text_bytes=int(42.4e9),
+        documents=2_910_000, source=RemoteFiles(_OLMO, "data/open-web-math/**/*.json*"), text_bytes=int(42.4e9),
     ),
     _text(
         name="algebraic-stack", domain="math", style="code", licence="ODC-BY-1.0", tokens=12.6e9, documents=2_830_000,
-        source=RemoteFiles(_OLMOE, "data/algebraic-stack/**/*.json*"), text_bytes=int(39.3e9),
+        source=RemoteFiles(_OLMO, "data/algebraic-stack/**/*.json*"), text_bytes=int(39.3e9),
     ),
     _midtrain(
         name="dolmino-math", domain="math", style="documentation", licence="ODC-BY-1.0",
@@ -100,11 +106,11 @@ _KNOWLEDGE = (
 _SCIENCE = (
     _text(
         name="pes2o", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=57.2e9,
-        documents=38_800_000, source=RemoteFiles(_OLMOE, "data/pes2o/**/*.json*"), text_bytes=int(2.68e11),
+        documents=38_800_000, source=RemoteFiles(_OLMO, "data/pes2o/**/*.json*"), text_bytes=int(2.68e11),
     ),
     _text(
         name="arxiv", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=21.1e9,
-        documents=1_550_000, source=RemoteFiles(_OLMOE, "data/arxiv/**/*.json*"), text_bytes=int(8.88e10),
+        documents=1_550_000, source=RemoteFiles(_OLMO, "data/arxiv/**/*.json*"), text_bytes=int(8.88e10),
     ),
 )  # fmt: skip
 
@@ -158,7 +164,8 @@ _INSTRUCTIONS = (
         read=hub.read_messages,
     ),
     _sft(
-        name="hermes-function-calling", domain="tool_use", licence="Apache-2.0", text_bytes=int(1e8),
+        name="hermes-function-calling", domain="tool_use", licence="Apache-2.0", documents=11_600,
+        text_bytes=65_700_000,
         source=RemoteFiles(f"{_HF}/NousResearch/hermes-function-calling-v1", "*.json", ("conversations",)),
         read=hub.read_messages,
     ),
@@ -171,6 +178,13 @@ _INSTRUCTIONS = (
         name="nemotron-stem", domain="science", licence="CC-BY-4.0", documents=20_662_167,
         source=RemoteFiles(_NEMOTRON, "data/stem-*.parquet", ("messages",)), read=hub.read_messages,
         text_bytes=329_529_074_790,
+    ),
+    _sft(
+        name="open-thoughts", domain="reasoning", licence="Apache-2.0", documents=1_200_000,
+        source=RemoteFiles(
+            f"{_HF}/open-thoughts/OpenThoughts3-1.2M", "data/train-*.parquet", ("conversations",)
+        ),
+        read=hub.read_messages, text_bytes=int(6e10),
     ),
     _sft(
         name="natural-reasoning", domain="reasoning", licence="CC-BY-NC-4.0", non_commercial=True,
@@ -193,4 +207,4 @@ _INSTRUCTIONS = (
     ),
 )  # fmt: skip
 
-OPEN_CORPORA: tuple[Corpus, ...] = (*_WEB, *_MATH, *_CODE, *_KNOWLEDGE, *_SCIENCE, *_INSTRUCTIONS)
+OPEN_CORPORA: tuple[Corpus, ...] = (*_KNOWLEDGE, *_SCIENCE, *_MATH, *_CODE, *_WEB, *_INSTRUCTIONS)

@@ -1,6 +1,6 @@
 """The data step: corpora in, tokenizer, MDS shards and manifest out.
 
-    1 read, filter, redact         4 MinHash signatures           7 drop near duplicates, decontaminate, split
+    1 read, repair, filter, redact 4 MinHash signatures           7 drop near duplicates, decontaminate, split
     2 find exact duplicates        5 pairs, bucket by bucket      8 train or take the tokenizer
     3 drop exact duplicates        6 clusters                     9 tokenize, write MDS
 
@@ -29,7 +29,7 @@ from data.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, u
 from data.corpus import Corpus, Unit
 from data.execution import Report, Runner
 from data.files import sha256_file, write_json
-from data.filters import PIIRedaction, StyleFilter, chosen_filters
+from data.filters import PIIRedaction, StyleFilter, TextRepair, chosen_filters
 from data.page import write_page
 from data.shard_writer import ShardWriter
 from data.verify import MANIFEST
@@ -178,6 +178,7 @@ def _clean(
     num_text = sum(unit.corpus.kind == "text" for unit in todo)
     read = [
         CorpusReader(todo, out / "set_aside" / "malformed", work / "read"),
+        TextRepair(),
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
         _jsonl(work / "filtered"),
@@ -188,9 +189,12 @@ def _clean(
     drop_exact = [RankReader(work / "filtered"), dedup.exact_filter(exact), _jsonl(work / "distinct")]
     runner.run("3-exact-filter", drop_exact, len(todo))
     # Text units come first, so the ranks of steps 4 and 7 agree.
-    runner.run("4-near-signatures", [RankReader(work / "distinct"), dedup.near_signature(near)], num_text)
-    runner.run("5-near-buckets", [dedup.near_buckets(near)], dedup.MINHASH.num_buckets)
-    runner.run("6-near-cluster", [dedup.near_cluster(near)], 1)
+    groups = dedup.near_groups(todo[:num_text], config.near_duplicates_within)
+    runner.run("4-near-signatures", [RankReader(work / "distinct"), dedup.near_signature(near, groups)], num_text)
+    for name, (block, tasks) in (
+        ("5-near-buckets", dedup.near_buckets(near, groups)), ("6-near-cluster", dedup.near_cluster(near, groups)),
+    ):  # fmt: skip
+        runner.run(name, [block], tasks)
     finish = [RankReader(work / "distinct"), dedup.near_filter(near)]
     if benchmark_texts:
         index = work / "benchmarks"

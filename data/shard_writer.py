@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,7 @@ class ShardWriter(PipelineStep):
         for leftover in (part, beside):
             shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir(parents=True)
-        loaded = tokenizer.load(self.tokenizer_folder)
-        encoder = Encoder(loaded)
+        encoder = load_encoder(self.tokenizer_folder, tokenizer.sha256(self.tokenizer_folder))
         writers: dict[str, MDSWriter] = {}
         tallies: dict[str, Tally] = {}
         rejected = []
@@ -61,7 +61,7 @@ class ShardWriter(PipelineStep):
                     target = mds.destination(document.metadata)
                     if target not in writers:
                         writers[target] = mds.writer(beside / target, document.metadata["kind"], self.shard_bytes)
-                        tallies[target] = Tally(unigrams=_unigrams(target, len(loaded)))
+                        tallies[target] = Tally(unigrams=_unigrams(target, len(encoder.tokenizer)))
                     writers[target].write(sample)
                     tallies[target].add(document.metadata["corpus"], document.text, sample)
         for writer in writers.values():
@@ -94,6 +94,12 @@ class ShardWriter(PipelineStep):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = [{"id": document.id, "messages": document.metadata["messages"]} for document in rejected]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@lru_cache(maxsize=1)
+def load_encoder(folder: Path, sha256: str) -> Encoder:
+    """Loaded once a process, which takes a second; Ray's processes may outlive a folder's content, hence the hash."""
+    return Encoder(tokenizer.load(folder))
 
 
 def _batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:

@@ -72,7 +72,7 @@ def build(context: Context, items_package: str) -> list[Step]:
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 2, ("fetch",), {}, ("items",), prepare_items),
-        step("data", 2, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
+        step("data", 3, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
         *(_stage_step(context, tree, name) for name in STAGES),
         step(
             "export",

@@ -19,11 +19,11 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import tempfile
 import threading
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -108,7 +108,16 @@ class ShardStore:
         shards = [shard for shard in shards if shard not in self._verified]
         if 4 * sum(self._readers[shard].raw_data.bytes for shard in shards) <= self._cache_bytes:
             for shard in shards:
-                _asked_ahead().put((self._prepare, shard))
+                _workers().submit(self._prepare_ahead, shard)
+
+    def _prepare_ahead(self, shard: int) -> None:
+        if _is_ending():
+            return
+        try:
+            self._prepare(shard)
+        except Exception as error:
+            # It shows again, and is raised, when the shard is read.
+            log.warning("a shard could not be fetched ahead: %s", error)
 
     def _stream(self) -> Stream:
         """This thread's: its downloader is not made for several."""
@@ -128,6 +137,8 @@ class ShardStore:
         with self._locks[shard % NUM_LOCKS]:
             if shard in self._verified:
                 return
+            if _is_ending():
+                raise RuntimeError(f"shard {self.path(shard)} is not prepared: the process is ending")
             if not self._is_intact(shard):
                 if self._in_place:
                     raise ValueError(
@@ -181,22 +192,18 @@ class ShardStore:
 
 
 @functools.cache
-def _asked_ahead() -> queue.SimpleQueue:
-    """What the process's workers are to do. They are daemons: a process that ends does not wait for its downloads."""
-    asked: queue.SimpleQueue = queue.SimpleQueue()
-    for number in range(NUM_WORKERS):
-        threading.Thread(target=_serve, args=(asked,), name=f"shard-worker-{number}", daemon=True).start()
-    return asked
+def _workers() -> ThreadPoolExecutor:
+    """The process's threads that prepare shards ahead.
+
+    Not daemons: the interpreter would cut those off within native code, which can abort the process. It waits for an
+    executor's threads, and `_is_ending` keeps that short: the shards they are at and no further one.
+    """
+    return ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="shard-worker")
 
 
-def _serve(asked: queue.SimpleQueue) -> None:
-    while True:
-        prepare, shard = asked.get()
-        try:
-            prepare(shard)
-        except Exception as error:
-            # It shows again, and is raised, when the shard is read.
-            log.warning("a shard could not be fetched ahead: %s", error)
+def _is_ending() -> bool:
+    """Whether the program has come to its end and only its threads are left."""
+    return not threading.main_thread().is_alive()
 
 
 def is_remote(source: str) -> bool:

@@ -8,10 +8,9 @@ parallel ranks.
 import hashlib
 import json
 import math
-import queue
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,13 +94,12 @@ class StreamingLoader(BaseDataLoader):
         self._mixture = _mixture(config, self._domains)
         # One pass is one lane dealt to all ranks: they then agree on its end without talking to each other.
         self._num_lanes = config.global_batch_size if config.infinite else 1
-        self._stop = threading.Event()
+        self._packer = _new_packer()
         self._rewind()
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        self._stop.set()
-        self._stop = threading.Event()
-        return self._batches(self._stop)
+        self._end_iteration()
+        return self._batches(self._packer)
 
     def state_dict(self) -> dict[str, Any]:
         """One entry a lane of this rank, and two that all ranks share: torch.distributed.checkpoint merges them by
@@ -115,7 +113,7 @@ class StreamingLoader(BaseDataLoader):
 
         Raises ValueError where it belongs to other data or another batch shape, naming what differs.
         """
-        self._stop.set()
+        self._end_iteration()
         self._rewind()
         if not state_dict:
             return
@@ -202,7 +200,12 @@ class StreamingLoader(BaseDataLoader):
                 "with checkpoint.exclude_from_loading=['dataloader']"
             )
 
-    def _batches(self, stop: threading.Event) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def _end_iteration(self) -> None:
+        """The iterator there is, if any, is over, and the batches prepared for it are forgotten."""
+        self._packer.shutdown(wait=False, cancel_futures=True)
+        self._packer = _new_packer()
+
+    def _batches(self, packer: ThreadPoolExecutor) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         if self._ended:
             self._rewind()
         once, weights = not self._config.infinite, list(self._mixture.values())
@@ -211,19 +214,15 @@ class StreamingLoader(BaseDataLoader):
             j: Lane(j, self._num_lanes, self._domains, weights, self._seq_len, once, starts[j], state)
             for j, state in self._states.items()
         }
-        batches: queue.Queue[_Batch | BaseException | None] = queue.Queue(PREFETCH_BATCHES)
-        # The thread knows nothing of this generator: one that is dropped half way is collected, which ends the thread.
-        pack = self._pack_once if once else self._pack_endlessly
-        threading.Thread(
-            target=_put_all, args=(pack(lanes, self._sequences), batches, stop), name="streaming-loader", daemon=True
-        ).start()
+        source = self._pack_once(lanes) if once else self._pack_endlessly(lanes, self._sequences)
+        ahead: deque[Future[_Batch | None]] = deque()
         try:
             while True:
-                if stop.is_set():
+                if packer is not self._packer:
                     raise RuntimeError("this iterator is over: the loader has a newer one, or has loaded a state since")
-                batch = batches.get()
-                if isinstance(batch, BaseException):
-                    raise batch
+                while len(ahead) <= PREFETCH_BATCHES:
+                    ahead.append(packer.submit(next, source, None))
+                batch = ahead.popleft().result()
                 if batch is None:
                     self._ended = True
                     return
@@ -231,7 +230,7 @@ class StreamingLoader(BaseDataLoader):
                 self._states.update(batch.states)
                 yield batch.inputs, batch.labels_BL
         finally:
-            stop.set()
+            packer.shutdown(wait=False, cancel_futures=True)
 
     def _pack_endlessly(self, lanes: dict[int, Lane], sequences: int) -> Iterator[_Batch]:
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
@@ -241,7 +240,7 @@ class StreamingLoader(BaseDataLoader):
             yield self._batch(rows, {j: deepcopy(lanes[j].state) for j in range(first, first + B)})
             sequences += R * B
 
-    def _pack_once(self, lanes: dict[int, Lane], _: int) -> Iterator[_Batch]:
+    def _pack_once(self, lanes: dict[int, Lane]) -> Iterator[_Batch]:
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             rows = [lanes[0].next_sequence() for _ in range(R * B)]
@@ -257,25 +256,9 @@ class StreamingLoader(BaseDataLoader):
         return _Batch(inputs, torch.from_numpy(labels_BL), states)
 
 
-def _put_all(source: Iterator[_Batch], batches: queue.Queue, stop: threading.Event) -> None:
-    """Thread: hand over the batches, then None; or the exception that ended them, for the reader to raise."""
-    try:
-        for batch in source:
-            if not _put(batch, batches, stop):
-                return
-        _put(None, batches, stop)
-    except BaseException as error:
-        _put(error, batches, stop)
-
-
-def _put(item: _Batch | BaseException | None, batches: queue.Queue, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            batches.put(item, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
+def _new_packer() -> ThreadPoolExecutor:
+    """The thread that packs ahead; the interpreter waits for it (`titan_ext.shard_store._workers` says why)."""
+    return ThreadPoolExecutor(1, thread_name_prefix="streaming-loader")
 
 
 def _check_shape(config: StreamingLoader.Config, world_size: int, rank: int, seq_len: int, batch_size: int) -> None:

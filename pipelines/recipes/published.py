@@ -1,19 +1,19 @@
 """The published recipe (arXiv 2605.27358), shared by `s`, `m` and `l`; its schedule is `titan_ext.stages`.
 
-Published: EP = 4. Not published, so assumed here: the world sizes and the exact corpora.
+Published: EP = 4 and the shares of the domains. Not published, so assumed here: the world sizes, the exact lists of
+the 6T tokens and of the 28 instruction sets. A domain whose corpora are smaller than its share repeats (docs/data.md).
 """
 
 from data.config import DataConfig
+from data.open_corpora import OPEN_CORPORA
 from pipelines.recipe import ClusterConfig, Recipe, Stages
 from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.stages import published_stages
 
-CORPORA = (
-    "fineweb-edu", "finemath", "wikipedia", "starcoder", "pes2o",
-    "open-math-instruct-2", "open-code-instruct", "natural-reasoning",
-    "nemotron-chat", "nemotron-tools", "nemotron-stem", "nemotron-safety",
-)  # fmt: skip
-"""Open corpora of the published families; the exact lists of the 6T tokens and of the 28 SFT sets are not published."""
+CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
+"""Every open corpus of the published families that commercial use allows; name `natural-reasoning`, `tulu-3` and
+`wildguardmix` in `data.corpora` beside them, with `data.commercial_only` False, where your use allows them. The shares
+of the domains are the stages' mixtures."""
 NEEDS = """\
 --data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3's special tokens
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
@@ -31,7 +31,7 @@ def published(flavor: str, world_size: int) -> Recipe:
     return Recipe(
         name=flavor.lower(),
         model=FLAVORS[flavor],
-        data=DataConfig(corpora=CORPORA, workers=64),
+        data=DataConfig(corpora=CORPORA, commercial_only=True, near_duplicates_within="shard", workers=64),
         stages=Stages(**published_stages()),
         parallel=ParallelConfig(world_size=world_size, expert_parallel=4, precision="bfloat16"),
         cluster=ClusterConfig(ray_address="auto", cpus_per_worker=8, gpus_per_worker=1, cpus_per_task=8),

@@ -1,24 +1,58 @@
-"""Run the small preparation and die by SIGKILL when a phase is reported done: what a node crash leaves behind."""
+"""Prepare one folder in processes that end badly, one after the other, and print what each left behind (JSON).
 
+    python -m tests.data.killed_prepare SOURCE BENCHMARK_TEXTS OUT
+
+First no file may grow beyond 4 kB, which is what a disk without room does to a process, without filling one. Then the
+process dies by SIGKILL when a phase is reported done, as in a node crash. The processes and their workers are forked
+from this one, to import the libraries once and not seven times.
+"""
+
+import json
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
-from data import corpora
+from data import corpora, execution, shard_writer  # noqa: F401  what the workers would import
 from data.pipeline import prepare
 from tests.data import planted
 
+FORK = multiprocessing.get_context("fork")
+ENDS = (("never", 4096), ("4-near-signatures", None), ("10-join", None))
+"""Phase after which the process dies, and the limit to its files in bytes."""
 
-def main(source: str, benchmark_texts: str, out: str, last_phase: str) -> None:
-    corpora.CATALOGUE.update(planted.planted_corpora(Path(source)))
+
+def end_badly(benchmark_texts: Path, out: Path, last_phase: str, max_file_bytes: int | None) -> None:
+    execution.multiprocessing.get_context = lambda _: FORK
+    if max_file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
     def report(phase: str, done: int, total: int) -> None:
         if phase == last_phase and done >= 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prepare(planted.CONFIG, packages={}, benchmark_texts=Path(benchmark_texts), out=Path(out), report=report)
+    prepare(planted.CONFIG, packages={}, benchmark_texts=benchmark_texts, out=out, report=report)
+
+
+def main(source: Path, benchmark_texts: Path, out: Path) -> None:
+    corpora.CATALOGUE.update(planted.planted_corpora(source))
+    marker = out / "work/logs/1-read-and-filter/completions/00000"
+    left = []
+    for end in ENDS:
+        process = FORK.Process(target=end_badly, args=(benchmark_texts, out, *end))
+        process.start()
+        process.join()
+        left.append(
+            {
+                "exitcode": process.exitcode,
+                "finished": (out / "data_manifest.json").exists(),
+                "first_step_done_at": marker.stat().st_mtime_ns if marker.exists() else None,
+            }
+        )
+    print(json.dumps(left))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*map(Path, sys.argv[1:]))

@@ -35,6 +35,7 @@ def test_smoke_config_passes_and_its_estimate_is_tens_of_megabytes():
         ({"decontaminate_ngram": 2}, r"data\.decontaminate_ngram = 2: must be at least 5"),
         ({"shard_bytes": 100}, r"data\.shard_bytes = 100"),
         ({"shard_bytes": 1 << 32}, r"data\.shard_bytes"),
+        ({"near_duplicates_within": "dump"}, r"data\.near_duplicates_within = 'dump': .*all, corpus, shard"),
         ({"workers": 0}, r"data\.workers = 0"),
         ({"tokenizer": TokenizerConfig(train_vocab_size=100)}, r"data\.tokenizer\.train_vocab_size = 100: .*264"),
         ({"tokenizer": TokenizerConfig(path="/nowhere")}, r"data\.tokenizer\.path = '/nowhere': .* does not exist"),

@@ -10,7 +10,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from data.config import FILTERS, DataConfig
 from data.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
 from data.decontaminate import DecontaminationFilter, build_index
-from data.filters import PIIRedaction, chosen_filters, quality_filters
+from data.filters import PIIRedaction, TextRepair, chosen_filters, quality_filters
 from data.language import provenance, unpack_model
 from pipelines.packages import fetch
 from tests.data.planted import page
@@ -62,6 +62,15 @@ def test_addresses_are_redacted_in_prose_and_not_in_code():
     assert "jane.doe" not in prose.text and "8.8.8.8" not in prose.text and "192.168.0.1" in prose.text
     assert code.text == text
     assert block.stats["redacted"].total == 1 and plain.text == "Nothing here."
+
+
+def test_wrongly_decoded_text_is_repaired_in_prose_and_not_in_code():
+    broken = "The cafÃ© isnâ€™t open &amp; the\x1b[36m river\x00 rises.\r\nA “quoted” ﬁne line."
+    block = TextRepair()
+    prose, code, plain = block.run([document(broken), document(broken, "code"), document("Nothing here, “kept”.")])
+    assert prose.text == "The café isn’t open & the river rises.\nA “quoted” ﬁne line."
+    assert code.text == broken and plain.text == "Nothing here, “kept”."
+    assert block.stats["repaired"].total == 1
 
 
 @pytest.fixture

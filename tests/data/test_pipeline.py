@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from data import mds
 from data.pipeline import prepare
+from data.verify import verify
 from tests.data.planted import CONFIG, NUM_PAGES, Preparation, plant
 
 REPOSITORY = Path(__file__).parents[2]
@@ -161,30 +162,32 @@ def test_working_files_are_gone_and_every_phase_was_reported_done(prepared):
     assert json.loads((prepared.out / "data_manifest.json").read_text()) == prepared.manifest
 
 
-@pytest.mark.parametrize("last_phase", ["4-near-signatures", "10-join"])
-def test_resumes_after_sigkill_with_the_same_result(prepared, tmp_path, monkeypatch, last_phase):
+def test_a_full_disk_and_two_kills_change_nothing(prepared, tmp_path, monkeypatch):
+    """One folder through all of them: each run goes on where the one before was cut off."""
     out = tmp_path / "out"
-    arguments = [prepared.source, prepared.benchmark_texts, out, last_phase]
-    script = [sys.executable, "-m", "tests.data.killed_prepare", *map(str, arguments)]
-    killed = subprocess.run(script, cwd=REPOSITORY, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not (out / "data_manifest.json").exists()
-    marker = out / "work" / "logs" / "1-read-and-filter" / "completions" / "00000"
-    done_at = marker.stat().st_mtime_ns
+    script = [sys.executable, "-m", "tests.data.killed_prepare", prepared.source, prepared.benchmark_texts, out]
+    ended = subprocess.run(list(map(str, script)), cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    full, *killed = json.loads(ended.stdout)
+    assert full == {"exitcode": 1, "finished": False, "first_step_done_at": None}
+    assert "data step '1-read-and-filter': ranks" in ended.stderr and "File too large" in ended.stderr
+    assert [end["exitcode"] for end in killed] == [-signal.SIGKILL] * 2, ended.stderr
+    assert not any(end["finished"] for end in killed)
 
     plant(monkeypatch, prepared.source)
-    seen = []
+    marker = out / "work" / "logs" / "1-read-and-filter" / "completions" / "00000"
+    seen = {end["first_step_done_at"] for end in killed}
 
     def report(phase, done, total):
         if marker.exists():
-            seen.append(marker.stat().st_mtime_ns)
+            seen.add(marker.stat().st_mtime_ns)
 
     manifest = prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=report)
     assert manifest == prepared.manifest
-    assert set(seen) == {done_at}  # the first step was not run again
-    assert not list(out.rglob("*.partial"))
+    assert len(seen) == 1  # the first step was not run again
+    assert not list(out.rglob("*.partial")) and not (out / ".lock").exists()
     for index in prepared.out.rglob("index.json"):
         assert (out / index.relative_to(prepared.out)).read_text() == index.read_text()
+    verify(out)
 
 
 def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):

@@ -17,10 +17,17 @@ def test_a_plan_worked_out_by_hand():
     assert plan.cluster_memory_bytes == 2_000_000_000
     assert plan.shards == 418  # 28e9 / 2^26 = 417.2
     assert plan.files == 423
-    assert plan.storage_bytes == 17_500_000_000
-    assert plan.shard_object_bytes == 2**26 / 4 * 2.5
+    assert plan.storage_bytes == 12_250_000_000
+    assert plan.shard_object_bytes == 2**26 / 4 * 1.75
     assert plan.work_bytes == 42_000_000_000 + 10_000_000_000
     assert plan.hours_on(100) == pytest.approx(17.5 / 100 + 1.75 / 100 + 200 / 3600)
+
+
+def test_groups_bound_the_one_task_and_nothing_else():
+    whole, parts = plan_data(1e12, RATES), plan_data(1e12, RATES, largest_group=1 / 64)
+    assert parts.cluster_memory_bytes == pytest.approx(whole.cluster_memory_bytes / 64)
+    assert parts.cluster_hours == pytest.approx(whole.cluster_hours / 64)
+    assert (parts.work_bytes, parts.clean_core_hours) == (whole.work_bytes, whole.clean_core_hours)
 
 
 def test_twice_the_tokens_cost_twice_as_much():
@@ -29,7 +36,10 @@ def test_twice_the_tokens_cost_twice_as_much():
         assert getattr(two, name) == pytest.approx(2 * getattr(one, name))
 
 
-@pytest.mark.parametrize(("change", "message"), [({"tokens": 0}, "tokens is 0"), ({"kept": 0.0}, "kept is 0.0")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tokens": 0}, "tokens is 0"), ({"kept": 0.0}, "kept is 0.0"), ({"largest_group": 2}, "largest_group is 2")],
+)
 def test_nonsense_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         plan_data(**{"tokens": 1e9, "rates": RATES} | change)

@@ -217,6 +217,12 @@ PUBLISHED_ROWS = {
         "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "[f()]"}],
     },
     "hermes-function-calling": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "open-thoughts": {
+        "difficulty": None,
+        "source": "stackexchange",
+        "domain": "math",
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    },
     "xlam-function-calling": {"query": "q", "tools": '[{"name": "f"}]', "answers": '[{"name": "f"}]', "id": 1},
     "nemotron-safety": {"input": [{"role": "user", "content": "q"}], "output": "a"},
     "wildguardmix": {"prompt": "q", "response": "a", "response_harm_label": "unharmful", "adversarial": True},

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from data.check import check, estimate_bytes
+from data.open_corpora import OPEN_CORPORA
 from pipelines.preflight import check_disk, estimate_disk
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
@@ -132,3 +134,16 @@ def test_recipe_as_dict_is_json_ready(smoke):
     tree = to_dict(smoke)
     assert tree["data"]["corpora"] == list(smoke.data.corpora)
     assert tree["stages"]["qat"]["qat"] == {"group_size": 32, "expert_group_axis": "in", "expert_group_size": None}
+
+
+@pytest.mark.parametrize("name", ["s", "m", "l"])
+def test_published_recipes_name_the_catalogue_but_for_non_commercial_sets(name):
+    config = RECIPES[name].build().data
+    left_out = {corpus.name for corpus in OPEN_CORPORA} - set(config.corpora)
+    assert left_out == {"natural-reasoning", "tulu-3", "wildguardmix"}
+    assert config.commercial_only
+    assert all(corpus in RECIPES[name].needs for corpus in config.corpora)
+    with pytest.raises(ValueError, match=r"natural-reasoning.*non-commercial"):
+        check(replace(config, corpora=(*config.corpora, "natural-reasoning")))
+    # The web alone is 22.6 TB of text, of which compressed copies and shards lie on disk at once.
+    assert 40e12 < estimate_bytes(config) < 60e12

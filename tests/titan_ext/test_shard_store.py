@@ -4,7 +4,10 @@ import json
 import logging
 import multiprocessing
 import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from data import mds
-from tests.titan_ext.stage_of_shards import G, build, sequences, write_domain
+from tests.titan_ext.stage_of_shards import MIXTURE, G, build, sequences, write_domain
 from titan_ext.shard_store import VOCABULARY_KEY
 from titan_ext.streaming_loader import StreamingLoader, vocabulary_sha256
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def tokenizer(folder, words: list[str]) -> HuggingFaceTokenizer:
@@ -87,8 +92,7 @@ def _read_with_little_room(stage, cache, result):
 
 
 def test_a_full_cache_disk_is_named_and_the_next_start_goes_on(stage, cache, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["titan_ext.streaming_loader"])
+    context = multiprocessing.get_context("fork")
     (tmp_path / "full").mkdir()
     build(stage, tmp_path / "full")  # the indexes, which are larger than the limit, are there
     result = context.Queue()
@@ -116,3 +120,12 @@ def test_an_index_that_miscounts_a_shard_is_refused(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"shard\.00000"):
         sequences([build(tmp_path / "s", tmp_path / "cache", mixture={"web": 1.0})], 2 * G)
+
+
+def test_a_process_that_ends_while_shards_are_prepared_ends_well(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in MIXTURE:
+        write_domain(tmp_path / "s" / name, rng.integers(0, 50_000, (200, 2000)), size_limit=1 << 17)
+    script = [sys.executable, "-m", "tests.titan_ext.end_while_prefetching", tmp_path / "s", tmp_path / "caches", "3"]
+    ended = subprocess.run(list(map(str, script)), cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ended.stdout == "{0: 3}\n", ended.stderr

@@ -1,0 +1,44 @@
+"""Near duplicates are sought in the groups that were asked for, and nowhere else."""
+
+from dataclasses import replace
+
+import pytest
+from datatrove.data import Document
+
+from data import dedup
+from data.corpora import CATALOGUE
+from data.corpus import Unit
+from tests.data.planted import page
+
+BOOKS = replace(CATALOGUE["c4-sample"], name="books", shards=2)
+WEB, NOTHING = (replace(BOOKS, name=name, shards=1) for name in ("web", "nothing"))
+UNITS = [Unit(BOOKS, "", 0, 0), Unit(BOOKS, "", 1, 0), Unit(WEB, "", 0, 0), Unit(NOTHING, "", 0, 0)]
+
+
+def near(number: int) -> str:
+    return page(number).replace("The ", "Our ", 1)
+
+
+TEXTS = [
+    [page(1), page(2), near(1)],  # repeats itself
+    [near(2), page(3)],  # repeats the shard before
+    [page(3), near(3), page(4)],  # repeats the other corpus, and itself
+    [],  # nothing was left of it
+]
+
+
+@pytest.mark.parametrize(("within", "kept"), [("all", 4), ("corpus", 5), ("shard", 6)])
+def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
+    groups = dedup.near_groups(UNITS, within)
+    documents = [[Document(text=text, id=str(i)) for i, text in enumerate(texts)] for texts in TEXTS]
+    for rank, found in enumerate(documents):
+        dedup.near_signature(tmp_path, groups).run(found, rank, len(UNITS))
+    for block, tasks in (dedup.near_buckets(tmp_path, groups), dedup.near_cluster(tmp_path, groups)):
+        for rank in range(tasks):
+            block.run(None, rank, tasks)
+    left = [
+        [document.text for document in dedup.near_filter(tmp_path).run(found, rank, len(UNITS))]
+        for rank, found in enumerate(documents)
+    ]
+    assert sum(map(len, left)) == kept
+    assert page(4) in left[2]
