@@ -27,7 +27,9 @@ BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|begin_of_text|>", "<|end_of_text|>", "<|fin
 TURN_END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 """Generation stops at these as well as at EOS_TOKEN."""
 
-_CODE_FILES = ("configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "modeling_mobilemoe.py")
+_CODE_FILES = (
+    "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "packed_mobilemoe.py", "modeling_mobilemoe.py",
+)  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
     "AutoModel": "modeling_mobilemoe.MobileMoEModel",

@@ -1,8 +1,9 @@
 """MobileMoE (arXiv 2605.27358) for transformers 4.57; travels inside every exported folder.
 
 Loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
-they are loaded: q * scale is exact in float32 and rounded once in bfloat16. Activations are NOT quantized here, while
-the device and quantization-aware training round them to INT8 per token: this model is the weight-only reading.
+they are loaded, or with `keep_int4=True` when they are used: q * scale is exact in float32 and rounded once in
+bfloat16. Activations are NOT quantized here, while the device and quantization-aware training round them to INT8 per
+token: this model is the weight-only reading.
 
 Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
 E experts, K experts a token, F hidden width of an expert.
@@ -27,6 +28,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
+from .packed_mobilemoe import fill_packed
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
@@ -138,7 +140,7 @@ class MobileMoEExperts(nn.Module):
         """Sort the tokens by expert, run the experts that were hit, and sum each token's K outputs in float32."""
         top_k = experts_TK.shape[1]
         order = experts_TK.flatten().argsort(stable=True)
-        counts = torch.bincount(experts_TK.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
+        counts = torch.bincount(experts_TK.flatten(), minlength=len(self.gate_up_proj)).tolist()
         outputs = []
         for expert, x in enumerate(x_TD[order // top_k].split(counts)):
             if counts[expert]:
@@ -206,13 +208,17 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             module.down_proj.data.normal_(mean=0.0, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, **kwargs):
-        """As transformers' own, with two differences.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, keep_int4=False, **kwargs
+    ):
+        """As transformers' own, with three differences.
 
         A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused (ValueError naming
         tensor and expectation) instead of being completed with random weights. A checkpoint whose config.json has
         `quantization` is dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key,
-        so that saving it writes what it is.
+        so that saving it writes what it is. With `keep_int4` the weights stay packed, which takes a quarter of the
+        memory of bfloat16 and longer a token (`packed_mobilemoe`); of the other options it takes `dtype`,
+        `attn_implementation` and `generation_config`.
         """
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
         if not isinstance(config, MobileMoEConfig):
@@ -238,26 +244,64 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         if not any(name.startswith("model.") for name in found):  # saved from MobileMoEModel, without the head's prefix
             found = {f"model.{name}": tensor for name, tensor in found.items()}
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
+        if keep_int4:
+            return cls._with_packed_weights(where, found, config, hub, **kwargs)
         if config.quantization is None:
             name_or_path = pretrained_model_name_or_path
             return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
         return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
 
     @classmethod
+    def _with_packed_weights(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, **kwargs):
+        if config.quantization is None:
+            raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
+        dtype = _dtype_of(kwargs, config)
+        generation_config = cls._generation_config(where, hub, kwargs)
+        attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+        if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "generation_config"}):
+            raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype, **attention)
+        fill_packed(model, packed, "" if cls.can_generate() else "model.", dtype)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        model.name_or_path = model.config.name_or_path = where
+        return model.eval()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' own; ValueError for packed weights, whose folder is there already."""
+        if self.config.quantization is not None:
+            raise ValueError(f"the weights are packed (keep_int4): copy the folder they come from, {self.name_or_path}")
+        return super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _generation_config(cls, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
+        """The one given, or the folder's; transformers does not look for it where it gets no folder's name."""
+        if "generation_config" in kwargs:
+            return kwargs["generation_config"]
+        if cls.can_generate() and _has_file(where, GENERATION_CONFIG_NAME, hub):
+            return GenerationConfig.from_pretrained(where, **hub)
+        return None
+
+    @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        dtype = config.dtype if dtype == "auto" else dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        tensors = dequantize_state_dict(packed, config, dtype or torch.float32)
+        tensors = dequantize_state_dict(packed, config, _dtype_of(kwargs, config))
         config = copy.deepcopy(config)
         config.quantization = None
-        # Without a folder's name, which would make transformers read the packed files, it does not look for this one.
-        if cls.can_generate() and "generation_config" not in kwargs and _has_file(where, GENERATION_CONFIG_NAME, hub):
-            kwargs["generation_config"] = GenerationConfig.from_pretrained(where, **hub)
+        # Without a folder's name, which would make transformers read the packed files.
+        if (generation_config := cls._generation_config(where, hub, kwargs)) is not None:
+            kwargs["generation_config"] = generation_config
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = where
         return loaded
+
+
+def _dtype_of(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
+    """The dtype asked for; float32 if none is."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = config.dtype if dtype == "auto" else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
 
 
 def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
