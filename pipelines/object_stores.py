@@ -1,9 +1,9 @@
 """s3:// and gs:// for fsspec over boto3 and google-cloud-storage, which mosaicml-streaming brings along.
 
-fsspec's own, s3fs and gcsfs, do not install beside it: s3fs's aiobotocore wants an older botocore than boto3 has, gcsfs a
-newer google-cloud-storage than mosaicml-streaming takes. Here is what publishing and fetching ask of a file system:
-sizes, ranges, whole files. Accounts and endpoints are found as the loader finds them: AWS_* and S3_ENDPOINT_URL, Google's
-default credentials.
+fsspec's own, s3fs and gcsfs, do not install beside it: s3fs's aiobotocore wants an older botocore than boto3 has,
+gcsfs a newer google-cloud-storage than mosaicml-streaming takes. Here is what publishing and fetching ask of a file
+system: sizes, ranges, whole files. Accounts and endpoints are found as the loader finds them: AWS_* and
+S3_ENDPOINT_URL, Google's default credentials.
 """
 
 import os

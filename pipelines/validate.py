@@ -211,8 +211,8 @@ def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
     if not recipe.data.tokenizer.path:
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
+    from eval.export.dimensions import dims_from_config
     from eval.export.hf import read_config
-    from eval.export.import_hf import dims_from_config
 
     try:
         found = dataclasses.asdict(dims_from_config(read_config(folder)))

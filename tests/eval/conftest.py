@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from eval import prompts
 from eval.config import ExportConfig
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main

@@ -13,7 +13,8 @@ from eval.config import ExportConfig
 from eval.export.device_model import DenseDims, dense_transformer, moe_transformer, weights_read
 from eval.export.device_program import DeviceProgram
 from eval.export.device_weights import DeviceWeights, open_folder
-from eval.export.hf import config_from_dims, verify_checksums
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import verify_checksums
 from eval.export.int4 import dequantize_folder, write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import REFUSED, main

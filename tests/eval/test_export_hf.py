@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.config import ExportConfig
-from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_checksums, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import TensorFiles, verify_checksums, write_checksums, write_hf_folder
 from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from eval.config import ExportConfig
-from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import TensorFiles, verify_checksums, write_hf_folder
 from eval.export.int4 import (
     SCALES_FILE,
     dequantize_folder,
@@ -28,6 +29,8 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_s
 from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from titan_ext.qat import fake_quantize_weight
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = config_from_dims(DIMS)
 AXES = ["in", "out"]

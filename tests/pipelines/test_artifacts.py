@@ -124,7 +124,7 @@ def test_object_stores_interrupted_both_ways(store, run, tmp_path, monkeypatch):
     part = tmp_path / "back.partial" / "model.safetensors.part"
     part.parent.mkdir()
     part.write_bytes(b"x" + whole[1:50_000])
-    with pytest.raises(ValueError, match="model.safetensors has SHA-256"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
         fetch(store.address, tmp_path / "back")
     assert not part.exists(), "the first half came from elsewhere and must not be believed twice"
     part.write_bytes(whole[:50_000])
@@ -135,7 +135,7 @@ def test_damage_in_an_object_store_is_refused_and_mended(store, run, tmp_path):
     artifact: Path = run / "artifacts" / "int4"
     publish(artifact, store.address)
     store.put("model.safetensors", b"other")
-    with pytest.raises(ValueError, match="model.safetensors has SHA-256"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
         fetch(store.address, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     publish(artifact, store.address)
