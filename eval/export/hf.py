@@ -28,7 +28,8 @@ TURN_END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 """Generation stops at these as well as at EOS_TOKEN."""
 
 _CODE_FILES = (
-    "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "packed_mobilemoe.py", "modeling_mobilemoe.py",
+    "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py",
+    "modeling_mobilemoe.py",
 )  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",

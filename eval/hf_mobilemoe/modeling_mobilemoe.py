@@ -17,20 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import check_model_inputs
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
+from .loading_mobilemoe import HUB_OPTIONS, checkpoint_files, dtype_of, generation_config_of
 from .packed_mobilemoe import fill_packed
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
@@ -220,9 +218,9 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         memory of bfloat16 and longer a token (`packed_mobilemoe`); of the other options it takes `dtype`,
         `attn_implementation` and `generation_config`.
         """
-        hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         if not isinstance(config, MobileMoEConfig):
-            keys = [key for key in kwargs if key not in (*_HUB_OPTIONS, "dtype", "torch_dtype")]
+            keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
             config, unused = MobileMoEConfig.from_pretrained(
                 config or pretrained_model_name_or_path,
                 return_unused_kwargs=True,
@@ -232,7 +230,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             kwargs |= unused
         where = str(pretrained_model_name_or_path or "the state dict")
         if state_dict is None:
-            files = _checkpoint_files(where, hub)
+            files = checkpoint_files(where, hub)
             map_location = "meta" if config.quantization is None else "cpu"
             found = {n: t for file in files for n, t in load_state_dict(file, map_location=map_location).items()}
         else:
@@ -255,10 +253,12 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
     def _with_packed_weights(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, **kwargs):
         if config.quantization is None:
             raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
-        dtype = _dtype_of(kwargs, config)
-        generation_config = cls._generation_config(where, hub, kwargs)
+        dtype = dtype_of(kwargs, config)
+        generation_config = generation_config_of(cls, where, hub, kwargs)
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
-        if unknown := sorted(kwargs.keys() - {"dtype", "torch_dtype", "generation_config"}):
+        # The last two are what the Auto classes pass on.
+        taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
+        if unknown := sorted(kwargs.keys() - taken):
             raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
         with torch.device("meta"):
             model = cls._from_config(config, dtype=dtype, **attention)
@@ -275,45 +275,17 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
-    def _generation_config(cls, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
-        """The one given, or the folder's; transformers does not look for it where it gets no folder's name."""
-        if "generation_config" in kwargs:
-            return kwargs["generation_config"]
-        if cls.can_generate() and _has_file(where, GENERATION_CONFIG_NAME, hub):
-            return GenerationConfig.from_pretrained(where, **hub)
-        return None
-
-    @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        tensors = dequantize_state_dict(packed, config, _dtype_of(kwargs, config))
+        tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
         config = copy.deepcopy(config)
         config.quantization = None
         # Without a folder's name, which would make transformers read the packed files.
-        if (generation_config := cls._generation_config(where, hub, kwargs)) is not None:
+        if (generation_config := generation_config_of(cls, where, hub, kwargs)) is not None:
             kwargs["generation_config"] = generation_config
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = where
         return loaded
-
-
-def _dtype_of(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
-    """The dtype asked for; float32 if none is."""
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    dtype = config.dtype if dtype == "auto" else dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-
-
-def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
-    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
-
-
-def _checkpoint_files(name_or_path: str, hub: dict) -> list[str]:
-    """Paths of the safetensors files of a folder or hub repository; OSError where there are none."""
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        return [cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)]
-    return get_checkpoint_shard_files(name_or_path, index, **hub)[0]
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):

@@ -90,7 +90,6 @@ def test_a_stage_starts_from_it(bf16, tmp_path):
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_dimensions_survive_config_json(flavor, tmp_path):
-    from eval.export.hf import config_from_dims
 
     config_from_dims(FLAVORS[flavor]).save_pretrained(tmp_path)
     assert dims_from_config(read_config(tmp_path)) == FLAVORS[flavor]
