@@ -11,6 +11,7 @@ Shape suffixes: B batch, L sequence, D model dimension, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
+import spmd_types as spmd
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -57,9 +58,15 @@ class DistilledCrossEntropy(CrossEntropyLoss):
         assert self.teacher_head is not None and global_valid_tokens is not None
         with torch.no_grad():
             teacher_BLV = self.teacher_head(teacher_hidden)
-        kl = kl_divergence(pred, teacher_BLV, labels) / global_valid_tokens
-        mixed = (1 - self.weight) * cross_entropy + self.weight * kl
-        return mixed + (cross_entropy - mixed).detach(), metrics | {"kl_mean": kl.detach()}
+        is_type_checking = spmd.is_type_checking()
+        with spmd.no_typecheck():  # as torchtitan divides: its types do not know a quotient by a plain number
+            kl = kl_divergence(pred, teacher_BLV, labels) / global_valid_tokens
+            mixed = (1 - self.weight) * cross_entropy + self.weight * kl
+            loss, kl = mixed + (cross_entropy - mixed).detach(), kl.detach()
+            if is_type_checking:
+                for value in (loss, kl):
+                    spmd.assert_type(value, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
+        return loss, metrics | {"kl_mean": kl}
 
 
 def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
