@@ -71,8 +71,8 @@ class DistilledCrossEntropy(CrossEntropyLoss):
 
 def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) in nats of the distributions of these logits, summed over tokens that have a label."""
-    student_BLV, teacher_BLV = (F.log_softmax(x.float(), dim=-1) for x in (student_BLV, teacher_BLV))
-    kl_BL = F.kl_div(student_BLV, teacher_BLV, log_target=True, reduction="none").sum(-1)
+    log_student_BLV, log_teacher_BLV = (F.log_softmax(x.float(), dim=-1) for x in (student_BLV, teacher_BLV))
+    kl_BL = F.kl_div(log_student_BLV, log_teacher_BLV, log_target=True, reduction="none").sum(-1)
     return (kl_BL * (labels_BL != IGNORE_INDEX)).sum()
 
 
