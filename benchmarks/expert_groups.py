@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from eval.export.dimensions import dims_from_config
 from eval.export.hf import TensorFiles, read_config, write_hf_folder
-from eval.export.import_hf import dims_from_config
 from eval.export.int4 import quantize_int4
 from eval.export.moe_blob import blob_bytes
 from eval.heldout import heldout_loss

@@ -45,8 +45,8 @@ def export(name: str, part: int, folder: Path) -> None:
     from eval.config import DeviceConfig
     from eval.export.device_model import DenseDims
     from eval.export.device_weights import DeviceWeights
+    from eval.export.dimensions import config_from_dims
     from eval.export.executorch import export_dense, export_moe
-    from eval.export.hf import config_from_dims
     from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
     from tests.eval.tiny_checkpoint import write_tokenizer
 

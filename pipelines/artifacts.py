@@ -14,6 +14,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from eval.export.hf import CHECKSUMS, verify_checksums
+from pipelines import object_stores  # noqa: F401  (registers s3:// and gs://)
 
 CHUNK_BYTES = 8 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")

@@ -164,6 +164,12 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
     if stage.qat is not None:
         yield from _groups(f"{prefix}.qat", stage.qat.group_size, model)
         yield from _expert_groups(f"{prefix}.qat", stage.qat.expert_group_size, model)
+        if parallel.tensor_parallel > 1:
+            rule = f"{prefix}.qat rounds whole tokens to INT8, and tensor parallelism splits them"
+            yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+        if not 0 <= (weight := stage.qat.distillation_weight) <= 1:
+            rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
+            yield Problem(f"{prefix}.qat.distillation_weight", weight, rule, "set 0.5, say, or 0 for no teacher")
 
 
 def _mixture(field: str, mixture: dict[str, float]) -> Iterator[Problem]:
@@ -205,8 +211,8 @@ def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
     if not recipe.data.tokenizer.path:
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
+    from eval.export.dimensions import dims_from_config
     from eval.export.hf import read_config
-    from eval.export.import_hf import dims_from_config
 
     try:
         found = dataclasses.asdict(dims_from_config(read_config(folder)))

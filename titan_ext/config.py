@@ -69,6 +69,8 @@ class QATConfig:
     """Which axis of an expert matrix [out, in] is grouped: `in` is what the device's fused op needs."""
     expert_group_size: int | None = None
     """Group of the routed experts, whose scales cost the device 8 bytes a group; None takes `group_size`."""
+    distillation_weight: float = 0.0
+    """w in loss = (1 - w) cross entropy + w KL from the unquantized model the stage starts from; 0 has no teacher."""
 
 
 @dataclass(frozen=True)

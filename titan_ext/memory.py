@@ -43,6 +43,8 @@ class MemoryEstimate:
     """One chunk of the sequence against the vocabulary."""
     combination: int
     """The routed experts' rows, three times in float32, where the backward pass takes a layer's weighted sum apart."""
+    teacher: int
+    """Its shard of the float32 weights of the model that self-distillation learns from."""
     accumulates: bool
     """Whether gradients of an earlier micro-batch are there when the activations are."""
 
@@ -52,7 +54,7 @@ class MemoryEstimate:
         growing = self.gradients + self.reduction
         falling = self.activations + max(self.logits, self.combination)
         moving = growing + falling if self.accumulates else max(growing, falling)
-        return self.parameters + self.optimizer + self.gathered + moving
+        return self.parameters + self.teacher + self.optimizer + self.gathered + moving
 
 
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
@@ -73,6 +75,7 @@ def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfi
         activations=tokens * dims.n_layers * activation_bytes_per_token(dims, size, stage.capacity_factor),
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
+        teacher=FLOAT32 * shard if stage.qat is not None and stage.qat.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
     )
 

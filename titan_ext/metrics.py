@@ -37,6 +37,8 @@ class StageMetrics(MetricsProcessor):
         self.started = time.perf_counter()
         self.last_logged_step = 0
         self.num_skipped = 0
+        self.kl: float | None = None
+        """Nats a token by which the student is from its teacher, over all ranks; None without a teacher."""
         self.data_statistics: Callable[[], dict[str, Any]] = dict
         """What the loader has handed out on this rank: padding, repeats, tokens by domain."""
 
@@ -69,6 +71,8 @@ class StageMetrics(MetricsProcessor):
         steps, self.last_logged_step = step - self.last_logged_step, step
         layers, means = moe_metrics.collect(self.model_parts, self.parallel_dims)
         scalars = {"moe/router_z": means["z_loss"], "moe/dropped": means["dropped"], "skipped_steps": self.num_skipped}
+        distillation = {} if self.kl is None else {"kl": self.kl}
+        scalars |= {f"distillation/{key}": value for key, value in distillation.items()}
         for i, layer in enumerate(layers):
             scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in LAYER_SCALARS}
         data = self.data_statistics()
@@ -89,6 +93,7 @@ class StageMetrics(MetricsProcessor):
                 "z_loss": means["z_loss"],
                 "dropped": means["dropped"],
                 "skipped_steps": self.num_skipped,
+                **distillation,
                 "seconds": time.perf_counter() - self.started,
             },
         )

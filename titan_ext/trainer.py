@@ -1,14 +1,18 @@
 """torchtitan's Trainer with this project's stage metrics and a guard before every update."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import spmd_types as spmd
 import torch
+import tyro
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from titan_ext.distillation import Teacher
 from titan_ext.metrics import StageMetrics
+from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.update_guard import UpdateGuard
 
 
@@ -37,14 +41,31 @@ class StageTrainer(Trainer):
     class Config(Trainer.Config):
         skip_spikes_sigma: float | None = None
         """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps'."""
+        teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
+        """Unquantized model whose distribution QAT follows; needs checkpoint.initial_load_path and a loss that asks."""
 
     def __init__(self, config: Config):
         self.guard = UpdateGuard(config.skip_spikes_sigma)  # the checkpointer asks for its state from the start
+        if config.teacher is not None and config.checkpoint.initial_load_path is None:
+            raise ValueError(
+                "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
+                "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
+            )
         super().__init__(config)
+        self.teacher: Teacher | None = None
+        if config.teacher is not None:
+            self.teacher = Teacher(config.teacher, config, self.parallel_dims)
+            self.loss_fn.loss_fn.teacher_head = self.teacher.model.lm_head
         self.optimizers = _GuardedOptimizers(self, self.optimizers)
         self.started = False
         self.skip_reason: str | None = None
         self.losses: list[torch.Tensor] = []
+        self.divergences: list[torch.Tensor] = []
+
+    def train(self) -> None:
+        if self.teacher is not None:
+            self.teacher.load(self.config.checkpoint.initial_load_path)
+        super().train()
 
     def train_step(self, data_iterator) -> None:
         assert isinstance(self.metrics_processor, StageMetrics)
@@ -63,6 +84,26 @@ class StageTrainer(Trainer):
             self.losses.clear()
         return loss
 
+    def _forward_backward_body(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor,
+        extra_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """torchtitan's, with the teacher's forward pass before the student's."""
+        if self.teacher is None:
+            return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
+        with self.train_context():
+            teacher_hidden = self.teacher.hidden(inputs, **extra_kwargs)
+            hidden = self.model_parts[0](inputs, **extra_kwargs)
+            loss, metrics = self.loss_fn(hidden, labels, global_valid_tokens, teacher_hidden=teacher_hidden)
+            self.teacher.reshard()
+            with spmd.no_typecheck():
+                loss.backward()
+        self.divergences.append(metrics["kl_mean"])
+        return loss
+
     def _judge_step(self, loss: torch.Tensor) -> None:
         """With all gradients there and none clipped: may this step be taken? Every rank comes to the same answer."""
         grad_norm = dist_utils.clip_grad_norm_(
@@ -71,12 +112,18 @@ class StageTrainer(Trainer):
             foreach=True,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
-        total = float(loss) if loss_mesh is None else dist_utils.dist_sum(loss, loss_mesh)
-        self.skip_reason = self.guard.admit(self.step, total, float(grad_norm))
+        self.skip_reason = self.guard.admit(self.step, self._over_ranks(loss), float(grad_norm))
+        if self.teacher is not None:
+            self.metrics_processor.kl = self._over_ranks(torch.stack(self.divergences).sum())
+            self.divergences.clear()
         self.metrics_processor.num_skipped = self.guard.num_skipped
         if self.skip_reason is not None:
             logger.warning(f"step {self.step} is skipped: {self.skip_reason}")
+
+    def _over_ranks(self, part: torch.Tensor) -> float:
+        """The sum of what every rank's tokens contribute."""
+        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
+        return float(part) if loss_mesh is None else dist_utils.dist_sum(part, loss_mesh)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"guard": self.guard.state_dict()}

@@ -14,6 +14,7 @@ from torchtitan.config.configs import CommConfig, DebugConfig  # noqa: E402
 from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
 
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
+from titan_ext.distillation import DistilledCrossEntropy  # noqa: E402
 from titan_ext.metrics import HeldoutValidator, StageMetrics  # noqa: E402
 from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec  # noqa: E402
 from titan_ext.qat import convert_to_qat  # noqa: E402
@@ -48,12 +49,21 @@ def trainer_config(
         initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
             holds a checkpoint already.
         pad_token_id: token that fills sequences which no further conversation fits.
+
+    Raises:
+        ValueError: QAT under tensor parallelism, or no held-out shards of any domain.
     """
+    if stage.qat is not None and parallel.tensor_parallel > 1:
+        raise ValueError(
+            f"parallel.tensor_parallel = {parallel.tensor_parallel}: it splits tokens, and quantization-aware "
+            "training gives a whole token one INT8 range; set it to 1"
+        )
     return StageTrainer.Config(
         model_spec=model_spec(_model_config(model, stage), flavor),
         hf_assets_path=tokenizer,
         dump_folder=out,
-        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)),
+        loss=ChunkedLossWrapper.Config(loss_fn=_loss_config(model, stage)),
+        teacher=_plain_model_config(model, stage) if _distills(stage) else None,
         optimizer=default_adamw(lr=stage.learning_rate, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=stage.warmup_steps, decay_type=stage.schedule, min_lr_factor=stage.min_lr_factor
@@ -109,13 +119,27 @@ def trainer_config(
 
 
 def _model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
-    config = model_config(
+    config = _plain_model_config(model, stage)
+    return config if stage.qat is None else convert_to_qat(config, stage.qat)
+
+
+def _plain_model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
+    return model_config(
         model,
         z_loss_coefficient=stage.router_z_loss,
         expert_bias_update_rate=stage.expert_bias_update_rate,
         capacity_factor=stage.capacity_factor,
     )
-    return config if stage.qat is None else convert_to_qat(config, stage.qat)
+
+
+def _distills(stage: StageConfig) -> bool:
+    return stage.qat is not None and stage.qat.distillation_weight > 0
+
+
+def _loss_config(model: ModelDims, stage: StageConfig) -> CrossEntropyLoss.Config:
+    if _distills(stage):
+        return DistilledCrossEntropy.Config(global_vocab_size=model.vocab_size, weight=stage.qat.distillation_weight)
+    return CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)
 
 
 def _heldout_config(

@@ -7,7 +7,8 @@ import torch.distributed.checkpoint as dcp
 
 from eval.config import ExportConfig
 from eval.export.device_weights import DeviceWeights
-from eval.export.hf import config_from_dims, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import write_hf_folder
 from eval.export.int4 import layout_of, write_int4_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32
 from titan_ext.config import ModelDims

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
+from eval.export.dimensions import config_from_dims
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -27,34 +27,15 @@ BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|begin_of_text|>", "<|end_of_text|>", "<|fin
 TURN_END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 """Generation stops at these as well as at EOS_TOKEN."""
 
-_CODE_FILES = ("configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "modeling_mobilemoe.py")
+_CODE_FILES = (
+    "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py",
+    "modeling_mobilemoe.py",
+)  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
     "AutoModel": "modeling_mobilemoe.MobileMoEModel",
     "AutoModelForCausalLM": "modeling_mobilemoe.MobileMoEForCausalLM",
 }
-
-
-def config_from_dims(dims: ModelDims, **extra: Any) -> MobileMoEConfig:
-    """The transformers config of a model of these dimensions; `extra` are further keys or other values."""
-    keys = {
-        "vocab_size": dims.vocab_size,
-        "hidden_size": dims.d_model,
-        "intermediate_size": dims.expert_hidden,
-        "intermediate_size_mlp": dims.shared_hidden,
-        "num_hidden_layers": dims.n_layers,
-        "num_attention_heads": dims.n_heads,
-        "num_key_value_heads": dims.n_kv_heads,
-        "head_dim": dims.head_dim,
-        "max_position_embeddings": dims.max_seq_len,
-        "rms_norm_eps": dims.norm_eps,
-        "rope_theta": dims.rope_theta,
-        "rope_scaling": {"rope_type": "llama3"} | asdict(dims.rope_scaling),
-        "num_local_experts": dims.n_experts,
-        "num_experts_per_tok": dims.top_k,
-        "routed_scaling_factor": dims.route_scale,
-    }
-    return MobileMoEConfig(**keys | extra)
 
 
 def write_hf_folder(

@@ -7,39 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from eval.export.dimensions import dims_from_config
 from eval.export.hf import TensorFiles, read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, dequantize_tensors
-from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
-
-
-def dims_from_config(config: MobileMoEConfig) -> ModelDims:
-    """The dimensions a config.json describes: `eval.export.hf.config_from_dims` the other way round.
-
-    Raises:
-        ValueError: it has no llama3 scaling of RoPE, which training always applies.
-    """
-    scaling = dict(config.rope_scaling or {})
-    if scaling.pop("rope_type", scaling.pop("type", None)) != "llama3":
-        raise ValueError(f"config.json: rope_scaling is {config.rope_scaling}; training knows the llama3 type only")
-    return ModelDims(
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        expert_hidden=config.intermediate_size,
-        shared_hidden=config.intermediate_size_mlp,
-        n_experts=config.num_local_experts,
-        top_k=config.num_experts_per_tok,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_position_embeddings,
-        rope_theta=config.rope_theta,
-        rope_scaling=RopeScaling(**scaling),
-        norm_eps=config.rms_norm_eps,
-        route_scale=config.routed_scaling_factor,
-    )
 
 
 def import_folder(folder: Path, out: Path) -> ModelDims:

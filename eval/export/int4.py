@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
-from eval.export.hf import TensorFiles, config_from_dims, new_folder, read_config, write_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import TensorFiles, new_folder, read_config, write_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import (
     check_tensors,
     dequantize_int4,

@@ -1,10 +1,10 @@
 """The model card and the licence note that travel with every artifact."""
 
-from math import prod
 from pathlib import Path
 
-from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
+from eval.export.dimensions import dims_from_config
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from titan_ext.accounting import count_parameters
 
 _CARD = """---
 license: other
@@ -36,21 +36,13 @@ Code in this folder (*.py): the MobileMoE pipeline's, under the pipeline's licen
 
 def write_model_card(folder: Path, config: MobileMoEConfig, form: str) -> None:
     """Write README.md and LICENSE-NOTE.txt into an artifact's folder; `form` says what kind of artifact it is."""
-    total, active = _parameters(config)
+    count = count_parameters(dims_from_config(config))
     library = "executorch" if "ExecuTorch" in form else "transformers"
-    card = _CARD.format(config=config, form=form, library=library, total=_count(total), active=_count(active))
+    card = _CARD.format(
+        config=config, form=form, library=library, total=_count(count.total), active=_count(count.active)
+    )
     (folder / "README.md").write_text(card)
     (folder / "LICENSE-NOTE.txt").write_text(_LICENSE_NOTE)
-
-
-def _parameters(config: MobileMoEConfig) -> tuple[int, int]:
-    """All weights, and those one token uses; the tied embedding counts once, in both."""
-    total = active = 0
-    for name, shape in tensor_shapes(config).items():
-        used = config.num_experts_per_tok / config.num_local_experts if ".experts." in name else 1
-        total += prod(shape)
-        active += round(prod(shape) * used)
-    return total, active
 
 
 def _count(n: int) -> str:

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32, packed_tensors, tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from titan_ext.config import ModelDims

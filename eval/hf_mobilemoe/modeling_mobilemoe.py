@@ -1,8 +1,9 @@
 """MobileMoE (arXiv 2605.27358) for transformers 4.57; travels inside every exported folder.
 
 Loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
-they are loaded: q * scale is exact in float32 and rounded once in bfloat16. Activations are NOT quantized here, while
-the device and quantization-aware training round them to INT8 per token: this model is the weight-only reading.
+they are loaded, or with `keep_int4=True` when they are used: q * scale is exact in float32 and rounded once in
+bfloat16. Activations are NOT quantized here, while the device and quantization-aware training round them to INT8 per
+token: this model is the weight-only reading.
 
 Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
 E experts, K experts a token, F hidden width of an expert.
@@ -16,19 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import check_model_inputs
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+from .loading_mobilemoe import HUB_OPTIONS, checkpoint_files, dtype_of, generation_config_of
+from .packed_mobilemoe import fill_packed
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ class MobileMoEExperts(nn.Module):
         """Sort the tokens by expert, run the experts that were hit, and sum each token's K outputs in float32."""
         top_k = experts_TK.shape[1]
         order = experts_TK.flatten().argsort(stable=True)
-        counts = torch.bincount(experts_TK.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
+        counts = torch.bincount(experts_TK.flatten(), minlength=len(self.gate_up_proj)).tolist()
         outputs = []
         for expert, x in enumerate(x_TD[order // top_k].split(counts)):
             if counts[expert]:
@@ -206,17 +206,21 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             module.down_proj.data.normal_(mean=0.0, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, **kwargs):
-        """As transformers' own, with two differences.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, keep_int4=False, **kwargs
+    ):
+        """As transformers' own, with three differences.
 
         A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused (ValueError naming
         tensor and expectation) instead of being completed with random weights. A checkpoint whose config.json has
         `quantization` is dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key,
-        so that saving it writes what it is.
+        so that saving it writes what it is. With `keep_int4` the weights stay packed, which takes a quarter of the
+        memory of bfloat16 and longer a token (`packed_mobilemoe`); of the other options it takes `dtype`,
+        `attn_implementation` and `generation_config`.
         """
-        hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         if not isinstance(config, MobileMoEConfig):
-            keys = [key for key in kwargs if key not in (*_HUB_OPTIONS, "dtype", "torch_dtype")]
+            keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
             config, unused = MobileMoEConfig.from_pretrained(
                 config or pretrained_model_name_or_path,
                 return_unused_kwargs=True,
@@ -226,7 +230,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             kwargs |= unused
         where = str(pretrained_model_name_or_path or "the state dict")
         if state_dict is None:
-            files = _checkpoint_files(where, hub)
+            files = checkpoint_files(where, hub)
             map_location = "meta" if config.quantization is None else "cpu"
             found = {n: t for file in files for n, t in load_state_dict(file, map_location=map_location).items()}
         else:
@@ -238,38 +242,50 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         if not any(name.startswith("model.") for name in found):  # saved from MobileMoEModel, without the head's prefix
             found = {f"model.{name}": tensor for name, tensor in found.items()}
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
+        if keep_int4:
+            return cls._with_packed_weights(where, found, config, hub, **kwargs)
         if config.quantization is None:
             name_or_path = pretrained_model_name_or_path
             return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
         return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
 
     @classmethod
+    def _with_packed_weights(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, **kwargs):
+        if config.quantization is None:
+            raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
+        dtype = dtype_of(kwargs, config)
+        generation_config = generation_config_of(cls, where, hub, kwargs)
+        attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+        # The last two are what the Auto classes pass on.
+        taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
+        if unknown := sorted(kwargs.keys() - taken):
+            raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype, **attention)
+        fill_packed(model, packed, "" if cls.can_generate() else "model.", dtype)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        model.name_or_path = model.config.name_or_path = where
+        return model.eval()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' own; ValueError for packed weights, whose folder is there already."""
+        if self.config.quantization is not None:
+            raise ValueError(f"the weights are packed (keep_int4): copy the folder they come from, {self.name_or_path}")
+        return super().save_pretrained(*args, **kwargs)
+
+    @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        dtype = config.dtype if dtype == "auto" else dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        tensors = dequantize_state_dict(packed, config, dtype or torch.float32)
+        tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
         config = copy.deepcopy(config)
         config.quantization = None
-        # Without a folder's name, which would make transformers read the packed files, it does not look for this one.
-        if cls.can_generate() and "generation_config" not in kwargs and _has_file(where, GENERATION_CONFIG_NAME, hub):
-            kwargs["generation_config"] = GenerationConfig.from_pretrained(where, **hub)
+        # Without a folder's name, which would make transformers read the packed files.
+        if (generation_config := generation_config_of(cls, where, hub, kwargs)) is not None:
+            kwargs["generation_config"] = generation_config
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = where
         return loaded
-
-
-def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
-    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
-
-
-def _checkpoint_files(name_or_path: str, hub: dict) -> list[str]:
-    """Paths of the safetensors files of a folder or hub repository; OSError where there are none."""
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        return [cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)]
-    return get_checkpoint_shard_files(name_or_path, index, **hub)[0]
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):

@@ -1,6 +1,8 @@
 """Single-threaded torch for small models; a trained miniature and its ExecuTorch program, made once for all tests."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoTokenizer
 
 from eval import prompts
 from eval.config import ExportConfig
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
@@ -19,13 +21,19 @@ ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
 """Tracing takes half a minute a layer, whatever its width."""
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Matrices this small are slower on several threads, much slower on a busy machine."""
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Matrices this small are slower on several threads, much slower on a busy machine, and training them differs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    with single_threaded():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +44,14 @@ def int4_folder(tmp_path_factory):
     ids = torch.tensor(tokenizer(prompts.texts()["knowledge"][:1000])["input_ids"])
     torch.manual_seed(0)
     model = MobileMoEForCausalLM(config_from_dims(ONE_LAYER)).train()
+    with single_threaded():
+        train(model, ids)
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
+
+
+def train(model: MobileMoEForCausalLM, ids: torch.Tensor) -> None:
+    """120 steps on windows of 64 of these tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         starts = torch.randint(len(ids) - 64, (8,)).tolist()
@@ -44,8 +60,6 @@ def int4_folder(tmp_path_factory):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
 
 
 @pytest.fixture(scope="session")

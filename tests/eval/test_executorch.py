@@ -5,16 +5,22 @@ import json
 
 import pytest
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
+from executorch.runtime import Runtime
 from torch import nn
 from transformers import AutoTokenizer
 
 from eval import prompts
 from eval.config import ExportConfig
-from eval.export.device_model import DenseDims, dense_transformer, moe_transformer, weights_read
+from eval.export.device_model import DenseDims, _linear_weight, dense_transformer, moe_transformer, weights_read
 from eval.export.device_program import DeviceProgram
 from eval.export.device_weights import DeviceWeights, open_folder
-from eval.export.hf import config_from_dims, verify_checksums
-from eval.export.int4 import dequantize_folder, write_int4_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.executorch import TransformerPartitioner
+from eval.export.hf import verify_checksums
+from eval.export.int4 import dequantize_folder, quantize_int4, write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import REFUSED, main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
@@ -103,6 +109,38 @@ def test_the_program_computes_what_the_traced_model_does(int4_folder, program_fo
     model = moe_transformer(open_folder(int4_folder), 128, "stock")
     eager = model(torch.tensor([five_prompts[2]]), {"input_pos": torch.tensor([0])})[0]
     assert sqnr(DeviceProgram(program_folder / "model.pte").logits(five_prompts[2], 0), eager) > 35
+
+
+class Residual(nn.Module):
+    """What a block gives to XNNPACK, at its smallest: a norm, a quantized linear, a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(64), nn.Linear(64, 64, bias=False)
+        self.linear.weight = _linear_weight(*quantize_int4(self.linear.weight.detach(), 1, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.silu(self.linear(self.norm(x)))
+
+
+@torch.no_grad()
+def test_the_partitioner_changes_no_bit():
+    """XNNPACK's own partitioner runs sixteen more passes; delegates and numbers are the same."""
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(5, 64)
+    shapes = ({0: torch.export.Dim("tokens", max=64)},)
+    outputs, delegates = [], []
+    for partitioner in (XnnpackPartitioner(), TransformerPartitioner()):
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=True)
+        edge = to_edge_transform_and_lower(
+            program, partitioner=[partitioner], compile_config=EdgeCompileConfig(_check_ir_validity=False)
+        )
+        targets = [str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+        delegates.append(targets)
+        buffer = edge.to_executorch(ExecutorchBackendConfig(passes=[QuantFusionPass()])).buffer
+        outputs.append(Runtime.get().load_program(buffer).load_method("forward").execute((x,))[0].clone())
+    assert torch.equal(*outputs) and delegates[0] == delegates[1]
+    assert any("delegate" in target for target in delegates[0]) and sqnr(outputs[0], model(x)) > 35
 
 
 def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:

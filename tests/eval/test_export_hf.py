@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.config import ExportConfig
-from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_checksums, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import TensorFiles, verify_checksums, write_checksums, write_hf_folder
 from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,9 @@ for folder, out in (sys.argv[1:3], sys.argv[3:5]):
     batch = tokenizer(["the quick brown", "a dog"], return_tensors="pt", padding=True, return_token_type_ids=False)
     generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
     torch.save({"logits": model(batch.input_ids[:1]).logits, "generated": generated}, out)
+    if folder.endswith("int4"):
+        packed = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, keep_int4=True)
+        torch.testing.assert_close(packed(batch.input_ids).logits, model(batch.input_ids).logits)
 """
 
 

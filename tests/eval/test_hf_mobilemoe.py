@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from executorch.examples.models.llama.llama_transformer import construct_transformer
 from executorch.examples.models.llama.model_args import ModelArgs
 
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, MobileMoEModel
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding

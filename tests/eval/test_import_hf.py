@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
 from eval.export.checkpoint import export_bf16, read_checkpoint
+from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.hf import read_config, write_hf_folder
-from eval.export.import_hf import dims_from_config, import_folder
+from eval.export.import_hf import import_folder
 from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from pipelines.cli import main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.launch import train, write_data
@@ -88,7 +90,6 @@ def test_a_stage_starts_from_it(bf16, tmp_path):
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_dimensions_survive_config_json(flavor, tmp_path):
-    from eval.export.hf import config_from_dims
 
     config_from_dims(FLAVORS[flavor]).save_pretrained(tmp_path)
     assert dims_from_config(read_config(tmp_path)) == FLAVORS[flavor]
@@ -127,3 +128,11 @@ def test_incomplete_folders_are_refused_and_leave_nothing(change, words, bf16, t
     with pytest.raises(ValueError, match=words):
         import_folder(folder, tmp_path / "dcp")
     assert not list(tmp_path.glob("dcp*"))
+
+
+def test_no_rope_scaling_is_scaling_by_one():
+    plain = config_from_dims(DIMS, rope_scaling=None)
+    scaled = config_from_dims(dims_from_config(plain))
+    assert scaled.rope_scaling["factor"] == 1.0 and dims_from_config(config_from_dims(DIMS)) == DIMS
+    positions = torch.arange(200)[None]
+    assert torch.equal(rotary_embedding(scaled, positions), rotary_embedding(plain, positions))

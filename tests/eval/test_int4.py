@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from eval.config import ExportConfig
-from eval.export.hf import TensorFiles, config_from_dims, verify_checksums, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import TensorFiles, verify_checksums, write_hf_folder
 from eval.export.int4 import (
     SCALES_FILE,
     dequantize_folder,
@@ -22,11 +23,14 @@ from eval.export.int4 import (
     quantize_state_dict,
     write_int4_folder,
 )
-from eval.hf_mobilemoe import MobileMoEForCausalLM
+from eval.export.sizes import int4_bytes
+from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel, packed_mobilemoe
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_state_dict, packed_tensors, unpack_int4
 from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from titan_ext.qat import fake_quantize_weight
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = config_from_dims(DIMS)
 AXES = ["in", "out"]
@@ -198,6 +202,38 @@ def test_int4_folder_loads_as_its_dequantized_folder(axis, bf16, tmp_path):
     assert low.dtype == torch.bfloat16 and low.model.layers[0].feed_forward.router.weight.dtype == torch.float32
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(MobileMoEForCausalLM.from_pretrained(tmp_path / "saved")(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_packed_weights_give_the_same_numbers(axis, bf16, tmp_path, monkeypatch):
+    """keep_int4 against the model dequantized when it is loaded: weights bit for bit, logits, generated text."""
+    monkeypatch.setattr(packed_mobilemoe, "HEAD_ROWS", 100)
+    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    floats = MobileMoEForCausalLM.from_pretrained(int4)
+    packed = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
+    down, weight = (m.model.layers[1].feed_forward.experts.down_proj for m in (packed, floats))
+    assert len(down) == 8 and torch.equal(down[3], weight[3]) and torch.equal(down[2:4], weight[2:4])
+    tokens = torch.arange(8, 40)[None]
+    torch.testing.assert_close(packed(tokens).logits, floats(tokens).logits, rtol=1e-5, atol=1e-5)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(packed.generate(tokens, **options), floats.generate(tokens, **options))
+    assert packed.generation_config.pad_token_id == floats.generation_config.pad_token_id is not None
+    decoder = MobileMoEModel.from_pretrained(int4, keep_int4=True)
+    torch.testing.assert_close(decoder(tokens)[0], floats.model(tokens)[0], rtol=1e-5, atol=1e-5)
+    assert sum(t.nbytes for t in packed.state_dict().values()) < 1.1 * 2 * int4_bytes(DIMS), "the head is listed twice"
+    low = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True, dtype="auto")
+    assert low(tokens).logits.dtype == torch.bfloat16
+    assert low.model.layers[0].feed_forward.router.weight.dtype == torch.float32
+
+
+def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
+    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    with pytest.raises(ValueError, match=r"keep_int4: .* is not quantized"):
+        MobileMoEForCausalLM.from_pretrained(bf16, keep_int4=True)
+    with pytest.raises(ValueError, match="keep_int4 does not go together with device_map"):
+        MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True, device_map="cpu")
+    with pytest.raises(ValueError, match="copy the folder they come from"):
+        MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True).save_pretrained(tmp_path / "saved")
 
 
 def test_config_states_the_quantization(bf16, tmp_path):

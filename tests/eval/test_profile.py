@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eval import profile_worker, prompts
+from eval.export.dimensions import config_from_dims
 from eval.profile import N_ANSWER, bf16_weights, describe
 from pipelines.cli import DONE, REFUSED, main
 from tests.eval.conftest import ONE_LAYER
@@ -45,7 +46,6 @@ def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
 
 
 def test_weights_that_a_token_reads():
-    from eval.export.hf import config_from_dims
     from titan_ext.accounting import count_parameters
 
     weights = bf16_weights(config_from_dims(DIMS))

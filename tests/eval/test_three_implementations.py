@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from tests.eval.test_hf_mobilemoe import executorch_model, relative_error
 from tests.eval.tiny_checkpoint import DIMS, random_tensors

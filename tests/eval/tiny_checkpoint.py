@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from titan_ext.config import ModelDims, RopeScaling
 

@@ -1,18 +1,22 @@
-"""Publishing and fetching: local folders, fsspec's memory file system and a real HTTP server."""
+"""Publishing and fetching: local folders, fsspec's memory file system and real servers: HTTP, SFTP, S3, GS, a hub."""
 
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import pytest
 
 from eval.export.hf import CHECKSUMS, write_checksums
+from pipelines import artifacts
 from pipelines.artifacts import fetch, parse_checksums, publish
 from pipelines.cli import DONE, REFUSED, main
-from tests.pipelines import sftp_server
+from tests.pipelines import hub_server, sftp_server
+from tests.titan_ext import object_stores
 
 CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 400, "int4/scales.safetensors": b"scales"}
 
@@ -48,6 +52,23 @@ def served(run):
     server.server_close()
 
 
+class Store(NamedTuple):
+    address: str
+    put: Callable[[str, bytes], None]
+
+
+@pytest.fixture(params=["s3", "gs", "hf"])
+def store(request, tmp_path, monkeypatch) -> Store:
+    """An empty store; `put` damages a file of what is published to `address`."""
+    if request.param == "hf":
+        with hub_server.serve(monkeypatch) as content:
+            yield Store(f"hf://{hub_server.REPOSITORY}/run", lambda name, data: content.update({f"run/{name}": data}))
+        return
+    (tmp_path / "nothing").mkdir()
+    with object_stores.STORES[request.param](tmp_path / "nothing", monkeypatch) as found:
+        yield Store(found.address, found.put)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -75,6 +96,50 @@ def test_over_ssh(run, tmp_path):
         partial.mkdir()
         (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
         assert files(fetch(address, tmp_path / "back")) == files(run / "artifacts" / "int4")
+
+
+def test_over_object_stores(store, run, tmp_path):
+    assert publish(run, store.address) == [f"{store.address}/bf16", f"{store.address}/int4"]
+    assert files(fetch(f"{store.address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
+
+
+def test_object_stores_interrupted_both_ways(store, run, tmp_path, monkeypatch):
+    """The second file fails to go; the second call sends it. Of a file half fetched, the other half is asked for."""
+    artifact, send = run / "artifacts" / "int4", artifacts._remote_hash
+    seen = []
+
+    def fail_once(system, remote):
+        seen.append(remote)
+        if len(seen) == 2:
+            raise ConnectionError("cut off")
+        return send(system, remote)
+
+    monkeypatch.setattr(artifacts, "_remote_hash", fail_once)
+    with pytest.raises(ConnectionError):
+        publish(artifact, store.address)
+    with pytest.raises(ValueError, match="has no SHA256SUMS"):
+        fetch(store.address, tmp_path / "back")
+    publish(artifact, store.address)
+    whole = (artifact / "model.safetensors").read_bytes()
+    part = tmp_path / "back.partial" / "model.safetensors.part"
+    part.parent.mkdir()
+    part.write_bytes(b"x" + whole[1:50_000])
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
+        fetch(store.address, tmp_path / "back")
+    assert not part.exists(), "the first half came from elsewhere and must not be believed twice"
+    part.write_bytes(whole[:50_000])
+    assert files(fetch(store.address, tmp_path / "back")) == files(artifact)
+
+
+def test_damage_in_an_object_store_is_refused_and_mended(store, run, tmp_path):
+    artifact: Path = run / "artifacts" / "int4"
+    publish(artifact, store.address)
+    store.put("model.safetensors", b"other")
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
+        fetch(store.address, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    publish(artifact, store.address)
+    assert files(fetch(store.address, tmp_path / "back")) == files(artifact)
 
 
 def test_publishing_again_sends_what_is_missing_or_damaged(run, memory, monkeypatch):

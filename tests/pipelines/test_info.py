@@ -11,6 +11,7 @@ from eval.export.int4 import quantize_folder
 from eval.export.sizes import bf16_bytes, int4_bytes
 from pipelines.cli import main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from titan_ext.config import FLAVORS
 
 
 def tensor_bytes(folder) -> int:
@@ -25,6 +26,19 @@ def test_bytes_are_those_of_an_export(axis, tmp_path):
     int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
     assert bf16_bytes(DIMS) == tensor_bytes(bf16)
     assert int4_bytes(DIMS, expert_group_axis=axis) == tensor_bytes(int4)
+
+
+@pytest.mark.parametrize(("flavor", "total"), [("S", 713_863_008), ("M", 1_590_916_144), ("L", 3_004_279_040)])
+def test_int4_bytes_are_those_of_the_released_layout(flavor, total):
+    """Tensor by tensor as released: nibbles, float16 scales, float32 router, bfloat16 for the rest."""
+    m = FLAVORS[flavor]
+    d, f, e, heads = m.d_model, m.expert_hidden, m.n_experts, m.n_heads * m.head_dim
+    quantized = [d * heads, d * m.n_kv_heads * m.head_dim, d * m.n_kv_heads * m.head_dim, heads * d]
+    quantized += [e * d * 2 * f, e * f * d, m.shared_hidden * d, m.shared_hidden * d, d * m.shared_hidden]
+    layer = sum(n // 2 + n // 32 * 2 for n in quantized) + e * d * 4 + e * 2 + 2 * d * 2
+    embedding = m.vocab_size * d
+    assert m.n_layers * layer + embedding // 2 + embedding // 32 * 2 + d * 2 == total
+    assert int4_bytes(m, expert_group_axis="out") == int4_bytes(m, expert_group_axis="in") == total
 
 
 @pytest.mark.parametrize("flavor", ["S", "M", "L"])

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from test_recipes import change
 
-from eval.export.hf import config_from_dims, read_config, write_hf_folder
+from eval.export.dimensions import config_from_dims
+from eval.export.hf import read_config, write_hf_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from pipelines import graph
 from pipelines.ray_runner import Cluster

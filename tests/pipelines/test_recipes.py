@@ -57,6 +57,8 @@ REFUSALS = [
     ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
     ("parallel.data_parallel_replicate", 3, "parallel.world_size", "multiple of data_parallel_replicate x"),
     ("parallel.tensor_parallel", 4, "parallel.tensor_parallel", "model.n_kv_heads = 2"),
+    ("parallel.tensor_parallel", 2, "parallel.tensor_parallel", "stages.qat.qat rounds whole tokens"),
+    ("stages.qat.qat.distillation_weight", 1.5, "stages.qat.qat.distillation_weight", "between 0 and 1"),
     ("parallel.context_parallel", 0, "parallel.context_parallel", "above 0"),
     ("stages.pretrain.mixture", {"web": 0.5, "math": 0.4}, "stages.pretrain.mixture", "+0.1"),
     ("stages.pretrain.mixture", {"web": 1.5, "math": -0.5}, "stages.pretrain.mixture.math", "between 0 and 1"),
@@ -133,7 +135,9 @@ def test_disk_check_counts_what_is_written(smoke, tmp_path, monkeypatch):
 def test_recipe_as_dict_is_json_ready(smoke):
     tree = to_dict(smoke)
     assert tree["data"]["corpora"] == list(smoke.data.corpora)
-    assert tree["stages"]["qat"]["qat"] == {"group_size": 32, "expert_group_axis": "in", "expert_group_size": None}
+    assert tree["stages"]["qat"]["qat"] == {
+        "group_size": 32, "expert_group_axis": "in", "expert_group_size": None, "distillation_weight": 0.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["s", "m", "l"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.export.hf import config_from_dims
+from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from tests.eval.tiny_checkpoint import DIMS
 from titan_ext.accounting import count_parameters, inference_flops_per_token, kv_cache_bytes, training_flops_per_token

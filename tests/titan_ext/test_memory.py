@@ -58,6 +58,13 @@ def test_static_parts_are_what_fsdp_shards():
     assert replicas.parameters == pytest.approx(2 * total, abs=1), "a replica of two ranks"
 
 
+def test_self_distillation_holds_the_teachers_weights():
+    dims, stage, parallel = FLAVORS["S"], published_stages()["qat"], ParallelConfig(world_size=4)
+    taught = dataclasses.replace(stage, qat=dataclasses.replace(stage.qat, distillation_weight=0.5))
+    plain, distilled = (estimate_memory(dims, each, parallel) for each in (stage, taught))
+    assert distilled.peak - plain.peak == plain.parameters
+
+
 def test_accumulating_ranks_hold_gradients_and_activations_at_once():
     dims, stage = FLAVORS["S"], published_stages()["pretrain"]
     few = estimate_memory(dims, stage, ParallelConfig(world_size=4))

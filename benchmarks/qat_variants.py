@@ -1,0 +1,109 @@
+"""Held-out loss of quantization-aware training in variants, all from the SFT checkpoint of one run.
+
+    python benchmarks/qat_variants.py RUN --out DIR [--variants "qat 32" "qat 32, distilled" ...] [--steps N]
+
+Each variant trains the run's qat stage anew (experts in groups of 32, 64 and 128; with self-distillation) and is
+exported and measured as INT4. Beside them: the SFT model as it is, rounded without training, and trained on for as many
+steps without quantization, which tells what the steps alone do. Finished variants in DIR are not trained again.
+Prints JSON: nats a token over text and over conversations. Experts' widths must be multiples of the groups: a run of
+the smoke recipe needs `--model.expert-hidden 128 --model.shared-hidden 512`.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.config import ExportConfig
+from eval.export.checkpoint import export_bf16, export_int4
+from eval.heldout import heldout_loss
+from tests.titan_ext.launch import train
+from titan_ext.config import ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
+from titan_ext.stage_run import StageRun, final_checkpoint
+
+ROUNDED = {f"sft, rounded {group}": group for group in (32, 64, 128)}
+TRAINED = {
+    "trained on, not quantized": None,
+    "qat 32": QATConfig(),
+    "qat 64": QATConfig(expert_group_size=64),
+    "qat 128": QATConfig(expert_group_size=128),
+    "qat 32, distilled 0.5": QATConfig(distillation_weight=0.5),
+    "qat 32, distilled 1": QATConfig(distillation_weight=1.0),
+}
+VARIANTS = ("sft", *ROUNDED, *TRAINED)
+
+
+class Run:
+    """A run folder that has been trained up to SFT."""
+
+    def __init__(self, folder: Path):
+        recipe = json.loads((folder / "manifest.json").read_text())["recipe"]
+        dims, stages = recipe["model"], recipe["stages"]
+        self.model = ModelDims(**dims | {"rope_scaling": RopeScaling(**dims["rope_scaling"])})
+        self.data = folder / "data"
+        self.sft = final_checkpoint(folder / "stages" / "3_sft", stages["sft"]["steps"])
+        self.stage, self.parallel = StageConfig(**stages["qat"]), ParallelConfig(**recipe["parallel"])
+        self.seed: int = recipe["seed"]
+
+    def train(self, qat: QATConfig | None, steps: int, out: Path) -> Path:
+        """The last checkpoint of the run's qat stage with this quantization."""
+        stage = dataclasses.replace(
+            self.stage, qat=qat, steps=steps, checkpoint_interval=steps, heldout_interval=steps, heldout_batches=1
+        )
+        run = StageRun("qat", self.model, stage, self.parallel, self.data, out, self.sft, self.seed)
+        train(run, out.with_name(f"{out.name}.logs"), timeout=1200)
+        return final_checkpoint(out, steps)
+
+    def export(self, checkpoint: Path, expert_group: int | None, out: Path) -> Path:
+        """The checkpoint as an INT4 folder, or as a BF16 one without `expert_group`."""
+        tokenizer = self.data / "tokenizer"
+        if expert_group is None:
+            return export_bf16(checkpoint, self.model, tokenizer, out, ExportConfig())
+        config = ExportConfig(expert_group_size=expert_group)
+        return export_int4(checkpoint, self.model, tokenizer, out, config, self.parallel.precision)
+
+
+def measure(run: Run, variant: str, steps: int, max_tokens: int, out: Path) -> dict[str, Any]:
+    """Train what the variant trains, and its held-out loss."""
+    checkpoint, group = run.sft, ROUNDED.get(variant)
+    if variant in TRAINED:
+        qat = TRAINED[variant]
+        checkpoint = run.train(qat, steps, out / "stage")
+        group = qat and (qat.expert_group_size or qat.group_size)
+    folder = run.export(checkpoint, group, out / "model")
+    nats = {
+        name: heldout_loss(
+            folder, run.data / "heldout" / shards, max_tokens=max_tokens, batch_size=16,
+            context=run.model.max_seq_len, report=lambda phase, done, total: None,
+        )["loss"]
+        for name, shards in (("text", "pretrain"), ("conversations", "sft"))
+    }  # fmt: skip
+    return nats | {"steps": steps if variant in TRAINED else 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--steps", type=int, help="of each trained variant; the run's qat stage's if not given")
+    parser.add_argument("--max-tokens", type=int, default=100_000)
+    arguments = parser.parse_args()
+    run = Run(arguments.run)
+    for variant in arguments.variants:
+        folder = arguments.out / variant.replace(", ", "-").replace(" ", "-")
+        result = folder / "heldout.json"
+        if not result.exists():
+            nats = measure(run, variant, arguments.steps or run.stage.steps, arguments.max_tokens, folder)
+            result.write_text(json.dumps({variant: nats}) + "\n")
+    found = {
+        name: nats
+        for path in arguments.out.glob("*/heldout.json")
+        for name, nats in json.loads(path.read_text()).items()
+    }
+    print(json.dumps({variant: found[variant] for variant in VARIANTS if variant in found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
