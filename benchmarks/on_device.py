@@ -1,7 +1,7 @@
 """MobileMoE-S beside dense baselines as ExecuTorch programs on this machine: speed, memory, size.
 
-    python benchmarks/on_device.py export --out DIR     # once; a minute or two a program
-    python benchmarks/on_device.py measure --out DIR    # every program in every round; medians, printed as JSON
+    python -m benchmarks.on_device export --out DIR     # once; a minute or two a program
+    python -m benchmarks.on_device measure --out DIR    # every program in every round; medians, printed as JSON
 
 Tracing 20 or 30 layers takes long, so every model is cut to a part of its depth and of its vocabulary, a tenth unless
 `--part` says otherwise: then output projection and layers keep the shares that they have in the whole model, and ratios

@@ -1,6 +1,6 @@
 """Held-out loss of quantization-aware training in variants, all from the SFT checkpoint of one run.
 
-    python benchmarks/qat_variants.py RUN --out DIR [--variants "qat 32" "qat 32, distilled" ...] [--steps N]
+    python -m benchmarks.qat_variants RUN --out DIR [--variants "qat 32" "qat 32, distilled" ...] [--steps N]
 
 Each variant trains the run's qat stage anew (experts in groups of 32, 64 and 128; with self-distillation) and is
 exported and measured as INT4. Beside them: the SFT model as it is, rounded without training, and trained on for as many
