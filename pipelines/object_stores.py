@@ -30,7 +30,7 @@ class ObjectStore(AbstractFileSystem):
 
     @abstractmethod
     def upload(self, local: str, bucket: str, key: str) -> None:
-        """Send a file; the object appears when it is complete."""
+        """Send a file; the object appears when it is complete. ValueError where the store refuses it."""
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         path = self._strip_protocol(path)
@@ -85,7 +85,12 @@ class S3FileSystem(ObjectStore):
         return self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"].read()
 
     def upload(self, local: str, bucket: str, key: str) -> None:
-        self._client.upload_file(local, bucket, key)
+        from boto3.exceptions import S3UploadFailedError
+
+        try:
+            self._client.upload_file(local, bucket, key)
+        except S3UploadFailedError as error:
+            raise ValueError(f"s3://{bucket}/{key} cannot be written: {error}; check the bucket's name") from error
 
 
 class GSFileSystem(ObjectStore):
@@ -109,7 +114,12 @@ class GSFileSystem(ObjectStore):
         return self._client.bucket(bucket).blob(key).download_as_bytes(start=start, end=end - 1)
 
     def upload(self, local: str, bucket: str, key: str) -> None:
-        self._client.bucket(bucket).blob(key).upload_from_filename(local)
+        from google.api_core.exceptions import ClientError
+
+        try:
+            self._client.bucket(bucket).blob(key).upload_from_filename(local)
+        except ClientError as error:
+            raise ValueError(f"gs://{bucket}/{key} cannot be written: {error}; check the bucket's name") from error
 
 
 for _kind in (S3FileSystem, GSFileSystem):

@@ -237,3 +237,11 @@ def test_the_commands(run, tmp_path, capsys):
     assert files(tmp_path / "back") == files(run / "artifacts" / "bf16")
     assert main(["publish", str(tmp_path), str(tmp_path / "shelf")]) == REFUSED
     assert "neither an artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_bucket_that_is_not_there_is_refused_by_name(run, kind, tmp_path, monkeypatch, capsys):
+    (tmp_path / "nothing").mkdir()
+    with object_stores.STORES[kind](tmp_path / "nothing", monkeypatch):
+        assert main(["publish", str(run / "artifacts" / "int4"), f"{kind}://nobodys/models"]) == REFUSED
+    assert "nobodys/models/config.json cannot be written" in " ".join(capsys.readouterr().err.split())
