@@ -5,8 +5,9 @@
 Each variant trains the run's qat stage anew (experts in groups of 32, 64 and 128; with self-distillation) and is
 exported and measured as INT4. Beside them: the SFT model as it is, rounded without training, and trained on for as many
 steps without quantization, which tells what the steps alone do. Finished variants in DIR are not trained again.
-Prints JSON: nats a token over text and over conversations. Experts' widths must be multiples of the groups: a run of
-the smoke recipe needs `--model.expert-hidden 128 --model.shared-hidden 512`.
+Prints JSON: nats a token over text and over conversations, and the megabytes that the experts of flavor S take in a
+program with groups of each size. Experts' widths must be multiples of the groups: a run of the smoke recipe needs
+`--model.expert-hidden 128 --model.shared-hidden 512`.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from typing import Any
 
 from eval.config import ExportConfig
 from eval.export.checkpoint import export_bf16, export_int4
+from eval.export.moe_blob import blob_bytes
 from eval.heldout import heldout_loss
 from tests.titan_ext.launch import train
-from titan_ext.config import ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
+from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
 from titan_ext.stage_run import StageRun, final_checkpoint
 
 ROUNDED = {f"sft, rounded {group}": group for group in (32, 64, 128)}
@@ -102,7 +104,18 @@ def main() -> None:
         for path in arguments.out.glob("*/heldout.json")
         for name, nats in json.loads(path.read_text()).items()
     }
-    print(json.dumps({variant: found[variant] for variant in VARIANTS if variant in found}, indent=2))
+    variants = {variant: found[variant] for variant in VARIANTS if variant in found}
+    print(json.dumps({"experts_of_s_mb": experts_of_s_mb(), "variants": variants}, indent=2))
+
+
+def experts_of_s_mb() -> dict[int, float]:
+    """Group size -> megabytes of the packed experts of flavor S."""
+    S = FLAVORS["S"]
+    d, f = S.d_model, S.expert_hidden
+    return {
+        group: S.n_layers * S.n_experts * (blob_bytes(2 * f, d, group) + blob_bytes(d, f, group)) / 1e6
+        for group in ROUNDED.values()
+    }
 
 
 if __name__ == "__main__":
