@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     result = {}
-    for group_size in (32, 128):
+    for group_size in (32, 64, 128):
         found = calls(group_size)
         for threads in (1, 2):
             portable_lib._unsafe_reset_threadpool(threads)
