@@ -82,12 +82,7 @@ def together(layout: str, shards: Path, cache: Path, tokens: int) -> float:
         )
         for rank in range(world)
     ]
-    for process in processes:
-        process.start()
-    total = sum(result.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return total
+    return two_cores.total(result, processes)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
@@ -59,13 +60,17 @@ def rate(work: Callable[[], None], cores: list[int]) -> float:
     """Times a second, summed over one process on each of the cores."""
     context = multiprocessing.get_context("fork")
     barrier, result = context.Barrier(len(cores)), context.Queue()
-    processes = [context.Process(target=_count, args=(work, core, barrier, result)) for core in cores]
+    return total(result, [context.Process(target=_count, args=(work, core, barrier, result)) for core in cores])
+
+
+def total(result: multiprocessing.Queue, processes: list[BaseProcess]) -> float:
+    """The sum of what these processes, run at once, each put into `result`."""
     for process in processes:
         process.start()
-    total = sum(result.get() for _ in processes)
+    found = sum(result.get() for _ in processes)
     for process in processes:
         process.join()
-    return total
+    return found
 
 
 def limits(rounds: int = 3) -> dict[str, float]:
