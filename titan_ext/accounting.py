@@ -4,6 +4,7 @@ A product of an [n, m] matrix and a vector counts 2 n m FLOPs; norms, rotations,
 as in the usual 6 N D. Lookups in the embedding are free, the output projection that is tied to it is not.
 """
 
+import math
 from dataclasses import dataclass
 
 from titan_ext.config import ModelDims
@@ -48,6 +49,30 @@ def count_parameters(dims: ModelDims) -> ParameterCount:
         norms=(2 * layers + 1) * d,
         active_routed_experts=layers * dims.top_k * expert,
     )
+
+
+def layers_of_stages(dims: ModelDims, num_stages: int) -> list[int]:
+    """How many layers each of a pipeline's stages has, at least one.
+
+    The last stage computes the output projection as well, which costs as much as several layers; it has so many fewer
+    that the slowest stage is as fast as can be, and the others share the rest evenly.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if num_stages > dims.n_layers:
+        raise ValueError(f"{num_stages} pipeline stages: a model of {dims.n_layers} layers has no layer for each")
+    if num_stages == 1:
+        return [dims.n_layers]
+    count = count_parameters(dims)
+    projection = count.embedding / ((count.active - count.embedding) / dims.n_layers)  # in layers
+
+    def slowest(last: int) -> float:
+        return max(last + projection, math.ceil((dims.n_layers - last) / (num_stages - 1)))
+
+    last = min(range(1, dims.n_layers - num_stages + 2), key=slowest)
+    each, more = divmod(dims.n_layers - last, num_stages - 1)
+    return [each + (i < more) for i in range(num_stages - 1)] + [last]
 
 
 def inference_flops_per_token(dims: ModelDims, context: int) -> int:

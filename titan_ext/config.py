@@ -83,7 +83,7 @@ class StageConfig:
     global_batch_size: int
     """Sequences an optimizer step, over all ranks."""
     local_batch_size: int
-    """Sequences a rank and forward pass; the rest of the global batch is gradient accumulation."""
+    """Sequences a rank and forward pass, the micro-batch; the rest of the global batch is gradient accumulation."""
     learning_rate: float
     shards: str
     """Folder under the data step's `shards/` (and `heldout/`): pretrain, midtrain or sft."""
@@ -112,24 +112,35 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The gang of processes a stage runs on; `world_size` = replicas x shards x context x tensor parallel ranks.
+    """The gang of processes a stage runs on.
 
-    Pipeline parallelism is not offered: torchtitan refuses it for tied embeddings.
+    `world_size` = pipeline stages' ranks x replicas x shards x context x tensor parallel ranks.
     """
 
     world_size: int
     expert_parallel: int = 1
-    """Ranks that share the routed experts; divides n_experts and the ranks of one replica."""
+    """Ranks that share the routed experts; divides n_experts and the ranks of one replica of a pipeline stage."""
     data_parallel_replicate: int = 1
     """HSDP: copies of the sharded model; 1 is plain FSDP2."""
     tensor_parallel: int = 1
     """Ranks that split every dense matrix and, without expert parallelism, every expert; divides n_kv_heads."""
     context_parallel: int = 1
     """Ranks that split every sequence."""
+    pipeline_parallel: int = 1
+    """Ranks that split the layers. Micro-batches of `local_batch_size` pass through them, all of a rank's part of the
+    global batch in one go: at least one a rank of the pipeline."""
+    pipeline_schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
+    """Order of forward and backward passes. Interleaved1F1B gives every rank two stages, which halves the time that
+    ranks wait at the ends of a step and sends twice as much."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of FSDP's mixed-precision parameters; master weights and reductions are float32."""
 
     @property
     def data_parallel(self) -> int:
         """Ranks that read different sequences."""
-        return self.world_size // max(self.tensor_parallel * self.context_parallel, 1)
+        return self.world_size // max(self.tensor_parallel * self.context_parallel * self.pipeline_parallel, 1)
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Parts that the layers are split into."""
+        return self.pipeline_parallel * (2 if self.pipeline_schedule == "Interleaved1F1B" else 1)

@@ -10,7 +10,8 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 4. Flex attention has no CPU backward and varlen is CUDA only: `titan_ext.mobilemoe.attention.DocumentAttention`.
 5. CUDA graphs are off: `titan_ext.trainer_config`.
 6. DTensor has no sharded random numbers on the CPU: every rank would fill its shard from the same seed, and the experts
-   of two ranks would start as twins. `normal_init` draws the whole tensor and keeps the shard.
+   of two ranks would start as twins. `normal_init` draws the whole tensor and keeps the shard; for stages of a
+   pipeline see `titan_ext.mobilemoe.model.MobileMoEModel.init_states`.
 7. torch._grouped_mm has no backward for a rank that got no token: `titan_ext.mobilemoe.moe.Experts`.
 8. local_map waits for an input that is still being gathered outside of autograd: under tensor parallelism without
    expert parallelism the routed experts' input would get no gradient: `keep_gradients_of_gathered_inputs`.

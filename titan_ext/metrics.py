@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
+from torchtitan.tools import utils
 
 from titan_ext import moe_metrics
+from titan_ext.mobilemoe.pipeline import of_last_stage
 
 FILES = ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl", "data.jsonl")
 LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
@@ -101,6 +104,8 @@ class StageMetrics(MetricsProcessor):
         self._append("data.jsonl", {"step": step, **data})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        here = torch.tensor(loss, dtype=torch.float64, device=utils.device_type)
+        loss = float(of_last_stage(here, self.parallel_dims))
         super().log_validation(loss, step, extra_metrics)
         self._append("heldout.jsonl", {"step": step, "loss": loss})
 

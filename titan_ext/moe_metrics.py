@@ -11,8 +11,9 @@ from torchtitan.distributed import ParallelDims
 from titan_ext.dtensor import local
 
 
-def _moe_layers(model_parts: list[nn.Module]) -> list[nn.Module]:
-    return [block.moe for part in model_parts for block in part.layers.values()]
+def _moe_layers(model_parts: list[nn.Module]) -> dict[int, nn.Module]:
+    """By their number in the whole model, of which a pipeline's stage has a part."""
+    return {int(i): block.moe for part in model_parts for i, block in part.layers.items()}
 
 
 def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
@@ -20,7 +21,7 @@ def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: l
 
     def record(*args, **kwargs) -> None:
         with torch.no_grad():
-            for moe in _moe_layers(model_parts):
+            for moe in _moe_layers(model_parts).values():
                 counts_E = local(moe.tokens_per_expert_E)
                 recorded_E = getattr(moe, "recorded_load_E", None)
                 moe.recorded_load_E = counts_E.clone() if recorded_E is None else recorded_E + counts_E
@@ -38,15 +39,18 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
         over layers, and the dropped share.
     """
     layers = _moe_layers(model_parts)
-    rows = [torch.cat([_load(moe), local(moe.router.gate.token_sums), _num_dropped(moe)[None]]) for moe in layers]
-    sums_LS = torch.stack(rows).double()
+    config = model_parts[0].config
+    rows = {i: _statistics(moe).double() for i, moe in layers.items()}
+    elsewhere_S = torch.zeros_like(next(iter(rows.values())))
+    sums_LS = torch.stack([rows.get(i, elsewhere_S) for i in range(len(config.layers))])
     for group in _groups(parallel_dims):
         dist.all_reduce(sums_LS, group=group)
-    for moe in layers:
+    for moe in layers.values():
         moe.recorded_load_E = None
         moe.router.gate.token_sums.zero_()
         _num_dropped(moe).zero_()
-    records = [_layer_record(row_S, moe.router.top_k) for row_S, moe in zip(sums_LS.cpu(), layers, strict=True)]
+    top_k = config.layers[0].moe.router.top_k
+    records = [_layer_record(row_S, top_k) for row_S in sums_LS.cpu()]
     means = {
         "z_loss": sum(record.pop("z") for record in records),
         "dropped": sum(record["dropped"] for record in records) / len(records),
@@ -55,11 +59,15 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
 
 
 def _groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
-    """The groups whose ranks see different tokens."""
-    meshes = [parallel_dims.get_optional_mesh("loss")]
+    """The groups whose ranks see different tokens, or have different layers."""
+    meshes = [parallel_dims.get_optional_mesh(name) for name in ("loss", "pp")]
     if parallel_dims.ep_enabled and parallel_dims.tp_enabled:  # torchtitan then spreads the tokens over both
         meshes.append(parallel_dims.get_mesh("tp"))
     return [mesh.get_group() for mesh in meshes if mesh is not None]
+
+
+def _statistics(moe: nn.Module) -> torch.Tensor:
+    return torch.cat([_load(moe), local(moe.router.gate.token_sums), _num_dropped(moe)[None]])
 
 
 def _load(moe: nn.Module) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torchtitan.trainer import Trainer
 from titan_ext.distillation import Teacher
 from titan_ext.metrics import StageMetrics
 from titan_ext.mobilemoe.model import MobileMoEModel
+from titan_ext.mobilemoe.pipeline import TIED_SCHEDULES, TiedStages, of_last_stage
 from titan_ext.update_guard import UpdateGuard
 
 
@@ -28,6 +29,8 @@ class _GuardedOptimizers:
     def step(self) -> None:
         if self._trainer.skip_reason is None:
             self._optimizers.step()
+            if self._trainer.tied_stages is not None:
+                self._trainer.tied_stages.take_values_from_owner()
 
 
 class StageTrainer(Trainer):
@@ -44,6 +47,20 @@ class StageTrainer(Trainer):
         teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
         """Unquantized model whose distribution QAT follows; needs checkpoint.initial_load_path and a loss that asks."""
 
+        def __post_init__(self) -> None:
+            Trainer.Config.__post_init__(self)
+            ranks, schedule = self.parallelism.pipeline_parallel_degree, self.parallelism.pipeline_parallel_schedule
+            if ranks > 1 and schedule not in TIED_SCHEDULES:
+                raise ValueError(
+                    f"parallelism.pipeline_parallel_schedule = {schedule}: embedding and output projection are tied "
+                    f"over the first and the last rank of a pipeline; choose one of {', '.join(TIED_SCHEDULES)}"
+                )
+            if ranks > 1 and self.teacher is not None:
+                raise ValueError(
+                    f"parallel.pipeline_parallel = {ranks} and qat.distillation_weight above 0: a teacher is not split "
+                    "into pipeline stages; set the one to 1, or the other to 0"
+                )
+
     def __init__(self, config: Config):
         self.guard = UpdateGuard(config.skip_spikes_sigma)  # the checkpointer asks for its state from the start
         if config.teacher is not None and config.checkpoint.initial_load_path is None:
@@ -57,6 +74,9 @@ class StageTrainer(Trainer):
             self.teacher = Teacher(config.teacher, config, self.parallel_dims)
             self.loss_fn.loss_fn.teacher_head = self.teacher.model.lm_head
         self.optimizers = _GuardedOptimizers(self, self.optimizers)
+        self.tied_stages: TiedStages | None = None
+        if self.parallel_dims.pp_enabled:
+            self.tied_stages = TiedStages(self.model_parts, self.parallel_dims)
         self.started = False
         self.skip_reason: str | None = None
         self.losses: list[torch.Tensor] = []
@@ -73,13 +93,17 @@ class StageTrainer(Trainer):
             # Only here is it known at which step the loaded checkpoint left off.
             self.metrics_processor.start_after(self.step - 1)
             self.metrics_processor.data_statistics = self.dataloader.statistics
+            if self.tied_stages is not None:  # of initial weights, or of a checkpoint that anyone may have written
+                self.tied_stages.take_values_from_owner()
             self.started = True
         super().train_step(data_iterator)
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
-        loss = super().forward_backward_step(**kwargs)
+        loss = of_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
         self.losses.append(loss.detach().clone())
         if len(self.losses) == self.gradient_accumulation_steps:
+            if self.tied_stages is not None:
+                self.tied_stages.give_gradient_to_owner()
             self._judge_step(torch.stack(self.losses).sum())
             self.losses.clear()
         return loss
@@ -110,6 +134,7 @@ class StageTrainer(Trainer):
             [p for part in self.model_parts for p in part.parameters()],
             max_norm=float("inf"),
             foreach=True,
+            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
             ep_enabled=self.parallel_dims.ep_enabled,
         )
         self.skip_reason = self.guard.admit(self.step, self._over_ranks(loss), float(grad_norm))

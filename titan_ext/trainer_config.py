@@ -1,5 +1,6 @@
 """From what a recipe says of a stage to torchtitan's Trainer.Config."""
 
+from itertools import islice
 from pathlib import Path
 
 from titan_ext import cpu
@@ -13,6 +14,7 @@ from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  
 from torchtitan.config.configs import CommConfig, DebugConfig  # noqa: E402
 from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
 
+from titan_ext.accounting import layers_of_stages  # noqa: E402
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
 from titan_ext.distillation import DistilledCrossEntropy  # noqa: E402
 from titan_ext.metrics import HeldoutValidator, StageMetrics  # noqa: E402
@@ -51,7 +53,8 @@ def trainer_config(
         pad_token_id: token that fills sequences which no further conversation fits.
 
     Raises:
-        ValueError: QAT under tensor parallelism, or no held-out shards of any domain.
+        ValueError: QAT under tensor parallelism, a teacher or fewer layers than stages in a pipeline, or no held-out
+            shards of any domain.
     """
     if stage.qat is not None and parallel.tensor_parallel > 1:
         raise ValueError(
@@ -76,7 +79,7 @@ def trainer_config(
             pad_token_id=pad_token_id,
         ),
         training=TrainingConfig(
-            local_batch_size=stage.local_batch_size,
+            local_batch_size=_sequences_at_once(stage, parallel),
             global_batch_size=stage.global_batch_size,
             seq_len=stage.seq_len,
             max_norm=stage.max_grad_norm,
@@ -91,6 +94,10 @@ def trainer_config(
             tensor_parallel_degree=parallel.tensor_parallel,
             context_parallel_degree=parallel.context_parallel,
             context_parallel_load_balancer=cpu.CONTEXT_PARALLEL_LOAD_BALANCER,
+            pipeline_parallel_degree=parallel.pipeline_parallel,
+            pipeline_parallel_schedule=parallel.pipeline_schedule,
+            pipeline_parallel_microbatch_size=stage.local_batch_size if parallel.pipeline_parallel > 1 else 1,
+            module_fqns_per_model_part=_modules_of_stages(model, parallel),
             spmd_backend=cpu.SPMD_BACKEND,
         ),
         # On a GPU: compiled blocks, selective recomputation. On the CPU neither pays at the sizes trained there.
@@ -116,6 +123,21 @@ def trainer_config(
         comm=CommConfig(train_timeout_seconds=300),
         debug=DebugConfig(seed=seed, enable_structured_logging=False),
     )
+
+
+def _sequences_at_once(stage: StageConfig, parallel: ParallelConfig) -> int:
+    """What torchtitan calls the local batch: with a pipeline all micro-batches of a step, so that it drains once."""
+    if parallel.pipeline_parallel == 1:
+        return stage.local_batch_size
+    return stage.global_batch_size // parallel.data_parallel
+
+
+def _modules_of_stages(model: ModelDims, parallel: ParallelConfig) -> list[list[str]] | None:
+    if parallel.pipeline_parallel == 1:
+        return None
+    layers = iter(range(model.n_layers))
+    stages = [[f"layers.{i}" for i in islice(layers, n)] for n in layers_of_stages(model, parallel.pipeline_stages)]
+    return [["tok_embeddings", *stages[0]], *stages[1:-1], [*stages[-1], "norm", "lm_head"]]
 
 
 def _model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
@@ -152,7 +174,9 @@ def _heldout_config(
         freq=stage.heldout_interval,
         last_step=stage.steps,
         # In micro-batches of all ranks, so that every layout measures on the same sequences.
-        steps=stage.heldout_batches * stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel),
+        steps=stage.heldout_batches
+        * stage.global_batch_size
+        // (_sequences_at_once(stage, parallel) * parallel.data_parallel),
         dataloader=StreamingLoader.Config(
             shards=heldout,
             mixture=_shares_present(stage.mixture, Path(heldout)),

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -36,16 +36,16 @@ def _run_rank(function: Callable[[StageRun], None], run: StageRun, environment: 
 
 
 def start_ranks(
-    run: StageRun, scratch: Path, function: Callable[[StageRun], None] = run_stage, ranks: int | None = None
+    run: StageRun, scratch: Path, function: Callable[[StageRun], None] = run_stage, ranks: Iterable[int] | None = None
 ) -> list[BaseProcess]:
-    """Start `function` on every rank of `run`, or on the first few; the caller joins or kills them."""
+    """Start `function` on every rank of `run`, or on some; the caller joins or kills them."""
     scratch.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = run.parallel.world_size
     processes = []
-    for rank in range(ranks or world):
+    for rank in ranks or range(world):
         environment = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
@@ -61,7 +61,7 @@ def train(
     scratch: Path,
     function: Callable[[StageRun], None] = run_stage,
     timeout: float = 200,
-    ranks: int | None = None,
+    ranks: Iterable[int] | None = None,
 ) -> None:
     """Run the stage (or `function` on it) to its end; an assertion with the ranks' logs where one fails."""
     processes = start_ranks(run, scratch, function, ranks)
@@ -75,7 +75,7 @@ def train(
     for process in processes:
         process.kill()
         process.join()
-    logs = "\n".join(_end_of(scratch / f"rank_{rank}.log") for rank in range(len(processes)))
+    logs = "\n".join(_end_of(log) for log in sorted(scratch.glob("rank_*.log")))
     assert codes == [0] * len(codes), f"ranks ended with {codes}\n{logs}"
 
 
@@ -95,6 +95,11 @@ def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state
+
+
+def entries(checkpoint: Path) -> set[str]:
+    """Names of all that a checkpoint holds, numbers of the optimizer's groups included."""
+    return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:

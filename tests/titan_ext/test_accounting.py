@@ -7,7 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from tests.eval.tiny_checkpoint import DIMS
-from titan_ext.accounting import count_parameters, inference_flops_per_token, kv_cache_bytes, training_flops_per_token
+from titan_ext.accounting import (
+    count_parameters,
+    inference_flops_per_token,
+    kv_cache_bytes,
+    layers_of_stages,
+    training_flops_per_token,
+)
 from titan_ext.config import FLAVORS
 from titan_ext.mobilemoe import model_config
 
@@ -47,3 +53,17 @@ def test_flops_and_cache_are_those_of_a_forward_pass():
 def test_training_costs_about_six_flops_a_parameter_and_token():
     dims = FLAVORS["S"]
     assert training_flops_per_token(dims, 2048) == pytest.approx(6 * count_parameters(dims).active, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "layers"),
+    # The projection is as 11.3 layers of S (98.5M to 8.7M active parameters), 8.6 of M, 2.1 of tiny.
+    [("S", [20]), ("S", [16, 4]), ("S", [7, 6, 6, 1]), ("M", [17, 9]), ("tiny", [1, 1, 1, 1])],
+)
+def test_stages_of_a_pipeline_share_layers_and_projection_evenly(flavor, layers):
+    assert layers_of_stages(FLAVORS[flavor], len(layers)) == layers
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(ValueError, match="5 pipeline stages: a model of 4 layers has no layer for each"):
+        layers_of_stages(FLAVORS["tiny"], 5)

@@ -162,3 +162,8 @@ def test_a_teacher_needs_a_checkpoint_to_start_from(data, tmp_path):
 def test_tensor_parallelism_is_refused(data, parent, tmp_path):
     with pytest.raises(ValueError, match=r"parallel.tensor_parallel = 2: it splits tokens"):
         stage_config(qat_run(data, parent, tmp_path / "stage", {"world_size": 2, "tensor_parallel": 2}))
+
+
+def test_a_pipeline_is_refused(data, parent, tmp_path):
+    with pytest.raises(ValueError, match=r"parallel.pipeline_parallel = 2 and .* a teacher is not split"):
+        stage_config(qat_run(data, parent, tmp_path / "stage", {"world_size": 2, "pipeline_parallel": 2}))

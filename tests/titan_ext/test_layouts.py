@@ -8,12 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.titan_ext.launch import different_tensors, train, whole_tensors, write_data
-from tests.titan_ext.test_training import DIMS, STAGE, lines
-from titan_ext.config import ParallelConfig
+from tests.titan_ext.launch import different_tensors, entries, train, whole_tensors, write_data
+from tests.titan_ext.test_training import DIMS as TWO_LAYERS
+from tests.titan_ext.test_training import STAGE, lines
+from titan_ext.config import ParallelConfig, QATConfig
 from titan_ext.stage_run import StageRun, final_checkpoint
-from titan_ext.train import build_trainer
+from titan_ext.train import build_trainer, stage_config
 
+DIMS = dataclasses.replace(TWO_LAYERS, n_layers=4)
+PIPELINE = {"world_size": 2, "pipeline_parallel": 2}
+INTERLEAVED = PIPELINE | {"pipeline_schedule": "Interleaved1F1B"}
 LAYOUTS = {
     "fsdp 2": {"world_size": 2},
     "hsdp 2": {"world_size": 2, "data_parallel_replicate": 2},
@@ -23,6 +27,11 @@ LAYOUTS = {
     "hsdp 2 x ep 2": {"world_size": 4, "data_parallel_replicate": 2, "expert_parallel": 2},
     "fsdp 2 x tp 2, ep 4": {"world_size": 4, "tensor_parallel": 2, "expert_parallel": 4},
     "fsdp 2 x cp 2, ep 2": {"world_size": 4, "context_parallel": 2, "expert_parallel": 2},
+    "pp 4": {"world_size": 4, "pipeline_parallel": 4},
+    "pp 2 x fsdp 2, ep 2": PIPELINE | {"world_size": 4, "expert_parallel": 2},
+    "pp 2 x hsdp 2": PIPELINE | {"world_size": 4, "data_parallel_replicate": 2},
+    "pp 2 x tp 2": PIPELINE | {"world_size": 4, "tensor_parallel": 2},
+    "pp 2 interleaved x cp 2": INTERLEAVED | {"world_size": 4, "context_parallel": 2},
     "cp 2 x tp 2": {"world_size": 4, "context_parallel": 2, "tensor_parallel": 2},
 }
 STEPS = 4
@@ -35,8 +44,9 @@ def data(tmp_path_factory) -> Path:
 
 def stage_run(data: Path, out: Path, layout: dict, **changes) -> StageRun:
     stage = dataclasses.replace(
-        STAGE, steps=STEPS, local_batch_size=1, checkpoint_interval=STEPS, heldout_interval=STEPS, **changes
+        STAGE, steps=STEPS, local_batch_size=1, checkpoint_interval=STEPS // 2, heldout_interval=STEPS // 2
     )
+    stage = dataclasses.replace(stage, **changes)
     parallel = ParallelConfig(precision="float32", **layout)
     return StageRun("pretrain", DIMS, stage, parallel, data, out, initial_checkpoint=None, seed=0)
 
@@ -63,6 +73,13 @@ def assert_same_numbers(one: Path, other: Path) -> None:
         torch.testing.assert_close(*(torch.tensor(values) for values in layers), rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def pipeline(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pipeline") / "stage"
+    train(stage_run(data, out, PIPELINE), out.parent / "scratch")
+    return out
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layout_gives_the_numbers_of_one_process(layout, data, one_process, tmp_path):
     run = stage_run(data, tmp_path / "stage", layout)
@@ -72,14 +89,54 @@ def test_layout_gives_the_numbers_of_one_process(layout, data, one_process, tmp_
 
 def test_drop_and_pad_drops_the_same_on_two_ranks(data, tmp_path):
     """A rank's micro-batch of two ranks is a micro-batch of one process, so the same tokens are dropped."""
+    layouts = [{"world_size": 1}] + [
+        {"world_size": 2, degree: 2} for degree in ("expert_parallel", "pipeline_parallel")
+    ]
+    runs = [stage_run(data, tmp_path / str(i), layout, capacity_factor=1.0) for i, layout in enumerate(layouts)]
+    for run in runs:
+        train(run, run.out.with_name(f"scratch{run.out.name}"))
+        assert_same_numbers(runs[0].out, run.out)
+    assert all(line["dropped"] > 0.01 for line in lines(runs[0].out, "metrics.jsonl"))
+
+
+def test_qat_in_a_pipeline_gives_the_numbers_of_one_process(data, tmp_path):
+    """Embedding and output projection round their copies of one matrix; a tolerance as in test_distillation.py."""
+    layouts = [{"world_size": 1}, INTERLEAVED]
     runs = [
-        stage_run(data, tmp_path / str(world), {"world_size": world, "expert_parallel": world}, capacity_factor=1.0)
-        for world in (1, 2)
+        stage_run(data, tmp_path / str(i), layout, shards="sft", qat=QATConfig(group_size=32))
+        for i, layout in enumerate(layouts)
     ]
     for run in runs:
         train(run, run.out.with_name(f"scratch{run.out.name}"))
-    assert_same_numbers(*(run.out for run in runs))
-    assert all(line["dropped"] > 0.01 for line in lines(runs[0].out, "metrics.jsonl"))
+    one, two = (lines(run.out, "metrics.jsonl") for run in runs)
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 1e-2)):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=tolerance), key
+
+
+def test_a_pipeline_gives_the_numbers_of_one_process_and_goes_on_bitwise(pipeline, one_process, data, tmp_path):
+    assert_same_numbers(one_process, pipeline)
+    run = stage_run(data, tmp_path / "stage", PIPELINE)
+    shutil.copytree(pipeline / f"checkpoint/step-{STEPS // 2}", run.out / f"checkpoint/step-{STEPS // 2}")
+    train(run, tmp_path / "scratch")
+    keys = ("step", "tokens", "loss", "grad_norm", "z_loss")
+    resumed, whole = lines(run.out, "metrics.jsonl"), lines(pipeline, "metrics.jsonl")
+    assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole[STEPS // 2 :]]
+    assert different_tensors(*(final_checkpoint(out, STEPS) for out in (run.out, pipeline))) == []
+
+
+def test_a_schedule_with_both_ends_on_one_rank_is_refused(data, tmp_path):
+    config = stage_config(stage_run(data, tmp_path / "stage", PIPELINE))
+    parallelism = dataclasses.replace(config.parallelism, pipeline_parallel_schedule="ZBVZeroBubble")
+    with pytest.raises(ValueError, match="choose one of 1F1B, Interleaved1F1B"):
+        dataclasses.replace(config, parallelism=parallelism)
+
+
+def test_a_pipeline_starts_with_the_weights_of_one_process(data, tmp_path):
+    layouts = [{"world_size": 1}, INTERLEAVED | {"world_size": 4}]
+    runs = [stage_run(data, tmp_path / str(i), layout) for i, layout in enumerate(layouts)]
+    for run in runs:
+        train(run, run.out.with_name(f"scratch{run.out.name}"), save_again)
+    assert different_tensors(*(final_checkpoint(run.out, 1) for run in runs)) == []
 
 
 def save_again(run: StageRun) -> None:
@@ -103,12 +160,23 @@ def save_again(run: StageRun) -> None:
 def test_checkpoints_load_under_other_layouts_bitwise(chain, data, tmp_path):
     run = stage_run(data, tmp_path / "stage", chain[0])
     train(run, tmp_path / "scratch")
+    assert_layouts_read(chain[1:], run, tmp_path)
+
+
+def test_checkpoints_go_from_a_pipeline_and_back_bitwise(pipeline, data, tmp_path):
+    chain = [{"world_size": 1}, INTERLEAVED | {"world_size": 4}]
+    assert_layouts_read(chain, stage_run(data, pipeline, PIPELINE), tmp_path)
+
+
+def assert_layouts_read(chain: list[dict], run: StageRun, folder: Path) -> None:
+    """Each layout loads what the one before wrote, and writes the same again: the same keys with the same bits."""
     before = final_checkpoint(run.out, STEPS)
     names = whole_tensors(before).keys()
     assert any("exp_avg_sq" in name for name in names) and any("w1_EFD" in name for name in names)
-    for number, layout in enumerate(chain[1:], 1):
-        other = stage_run(data, tmp_path / f"stage{number}", layout)
+    for number, layout in enumerate(chain, 1):
+        other = stage_run(run.data, folder / f"stage{number}", layout)
         shutil.copytree(run.out / "checkpoint", other.out / "checkpoint")
-        train(other, tmp_path / f"scratch{number}", save_again)
+        train(other, folder / f"scratch{number}", save_again)
         run = other
-        assert different_tensors(before, final_checkpoint(run.out, STEPS + number)) == []
+        after = final_checkpoint(run.out, STEPS + number)
+        assert different_tensors(before, after) == [] and entries(before) == entries(after)

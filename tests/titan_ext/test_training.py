@@ -148,13 +148,17 @@ def test_numbers_that_are_not_finite_stop_the_stage_before_the_update(data, tmp_
 
 
 def test_skipped_steps_are_logged_and_leave_the_weights_alone(data, tmp_path):
-    """With a threshold below every deviation, each step above the mean is a spike."""
+    """With a threshold below every deviation, each step above the mean is a spike; both ranks of a pipeline say so."""
     stage = dataclasses.replace(STAGE, steps=44, checkpoint_interval=100, learning_rate=1e-4, skip_spikes_sigma=1e-3)
-    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage)
+    parallel = ParallelConfig(world_size=2, pipeline_parallel=2, precision="float32")
+    run = stage_run(data, tmp_path / "stage", world_size=2, stage=stage, parallel=parallel)
     train(run, tmp_path / "scratch")
     skipped = [line["skipped_steps"] for line in lines(run.out, "metrics.jsonl")]
     assert skipped[:32] == [0] * 32 and 0 < skipped[-1] <= 12
-    assert (run.out / "logs/rank_0.log").read_text().count(" is skipped: ") == skipped[-1]
-    state = {"optimizer.state.norm.weight.step": torch.zeros(())}
-    dcp.load(state, checkpoint_id=final_checkpoint(run.out, 44), no_dist=True)
-    assert state["optimizer.state.norm.weight.step"] == 44 - skipped[-1]
+    logs = [(run.out / f"logs/rank_{rank}.log").read_text() for rank in range(2)]
+    assert [log.count(" is skipped: ") for log in logs] == [skipped[-1]] * 2
+    state = {f"optimizer.state.{name}.weight.step": torch.zeros(()) for name in ("tok_embeddings", "norm")}
+    weights = {f"{name}.weight": torch.empty(DIMS.vocab_size, DIMS.d_model) for name in ("tok_embeddings", "lm_head")}
+    dcp.load(checkpoint := state | weights, checkpoint_id=final_checkpoint(run.out, 44), no_dist=True)
+    assert [checkpoint[name] for name in state] == [44 - skipped[-1]] * 2
+    assert torch.equal(*(checkpoint[name] for name in weights))

@@ -27,6 +27,7 @@ from titan_ext.mobilemoe.capacity import CapacityRoutedExperts, CapacityTokenDis
 from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel  # noqa: E402
 from titan_ext.mobilemoe.moe import Experts, RouterGate  # noqa: E402
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe  # noqa: E402
+from titan_ext.mobilemoe.pipeline import leave_replica_to_owner  # noqa: E402
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter  # noqa: E402
 from titan_ext.moe_metrics import register_load_recording_hook  # noqa: E402
 
@@ -87,12 +88,14 @@ def model_spec(config: MobileMoEModel.Config, flavor: str) -> ModelSpec:
         model=config,
         parallelize_fn=parallelize_mobilemoe,
         pipelining_fn=pipeline_llm,
-        post_optimizer_build_fn=_register_moe_hooks,
+        post_optimizer_build_fn=_finish_optimizers,
         state_dict_adapter=MobileMoEStateDictAdapter,
     )
 
 
-def _register_moe_hooks(optimizers, model_parts, parallel_dims) -> None:
+def _finish_optimizers(optimizers, model_parts, parallel_dims) -> None:
+    if parallel_dims.pp_enabled:
+        leave_replica_to_owner(optimizers)
     # Recording first: torchtitan's hook updates the bias and then clears the counts.
     register_load_recording_hook(optimizers, model_parts)
     register_moe_load_balancing_hook(optimizers, model_parts, parallel_dims)

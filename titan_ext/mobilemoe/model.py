@@ -7,6 +7,7 @@ import torch.nn as nn
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
+from titan_ext import cpu
 from titan_ext.mobilemoe.attention import DocumentAttention, document_lengths, document_mask_of_rank
 
 
@@ -39,11 +40,18 @@ class MobileMoEModel(Decoder):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
+        seed: int | None = None
+        """Of the initial weights, where stages of a pipeline draw them; set from the training config."""
+
         def update_from_config(self, *, config, **kwargs) -> None:
-            Decoder.Config.update_from_config(self, config=config, **kwargs)
             from titan_ext.mobilemoe.sharding import set_mobilemoe_sharding_config
 
             parallelism = config.parallelism
+            if parallelism.pipeline_parallel_degree > 1:
+                self.enable_weight_tying = False  # titan_ext.mobilemoe.pipeline ties them over two stages
+                self.tok_embeddings.param_init = self.lm_head.param_init
+                self.seed = config.debug.seed
+            Decoder.Config.update_from_config(self, config=config, **kwargs)
             set_mobilemoe_sharding_config(
                 self,
                 enable_sp=parallelism.enable_sequence_parallel,
@@ -56,7 +64,27 @@ class MobileMoEModel(Decoder):
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             attention = self.layers[0].attention
-            return get_moe_model_nparams_and_flops(self, model, attention.n_heads, 2 * attention.head_dim, seq_len)
+            nparams, flops = get_moe_model_nparams_and_flops(
+                self, model, attention.n_heads, 2 * attention.head_dim, seq_len
+            )
+            return nparams - (0 if self.enable_weight_tying else self.vocab_size * self.dim), flops
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        """Initial weights; a pipeline's stage on the CPU draws what the other stages hold as well, in their order.
+
+        Together the stages then start where one process does. torchtitan gives each stage another seed.
+        """
+        if self.enable_weight_tying or self.config.seed is None or not cpu.IS_CPU:
+            super().init_states(buffer_device=buffer_device)
+            return
+        torch.manual_seed(self.config.seed)
+        for i, config in enumerate(self.config.layers):
+            with torch.device("meta"):  # a layer of another stage: it draws its numbers and holds none
+                layer = self.layers[str(i)] if str(i) in self.layers else config.build()
+            layer.init_states(buffer_device=buffer_device)
+        for module in (self.norm, self.tok_embeddings, self.lm_head):  # of the last two, a stage has one at most
+            if module is not None:
+                module.init_states(buffer_device=buffer_device)
 
     def forward(
         self,
