@@ -11,7 +11,7 @@ Suffixes as in the model: D model dimension, F width of an expert, E experts, K 
 
 from dataclasses import dataclass
 
-from titan_ext.accounting import ParameterCount, count_parameters
+from titan_ext.accounting import ParameterCount, count_parameters, layers_of_stages
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 
 FLOAT32 = 4
@@ -34,11 +34,13 @@ class MemoryEstimate:
     """Its shard of the float32 gradients."""
     optimizer: int
     gathered: int
-    """Whole weights in the computing dtype: embedding, and two layers (one at work, one being fetched)."""
+    """Whole weights in the computing dtype: embedding, and two layers (one at work, one being fetched); in a pipeline
+    all the rank has."""
     reduction: int
-    """A layer's whole gradients in the computing dtype and in float32, on their way to the shards."""
+    """A layer's whole gradients in the computing dtype and in float32, on their way to the shards; in a pipeline those
+    of all the rank has, in float32."""
     activations: int
-    """What the backward pass of one micro-batch needs of the forward pass."""
+    """What the backward pass of one micro-batch needs of the forward pass; in a pipeline of all that are under way."""
     logits: int
     """One chunk of the sequence against the vocabulary."""
     combination: int
@@ -58,26 +60,48 @@ class MemoryEstimate:
 
 
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
-    """The memory of a rank of `parallel` that trains `stage`."""
-    count, size = count_parameters(dims), BYTES[parallel.precision]
-    shards = parallel.world_size // parallel.data_parallel_replicate
-    shard = -(-count.total // shards)
+    """The memory of a rank of `parallel` that trains `stage`; in a pipeline, of the rank that needs the most."""
+    ranks = [_of_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
+    return max(ranks, key=lambda estimate: estimate.peak)
+
+
+def _of_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
+    count, size, is_pipeline = count_parameters(dims), BYTES[parallel.precision], parallel.pipeline_parallel > 1
+    is_last = rank == parallel.pipeline_parallel - 1
+    n_layers = sum(layers_of_stages(dims, parallel.pipeline_stages)[rank :: parallel.pipeline_parallel])
+    embedding = count.embedding if rank == 0 or is_last else 0
+    held = embedding + (count.total - count.embedding) * n_layers // dims.n_layers
+    trained = held - (embedding if is_pipeline and is_last else 0)  # the replica has no optimizer state
+    shards = parallel.world_size // (parallel.data_parallel_replicate * parallel.pipeline_parallel)
+    shard = -(-held // shards)
+
     layer = _layer_parameters(count, dims) // parallel.tensor_parallel
     layer += count.routed_experts // dims.n_layers // _expert_split(parallel)
-    root = count.embedding // parallel.tensor_parallel
+    root = embedding // parallel.tensor_parallel
     tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
+    of_token = activation_bytes_per_token(dims, size, stage.capacity_factor)
     return MemoryEstimate(
         parameters=FLOAT32 * shard,
         gradients=FLOAT32 * shard,
-        optimizer=OPTIMIZER_BYTES * shard,
-        gathered=size * (root + 2 * layer),
-        reduction=(size + FLOAT32) * max(layer, root),
-        activations=tokens * dims.n_layers * activation_bytes_per_token(dims, size, stage.capacity_factor),
-        logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS,
+        optimizer=OPTIMIZER_BYTES * -(-trained // shards),
+        gathered=size * (root + (n_layers if is_pipeline else 2) * layer),
+        reduction=FLOAT32 * (root + n_layers * layer) if is_pipeline else (size + FLOAT32) * max(layer, root),
+        activations=int(tokens * of_token * n_layers * _micro_batches_under_way(rank, stage, parallel)),
+        logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
         teacher=FLOAT32 * shard if stage.qat is not None and stage.qat.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
     )
+
+
+def _micro_batches_under_way(rank: int, stage: StageConfig, parallel: ParallelConfig) -> float:
+    """Micro-batches whose activations of all its layers a pipeline's rank holds at once, at the most."""
+    ranks_after = parallel.pipeline_parallel - 1 - rank
+    if parallel.pipeline_schedule == "Interleaved1F1B" and parallel.pipeline_parallel > 1:
+        under_way = (2 * ranks_after + parallel.pipeline_parallel + 1) / 2  # of each of its two stages
+    else:
+        under_way = ranks_after + 1
+    return min(under_way, stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel))
 
 
 def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None) -> int:

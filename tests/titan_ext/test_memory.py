@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from titan_ext.accounting import count_parameters
+from titan_ext.accounting import count_parameters, layers_of_stages
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig
 from titan_ext.memory import activation_bytes_per_token, estimate_memory
 from titan_ext.mobilemoe import model_config
@@ -74,3 +74,25 @@ def test_accumulating_ranks_hold_gradients_and_activations_at_once():
         few.activations + max(few.logits, few.combination)
     )
     assert many.peak < few.peak
+
+
+def test_a_pipelines_first_rank_holds_its_layers_and_all_micro_batches_under_way():
+    dims, stage = dataclasses.replace(FLAVORS["L"], vocab_size=2048), published_stages()["pretrain"]
+    whole = estimate_memory(dims, stage, ParallelConfig(world_size=1))
+    parts = estimate_memory(dims, stage, ParallelConfig(world_size=4, pipeline_parallel=4))
+    count = count_parameters(dims)
+    assert layers_of_stages(dims, 4) == [8] * 4
+    assert parts.parameters == pytest.approx(4 * (count.embedding + (count.total - count.embedding) / 4), rel=1e-3)
+    assert parts.activations == whole.activations, "a quarter of the layers, four micro-batches"
+    assert parts.logits == 0, "they are the last rank's"
+    twice = ParallelConfig(world_size=4, pipeline_parallel=4, pipeline_schedule="Interleaved1F1B")
+    assert estimate_memory(dims, stage, twice).activations == whole.activations * 11 // 8
+    few = dataclasses.replace(stage, global_batch_size=stage.local_batch_size)
+    assert estimate_memory(dims, few, twice).activations == whole.activations // 4
+
+
+def test_the_replica_of_the_tied_matrix_has_no_optimizer_state():
+    dims, stage = dataclasses.replace(FLAVORS["tiny"], vocab_size=128_256), published_stages()["pretrain"]
+    parts = estimate_memory(dims, stage, ParallelConfig(world_size=2, pipeline_parallel=2))
+    assert parts.logits > 0, "with so few layers the last rank needs the most"
+    assert parts.optimizer == 2 * (parts.parameters - 4 * count_parameters(dims).embedding)
