@@ -13,7 +13,7 @@ from pipelines.recipe import Recipe
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 
 MIXTURE_TOLERANCE = 1e-6
-_DEGREES = ("data_parallel_replicate", "tensor_parallel", "context_parallel")
+_DEGREES = ("pipeline_parallel", "data_parallel_replicate", "tensor_parallel", "context_parallel")
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,20 @@ def _parallel(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem(
             "parallel.tensor_parallel", parallel.tensor_parallel, rule, f"choose one of {_divisors(model.n_kv_heads)}"
         )
-    split = parallel.data_parallel_replicate * parallel.tensor_parallel * parallel.context_parallel
+    if parallel.pipeline_stages > model.n_layers:
+        rule = f"{parallel.pipeline_schedule} makes {parallel.pipeline_stages} stages of model.n_layers = "
+        rule += f"{model.n_layers}, and each needs a layer"
+        most = model.n_layers * parallel.pipeline_parallel // parallel.pipeline_stages
+        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, f"set it to at most {most}")
+    split = math.prod(getattr(parallel, degree) for degree in _DEGREES)
+    copies = parallel.pipeline_parallel * parallel.data_parallel_replicate
     if split > 1 and not _divides(split, world):
-        rule = f"must be a multiple of data_parallel_replicate x tensor_parallel x context_parallel = {split}"
+        rule = f"must be a multiple of {' x '.join(_DEGREES)} = {split}"
         yield Problem("parallel.world_size", world, rule, f"set it to {math.ceil(world / split) * split}, say")
-    elif not _divides(ep, replica := world // max(parallel.data_parallel_replicate, 1)):
-        rule = f"the {replica} ranks of a replica (world_size / data_parallel_replicate) must be a multiple of it"
+    elif not _divides(ep, replica := world // max(copies, 1)):
+        rule = f"the {replica} ranks of a replica (world_size / pipeline_parallel / data_parallel_replicate) must be a "
         way_out = f"choose one of {_divisors(replica)}, or another world size"
-        yield Problem("parallel.expert_parallel", ep, rule, way_out)
+        yield Problem("parallel.expert_parallel", ep, rule + "multiple of it", way_out)
 
 
 def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
@@ -148,6 +154,8 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
         )
         multiple = max(1, math.ceil(stage.global_batch_size / micro_batch)) * micro_batch
         yield Problem(f"{prefix}.global_batch_size", stage.global_batch_size, rule, f"set it to {multiple}, say")
+    elif micro_batch > 0:
+        yield from _micro_batches(f"{prefix}.global_batch_size", stage, parallel)
     if stage.warmup_steps >= stage.steps > 0:
         rule = f"must be below {prefix}.steps = {stage.steps}"
         yield Problem(f"{prefix}.warmup_steps", stage.warmup_steps, rule, f"set it to {stage.steps // 10}, say")
@@ -167,9 +175,29 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
         if parallel.tensor_parallel > 1:
             rule = f"{prefix}.qat rounds whole tokens to INT8, and tensor parallelism splits them"
             yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+        if parallel.pipeline_parallel > 1 and stage.qat.distillation_weight > 0:
+            rule = f"{prefix}.qat.distillation_weight is above 0, and a teacher is not split into pipeline stages"
+            way_out = f"set it to 1, or {prefix}.qat.distillation_weight to 0"
+            yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, way_out)
         if not 0 <= (weight := stage.qat.distillation_weight) <= 1:
             rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
             yield Problem(f"{prefix}.qat.distillation_weight", weight, rule, "set 0.5, say, or 0 for no teacher")
+
+
+def _micro_batches(field: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """A pipeline's ranks all have work only if there is a micro-batch for each; torch counts the interleaved ones."""
+    ranks, micro_batch = parallel.pipeline_parallel, stage.local_batch_size * parallel.data_parallel
+    micro_batches = stage.global_batch_size // micro_batch
+    if ranks > 1 and micro_batches < ranks:
+        rule = f"makes {micro_batches} micro-batch(es) of local_batch_size = {stage.local_batch_size}, and "
+        rule += f"parallel.pipeline_parallel = {ranks} needs one for each of its ranks"
+        way_out = f"set it to at least {ranks * micro_batch}, or lower local_batch_size or pipeline_parallel"
+        yield Problem(field, stage.global_batch_size, rule, way_out)
+    elif parallel.pipeline_schedule == "Interleaved1F1B" and ranks > 1 and micro_batches % (micro_batches // ranks):
+        rule = f"makes {micro_batches} micro-batches, which Interleaved1F1B cannot take in "
+        rule += f"{micro_batches // ranks} equal rounds of parallel.pipeline_parallel = {ranks} or more"
+        way_out = f"set it to {micro_batches // ranks * ranks * micro_batch}, say, or pipeline_schedule to 1F1B"
+        yield Problem(field, stage.global_batch_size, rule, way_out)
 
 
 def _mixture(field: str, mixture: dict[str, float]) -> Iterator[Problem]:

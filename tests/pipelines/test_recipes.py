@@ -12,7 +12,7 @@ from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.validate import InvalidRecipe, find_problems, tokenizer_size, validate
 from titan_ext.accounting import count_parameters
-from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.config import FLAVORS, ParallelConfig, QATConfig
 
 
 def with_tokenizer(recipe, path):
@@ -55,10 +55,13 @@ REFUSALS = [
     ("model.n_experts", 0, "model.n_experts", "above 0"),
     ("parallel.expert_parallel", 3, "parallel.expert_parallel", "1, 2, 4, 8, 16"),
     ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
-    ("parallel.data_parallel_replicate", 3, "parallel.world_size", "multiple of data_parallel_replicate x"),
+    ("parallel.data_parallel_replicate", 3, "parallel.world_size", "x data_parallel_replicate x"),
     ("parallel.tensor_parallel", 4, "parallel.tensor_parallel", "model.n_kv_heads = 2"),
     ("parallel.tensor_parallel", 2, "parallel.tensor_parallel", "stages.qat.qat rounds whole tokens"),
     ("stages.qat.qat.distillation_weight", 1.5, "stages.qat.qat.distillation_weight", "between 0 and 1"),
+    ("parallel.pipeline_parallel", 4, "parallel.world_size", "multiple of pipeline_parallel x"),
+    ("parallel.pipeline_parallel", 2, "parallel.expert_parallel", "the 1 ranks of a replica"),
+    ("parallel.pipeline_parallel", 8, "parallel.pipeline_parallel", "each needs a layer; set it to at most 4"),
     ("parallel.context_parallel", 0, "parallel.context_parallel", "above 0"),
     ("stages.pretrain.mixture", {"web": 0.5, "math": 0.4}, "stages.pretrain.mixture", "+0.1"),
     ("stages.pretrain.mixture", {"web": 1.5, "math": -0.5}, "stages.pretrain.mixture.math", "between 0 and 1"),
@@ -94,6 +97,40 @@ REFUSALS = [
 def test_refusal_names_field_and_way_out(smoke, path, value, field, words):
     problems = [problem for problem in find_problems(change(smoke, path, value)) if problem.field == field]
     assert any(words in str(problem) for problem in problems), list(find_problems(change(smoke, path, value)))
+
+
+@pytest.fixture
+def in_a_pipeline(smoke):
+    return replace(smoke, parallel=ParallelConfig(world_size=2, pipeline_parallel=2, precision="float32"))
+
+
+def test_smoke_in_a_pipeline_validates(in_a_pipeline):
+    assert list(find_problems(in_a_pipeline)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({"stages.pretrain.local_batch_size": 16}, "stages.pretrain.global_batch_size", "set it to at least 32"),
+        (
+            {"parallel.pipeline_schedule": "Interleaved1F1B", "stages.sft.global_batch_size": 20},
+            "stages.sft.global_batch_size",
+            "makes 5 micro-batches, which Interleaved1F1B cannot take in 2 equal rounds",
+        ),
+        (
+            {"parallel.pipeline_schedule": "Interleaved1F1B", "model.n_layers": 3},
+            "parallel.pipeline_parallel",
+            "most 1",
+        ),
+        ({"stages.qat.qat.distillation_weight": 0.5}, "parallel.pipeline_parallel", "a teacher is not split"),
+    ],
+)
+def test_refusals_of_a_pipeline(in_a_pipeline, changes, field, words):
+    recipe = in_a_pipeline
+    for path, value in changes.items():
+        recipe = change(recipe, path, value)
+    problems = list(find_problems(recipe))
+    assert [problem.field for problem in problems] == [field] and words in str(problems[0]), problems
 
 
 def test_all_problems_come_in_one_error(smoke):
