@@ -1,5 +1,8 @@
 """Undocumented behaviour of torch, torchtitan and torchao that titan_ext relies on, one small test each."""
 
+import inspect
+import re
+
 import pytest
 import torch
 import torchtitan.tools.utils as titan_utils
@@ -51,3 +54,12 @@ def test_torchtitan_was_imported_after_the_cpu_was_chosen():
     monitor = metrics.build_device_memory_monitor()
     assert monitor.device_index == 0
     assert monitor.device_capacity_gib > 0
+
+
+def test_the_trainer_sleeps_at_its_end_and_nowhere_else():
+    """`cpu.TRAINER_CLOCK` stands in for all that it uses of `time`."""
+    import titan_ext.trainer
+
+    source = inspect.getsource(titan_ext.trainer.torchtitan.trainer)
+    assert sorted(re.findall(r"\btime\.(\w+)\(", source)) == ["perf_counter", "perf_counter", "sleep"]
+    assert source.index("time.sleep(") > source.index("self.validator.validate(")
