@@ -20,6 +20,7 @@ import ray
 import ray.train
 import ray.train._internal.utils
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines import guard
@@ -28,6 +29,8 @@ from pipelines.recipe import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a Ray started here: what passes through it are configurations and results, no data."""
+POLL_SECONDS = 0.5
+"""How often a Ray started here looks whether a gang has ended; Ray Train's own 2 s are added to every stage."""
 
 
 class WorkerFailed(RuntimeError):
@@ -72,6 +75,7 @@ class Cluster(AbstractContextManager):
             [sys.executable, "-m", "pipelines.guard", value, folder], stdin=subprocess.PIPE, start_new_session=True
         )
         os.environ[guard.MARKER] = value
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(POLL_SECONDS))
         config = self.config
         return ray.init(
             num_cpus=max(os.cpu_count() or 1, self.world_size * config.cpus_per_worker, config.cpus_per_task),
