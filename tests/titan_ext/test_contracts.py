@@ -45,10 +45,11 @@ def test_symmetric_scale_is_a_fifteenth_of_the_span():
 
 @pytest.mark.skipif(not cpu.IS_CPU, reason="an accelerator is present: torchtitan uses it as it is")
 def test_torchtitan_was_imported_after_the_cpu_was_chosen():
+    import titan_ext.mobilemoe  # noqa: F401
+
+    # isort: split
     import torchtitan.components.metrics as metrics
     import torchtitan.distributed.utils as dist_utils
-
-    import titan_ext.mobilemoe  # noqa: F401
 
     assert titan_utils.device_type == metrics.device_type == dist_utils.device_type == "cpu"
     monitor = metrics.build_device_memory_monitor()
