@@ -85,7 +85,8 @@ def train(
 
 def _end_of(log: Path) -> str:
     """The last lines of a rank's log, without the list of modules that a fatal signal prints."""
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("Extension modules:")]
+    text = log.read_text() if log.exists() else f"{log}: the rank had not started yet"
+    lines = [line for line in text.splitlines() if not line.startswith("Extension modules:")]
     return "\n".join(lines)[-4000:]
 
 
