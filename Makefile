@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/smoke
 
-.PHONY: setup smoke test lint
+.PHONY: setup smoke test test-clusters test-parts lint
 
 setup: $(VENV)/.installed
 
@@ -18,8 +18,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 smoke: setup
 	$(BIN)/mobilemoe run smoke --out $(RUN)
 
+# Tests that start clusters and whole runs wait more than they compute, so they run beside the others; theirs is the
+# report that comes in one piece. `python -m pytest` runs all of them one after the other.
 test: setup
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 test-clusters test-parts
+
+test-clusters: setup
+	@$(BIN)/python -m pytest tests/e2e tests/pipelines tests/slurm >$(VENV)/$@.log 2>&1; code=$$?; cat $(VENV)/$@.log; exit $$code
+
+test-parts: setup
+	@$(BIN)/python -m pytest tests/data tests/eval tests/titan_ext
 
 lint: setup
 	$(BIN)/ruff check .

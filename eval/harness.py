@@ -138,12 +138,13 @@ def run_benchmark(lm: HFLM, benchmark: Benchmark, items: Path, limit: int | None
     chosen = {task.task_name: count for task, count in zip(tasks, counts, strict=True) if count}
     tasks = [task for task in tasks if task.task_name in chosen]
     max_gen_toks = _fit_generation(tasks, lm.max_length)
-    results = lm_eval.simple_evaluate(
+    for task in tasks:
+        task.set_fewshot_seed(seed=SEED)
+    # Not simple_evaluate, which would describe the machine for every benchmark: pip, compilers, drivers, for seconds.
+    results = lm_eval.evaluate(
         lm,
-        tasks=tasks,
+        task_dict=TaskManager(include_defaults=False).load(tasks),
         samples={name: list(range(count)) for name, count in chosen.items()},
-        task_manager=TaskManager(include_defaults=False),
-        fewshot_random_seed=SEED,
         bootstrap_iters=0,
     )
     metric, metric_filter = benchmark.metric.split(",")

@@ -1,4 +1,4 @@
-"""`mobilemoe run`: hold the run folder, start or join Ray, bring the steps up to date, show how it goes."""
+"""`mobilemoe run`: hold the run folder, start or join Ray if there is anything to do, and show how it goes."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from pipelines.manifest import Manifest, driver_lock
 from pipelines.preflight import check_disk
 from pipelines.progress import LIVE_INTERVAL_SECONDS, Display, RunStatus, read_status
 from pipelines.recipe import Recipe
-from pipelines.steps import run_steps
+from pipelines.steps import run_steps, up_to_date
 from pipelines.validate import validate
 
 INTERRUPT_PATIENCE_SECONDS = 20
@@ -34,25 +34,28 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
     run.mkdir(parents=True, exist_ok=True)
     with driver_lock(run):
         from eval.items import PACKAGE
+
+        manifest, stop = Manifest(run), threading.Event()
+
+        def bring_up_to_date(cluster: Any, say: Callable[[str], None]) -> None:
+            steps = build(Context(recipe, run, cluster, say), PACKAGE)
+            run_steps(steps, run, manifest, until=until, restart_from=restart_from, say=say, stop=stop)
+
+        steps = build(Context(recipe, run, None, print), PACKAGE)
+        if restart_from is None and up_to_date(steps, run, manifest, until):
+            with Display(run) as display:
+                manifest.describe(recipe)
+                bring_up_to_date(None, display.say)
+            return read_status(run)
         from pipelines.ray_runner import Cluster
 
         signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
         with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
             signal.signal(signal.SIGTERM, _interrupt)  # Ray put its own in place
             cluster.check_size()
-            manifest = Manifest(run)
             manifest.describe(recipe)
             _greet(display, cluster, run)
-            context = Context(recipe, run, cluster, display.say)
-            stop = threading.Event()
-            steps = build(context, PACKAGE)
-
-            def work() -> None:
-                run_steps(
-                    steps, run, manifest, until=until, restart_from=restart_from, say=display.say, stop=stop
-                )  # fmt: skip
-
-            _watch(work, display, cluster, stop)
+            _watch(lambda: bring_up_to_date(cluster, display.say), display, cluster, stop)
     return read_status(run)
 
 

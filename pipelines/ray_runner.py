@@ -20,6 +20,7 @@ import ray
 import ray.train
 import ray.train._internal.utils
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines import guard
@@ -28,6 +29,9 @@ from pipelines.recipe import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a Ray started here: what passes through it are configurations and results, no data."""
+LOCAL_RAY_TRAIN = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "0.5", ENABLE_PREEMPTION_WATCHER_ENV_VAR: "0"}
+"""For gangs of a Ray started here. Ray Train's own interval adds 2 s to the end of every stage, and nothing preempts a
+driver's children, so the process that would watch for it need not be started."""
 
 
 class WorkerFailed(RuntimeError):
@@ -72,8 +76,10 @@ class Cluster(AbstractContextManager):
             [sys.executable, "-m", "pipelines.guard", value, folder], stdin=subprocess.PIPE, start_new_session=True
         )
         os.environ[guard.MARKER] = value
+        os.environ |= LOCAL_RAY_TRAIN
         config = self.config
         return ray.init(
+            address="local",  # whatever RAY_ADDRESS or another Ray of this machine would have it join
             num_cpus=max(os.cpu_count() or 1, self.world_size * config.cpus_per_worker, config.cpus_per_task),
             include_dashboard=True,
             dashboard_port=config.dashboard_port or None,

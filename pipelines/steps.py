@@ -76,6 +76,18 @@ def decide(step: Step, inputs: dict[str, str], entry: dict[str, Any], run: Path)
     return Decision("redo", f"{', '.join(gone)} is gone") if gone else Decision("skip", "up to date")
 
 
+def up_to_date(steps: list[Step], run: Path, manifest: Manifest, until: str | None) -> bool:
+    """Whether every step as far as `until` would be skipped."""
+    return all(
+        decide(step, identities(manifest, step.needs), manifest.step(step.name), run).action == "skip"
+        for step in _as_far_as(steps, until)
+    )
+
+
+def _as_far_as(steps: list[Step], until: str | None) -> list[Step]:
+    return steps[: [step.name for step in steps].index(until) + 1] if until else steps
+
+
 def changes(step: Step, inputs: dict[str, str], entry: dict[str, Any]) -> list[str]:
     """What differs between a step and its entry, one phrase a difference."""
     found = []
@@ -135,7 +147,7 @@ def run_steps(
         StepFailed: a step raised; the manifest holds its traceback.
     """
     names = [step.name for step in steps]
-    steps = steps[: names.index(until) + 1] if until else steps
+    steps = _as_far_as(steps, until)
     if restart_from and manifest.content.get("restart") != restart_from:
         manifest.content["restart"] = restart_from
         manifest.forget(names[names.index(restart_from) :])

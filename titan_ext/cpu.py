@@ -19,6 +19,8 @@ at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 10. oneDNN prepares a bfloat16 product anew for every number of rows, and experts never see the same number twice:
     `pad_groups`.
 11. Blocks are not compiled, and a quantizer makes a dozen passes over a weight: `fuse_if_large` compiles it alone.
+12. Rank 0 sleeps two seconds at the end of a training, for the others to finish first: over gloo a barrier tells when
+    they have, `StageTrainer.train`.
 """
 
 import ctypes
@@ -26,6 +28,7 @@ import functools
 import os
 import platform
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -83,6 +86,10 @@ def apply() -> None:
     titan_utils.device_module = _CPUDeviceModule()
     # torchtitan's router asks for float32 autocast, which the CPU declines with a warning; our gate is float32 anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+
+
+TRAINER_CLOCK = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None) if IS_CPU else time
+"""What torchtitan.trainer uses of `time`; its one sleep is rank 0's at the end."""
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>

@@ -5,16 +5,21 @@ from typing import Annotated, Any
 
 import spmd_types as spmd
 import torch
+import torch.distributed as dist
+import torchtitan.trainer
 import tyro
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from titan_ext import cpu
 from titan_ext.distillation import Teacher
 from titan_ext.metrics import StageMetrics
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.pipeline import TIED_SCHEDULES, TiedStages, of_last_stage
 from titan_ext.update_guard import UpdateGuard
+
+torchtitan.trainer.time = cpu.TRAINER_CLOCK
 
 
 class _GuardedOptimizers:
@@ -86,6 +91,8 @@ class StageTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.load(self.config.checkpoint.initial_load_path)
         super().train()
+        if cpu.IS_CPU:
+            dist.barrier()
 
     def train_step(self, data_iterator) -> None:
         assert isinstance(self.metrics_processor, StageMetrics)

@@ -2,12 +2,43 @@
 
 import torch
 from transformers.generation import GenerationConfig
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_mobilemoe import MobileMoEConfig
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+
+
+def config_of(
+    name_or_path: str | None, config: MobileMoEConfig | str | None, hub: dict, kwargs: dict
+) -> MobileMoEConfig:
+    """The one given, or the folder's, changed by those of `kwargs` that are its fields; they are taken out."""
+    if isinstance(config, MobileMoEConfig):
+        return config
+    keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
+    options = {key: kwargs.pop(key) for key in keys}
+    config, unused = MobileMoEConfig.from_pretrained(
+        config or name_or_path, return_unused_kwargs=True, **hub, **options
+    )
+    kwargs |= unused
+    return config
+
+
+def tensors_of(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors by a causal model's names; on the meta device where transformers reads them itself."""
+    if state_dict is None:
+        files = checkpoint_files(where, hub)
+        device = "meta" if config.quantization is None else "cpu"
+        found = {n: t for file in files for n, t in load_state_dict(file, map_location=device).items()}
+    elif config.quantization is None:
+        found = state_dict
+    else:
+        raise ValueError("state_dict cannot be packed: pass it through dequantize_state_dict and drop quantization")
+    if any(name.startswith("model.") for name in found):
+        return found
+    return {f"model.{name}": tensor for name, tensor in found.items()}  # saved from MobileMoEModel
 
 
 def generation_config_of(cls: type, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:

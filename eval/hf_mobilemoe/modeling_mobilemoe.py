@@ -21,13 +21,13 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import check_model_inputs
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import HUB_OPTIONS, checkpoint_files, dtype_of, generation_config_of
+from .loading_mobilemoe import HUB_OPTIONS, config_of, dtype_of, generation_config_of, tensors_of
 from .packed_mobilemoe import fill_packed
 
 
@@ -219,28 +219,9 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         `attn_implementation` and `generation_config`.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        if not isinstance(config, MobileMoEConfig):
-            keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
-            config, unused = MobileMoEConfig.from_pretrained(
-                config or pretrained_model_name_or_path,
-                return_unused_kwargs=True,
-                **hub,
-                **{key: kwargs.pop(key) for key in keys},
-            )
-            kwargs |= unused
+        config = config_of(pretrained_model_name_or_path, config, hub, kwargs)
         where = str(pretrained_model_name_or_path or "the state dict")
-        if state_dict is None:
-            files = checkpoint_files(where, hub)
-            map_location = "meta" if config.quantization is None else "cpu"
-            found = {n: t for file in files for n, t in load_state_dict(file, map_location=map_location).items()}
-        else:
-            found = state_dict
-            if config.quantization is not None:
-                raise ValueError(
-                    "state_dict cannot be packed: pass it through dequantize_state_dict and drop quantization"
-                )
-        if not any(name.startswith("model.") for name in found):  # saved from MobileMoEModel, without the head's prefix
-            found = {f"model.{name}": tensor for name, tensor in found.items()}
+        found = tensors_of(where, state_dict, config, hub)
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
         if keep_int4:
             return cls._with_packed_weights(where, found, config, hub, **kwargs)

@@ -53,7 +53,7 @@ def test_worker_killed_by_the_system_is_raised_and_run_again(tmp_path):
 def test_failed_rank_is_raised_and_run_again_on_ray(tmp_path):
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         check_failure_and_resume("ray", tmp_path)
     finally:

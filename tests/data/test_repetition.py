@@ -51,7 +51,7 @@ def test_every_reason_comes_up_and_is_the_same():
     } < reasons
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(["one ", "two ", "three\n", "four. ", "five\n\n", "six, "]), min_size=1, max_size=60))
 def test_any_text(pieces):
     ours, theirs = verdicts("".join(pieces))

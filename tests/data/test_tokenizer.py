@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     return tokenizer.load(folder)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]))
     | st.sampled_from([f"a{t}b" for t in tokenizer.SPECIAL_TOKENS])

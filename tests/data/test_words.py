@@ -37,13 +37,13 @@ def test_of_code_almost_every_word():
     assert len(ours) > 10_000 and differing < 1e-3 * len(ours)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(ODD) | st.text(max_size=6), max_size=12).map("".join))
 def test_any_text_is_cut_piece_by_piece(text):
     assert OURS.word_tokenize(text) == [word for piece in text.split() for word in THEIRS.word_tokenize(piece)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from(["A", "b.", "c!", '"d."', " ", "  ", "\n", "...", "?!", "5"]), max_size=12).map("".join)
 )

@@ -19,11 +19,15 @@ from pipelines.graph import STEPS
 pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy
 
 OVERRIDES = [
-    "--data.corpora", "c4-sample", "wikipedia-plain", "python-stdlib", "sympy-docs", "scipy-docs", "dialogues",
-    "reasoning-gym-math",
+    "--data.corpora", "c4-sample", "wikipedia-plain", "dialogues", "reasoning-gym-math",
     "--data.tokenizer.train-vocab-size", "1024", "--model.vocab-size", "1024", "--model.n-layers", "2",
     "--stages.pretrain.steps", "24", "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
     "--stages.pretrain.heldout-interval", "12", "--stages.pretrain.log-interval", "1",
+    *(x for stage in ("pretrain", "midtrain") for x in (
+        f"--stages.{stage}.mixture.web", "0.7", f"--stages.{stage}.mixture.knowledge", "0.3",
+        f"--stages.{stage}.mixture.math", "0", f"--stages.{stage}.mixture.code", "0",
+        f"--stages.{stage}.mixture.science", "0",
+    )),
     *(x for stage in ("midtrain", "sft", "qat") for x in (f"--stages.{stage}.warmup-steps", "1")),
     *(x for stage in ("midtrain", "sft", "qat") for x in (
         f"--stages.{stage}.steps", "4", f"--stages.{stage}.seq-len", "256", f"--stages.{stage}.log-interval", "1",
@@ -42,12 +46,13 @@ GENERATE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-chat = [{"role": "user", "content": "hi"}]
-prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-text = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=-1)
-print("new", text.shape[1] - prompt.shape[1])
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    chat = [{"role": "user", "content": "hi"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    text = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    print("new", text.shape[1] - prompt.shape[1])
 """
 
 
@@ -126,15 +131,15 @@ def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):
         assert [line["step"] for line in lines(run / "stages" / stage / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("artifact", ["bf16", "int4"])
-def test_artifact_is_whole_and_writes_text_with_the_code_it_carries(finished, artifact):
-    folder = finished[0] / "artifacts" / artifact
-    verify_checksums(folder)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / f"modules_{artifact}")}
-    command = [sys.executable, "-c", GENERATE, str(folder)]
+def test_artifacts_are_whole_and_write_text_with_the_code_they_carry(finished, tmp_path):
+    folders = [finished[0] / "artifacts" / name for name in ("bf16", "int4")]
+    for folder in folders:
+        verify_checksums(folder)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", GENERATE, *map(str, folders)]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["new", "8"]
+    assert done.stdout.split() == ["new", "8"] * 2
 
 
 def test_int4_differs_from_bf16_but_not_by_much(finished):
@@ -167,4 +172,5 @@ def test_the_same_command_again_does_nothing(finished, tmp_path):
     run, seen, _ = finished
     text = Driver(run, tmp_path / "again.log").finish(timeout=200)
     assert text.count(": skip (up to date)") == len(STEPS)
+    assert "dashboard" not in text, "no Ray is started for nothing"
     assert steps_of(run) == seen[-1]

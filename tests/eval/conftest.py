@@ -1,8 +1,6 @@
-"""Single-threaded torch for small models; a trained miniature and its ExecuTorch program, made once for all tests."""
+"""A trained miniature and its ExecuTorch program, made once for all tests."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,21 +19,6 @@ ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
 """Tracing takes half a minute a layer, whatever its width."""
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Matrices this small are slower on several threads, much slower on a busy machine, and training them differs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    with single_threaded():
-        yield
-
-
 @pytest.fixture(scope="session")
 def int4_folder(tmp_path_factory):
     """ONE_LAYER, trained on a page of text until its continuations are hardly in doubt, then rounded to INT4."""
@@ -44,8 +27,7 @@ def int4_folder(tmp_path_factory):
     ids = torch.tensor(tokenizer(prompts.texts()["knowledge"][:1000])["input_ids"])
     torch.manual_seed(0)
     model = MobileMoEForCausalLM(config_from_dims(ONE_LAYER)).train()
-    with single_threaded():
-        train(model, ids)
+    train(model, ids)
     tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
 

@@ -25,12 +25,8 @@ def run(layer: RandomExperts, kernel: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    """Of ExecuTorch's pool; torch itself is faster with one on matrices this small."""
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Of ExecuTorch's pool."""
     portable_lib._unsafe_reset_threadpool(request.param)
-    yield
-    torch.set_num_threads(torch_threads)
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE)
@@ -43,7 +39,7 @@ def test_kernels_compute_the_layer_on_int8_activations(kernel, n_tokens):
     assert (run(layer, kernel) - expected).abs().median() < 1e-6 * expected.abs().max()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     d_groups=st.integers(1, 5), hidden_groups=st.integers(1, 4), group_size=st.sampled_from([32, 64, 96, 128]),
     n_experts=st.integers(1, 9), n_tokens=st.integers(1, 9), use_bias=st.booleans(), data=st.data(),

@@ -25,8 +25,6 @@ from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import REFUSED, main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 0.1
 """Of the standard deviation of the logits: tokens closer than that may change places, because the device rounds
 activations to INT8 in front of every linear and the transformers model does not."""

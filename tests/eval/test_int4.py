@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
@@ -30,8 +30,6 @@ from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from titan_ext.qat import fake_quantize_weight
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = config_from_dims(DIMS)
 AXES = ["in", "out"]
 
@@ -47,7 +45,6 @@ def file_bytes(folder):
 
 
 @given(st.integers(0, 2), st.data())
-@settings(deadline=None)
 def test_packing_is_low_nibble_first_two_complement(dim, data):
     shape = [2 * n if i == dim else n for i, n in enumerate(data.draw(st.tuples(*[st.integers(1, 3)] * 3)))]
     q = torch.from_numpy(data.draw(arrays(np.int8, shape, elements=st.integers(-8, 7))))
@@ -58,7 +55,6 @@ def test_packing_is_low_nibble_first_two_complement(dim, data):
 
 
 @given(arrays(np.float32, (3, 64), elements=st.floats(-1e5, 1e5, width=32)))
-@settings(deadline=None)
 def test_scale_is_exact_in_both_half_precisions(values):
     w = torch.from_numpy(values)
     scale = int4_scale(w, 1, 32)
@@ -133,7 +129,6 @@ def test_each_value_is_within_half_a_step(axis):
     arrays(np.int8, (4, 32), elements=st.integers(-8, 7)),
     arrays(np.float32, (4, 1), elements=st.floats(2.0**-24, 60000.0, width=32)),
 )
-@settings(deadline=None)
 def test_stored_scales_recover_every_value(q, raw_scale):
     """For any INT4 content, also one that max|w| / 7.5 would never give, through bfloat16 and through float32."""
     q = torch.from_numpy(q)

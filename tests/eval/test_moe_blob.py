@@ -31,7 +31,7 @@ def pack_one(q: list[list[int]], scales: list[list[float]]) -> bytes:
     return out
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(n_rows=st.integers(1, 20), n_groups=st.integers(1, 3), group=st.sampled_from([32, 64]), seed=st.integers(0, 99))
 def test_bytes_are_the_documented_layout(n_rows, n_groups, group, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -16,13 +16,18 @@ from pipelines.recipe import ClusterConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import gang_functions as gang
 
+HERE = Path(__file__).parent
+PYTHONPATH = f"{HERE}{os.pathsep}{HERE.parents[1]}"
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     run = tmp_path_factory.mktemp("run")
-    with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's Ray is not joined
+        with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
+            yield cluster
     assert processes_of(f"{run}#") == []
 
 
@@ -78,8 +83,8 @@ def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
 
 def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
     driver = subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "killable_driver.py", tmp_path], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        [sys.executable, HERE / "killable_driver.py", tmp_path], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     assert driver.stdout.readline() == "training\n"
     assert len(processes_of(f"{tmp_path}#")) > 5

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pipelines.manifest import Manifest
-from pipelines.steps import Step, StepFailed, partial_of, run_steps, stale_steps, whole
+from pipelines.steps import Step, StepFailed, partial_of, run_steps, stale_steps, up_to_date, whole
 
 
 class Graph:
@@ -61,6 +61,21 @@ def test_first_run_makes_everything_second_nothing(graph):
     assert graph.read("count") == "3"
     assert graph.go() == []
     assert graph.said[0] == "step 1 of 3  text: skip (up to date)"
+
+
+def test_a_run_knows_without_a_step_that_there_is_nothing_to_do(graph):
+    def known(until=None):
+        return up_to_date(graph.steps(), graph.run, Manifest(graph.run), until)
+
+    assert not known("text")
+    graph.go(until="upper")
+    assert known("upper") and not known()
+    graph.go()
+    assert known()
+    (graph.run / "count").unlink()
+    assert not known()
+    graph.text = "x"
+    assert not known("text")
 
 
 def test_changed_config_remakes_it_and_what_depends_on_it(graph):

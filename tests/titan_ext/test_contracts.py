@@ -1,5 +1,8 @@
 """Undocumented behaviour of torch, torchtitan and torchao that titan_ext relies on, one small test each."""
 
+import inspect
+import re
+
 import pytest
 import torch
 import torchtitan.tools.utils as titan_utils
@@ -42,12 +45,22 @@ def test_symmetric_scale_is_a_fifteenth_of_the_span():
 
 @pytest.mark.skipif(not cpu.IS_CPU, reason="an accelerator is present: torchtitan uses it as it is")
 def test_torchtitan_was_imported_after_the_cpu_was_chosen():
+    import titan_ext.mobilemoe  # noqa: F401
+
+    # isort: split
     import torchtitan.components.metrics as metrics
     import torchtitan.distributed.utils as dist_utils
-
-    import titan_ext.mobilemoe  # noqa: F401
 
     assert titan_utils.device_type == metrics.device_type == dist_utils.device_type == "cpu"
     monitor = metrics.build_device_memory_monitor()
     assert monitor.device_index == 0
     assert monitor.device_capacity_gib > 0
+
+
+def test_the_trainer_sleeps_at_its_end_and_nowhere_else():
+    """`cpu.TRAINER_CLOCK` stands in for all that it uses of `time`."""
+    import titan_ext.trainer
+
+    source = inspect.getsource(titan_ext.trainer.torchtitan.trainer)
+    assert sorted(re.findall(r"\btime\.(\w+)\(", source)) == ["perf_counter", "perf_counter", "sleep"]
+    assert source.index("time.sleep(") > source.index("self.validator.validate(")

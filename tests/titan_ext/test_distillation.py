@@ -55,7 +55,7 @@ def one_process(data, parent, tmp_path_factory) -> Path:
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), weight=st.floats(0, 1), masked=st.sets(st.integers(0, 11)))
 def test_value_and_gradient_against_loops(seed, weight, masked):
     generator = torch.Generator().manual_seed(seed)

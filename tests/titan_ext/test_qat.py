@@ -29,7 +29,7 @@ def int4_by_hand(row: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.cat(out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), magnitude=st.floats(-9, 3), rows=st.integers(1, 4), groups=st.integers(1, 3))
 def test_weights_take_the_grid_of_the_paper(seed, magnitude, rows, groups):
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def test_weights_take_the_grid_of_the_paper(seed, magnitude, rows, groups):
     assert (expected - weight).abs().max() <= weight.abs().max() / 7.5 * (0.5 + 7.5 / 256) + 2.0**-22
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), magnitude=st.floats(-3, 3))
 def test_activations_are_rounded_a_token_at_a_time(seed, magnitude):
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) * 10**magnitude
