@@ -108,10 +108,18 @@ def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
 def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
     """Copy the tokenizer through transformers, set the config's special ids, and write generation_config.json.
 
+    What it gives goes into the model's `generate` as it is: ids and mask alone, padded on the left.
+
     Raises:
         ValueError: the tokenizer is larger than the vocabulary, or lacks a chat template or a Llama-3 special token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_dir,
+        # Of a tokenizer that names none, transformers expects token types too, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        model_max_length=config.max_position_embeddings,
+    )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}")
     if not tokenizer.chat_template:
