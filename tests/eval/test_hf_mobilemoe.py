@@ -180,6 +180,34 @@ def test_cached_generation_equals_uncached(model, tokens):
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_with_a_static_cache_equals_the_dynamic_one(model, tokens, attention):
+    batch, mask = tokens[:, :12].clone(), torch.ones(2, 12, dtype=torch.long)
+    batch[0, :5], mask[0, :5] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    options |= {"pad_token_id": 0, "eos_token_id": 1}
+    dynamic = model.generate(batch, **options)
+    model.set_attn_implementation(attention)
+    try:
+        assert torch.equal(model.generate(batch, cache_implementation="static", **options), dynamic)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_layers_on_disk_compute_the_same(model, tokens, tmp_path):
+    """accelerate brings a layer's weights from files at every call, the expert bias with them."""
+    model.save_pretrained(tmp_path / "saved")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    offloaded = MobileMoEForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=places | {"model.layers.1": "disk"}, offload_folder=str(tmp_path / "disk")
+    )
+    assert offloaded.model.layers[1].feed_forward.expert_bias.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(offloaded(tokens).logits, model(tokens).logits)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(offloaded.generate(tokens[:1], **options), model.generate(tokens[:1], **options))
+
+
 def test_left_padded_batch_equals_singles(model, tokens):
     lengths = (7, 40)
     batch = torch.zeros(2, 40, dtype=torch.long)
@@ -221,7 +249,8 @@ def test_gradients_reach_every_parameter(weights, tokens):
     model = MobileMoEForCausalLM.from_pretrained(None, config=CONFIG, state_dict=dict(weights)).train()
     model(tokens, labels=tokens).loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+    assert without == [f"model.layers.{i}.feed_forward.expert_bias" for i in range(DIMS.n_layers)]
+    assert not any(model.get_parameter(name).requires_grad for name in without)
 
 
 def test_save_pretrained_round_trip(model, tokens, tmp_path):
