@@ -94,7 +94,7 @@ def write_folder(
 
 def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
     """The config in full: save_pretrained would leave out the keys that have transformers' own default value."""
-    values = config.to_diff_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+    values = config.to_diff_dict()
     if config.quantization is None:
         del values["quantization"]
     return values | {
@@ -184,10 +184,21 @@ def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -
 
 
 def read_config(folder: Path) -> MobileMoEConfig:
-    """config.json of a local folder, as our own class whatever code lies beside it."""
-    if not (Path(folder) / "config.json").is_file():
+    """config.json of a local folder, as our own class whatever code lies beside it.
+
+    Raises:
+        ValueError: there is none, it is no JSON object, lacks a key or has a value that MobileMoE does not.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
         raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
-    return MobileMoEConfig.from_pretrained(folder)
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is {type(values).__name__} and not a JSON object; copy it again")
+    return MobileMoEConfig.from_dict(values, name_or_path=str(folder))
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):

@@ -18,7 +18,7 @@ def config_of(
     if isinstance(config, MobileMoEConfig):
         return config
     keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
-    options = {key: kwargs.pop(key) for key in keys}
+    options = {key: kwargs.pop(key) for key in keys} | {"name_or_path": str(config or name_or_path)}
     config, unused = MobileMoEConfig.from_pretrained(
         config or name_or_path, return_unused_kwargs=True, **hub, **options
     )
