@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -18,8 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 import eval.hf_mobilemoe
 from eval.export.dimensions import config_from_dims
 from eval.export.model_card import write_model_card
-from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
+from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from eval.hf_mobilemoe.loading_mobilemoe import open_file, read_index, without_tied_head
 from titan_ext.config import ModelDims
 
 CHECKSUMS = "SHA256SUMS"
@@ -205,20 +205,24 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     """The tensors of a local folder's safetensors files; each is read when it is asked for, and not kept.
 
     Raises:
-        ValueError: a file is missing, cut short or no safetensors file.
+        ValueError: a file is missing, cut short or no safetensors file, or the index or the head is not as it must be;
+            when a tensor is read, its dtype is wrong or a value is not finite.
     """
 
     def __init__(self, folder: Path):
-        self._shards = {}
-        for file in _tensor_files(folder):
-            try:
-                shard = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged ({error}); copy it again") from error
-            self._shards |= dict.fromkeys(shard.keys(), shard)
+        index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+        files = read_index(index) if index.is_file() else {SAFE_WEIGHTS_NAME: []}
+        shards = {Path(folder) / name: open_file(Path(folder) / name, expected) for name, expected in files.items()}
+        self._files = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+        self._shards = {name: shards[path] for name, path in self._files.items()}
+        self._shards = without_tied_head(self._shards, self.__getitem__, folder)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._shards[name].get_tensor(name)
+        tensor = self._shards[name].get_tensor(name)
+        check_dtype(name, tensor.dtype, self._files[name])
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{self._files[name]}: {name} holds NaN or infinite values; the checkpoint is not usable")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
