@@ -89,11 +89,11 @@ class Eval:
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a checkpoint of a run into a Hugging Face folder, or any checkpoint into an ExecuTorch program."""
+    """Turn a checkpoint of a run, a Hugging Face folder or an imported one into bf16, INT4 or an ExecuTorch program."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; for executorch also a Hugging Face
-    folder, INT4 (its numbers are kept bit for bit) or BF16."""
+    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
+    or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
     format: Literal["bf16", "int4", "executorch"]
     out: Path
     """Folder to write; must not exist."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
-from eval.export.dimensions import config_from_dims
+from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -111,8 +111,11 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     What it gives goes into the model's `generate` as it is: ids and mask alone, padded on the left.
 
     Raises:
-        ValueError: the tokenizer is larger than the vocabulary, or lacks a chat template or a Llama-3 special token.
+        ValueError: there is no tokenizer, or it is larger than the vocabulary, or lacks a chat template or a Llama-3
+            special token.
     """
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        raise ValueError(f"{tokenizer_dir} has no tokenizer.json; copy the model's tokenizer there, all of its files")
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_dir,
         # Of a tokenizer that names none, transformers expects token types too, which `generate` refuses.
@@ -235,14 +238,19 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         return {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
-    files = [Path(folder) / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; copy the whole folder again")
-    return files
+def open_tensors(folder: Path, config: MobileMoEConfig) -> Mapping[str, torch.Tensor]:
+    """The tensors `config` describes, of a Hugging Face folder or of a checkpoint that was imported from one.
+
+    Raises:
+        ValueError: they are incomplete or damaged.
+    """
+    if (Path(folder) / ".metadata").is_file():
+        from eval.export.checkpoint import read_checkpoint  # torchtitan's model, which a Hugging Face folder needs not
+
+        return read_checkpoint(Path(folder), dims_from_config(config))
+    tensors = TensorFiles(folder)
+    check_tensors(tensors.shapes(), config, str(folder))
+    return tensors
 
 
 @contextmanager
