@@ -27,7 +27,9 @@ from transformers.utils.generic import check_model_inputs
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import HUB_OPTIONS, config_of, dtype_of, generation_config_of, tensors_of
+from .loading_mobilemoe import (
+    HUB_OPTIONS, config_of, dtype_of, generation_config_of, keep_float32_on_disk, tensors_of,
+)  # fmt: skip
 from .packed_mobilemoe import packed_model
 
 
@@ -237,8 +239,8 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         if keep_int4:
             return packed_model(cls, where, found, config, hub, **kwargs)
         if config.quantization is None:
-            name_or_path = pretrained_model_name_or_path
-            return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
+            options = {"config": config, "state_dict": state_dict} | kwargs
+            return keep_float32_on_disk(super().from_pretrained(pretrained_model_name_or_path, *model_args, **options))
         return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
@@ -255,6 +257,9 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
         tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
         config = copy.deepcopy(config)
         config.quantization = None
