@@ -89,11 +89,11 @@ class Eval:
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a checkpoint of a run into a Hugging Face folder, or any checkpoint into an ExecuTorch program."""
+    """Turn a checkpoint of a run, a Hugging Face folder or an imported one into bf16, INT4 or an ExecuTorch program."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; for executorch also a Hugging Face
-    folder, INT4 (its numbers are kept bit for bit) or BF16."""
+    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
+    or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
     format: Literal["bf16", "int4", "executorch"]
     out: Path
     """Folder to write; must not exist."""
@@ -117,13 +117,13 @@ class Import:
 
 @dataclass(frozen=True)
 class Info:
-    """Sizes and costs of a flavor (S, M, L, tiny), or of any dimensions."""
+    """Sizes and costs of a flavor (S, M, L, tiny), or of any dimensions, beside the published ones."""
 
     model: Annotated[ModelDims, tyro.conf.arg(name="")]
-    context: int = 2048
-    """Positions of the KV cache, and of the attention in inference."""
-    seq_len: int = 2048
-    """Tokens of a training sequence."""
+    context: int | None = None
+    """Positions of the KV cache, and of the attention in inference; 2048, or what the model has, if not given."""
+    seq_len: int | None = None
+    """Tokens of a training sequence; 2048, or what the model has, if not given."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -346,19 +346,25 @@ def _import(arguments: Sequence[str]) -> int:
 def _info(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            "usage: mobilemoe info FLAVOR [--context N] [--seq-len N] [--json] [dimensions]\n\n"
-            f"FLAVOR: {', '.join(FLAVORS)}; mobilemoe info FLAVOR --help lists every dimension"
+            "usage: mobilemoe info [FLAVOR] [--context N] [--seq-len N] [--json] [dimensions]\n\n"
+            f"FLAVOR: {', '.join(FLAVORS)}; mobilemoe info FLAVOR --help lists every dimension.\n"
+            "Without FLAVOR the dimensions that differ from flavor to flavor must all be given"
         )
         return DONE if arguments else REFUSED
-    name, *rest = arguments
-    _require_known("flavor", name, FLAVORS)
-    command = _parse(Info, rest, f"info {name}", Info(model=FLAVORS[name]))
+    if arguments[0].startswith("-"):
+        name, command = "", _parse(Info, arguments, "info")
+    else:
+        given, *rest = arguments
+        name = next((flavor for flavor in FLAVORS if flavor.lower() == given.lower()), given)
+        _require_known("flavor", name, FLAVORS)
+        command = _parse(Info, rest, f"info {name}", Info(model=FLAVORS[name]))
     from pipelines.info import describe, table
     from pipelines.validate import check_model
 
     check_model(command.model)
-    described = describe(command.model, context=command.context, seq_len=command.seq_len)
-    title = name if command.model == FLAVORS[name] else f"{name}, changed"
+    lengths = [min(2048, command.model.max_seq_len) if n is None else n for n in (command.context, command.seq_len)]
+    described = describe(command.model, context=lengths[0], seq_len=lengths[1])
+    title = name if command.model == FLAVORS.get(name) else f"{name}, changed" if name else "of these dimensions"
     _answer(command.json, described, lambda: table(title, described))
     return DONE
 

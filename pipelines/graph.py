@@ -76,7 +76,7 @@ def build(context: Context, items_package: str) -> list[Step]:
         *(_stage_step(context, tree, name) for name in STAGES),
         step(
             "export",
-            1,
+            2,
             ("data", *STAGES),
             {"export": tree["export"], "precision": tree["parallel"]["precision"]},
             EXPORT_OUTPUTS,

@@ -33,11 +33,20 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
 
 
 def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:
-    """A checkpoint of a run as a Hugging Face folder; dimensions, tokenizer and groups are those of its run.
+    """A checkpoint as a Hugging Face folder.
+
+    Dimensions, tokenizer and groups of one inside a run are those of its run; those of a Hugging Face folder, or of a
+    checkpoint imported from one, lie in it. What came from INT4 keeps its grid.
 
     Raises:
-        ValueError: the checkpoint is not one, lies in no run, or `out` exists.
+        ValueError: the checkpoint is not one, lies in no run and was not imported, or `out` exists.
     """
+    if _is_described(checkpoint):
+        _require_new(out)
+        from eval.export.int4 import bf16_folder, quantize_folder
+
+        (bf16_folder if layout == "bf16" else quantize_folder)(checkpoint, out)
+        return
     run, recipe = _run_of(checkpoint)
     _require_new(out)
     model, config, tokenizer = _model_of(recipe), ExportConfig(**recipe["export"]), run / "data" / "tokenizer"
@@ -50,12 +59,12 @@ def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:
 
 
 def export_program(checkpoint: Path, out: Path, device: DeviceConfig) -> None:
-    """A checkpoint of a run, or a Hugging Face folder, as an ExecuTorch program.
+    """A checkpoint of a run, a Hugging Face folder or an imported checkpoint as an ExecuTorch program.
 
     Raises:
         ValueError: the checkpoint is neither, the fused op cannot take it, or `out` exists.
     """
-    is_folder = (checkpoint / "config.json").is_file()
+    is_folder = _is_described(checkpoint)
     run, recipe = (None, None) if is_folder else _run_of(checkpoint)
     _require_new(out)
     from eval.export import checkpoint as exporter
@@ -72,16 +81,29 @@ def export_program(checkpoint: Path, out: Path, device: DeviceConfig) -> None:
         export_moe(weights, run / "data" / "tokenizer", out, device)
 
 
+def _is_described(checkpoint: Path) -> bool:
+    """Whether it says itself what model it is: a Hugging Face folder, or one imported outside of a run."""
+    if not (checkpoint / "config.json").is_file():
+        return False
+    return not (checkpoint / ".metadata").is_file() or _run_folder(checkpoint) is None
+
+
+def _run_folder(checkpoint: Path) -> Path | None:
+    return next((folder for folder in checkpoint.absolute().parents if (folder / "manifest.json").is_file()), None)
+
+
 def _run_of(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
     """The run folder a DCP checkpoint lies in, and its recipe."""
     if not (checkpoint / ".metadata").is_file():
         raise ValueError(
-            f"{checkpoint}: no .metadata, so no DCP checkpoint; give a folder like RUN/stages/3_sft/checkpoint/step-60"
+            f"{checkpoint}: no .metadata, so no DCP checkpoint, and no config.json, so no Hugging Face folder; give "
+            "one of them, for example RUN/stages/3_sft/checkpoint/step-60"
         )
-    run = next((folder for folder in checkpoint.absolute().parents if (folder / "manifest.json").is_file()), None)
+    run = _run_folder(checkpoint)
     if run is None:
         raise ValueError(
-            f"{checkpoint}: no manifest.json in a folder above, so its model is unknown; give one inside a run"
+            f"{checkpoint}: no manifest.json in a folder above, so its model is unknown; give one inside a run, "
+            "or one that `mobilemoe import` wrote"
         )
     return run, Manifest(run).content["recipe"]
 

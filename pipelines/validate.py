@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,12 @@ def check_model(model: ModelDims) -> None:
     """Check dimensions on their own, as `mobilemoe info` takes them.
 
     Raises:
-        InvalidRecipe (a ValueError): lists every problem found.
+        ValueError: lists every problem found, by the options of that command.
     """
-    problems = [*_model(model), *_groups("INT4", 32, model)]
-    if problems:
-        raise InvalidRecipe("dimensions", problems)
+    if problems := [*_model(model), *_groups("INT4", 32, model)]:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        options = re.sub(r"\bmodel\.([a-z_.]+)", lambda field: "--" + field[1].replace("_", "-"), lines)
+        raise ValueError(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
 
 
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -85,8 +87,8 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
 def _positive(prefix: str, config: Any, names: tuple[str, ...]) -> Iterator[Problem]:
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
-            yield Problem(f"{prefix}.{name}", value, "must be above 0", "set a positive number")
+        if not (value > 0 and math.isfinite(value)):
+            yield Problem(f"{prefix}.{name}", value, "must be above 0 and finite", "set a positive number")
 
 
 def _divides(small: int, large: int) -> bool:
@@ -101,6 +103,9 @@ def _divisors(number: int, limit: int = 12) -> str:
 def _model(model: ModelDims) -> Iterator[Problem]:
     yield from _positive("model", model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
     yield from _positive("model", model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size", "max_seq_len"))
+    yield from _positive("model", model, ("rope_theta", "norm_eps", "route_scale"))
+    scaling = model.rope_scaling
+    yield from _positive("model.rope_scaling", scaling, tuple(field.name for field in dataclasses.fields(scaling)))
     if model.top_k > model.n_experts:
         rule = f"cannot choose more experts than model.n_experts = {model.n_experts}"
         yield Problem("model.top_k", model.top_k, rule, f"set it to at most {model.n_experts}")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from eval.export.hf import TensorFiles, read_config
+from eval.export.hf import open_tensors, read_config
 from eval.export.int4 import quantize_int4, quantize_tensors, stored_scales, with_quantization
-from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, dequantize_int4, packed_tensors, unpack_int4
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, packed_tensors, unpack_int4
 from eval.hf_mobilemoe.configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig, quantization_of
 
 DENSE_GROUP_SIZE = 32
@@ -75,14 +75,13 @@ class DeviceWeights:
 
 
 def open_folder(folder: Path, expert_group_size: int | None = None) -> DeviceWeights:
-    """The weights of a Hugging Face folder, INT4 or not.
+    """The weights of a Hugging Face folder, INT4 or not, or of an imported checkpoint.
 
     Raises:
         ValueError: no complete checkpoint there, or one the fused op cannot take.
     """
     config = read_config(folder)
-    tensors = TensorFiles(folder)
-    check_tensors(tensors.shapes(), config, str(folder))
+    tensors = open_tensors(folder, config)
     scales = None
     if config.quantization is None:
         scales = stored_scales(folder, with_quantization(config, quantization_of(DENSE_GROUP_SIZE, "in")))

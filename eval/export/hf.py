@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
-from eval.export.dimensions import config_from_dims
+from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
-from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
+from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from eval.hf_mobilemoe.loading_mobilemoe import open_file, read_index, without_tied_head
 from titan_ext.config import ModelDims
 
 CHECKSUMS = "SHA256SUMS"
@@ -94,7 +94,7 @@ def write_folder(
 
 def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
     """The config in full: save_pretrained would leave out the keys that have transformers' own default value."""
-    values = config.to_diff_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+    values = config.to_diff_dict()
     if config.quantization is None:
         del values["quantization"]
     return values | {
@@ -108,10 +108,21 @@ def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
 def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
     """Copy the tokenizer through transformers, set the config's special ids, and write generation_config.json.
 
+    What it gives goes into the model's `generate` as it is: ids and mask alone, padded on the left.
+
     Raises:
-        ValueError: the tokenizer is larger than the vocabulary, or lacks a chat template or a Llama-3 special token.
+        ValueError: there is no tokenizer, or it is larger than the vocabulary, or lacks a chat template or a Llama-3
+            special token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        raise ValueError(f"{tokenizer_dir} has no tokenizer.json; copy the model's tokenizer there, all of its files")
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_dir,
+        # Of a tokenizer that names none, transformers expects token types too, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        model_max_length=config.max_position_embeddings,
+    )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}")
     if not tokenizer.chat_template:
@@ -176,30 +187,45 @@ def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -
 
 
 def read_config(folder: Path) -> MobileMoEConfig:
-    """config.json of a local folder, as our own class whatever code lies beside it."""
-    if not (Path(folder) / "config.json").is_file():
+    """config.json of a local folder, as our own class whatever code lies beside it.
+
+    Raises:
+        ValueError: there is none, it is no JSON object, lacks a key or has a value that MobileMoE does not.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
         raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
-    return MobileMoEConfig.from_pretrained(folder)
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is {type(values).__name__} and not a JSON object; copy it again")
+    return MobileMoEConfig.from_dict(values, name_or_path=str(folder))
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
     """The tensors of a local folder's safetensors files; each is read when it is asked for, and not kept.
 
     Raises:
-        ValueError: a file is missing, cut short or no safetensors file.
+        ValueError: a file is missing, cut short or no safetensors file, or the index or the head is not as it must be;
+            when a tensor is read, its dtype is wrong or a value is not finite.
     """
 
     def __init__(self, folder: Path):
-        self._shards = {}
-        for file in _tensor_files(folder):
-            try:
-                shard = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged ({error}); copy it again") from error
-            self._shards |= dict.fromkeys(shard.keys(), shard)
+        index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+        files = read_index(index) if index.is_file() else {SAFE_WEIGHTS_NAME: []}
+        shards = {Path(folder) / name: open_file(Path(folder) / name, expected) for name, expected in files.items()}
+        self._files = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+        self._shards = {name: shards[path] for name, path in self._files.items()}
+        self._shards = without_tied_head(self._shards, self.__getitem__, folder)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._shards[name].get_tensor(name)
+        tensor = self._shards[name].get_tensor(name)
+        check_dtype(name, tensor.dtype, self._files[name])
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{self._files[name]}: {name} holds NaN or infinite values; the checkpoint is not usable")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
@@ -212,14 +238,19 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         return {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
-    files = [Path(folder) / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; copy the whole folder again")
-    return files
+def open_tensors(folder: Path, config: MobileMoEConfig) -> Mapping[str, torch.Tensor]:
+    """The tensors `config` describes, of a Hugging Face folder or of a checkpoint that was imported from one.
+
+    Raises:
+        ValueError: they are incomplete or damaged.
+    """
+    if (Path(folder) / ".metadata").is_file():
+        from eval.export.checkpoint import read_checkpoint  # torchtitan's model, which a Hugging Face folder needs not
+
+        return read_checkpoint(Path(folder), dims_from_config(config))
+    tensors = TensorFiles(folder)
+    check_tensors(tensors.shapes(), config, str(folder))
+    return tensors
 
 
 @contextmanager

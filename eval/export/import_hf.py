@@ -1,5 +1,9 @@
-"""A released-format folder, BF16 or INT4, as a DCP checkpoint that a training stage starts from."""
+"""A released-format folder, BF16 or INT4, as a DCP checkpoint that a training stage starts from.
 
+Beside the weights it keeps what a way back needs: config.json, the tokenizer, and the scales of an INT4 checkpoint.
+"""
+
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,14 +13,19 @@ import torch.distributed.checkpoint as dcp
 
 from eval.export.dimensions import dims_from_config
 from eval.export.hf import TensorFiles, read_config
+from eval.export.int4 import store_scales
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, dequantize_tensors
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def import_folder(folder: Path, out: Path) -> ModelDims:
     """Write the weights of `folder` as a DCP checkpoint (model only, float32) and return its dimensions.
 
+    `open_tensors` reads it again, so that `quantize_folder` and `bf16_folder` take it like a Hugging Face folder.
     Reads one tensor at a time, so that beside the float32 model only one of them is in memory. INT4 weights become the
     numbers they stand for.
 
@@ -44,5 +53,20 @@ def import_folder(folder: Path, out: Path) -> ModelDims:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     dcp.save(state, checkpoint_id=partial, no_dist=True)
+    _keep_the_rest(folder, config, tensors, partial)
     os.replace(partial, out)
     return dims
+
+
+def _keep_the_rest(folder: Path, config: MobileMoEConfig, tensors: TensorFiles, out: Path) -> None:
+    """What the folder says of an unquantized checkpoint, its tokenizer if it has one, and its scales if it is INT4."""
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("quantization", None)
+    # The code is not copied.
+    values.pop("auto_map", None)
+    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if config.quantization is not None:
+        store_scales(tensors, config, out)

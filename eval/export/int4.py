@@ -6,6 +6,7 @@ The weight a reader sees is q * s.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import TensorFiles, new_folder, read_config, write_folder
+from eval.export.hf import new_folder, open_tensors, read_config, write_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import (
     check_tensors,
     dequantize_int4,
     dequantize_tensors,
+    kept_in_float32,
     packed_tensors,
 )
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig, quantization_of
@@ -55,7 +57,9 @@ def quantize_int4(
     scale = int4_scale(weight, dim, group_size) if scale is None else scale
     groups = weight.float().unflatten(dim, (-1, group_size))
     # The reciprocal, as torchao and the device's packer: a division rounds +-7.5 differently.
-    q = (groups * (1.0 / scale.float()).unsqueeze(dim + 1)).round().clamp(-8, 7)
+    # A released group of zeros may have a scale of zero.
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
+    q = (groups * inverse.unsqueeze(dim + 1)).round().clamp(-8, 7)
     return q.flatten(dim, dim + 1).to(torch.int8), scale
 
 
@@ -137,25 +141,31 @@ def write_int4_folder(
     return out
 
 
-def quantize_folder(source: Path, out: Path, export: ExportConfig) -> Path:
-    """Write the INT4 folder of an unquantized one (of any float dtype), tokenizer included.
+def quantize_folder(source: Path, out: Path, export: ExportConfig | None = None) -> Path:
+    """Write the INT4 folder of an unquantized one (of any float dtype) or of an imported checkpoint.
 
-    Where `source` came from `dequantize_folder` with the same layout, the scales stored there are used, and the result
-    is bit for bit the INT4 folder it came from. Otherwise every scale is max|w| / 7.5 of the weights found.
+    Where `source` came from INT4 (`dequantize_folder`, or imported) with the same layout, the scales stored there are
+    used, and the result is bit for bit the INT4 folder it came from. Otherwise every scale is max|w| / 7.5 of the
+    weights found.
+
+    Args:
+        export: the layout; the one of the stored scales, or the default, if not given.
 
     Raises:
         ValueError: `source` is no complete unquantized checkpoint, or cannot be quantized in this layout.
     """
     config = read_config(source)
     if config.quantization is not None:
-        raise ValueError(f"{source} is quantized already ({config.quantization['format']}); give the bf16 folder")
-    tensors = TensorFiles(source)
-    check_tensors(tensors.shapes(), config, str(source))
-    config = with_quantization(config, layout_of(export))
-    packed_tensors(config, config.quantization)  # refuses a group size that does not fit before anything is written
-    scales = stored_scales(source, config)
+        raise ValueError(f"{source} is quantized already ({config.quantization['format']}); copy it as it is")
+    layout = stored_layout(source) if export is None else None
+    export = export or ExportConfig()
+    quantized = with_quantization(config, layout or layout_of(export))
+    packed_tensors(quantized, quantized.quantization)  # refuses a group size that does not fit before all else
+    tensors = open_tensors(source, config)
+    scales = stored_scales(source, quantized)
     with new_folder(out) as partial:
-        write_folder(quantize_tensors(tensors.items(), config, scales), config, source, partial, export.max_shard_bytes)
+        stream = quantize_tensors(tensors.items(), quantized, scales)
+        write_folder(stream, quantized, source, partial, export.max_shard_bytes)
     return out
 
 
@@ -174,25 +184,54 @@ def dequantize_folder(
     config = read_config(source)
     if config.quantization is None:
         raise ValueError(f"{source} is not quantized; there is nothing to dequantize")
-    packed = TensorFiles(source)
-    check_tensors(packed.shapes(), config, str(source))
+    packed = open_tensors(source, config)
     plain = with_quantization(config, None)
     plain.dtype = dtype
-    names = [p.scale_name for p in packed_tensors(config, config.quantization).values()]
     with new_folder(out) as partial:
         write_folder(dequantize_tensors(packed, config, dtype), plain, source, partial, max_shard_bytes)
-        (partial / SCALES_FILE).parent.mkdir()
-        layout = {"format": "pt", "quantization": json.dumps(config.quantization, sort_keys=True)}
-        save_file({name: packed[name] for name in names}, partial / SCALES_FILE, metadata=layout)
+        store_scales(packed, config, partial)
     return out
 
 
-def stored_scales(folder: Path, config: MobileMoEConfig) -> dict[str, torch.Tensor] | None:
-    """Scales beside a dequantized folder, None where there are none or where they are of another layout."""
+def bf16_folder(source: Path, out: Path) -> Path:
+    """Write the bfloat16 folder of any Hugging Face folder or imported checkpoint, stored scales included.
+
+    Raises:
+        ValueError: `source` is no complete checkpoint.
+    """
+    config = read_config(source)
+    if config.quantization is not None:
+        return dequantize_folder(source, out)
+    config.dtype = torch.bfloat16
+    tensors = open_tensors(source, config)
+    cast = ((n, t.to(torch.float32 if kept_in_float32(n) else torch.bfloat16)) for n, t in tensors.items())
+    with new_folder(out) as partial:
+        write_folder(cast, config, source, partial, ExportConfig.max_shard_bytes)
+        if (Path(source) / SCALES_FILE).is_file():
+            (partial / SCALES_FILE).parent.mkdir()
+            shutil.copyfile(Path(source) / SCALES_FILE, partial / SCALES_FILE)
+    return out
+
+
+def store_scales(packed: Mapping[str, torch.Tensor], config: MobileMoEConfig, folder: Path) -> None:
+    """Write the scales of an INT4 checkpoint into a folder that gets its weights as floats."""
+    (folder / SCALES_FILE).parent.mkdir()
+    layout = {"format": "pt", "quantization": json.dumps(config.quantization, sort_keys=True)}
+    names = [p.scale_name for p in packed_tensors(config, config.quantization).values()]
+    save_file({name: packed[name] for name in names}, folder / SCALES_FILE, metadata=layout)
+
+
+def stored_layout(folder: Path) -> dict[str, Any] | None:
+    """The `quantization` that a folder with stored scales came from, None where there are none."""
     path = Path(folder) / SCALES_FILE
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
-        if json.loads(file.metadata()["quantization"]) != config.quantization:
-            return None
-    return load_file(path)
+        return json.loads(file.metadata()["quantization"])
+
+
+def stored_scales(folder: Path, config: MobileMoEConfig) -> dict[str, torch.Tensor] | None:
+    """Scales beside a dequantized folder, None where there are none or where they are of another layout."""
+    if config.quantization is None or stored_layout(folder) != config.quantization:
+        return None
+    return load_file(Path(folder) / SCALES_FILE)

@@ -107,6 +107,13 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig,
         raise ValueError(f"{where} does not hold the tensors its config.json describes: {'; '.join(faults[:10])}{more}")
 
 
+def check_dtype(name: str, dtype: torch.dtype, where: object) -> None:
+    """ValueError unless a stored tensor is uint8 for packed values, float16 for scales, else a floating-point one."""
+    wanted = {"qweight": torch.uint8, "scale": torch.float16}.get(name.replace(".", "_").rsplit("_", 1)[-1])
+    if dtype != wanted if wanted else not dtype.is_floating_point:
+        raise ValueError(f"{where}: {name} has dtype {dtype}, expected {wanted or 'a floating-point one'}")
+
+
 def unpack_int4(packed: torch.Tensor, dim: int) -> torch.Tensor:
     """uint8, two's-complement nibbles along `dim` with the low one first -> int8 in -8..7, `dim` doubled."""
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=dim + 1).flatten(dim, dim + 1)
@@ -138,11 +145,10 @@ def dequantize_tensors(
             yield name, tensors[name].to(torch.float32 if kept_in_float32(name) else dtype)
             continue
         p = packed[name]
-        for part, part_dtype in ((p.qweight_name, torch.uint8), (p.scale_name, torch.float16)):
-            if tensors[part].dtype != part_dtype:
-                raise ValueError(f"{part} has dtype {tensors[part].dtype}, expected {part_dtype}")
-        q = unpack_int4(tensors[p.qweight_name], p.dim)
-        yield name, dequantize_int4(q, tensors[p.scale_name], p.dim, p.group_size).to(dtype)
+        qweight, scale = tensors[p.qweight_name], tensors[p.scale_name]
+        check_dtype(p.qweight_name, qweight.dtype, "the INT4 checkpoint")
+        check_dtype(p.scale_name, scale.dtype, "the INT4 checkpoint")
+        yield name, dequantize_int4(unpack_int4(qweight, p.dim), scale, p.dim, p.group_size).to(dtype)
 
 
 def dequantize_state_dict(

@@ -1,5 +1,6 @@
 """Configuration of MobileMoE (arXiv 2605.27358) for transformers; travels inside every exported folder."""
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -18,6 +19,16 @@ _FIXED = {
     "tie_word_embeddings": True,
 }
 """What is not variable in this architecture: the keys are in the released config.json, another value is refused."""
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts",
+    "num_experts_per_tok",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
+
+REQUIRED_KEYS = ("model_type", *_COUNTS, *_NUMBERS, "rope_scaling")
+"""What a config.json must say: flavor S's value would be a guess, and most of them change no tensor's shape."""
 
 _QUANTIZATION_FIXED = {
     "format": INT4_FORMAT,
@@ -42,8 +53,9 @@ class MobileMoEConfig(PretrainedConfig):
     """A decoder whose every layer is attention plus routed experts and one shared expert.
 
     The defaults are flavor S. `intermediate_size` is the hidden width of one routed expert, `intermediate_size_mlp`
-    that of the shared one. `rope_scaling` is None or the llama3 type. `quantization` is None or the description of an
-    INT4 checkpoint (see `quantization_of`); it describes the files, a loaded model no longer carries it.
+    that of the shared one. `rope_scaling` is None or the llama3 type, named by `rope_type` or `type`. `quantization`
+    is None or the description of an INT4 checkpoint (see `quantization_of`); it describes the files, a loaded model no
+    longer carries it.
 
     Raises:
         ValueError: a value the architecture does not allow; the message names the key and the rule.
@@ -93,20 +105,48 @@ class MobileMoEConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = dict(rope_scaling) if rope_scaling else None
+        self.rope_scaling = dict(rope_scaling) if isinstance(rope_scaling, dict) else rope_scaling
         self.num_local_experts = num_local_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.interleave_moe_layer_step = interleave_moe_layer_step
-        self.no_rope_layers = no_rope_layers or [1] * num_hidden_layers
-        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
         self.use_qk_norm = use_qk_norm
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
         self.attention_bias = attention_bias
         self.use_cache = use_cache
         self.quantization = None if quantization is None else dict(quantization)
+        self._check_numbers()
+        self.no_rope_layers = no_rope_layers or [1] * num_hidden_layers
+        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As transformers' own, from what a config.json says; ValueError naming file and key for one it lacks."""
+        where = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
+        if missing := [key for key in REQUIRED_KEYS if key not in config_dict]:
+            raise ValueError(f"{where} lacks {', '.join(missing)}; a MobileMoE's states them")
+        if config_dict["model_type"] != cls.model_type:
+            raise ValueError(
+                f"{where}: model_type is {config_dict['model_type']!r}; this code reads {cls.model_type!r}"
+            )
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As transformers' own, with the released key that it leaves out for having its own default value."""
+        return super().to_diff_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
+
+    def _check_numbers(self) -> None:
+        for key in _COUNTS:
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{key} is {value!r}; it must be a whole number above 0")
+        for key in _NUMBERS:
+            _check_number(key, getattr(self, key))
 
     def _check(self) -> None:
         for key, value in _FIXED.items():
@@ -131,15 +171,32 @@ class MobileMoEConfig(PretrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding pairs channels, so it must be even")
         if self.rope_scaling is not None:
-            missing = sorted(set(DEFAULT_ROPE_SCALING) - {"rope_type"} - set(self.rope_scaling))
-            rope_type = self.rope_scaling.get("rope_type", "llama3")
-            if rope_type != "llama3" or missing:
-                raise ValueError(
-                    f"rope_scaling has type {rope_type!r} and lacks {missing}; the type must be 'llama3' with all "
-                    "four factors, or rope_scaling null"
-                )
+            _check_rope_scaling(self.rope_scaling)
         if self.quantization is not None:
             _check_quantization(self.quantization)
+
+
+def _check_number(key: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{key} is {value!r}; it must be a number above 0")
+
+
+def _check_rope_scaling(scaling: Any) -> None:
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling is {scaling!r}; it must be an object of type 'llama3', or null")
+    for key in ("rope_type", "type"):
+        if scaling.get(key, "llama3") != "llama3":
+            raise ValueError(f"rope_scaling.{key} is {scaling[key]!r}; MobileMoE has 'llama3', or rope_scaling null")
+    for key in DEFAULT_ROPE_SCALING.keys() - {"rope_type"}:
+        if key not in scaling:
+            raise ValueError(f"rope_scaling lacks {key}; give all four factors, or rope_scaling null")
+        _check_number(f"rope_scaling.{key}", scaling[key])
+    if scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling.low_freq_factor is {scaling['low_freq_factor']!r}; it must not be above "
+            f"high_freq_factor ({scaling['high_freq_factor']!r})"
+        )
 
 
 def quantization_of(group_size: int, expert_group_axis: str, expert_group_size: int | None = None) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from transformers.utils.generic import check_model_inputs
 
 from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import HUB_OPTIONS, config_of, dtype_of, generation_config_of, tensors_of
-from .packed_mobilemoe import fill_packed
+from .loading_mobilemoe import (
+    HUB_OPTIONS, config_of, dtype_of, generation_config_of, keep_float32_on_disk, tensors_of,
+)  # fmt: skip
+from .packed_mobilemoe import packed_model
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
@@ -148,22 +150,33 @@ class MobileMoEExperts(nn.Module):
         return (y_TKD.float() * weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
 
 
+class MobileMoERouter(nn.Linear):
+    """Scores [T, E] of the experts, float32 whatever the model's dtype, and under autocast too.
+
+    Its weight is read here and nowhere else: accelerate brings weights from disk when their module is called.
+    """
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.weight.float()).sigmoid()
+
+
 class MobileMoEFeedForward(nn.Module):
     """Router, routed experts and the shared expert, whose output is added unscaled."""
 
     def __init__(self, config: MobileMoEConfig) -> None:
         super().__init__()
         self.top_k, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
-        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
-        self.register_buffer("expert_bias", torch.zeros(config.num_local_experts, dtype=torch.float32))
+        self.router = MobileMoERouter(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
+        # No gradient comes through the choice of experts. Not a buffer: accelerate loses those it moves to disk.
+        bias_E = torch.zeros(config.num_local_experts, dtype=torch.float32)
+        self.expert_bias = nn.Parameter(bias_E, requires_grad=False)
         self.experts = MobileMoEExperts(config)
         self.shared_expert = MobileMoEMLP(config)
 
     def route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts [T, K] and their float32 weights: chosen with the bias, weighted without it."""
-        # Autocast would run the matrix product in bfloat16.
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.router.weight.float()).sigmoid()
+        scores_TE = self.router(x_TD)
         experts_TK = (scores_TE + self.expert_bias.float()).topk(self.top_k, dim=-1).indices
         chosen_TK = scores_TE.gather(1, experts_TK)
         return experts_TK, chosen_TK / (chosen_TK.sum(dim=-1, keepdim=True) + 1e-20) * self.route_scale
@@ -192,7 +205,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MobileMoEDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("router",)  # for parameters; the expert bias is a buffer created as float32
+    _keep_in_fp32_modules_strict = ("router", "expert_bias")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -224,30 +237,11 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         found = tensors_of(where, state_dict, config, hub)
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
         if keep_int4:
-            return cls._with_packed_weights(where, found, config, hub, **kwargs)
+            return packed_model(cls, where, found, config, hub, **kwargs)
         if config.quantization is None:
-            name_or_path = pretrained_model_name_or_path
-            return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
+            options = {"config": config, "state_dict": state_dict} | kwargs
+            return keep_float32_on_disk(super().from_pretrained(pretrained_model_name_or_path, *model_args, **options))
         return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
-
-    @classmethod
-    def _with_packed_weights(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, **kwargs):
-        if config.quantization is None:
-            raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
-        dtype = dtype_of(kwargs, config)
-        generation_config = generation_config_of(cls, where, hub, kwargs)
-        attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
-        # The last two are what the Auto classes pass on.
-        taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
-        if unknown := sorted(kwargs.keys() - taken):
-            raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype, **attention)
-        fill_packed(model, packed, "" if cls.can_generate() else "model.", dtype)
-        if generation_config is not None:
-            model.generation_config = generation_config
-        model.name_or_path = model.config.name_or_path = where
-        return model.eval()
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers' own; ValueError for packed weights, whose folder is there already."""
@@ -255,8 +249,17 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             raise ValueError(f"the weights are packed (keep_int4): copy the folder they come from, {self.name_or_path}")
         return super().save_pretrained(*args, **kwargs)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As transformers' own; ValueError for packed weights, of which no row can be added."""
+        if self.config.quantization is not None:
+            raise ValueError("the embedding is packed (keep_int4): load the model without keep_int4 to resize it")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
         tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
         config = copy.deepcopy(config)
         config.quantization = None
@@ -284,7 +287,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -294,7 +297,8 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, L, D] of `input_ids` [B, L] (or `inputs_embeds`).
 
-        `attention_mask`: [B, past + L] with 0 for padding on either side, or a 4-D mask that is used as it is.
+        `attention_mask`: [B, past + L] with 0 for padding on either side, or a 4-D mask that is used as it is
+        (or {"full_attention": that}).
         Packed documents: `position_ids` that restart at 0, no `attention_mask`, no past; then a document sees only
         itself (with "sdpa", "eager" and "flex_attention").
         """
@@ -306,6 +310,8 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             cache_position = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)
         if position_ids is None:
             position_ids = cache_position[None]
+        if isinstance(attention_mask, dict):  # generate with a static cache makes one mask a kind of layer
+            attention_mask = attention_mask["full_attention"]
         # Before a cache of our own exists: transformers looks for packed documents only where there is none.
         mask = create_causal_mask(
             config=self.config,

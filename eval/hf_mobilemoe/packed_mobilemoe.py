@@ -4,13 +4,15 @@ Travels inside every exported folder. The numbers are those of a model dequantiz
 packed weights, and floats of one matrix, of one expert or of a slice of the vocabulary at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint_mobilemoe import PackedTensor, dequantize_int4, kept_in_float32, packed_tensors, unpack_int4
+from .configuration_mobilemoe import MobileMoEConfig
+from .loading_mobilemoe import dtype_of, generation_config_of
 
 HEAD_ROWS = 1 << 14
 """Rows of the output projection that are floats at once."""
@@ -24,6 +26,13 @@ class PackedWeight(nn.Module):
         self.shape, self.dim, self.group_size, self.dtype = packed.shape, packed.dim, packed.group_size, dtype
         self.register_buffer("qweight", tensors[packed.qweight_name])
         self.register_buffer("scale", tensors[packed.scale_name])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Casting a model changes the dtype of the floats this gives; the packed numbers move as they are."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        self.qweight = fn(self.qweight)
+        self.scale = fn(self.scale.view(torch.int16)).view(torch.float16)
+        return self
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -81,3 +90,29 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
             setattr(experts, attribute, weight)
     model.load_state_dict(rest, strict=False, assign=True)
     model.requires_grad_(False)
+
+
+def packed_model(
+    cls: type, where: str, packed: Mapping[str, torch.Tensor], config: MobileMoEConfig, hub: dict, **kwargs
+) -> nn.Module:
+    """`cls.from_pretrained(where, keep_int4=True)`, of the checkpoint's tensors.
+
+    Raises:
+        ValueError: the checkpoint is not quantized, or `kwargs` has an option that packed weights do not take.
+    """
+    if config.quantization is None:
+        raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
+    dtype = dtype_of(kwargs, config)
+    generation_config = generation_config_of(cls, where, hub, kwargs)
+    attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+    # The last two are what the Auto classes pass on.
+    taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
+    if unknown := sorted(kwargs.keys() - taken):
+        raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype, **attention)
+    fill_packed(model, packed, "" if cls.can_generate() else "model.", dtype)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.name_or_path = model.config.name_or_path = where
+    return model.eval()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import tokenizer as own_tokenizer
 from eval.config import ExportConfig
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import TensorFiles, verify_checksums, write_checksums, write_hf_folder
@@ -72,12 +73,34 @@ def test_tokenizer_and_generation_config(bf16, tokenizer_dir):
     assert text == AutoTokenizer.from_pretrained(tokenizer_dir).apply_chat_template(
         [{"role": "user", "content": "fox"}], tokenize=False
     )
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", DIMS.max_seq_len)
     generation = MobileMoEForCausalLM.from_pretrained(bf16).generation_config
     assert tokenizer.convert_ids_to_tokens(generation.eos_token_id) == [
         "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
     ]  # fmt: skip
     assert generation.bos_token_id == tokenizer.bos_token_id
     assert generation.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_pipelines_own_tokenizer_feeds_the_model(tmp_path):
+    """Two texts of different lengths and a chat turn, as model cards show it; as trained, token types come along."""
+    trained = own_tokenizer.train(iter(["the quick brown fox " * 50, "lazy dogs jump over the " * 50]), DIMS.vocab_size)
+    own_tokenizer.save(trained, tmp_path / "tokenizer")
+    folder = write_hf_folder(random_tensors(), DIMS, tmp_path / "tokenizer", tmp_path / "bf16")
+    model, exported = MobileMoEForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = ["the quick", "the quick brown fox jumps over"]
+    turn = [{"role": "user", "content": "lazy dogs"}]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    batch = exported(texts, return_tensors="pt", padding=True)
+    chat = exported.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    generated = model.generate(**batch, **options)
+    for row, text in enumerate(texts):
+        alone = model.generate(**exported(text, return_tensors="pt"), **options)
+        assert torch.equal(generated[row, -4:], alone[0, -4:])
+    assert model.generate(**chat, **options).shape[1] == chat.input_ids.shape[1] + 4
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model.generate(**own_tokenizer.load(tmp_path / "tokenizer")(texts[0], return_tensors="pt"), **options)
 
 
 REMOTE = """
@@ -88,8 +111,11 @@ for folder, out in (sys.argv[1:3], sys.argv[3:5]):
     assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
     assert not any(name.split(".")[0] in ("eval", "titan_ext") for name in sys.modules)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    batch = tokenizer(["the quick brown", "a dog"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    batch = tokenizer(["the quick brown", "a dog"], return_tensors="pt", padding=True)
     generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    turn = [{"role": "user", "content": "the quick brown"}]
+    chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**chat, max_new_tokens=2).shape[1] > chat.input_ids.shape[1]
     torch.save({"logits": model(batch.input_ids[:1]).logits, "generated": generated}, out)
     if folder.endswith("int4"):
         packed = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, keep_int4=True)
@@ -110,7 +136,7 @@ def test_fresh_process_with_remote_code_equals_registered_classes(bf16, int4, tm
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert type(model) is MobileMoEForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        batch = tokenizer(["the quick brown", "a dog"], return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = tokenizer(["the quick brown", "a dog"], return_tensors="pt", padding=True)
         torch.testing.assert_close(model(batch.input_ids[:1]).logits, theirs["logits"])
         generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
         assert torch.equal(generated, theirs["generated"])

@@ -1,5 +1,6 @@
 """The transformers model against two independent forwards: explicit loops written here, and ExecuTorch's."""
 
+import json
 import math
 
 import pytest
@@ -7,14 +8,18 @@ import torch
 import torch.nn.functional as F
 from executorch.examples.models.llama.llama_transformer import construct_transformer
 from executorch.examples.models.llama.model_args import ModelArgs
+from transformers import AutoConfig
 
-from eval.export.dimensions import config_from_dims
+from eval.export.dimensions import config_from_dims, dims_from_config
+from eval.export.hf import read_config
 from eval.hf_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, MobileMoEModel
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
+from eval.hf_mobilemoe.configuration_mobilemoe import REQUIRED_KEYS
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from tests.eval.tiny_checkpoint import DIMS, random_tensors
 
 CONFIG = config_from_dims(DIMS)
+SCALING = CONFIG.rope_scaling
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +185,37 @@ def test_cached_generation_equals_uncached(model, tokens):
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_with_a_static_cache_equals_the_dynamic_one(model, tokens, attention):
+    batch, mask = tokens[:, :12].clone(), torch.ones(2, 12, dtype=torch.long)
+    batch[0, :5], mask[0, :5] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    options |= {"pad_token_id": 0, "eos_token_id": 1}
+    dynamic = model.generate(batch, **options)
+    model.set_attn_implementation(attention)
+    try:
+        assert torch.equal(model.generate(batch, cache_implementation="static", **options), dynamic)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_on_disk_compute_the_same(dtype, model, tokens, tmp_path):
+    """accelerate brings a layer's weights from files at every call: router and bias with them, and in float32."""
+    model.save_pretrained(tmp_path / "saved")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    places["model.layers.1"] = "disk"
+    offloaded = MobileMoEForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "disk"), dtype=dtype
+    )
+    model = MobileMoEForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+    assert offloaded.model.layers[1].feed_forward.expert_bias.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(offloaded(tokens).logits, model(tokens).logits)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(offloaded.generate(tokens[:1], **options), model.generate(tokens[:1], **options))
+
+
 def test_left_padded_batch_equals_singles(model, tokens):
     lengths = (7, 40)
     batch = torch.zeros(2, 40, dtype=torch.long)
@@ -221,12 +257,14 @@ def test_gradients_reach_every_parameter(weights, tokens):
     model = MobileMoEForCausalLM.from_pretrained(None, config=CONFIG, state_dict=dict(weights)).train()
     model(tokens, labels=tokens).loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+    assert without == [f"model.layers.{i}.feed_forward.expert_bias" for i in range(DIMS.n_layers)]
+    assert not any(model.get_parameter(name).requires_grad for name in without)
 
 
 def test_save_pretrained_round_trip(model, tokens, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_mobilemoe.py").is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
     again = MobileMoEForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     base = MobileMoEModel.from_pretrained(tmp_path)
@@ -277,7 +315,17 @@ def test_incomplete_state_dict_is_refused(weights, name, change, message):
         ({"no_rope_layers": [0] * 20}, "no_rope_layers"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
         ({"num_experts_per_tok": 61}, "num_experts_per_tok is 61"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be a whole number above 0"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; it must be an object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_scaling": SCALING | {"type": "yarn"}}, "rope_scaling.type is 'yarn'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope_scaling lacks "),
+        ({"rope_scaling": SCALING | {"factor": 0}}, "rope_scaling.factor is 0; it must be a number above 0"),
+        ({"rope_scaling": SCALING | {"low_freq_factor": 8.0}}, "it must not be above high_freq_factor"),
         ({"quantization": {"format": "gptq"}}, "quantization.format is 'gptq'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
     ],
@@ -285,3 +333,50 @@ def test_incomplete_state_dict_is_refused(weights, name, change, message):
 def test_impossible_config_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         MobileMoEConfig(**values)
+
+
+@pytest.mark.parametrize("key", REQUIRED_KEYS)
+def test_what_a_config_does_not_say_is_not_guessed(key, model, tmp_path):
+    """A rotation base changes no shape: flavor S's value would load, and compute something else."""
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    for read in (read_config, MobileMoEForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=rf"{path} lacks {key}; "):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, r"config\.json: model_type is 'llama'; this code reads 'mobilemoe'"),
+        ({"top_k": 4, "head_dim": 0}, r"config\.json: head_dim is 0; it must be a whole number above 0"),
+        (None, r"config\.json is not JSON"),
+        ([], r"config\.json is list and not a JSON object"),
+    ],
+)
+def test_an_impossible_config_file_is_named(change, message, tmp_path):
+    CONFIG.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    values = json.dumps(json.loads(text) | change if isinstance(change, dict) else change)
+    path.write_text(text[:-9] if change is None else values)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+    if isinstance(change, dict) and "model_type" not in change:
+        with pytest.raises(ValueError, match=message):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+def test_the_released_spellings_are_read(tmp_path):
+    """`type` for `rope_type`, no lists a layer, and nothing of where it was read in what is written again."""
+    config = CONFIG.to_diff_dict() | {"model_type": "mobilemoe", "frobnicate": 3}
+    for key in ("no_rope_layers", "layer_types", "tie_word_embeddings", "quantization"):
+        config.pop(key, None)
+    config["rope_scaling"] = {"type": "llama3"} | {k: v for k, v in SCALING.items() if k != "rope_type"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_config(tmp_path)
+    assert dims_from_config(read) == DIMS and read.layer_types == ["full_attention"] * DIMS.n_layers
+    assert str(tmp_path) not in json.dumps(read.to_diff_dict())

@@ -14,6 +14,7 @@ from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.hf import read_config, write_hf_folder
 from eval.export.import_hf import import_folder
 from eval.export.int4 import quantize_folder
+from eval.hf_mobilemoe import MobileMoEForCausalLM
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from pipelines.cli import main
@@ -115,9 +116,9 @@ def damage(folder, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("cut", "is damaged"),
+        ("cut", r"model-00001-\S+ is damaged .*; its index expects model\.embed_tokens\.weight"),
         ("absent", "is missing; copy the whole folder again"),
-        ("dropped", r"model\.\S+ \[.*\] is missing"),
+        ("dropped", r"model-00001-\S+ lacks model\.\S+, which its index expects in it"),
         ("misshaped", r"model\.\S+ has shape \[.*\], expected"),
         ("superfluous", r"q_norm\.weight \[.*\] is not a tensor of this model"),
     ],
@@ -136,3 +137,82 @@ def test_no_rope_scaling_is_scaling_by_one():
     assert scaled.rope_scaling["factor"] == 1.0 and dims_from_config(config_from_dims(DIMS)) == DIMS
     positions = torch.arange(200)[None]
     assert torch.equal(rotary_embedding(scaled, positions), rotary_embedding(plain, positions))
+
+
+def rewrite(change):
+    """A damage to the file that holds the embedding: `change` makes other tensors of it."""
+
+    def damage(folder):
+        (file,) = (path for path in folder.glob("*.safetensors") if any("embed_tokens" in n for n in load_file(path)))
+        tensors = load_file(file)
+        save_file({n: t.contiguous() for n, t in (tensors | change(tensors)).items()}, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def reindex(change):
+    """A damage to the index's text."""
+
+    def damage(folder):
+        path = folder / "model.safetensors.index.json"
+        path.write_text(change(path.read_text()))
+
+    return damage
+
+
+def in_the_last_file(text: str) -> str:
+    """The embedding, which the first file holds, said to be in the last one."""
+    index = json.loads(text)
+    index["weight_map"]["model.embed_tokens.weight"] = max(index["weight_map"].values())
+    return json.dumps(index)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+DAMAGES = {
+    "cut short": (lambda folder: damage(folder, "cut"), r"model-00001-\S+ is damaged"),
+    "a file is absent": (lambda folder: damage(folder, "absent"), r"model-00001-\S+ is missing"),
+    "index cut short": (reindex(lambda text: text[:40]), r"index\.json is no index of tensors"),
+    "index of another kind": (reindex(lambda text: "{}"), r"index\.json is no index of tensors.*KeyError"),
+    "index names another file": (reindex(in_the_last_file), rf"lacks {EMBEDDING}, which its index expects"),
+    "whole numbers": (rewrite(lambda t: {EMBEDDING: t[EMBEDDING].int()}), rf"{EMBEDDING} has dtype torch.int32"),
+    "another head": (
+        rewrite(lambda t: {"lm_head.weight": t[EMBEDDING] + 1}), rf"lm_head\.weight differs from {EMBEDDING}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_folders_are_named_by_import_and_from_pretrained(kind, bf16, tmp_path):
+    folder = shutil.copytree(bf16, tmp_path / "copy")
+    change, words = DAMAGES[kind]
+    change(folder)
+    for read in (MobileMoEForCausalLM.from_pretrained, lambda folder: import_folder(folder, tmp_path / "dcp")):
+        with pytest.raises(ValueError, match=words):
+            read(folder)
+
+
+def test_numbers_that_are_not_finite_are_not_imported(bf16, tmp_path):
+    folder = shutil.copytree(bf16, tmp_path / "copy")
+    rewrite(lambda t: {EMBEDDING: t[EMBEDDING].index_fill(0, torch.tensor(7), float("nan"))})(folder)
+    with pytest.raises(ValueError, match=rf"model-\S+: {EMBEDDING} holds NaN"):
+        import_folder(folder, tmp_path / "dcp")
+    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    scale = "model.embed_tokens.weight_scale"
+    rewrite(lambda t: {scale: torch.full_like(t[scale], float("nan"))})(int4)
+    with pytest.raises(ValueError, match=rf"{scale} holds NaN"):
+        import_folder(int4, tmp_path / "dcp")
+    assert not list(tmp_path.glob("dcp*"))
+
+
+@pytest.mark.parametrize("layout", ["bf16", "int4"])
+def test_a_head_that_is_the_embedding_is_accepted(layout, bf16, tmp_path):
+    folder = shutil.copytree(bf16, tmp_path / "copy")
+    if layout == "int4":
+        folder = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    tokens = torch.arange(8, 40)[None]
+    before = MobileMoEForCausalLM.from_pretrained(folder)(tokens).logits
+    rewrite(lambda t: {n.replace("model.embed_tokens", "lm_head"): x.clone() for n, x in t.items() if "embed" in n})(
+        folder
+    )
+    assert torch.equal(MobileMoEForCausalLM.from_pretrained(folder)(tokens).logits, before)
+    assert import_folder(folder, tmp_path / "dcp") == DIMS

@@ -227,8 +227,29 @@ def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
         MobileMoEForCausalLM.from_pretrained(bf16, keep_int4=True)
     with pytest.raises(ValueError, match="keep_int4 does not go together with device_map"):
         MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True, device_map="cpu")
+    with pytest.raises(ValueError, match="is INT4 and cannot lie on disk; export it to bf16"):
+        MobileMoEForCausalLM.from_pretrained(int4, device_map={"": "disk"}, offload_folder=str(tmp_path / "disk"))
+    packed = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
     with pytest.raises(ValueError, match="copy the folder they come from"):
-        MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True).save_pretrained(tmp_path / "saved")
+        packed.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="without keep_int4 to resize"):
+        packed.resize_token_embeddings(400)
+    floats = MobileMoEForCausalLM.from_pretrained(int4)
+    assert floats.resize_token_embeddings(400).weight.shape[0] == 400
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_weights_follow_a_cast(dtype, bf16, tmp_path):
+    """Of the floats alone: values and scales stay as they are, and another cast gives the first numbers again."""
+    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    model = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
+    weight, tokens = model.model.layers[0].self_attn.q_proj.weight, torch.arange(8, 40)[None]
+    scale, logits = weight.scale.clone(), model(tokens).logits
+    model.to(dtype)
+    assert model(tokens).logits.dtype == weight[:].dtype == dtype
+    assert weight.scale.dtype == torch.float16 and torch.equal(weight.scale, scale)
+    torch.testing.assert_close(model.float()(tokens).logits, logits, rtol=1e-2, atol=1e-2)
 
 
 def test_config_states_the_quantization(bf16, tmp_path):

@@ -53,7 +53,6 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
         bos_token=SPECIAL_TOKENS[0],
         eos_token=SPECIAL_TOKENS[1],
         pad_token=SPECIAL_TOKENS[5],
-        padding_side="left",
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
