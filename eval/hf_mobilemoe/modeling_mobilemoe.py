@@ -25,9 +25,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import check_model_inputs
 
-from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
+from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import HUB_OPTIONS, config_of, dtype_of, generation_config_of, tensors_of
+from .loading_mobilemoe import (
+    HUB_OPTIONS,
+    config_of,
+    dequantized,
+    generation_config_of,
+    keep_float32_on_disk,
+    tensors_of,
+)
 from .packed_mobilemoe import packed_model
 
 
@@ -237,8 +244,8 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         if keep_int4:
             return packed_model(cls, where, found, config, hub, **kwargs)
         if config.quantization is None:
-            name_or_path = pretrained_model_name_or_path
-            return super().from_pretrained(name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs)
+            options = {"config": config, "state_dict": state_dict} | kwargs
+            return keep_float32_on_disk(super().from_pretrained(pretrained_model_name_or_path, *model_args, **options))
         return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
@@ -255,7 +262,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
+        tensors = dequantized(where, packed, config, kwargs)
         config = copy.deepcopy(config)
         config.quantization = None
         # Without a folder's name, which would make transformers read the packed files.

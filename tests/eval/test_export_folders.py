@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_an_imported_bf16_folder_is_exported_as_the_folder_is(bf16, tmp_path):
     name = "model.layers.1.feed_forward.experts.down_proj"
     imported, direct = (open_folder(f).expert_matrices(name) for f in (tmp_path / "dcp", tmp_path / "direct/int4"))
     assert all(torch.equal(a, b) for a, b in zip(imported, direct, strict=True))
+
+
+def test_inside_a_run_its_recipe_says_the_layout(int4, bf16, tmp_path):
+    """A run's initial model was imported, too: its tokenizer and groups are the run's."""
+    folder = tmp_path / "run"
+    assert run("import", int4, "--out", folder / "stages/0_initial") == DONE
+    shutil.copytree(bf16.with_name("tokenizer"), folder / "data/tokenizer")
+    export = ExportConfig(expert_group_axis="in", expert_group_size=16)
+    recipe = {"model": asdict(DIMS), "export": asdict(export), "parallel": {"precision": "bfloat16"}}
+    (folder / "manifest.json").write_text(json.dumps({"recipe": recipe}))
+    assert run("export", folder / "stages/0_initial", "--format", "int4", "--out", tmp_path / "out") == DONE
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization"]["expert_group_size"] == 16
 
 
 def test_what_cannot_be_exported_is_refused(bf16, int4, tmp_path, capsys):

@@ -199,13 +199,16 @@ def test_generation_with_a_static_cache_equals_the_dynamic_one(model, tokens, at
         model.set_attn_implementation("sdpa")
 
 
-def test_layers_on_disk_compute_the_same(model, tokens, tmp_path):
-    """accelerate brings a layer's weights from files at every call, the expert bias with them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_on_disk_compute_the_same(dtype, model, tokens, tmp_path):
+    """accelerate brings a layer's weights from files at every call: router and bias with them, and in float32."""
     model.save_pretrained(tmp_path / "saved")
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    places["model.layers.1"] = "disk"
     offloaded = MobileMoEForCausalLM.from_pretrained(
-        tmp_path / "saved", device_map=places | {"model.layers.1": "disk"}, offload_folder=str(tmp_path / "disk")
+        tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "disk"), dtype=dtype
     )
+    model = MobileMoEForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
     assert offloaded.model.layers[1].feed_forward.expert_bias.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(offloaded(tokens).logits, model(tokens).logits)

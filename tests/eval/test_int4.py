@@ -227,6 +227,8 @@ def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
         MobileMoEForCausalLM.from_pretrained(bf16, keep_int4=True)
     with pytest.raises(ValueError, match="keep_int4 does not go together with device_map"):
         MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True, device_map="cpu")
+    with pytest.raises(ValueError, match="is INT4 and cannot lie on disk; export it to bf16"):
+        MobileMoEForCausalLM.from_pretrained(int4, device_map={"": "disk"}, offload_folder=str(tmp_path / "disk"))
     packed = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
     with pytest.raises(ValueError, match="copy the folder they come from"):
         packed.save_pretrained(tmp_path / "saved")
