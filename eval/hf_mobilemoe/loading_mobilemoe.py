@@ -12,7 +12,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .checkpoint_mobilemoe import check_dtype, kept_in_float32
+from .checkpoint_mobilemoe import check_dtype, dequantize_state_dict, kept_in_float32
 from .configuration_mobilemoe import MobileMoEConfig
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
@@ -73,6 +73,14 @@ def dtype_of(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     dtype = config.dtype if dtype == "auto" else dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+
+
+def dequantized(where: str, packed: dict, config: MobileMoEConfig, kwargs: dict) -> dict[str, torch.Tensor]:
+    """An INT4 checkpoint's tensors in the dtype asked for; ValueError where they are to lie on disk."""
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
+    return dequantize_state_dict(packed, config, dtype_of(kwargs, config))
 
 
 def keep_float32_on_disk(loaded: Any) -> Any:

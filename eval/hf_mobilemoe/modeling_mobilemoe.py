@@ -25,11 +25,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import check_model_inputs
 
-from .checkpoint_mobilemoe import check_tensors, dequantize_state_dict
+from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
 from .loading_mobilemoe import (
-    HUB_OPTIONS, config_of, dtype_of, generation_config_of, keep_float32_on_disk, tensors_of,
-)  # fmt: skip
+    HUB_OPTIONS,
+    config_of,
+    dequantized,
+    generation_config_of,
+    keep_float32_on_disk,
+    tensors_of,
+)
 from .packed_mobilemoe import packed_model
 
 
@@ -257,10 +262,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
-        tensors = dequantize_state_dict(packed, config, dtype_of(kwargs, config))
+        tensors = dequantized(where, packed, config, kwargs)
         config = copy.deepcopy(config)
         config.quantization = None
         # Without a folder's name, which would make transformers read the packed files.
