@@ -134,6 +134,14 @@ class ParallelConfig:
     ranks wait at the ends of a step and sends twice as much."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of FSDP's mixed-precision parameters; master weights and reductions are float32."""
+    activation_checkpoint: Literal["none", "selective", "full"] | None = None
+    """What the backward pass computes again: nothing, what is cheap to, or every block; None takes selective on a GPU
+    and none on the CPU."""
+    compile: bool | None = None
+    """Compile every block; None does on a GPU and does not on the CPU."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run, as all on the CPU do; a GPU has others that are faster, and
+    an operation without such an algorithm ends the stage."""
 
     @property
     def data_parallel(self) -> int:

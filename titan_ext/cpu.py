@@ -1,7 +1,7 @@
 """What torchtitan 0.3.0 needs to train on the CPU, in one place. On an accelerator nothing here is active.
 
-`apply()` must run before any other torchtitan module is imported: they bind `device_type` and `device_module`
-at import. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
+`apply()` must run before torchtitan reads a configuration: other modules of it bind `device_type` and `device_module`
+at import, and those that did are bound anew. Importing `titan_ext.mobilemoe` or `titan_ext.train` does that.
 
 1. torchtitan falls back to "cuda" where there is no accelerator: `apply` sets the CPU and a device module with the
    memory calls that the trainer makes.
@@ -28,6 +28,7 @@ import functools
 import os
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -84,6 +85,10 @@ def apply() -> None:
     _keep_freed_memory()
     titan_utils.device_type = "cpu"
     titan_utils.device_module = _CPUDeviceModule()
+    for name, module in list(sys.modules.items()):  # under `-m torchtitan.train` they are there already
+        for attribute in ("device_type", "device_module"):
+            if name.startswith("torchtitan.") and hasattr(module, attribute):
+                setattr(module, attribute, getattr(titan_utils, attribute))
     # torchtitan's router asks for float32 autocast, which the CPU declines with a warning; our gate is float32 anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
 
@@ -139,6 +144,8 @@ def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
     @functools.wraps(function)
     def fused(x: torch.Tensor, *args) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # inside of a compiled block, whose rows may be known to nobody yet
+            return function(x, *args)
         large = x.numel() >= COMPILED_ELEMENTS and not isinstance(x, DTensor)
         return (compiled if large else function)(x, *args)
 

@@ -19,7 +19,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 OPTIMIZER_BYTES = 2 * FLOAT32
 """AdamW's two moments a parameter."""
 LOSS_CHUNKS = 8
-"""torchtitan's ChunkedLossWrapper: logits exist for this part of a sequence at a time."""
+"""Of torchtitan's ChunkedLossWrapper: logits exist for one of so many parts of a sequence at a time."""
 LOGIT_COPIES = 3
 """A chunk's logits in float32, their softmax and their gradient."""
 

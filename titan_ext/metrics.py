@@ -25,19 +25,20 @@ LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy"
 
 
 class StageMetrics(MetricsProcessor):
-    """torchtitan's metrics plus loss, expert load and z-loss a step as JSON lines."""
+    """torchtitan's metrics plus loss, expert load and router z a step as JSON lines."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        tokens_per_step: int = 0
-        """Tokens of one optimizer step over all ranks."""
-        last_step: int = 0
-        """Logged whatever `log_freq` is, so that the files end with the stage."""
+        pass
 
     def __init__(self, config: Config, *, parallel_dims, dump_folder: str = "./outputs", **kwargs):
         super().__init__(config, parallel_dims=parallel_dims, dump_folder=dump_folder, **kwargs)
         self.folder = Path(dump_folder)
         self.started = time.perf_counter()
+        self.tokens_per_step = 0
+        """Tokens of one optimizer step over all ranks; set by the trainer."""
+        self.last_step = 0
+        """Logged whatever `log_freq` is, so that the files end with the stage; set by the trainer."""
         self.last_logged_step = 0
         self.num_skipped = 0
         self.kl: float | None = None
@@ -46,7 +47,7 @@ class StageMetrics(MetricsProcessor):
         """What the loader has handed out on this rank: padding, repeats, tokens by domain."""
 
     def should_log(self, step: int) -> bool:
-        return super().should_log(step) or step == self.config.last_step
+        return super().should_log(step) or step == self.last_step
 
     def start_after(self, step: int) -> None:
         """Training begins at `step` + 1: drop what was written of later steps, after the checkpoint resumed from."""
@@ -73,7 +74,11 @@ class StageMetrics(MetricsProcessor):
     ) -> None:
         steps, self.last_logged_step = step - self.last_logged_step, step
         layers, means = moe_metrics.collect(self.model_parts, self.parallel_dims)
-        scalars = {"moe/router_z": means["z_loss"], "moe/dropped": means["dropped"], "skipped_steps": self.num_skipped}
+        scalars = {
+            "moe/router_z": means["router_z"],
+            "moe/dropped": means["dropped"],
+            "skipped_steps": self.num_skipped,
+        }
         distillation = {} if self.kl is None else {"kl": self.kl}
         scalars |= {f"distillation/{key}": value for key, value in distillation.items()}
         for i, layer in enumerate(layers):
@@ -92,8 +97,8 @@ class StageMetrics(MetricsProcessor):
                 "loss": global_avg_loss,
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
-                "tokens_per_second": steps * self.config.tokens_per_step / seconds,
-                "z_loss": means["z_loss"],
+                "tokens_per_second": steps * self.tokens_per_step / seconds,
+                "router_z": means["router_z"],
                 "dropped": means["dropped"],
                 "skipped_steps": self.num_skipped,
                 **distillation,
@@ -121,7 +126,10 @@ class HeldoutValidator(Validator):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
-        last_step: int = 0
+        pass
+
+    last_step = 0
+    """Set by the trainer."""
 
     def should_validate(self, step: int) -> bool:
-        return step % self.config.freq == 0 or step == self.config.last_step
+        return step % self.config.freq == 0 or step == self.last_step

@@ -19,14 +19,23 @@ def _moe_layers(model_parts: list[nn.Module]) -> dict[int, nn.Module]:
 def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
     """Keep the token counts that torchtitan's load-balancing hook clears at every step, until metrics are logged."""
 
-    def record(*args, **kwargs) -> None:
-        with torch.no_grad():
-            for moe in _moe_layers(model_parts).values():
-                counts_E = local(moe.tokens_per_expert_E)
-                recorded_E = getattr(moe, "recorded_load_E", None)
-                moe.recorded_load_E = counts_E.clone() if recorded_E is None else recorded_E + counts_E
+    optimizers.register_step_pre_hook(lambda *args, **kwargs: record_load(model_parts))
 
-    optimizers.register_step_pre_hook(record)
+
+@torch.no_grad()
+def record_load(model_parts: list[nn.Module]) -> None:
+    """Add the token counts of this rank's step to those that the metrics are taken of."""
+    for moe in _moe_layers(model_parts).values():
+        counts_E = local(moe.tokens_per_expert_E)
+        recorded_E = getattr(moe, "recorded_load_E", None)
+        moe.recorded_load_E = counts_E.clone() if recorded_E is None else recorded_E + counts_E
+
+
+@torch.no_grad()
+def clear_load(model_parts: list[nn.Module]) -> None:
+    """Forget the token counts that the next update of the expert bias would be made of."""
+    for moe in _moe_layers(model_parts).values():
+        local(moe.tokens_per_expert_E).zero_()
 
 
 def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[list[dict], dict[str, float]]:
@@ -52,7 +61,7 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
     top_k = config.layers[0].moe.router.top_k
     records = [_layer_record(row_S, top_k) for row_S in sums_LS.cpu()]
     means = {
-        "z_loss": sum(record.pop("z") for record in records),
+        "router_z": sum(record.pop("z") for record in records),
         "dropped": sum(record["dropped"] for record in records) / len(records),
     }
     return records, means
@@ -71,7 +80,7 @@ def _statistics(moe: nn.Module) -> torch.Tensor:
 
 
 def _load(moe: nn.Module) -> torch.Tensor:
-    recorded_E = getattr(moe, "recorded_load_E", None)  # None where every step since the last call was skipped
+    recorded_E = getattr(moe, "recorded_load_E", None)  # None before the first step
     return torch.zeros_like(local(moe.tokens_per_expert_E)) if recorded_E is None else recorded_E
 
 

@@ -14,10 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
@@ -59,8 +60,8 @@ class StreamingLoader(BaseDataLoader):
         """
         mixture: dict[str, float] = field(default_factory=dict)
         """Domain -> share of the tokens, sums to 1. Empty: all domains of a local folder by their size."""
-        global_batch_size: int
-        """G, as in the training config: sequences a step over all ranks."""
+        global_batch_size: Annotated[int, tyro.conf.Suppress] = 0
+        """G: sequences a step over all ranks. The trainer sets it from the training config."""
         seed: int = 0
         """Of the order of documents."""
         pad_token_id: int

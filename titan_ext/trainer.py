@@ -1,5 +1,6 @@
 """torchtitan's Trainer with this project's stage metrics and a guard before every update."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torchtitan.trainer
 import tyro
+from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -17,6 +19,8 @@ from titan_ext.distillation import Teacher
 from titan_ext.metrics import StageMetrics
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.pipeline import TIED_SCHEDULES, TiedStages, of_last_stage
+from titan_ext.moe_metrics import clear_load, record_load
+from titan_ext.streaming_loader import StreamingLoader
 from titan_ext.update_guard import UpdateGuard
 
 torchtitan.trainer.time = cpu.TRAINER_CLOCK
@@ -36,6 +40,10 @@ class _GuardedOptimizers:
             self._optimizers.step()
             if self._trainer.tied_stages is not None:
                 self._trainer.tied_stages.take_values_from_owner()
+        else:
+            # In the metrics, but not in the next update of the expert bias, whose hook clears them after a step taken.
+            record_load(self._trainer.model_parts)
+            clear_load(self._trainer.model_parts)
 
 
 class StageTrainer(Trainer):
@@ -60,6 +68,12 @@ class StageTrainer(Trainer):
                     f"parallelism.pipeline_parallel_schedule = {schedule}: embedding and output projection are tied "
                     f"over the first and the last rank of a pipeline; choose one of {', '.join(TIED_SCHEDULES)}"
                 )
+            if ranks > 1 and self.parallelism.module_fqns_per_model_part is None:
+                raise ValueError(
+                    f"parallelism.pipeline_parallel_degree = {ranks} and parallelism.module_fqns_per_model_part is not "
+                    "set: torchtitan's own split may leave a stage without a layer; name every stage's modules, or "
+                    "train by a recipe with parallel.pipeline_parallel, which splits the layers evenly"
+                )
             if ranks > 1 and self.teacher is not None:
                 raise ValueError(
                     f"parallel.pipeline_parallel = {ranks} and qat.distillation_weight above 0: a teacher is not split "
@@ -73,7 +87,16 @@ class StageTrainer(Trainer):
                 "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
                 "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
             )
+        _check_expert_ranks(config.parallelism)
+        for loader in (config.dataloader, config.validator.dataloader):
+            if isinstance(loader, StreamingLoader.Config):
+                loader.global_batch_size = config.training.global_batch_size
         super().__init__(config)
+        training = config.training
+        self.metrics_processor.tokens_per_step = training.global_batch_size * training.seq_len
+        self.metrics_processor.last_step = training.steps
+        if config.validator.enable:
+            self.validator.last_step = training.steps
         self.teacher: Teacher | None = None
         if config.teacher is not None:
             self.teacher = Teacher(config.teacher, config, self.parallel_dims)
@@ -163,3 +186,14 @@ class StageTrainer(Trainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.guard.load_state_dict(state_dict["guard"])
+
+
+def _check_expert_ranks(parallelism: ParallelismConfig) -> None:
+    world, experts = int(os.environ["WORLD_SIZE"]), parallelism.expert_parallel_degree
+    ranks = world // (parallelism.pipeline_parallel_degree * parallelism.data_parallel_replicate_degree)
+    if ranks < 1 or ranks % experts:
+        raise ValueError(
+            f"parallelism.expert_parallel_degree = {experts}: the {ranks} ranks of a replica (WORLD_SIZE {world} / "
+            "pipeline_parallel_degree / data_parallel_replicate_degree) must be a multiple of it; start another number "
+            "of ranks (torchrun --nproc-per-node), or set --parallelism.expert_parallel_degree"
+        )

@@ -12,11 +12,12 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss  # n
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw  # noqa: E402
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
 from torchtitan.config.configs import CommConfig, DebugConfig  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC, SelectiveAC  # noqa: E402
 
 from titan_ext.accounting import layers_of_stages  # noqa: E402
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
 from titan_ext.distillation import DistilledCrossEntropy  # noqa: E402
+from titan_ext.memory import LOSS_CHUNKS  # noqa: E402
 from titan_ext.metrics import HeldoutValidator, StageMetrics  # noqa: E402
 from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec  # noqa: E402
 from titan_ext.qat import convert_to_qat  # noqa: E402
@@ -65,7 +66,7 @@ def trainer_config(
         model_spec=model_spec(_model_config(model, stage), flavor),
         hf_assets_path=tokenizer,
         dump_folder=out,
-        loss=ChunkedLossWrapper.Config(loss_fn=_loss_config(model, stage)),
+        loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
         teacher=_plain_model_config(model, stage) if _distills(stage) else None,
         optimizer=default_adamw(lr=stage.learning_rate, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay),
         lr_scheduler=LRSchedulersContainer.Config(
@@ -74,7 +75,6 @@ def trainer_config(
         dataloader=StreamingLoader.Config(
             shards=shards,
             mixture=dict(stage.mixture),
-            global_batch_size=stage.global_batch_size,
             seed=seed,
             pad_token_id=pad_token_id,
         ),
@@ -100,9 +100,9 @@ def trainer_config(
             module_fqns_per_model_part=_modules_of_stages(model, parallel),
             spmd_backend=cpu.SPMD_BACKEND,
         ),
-        # On a GPU: compiled blocks, selective recomputation. On the CPU neither pays at the sizes trained there.
-        compile=CompileConfig(enable=not cpu.IS_CPU),
-        activation_checkpoint=None if cpu.IS_CPU else SelectiveAC.Config(),
+        # By default on a GPU alone: on the CPU neither pays at the sizes trained there.
+        compile=CompileConfig(enable=not cpu.IS_CPU if parallel.compile is None else parallel.compile),
+        activation_checkpoint=_activation_checkpoint(parallel),
         checkpoint=CheckpointManager.Config(
             enable=True,
             interval=stage.checkpoint_interval,
@@ -115,14 +115,17 @@ def trainer_config(
             log_freq=stage.log_interval,
             enable_tensorboard=True,
             disable_color_printing=True,
-            tokens_per_step=stage.global_batch_size * stage.seq_len,
-            last_step=stage.steps,
         ),
         validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed),
         skip_spikes_sigma=stage.skip_spikes_sigma,
         comm=CommConfig(train_timeout_seconds=300),
-        debug=DebugConfig(seed=seed, enable_structured_logging=False),
+        debug=DebugConfig(seed=seed, deterministic=parallel.deterministic, enable_structured_logging=False),
     )
+
+
+def _activation_checkpoint(parallel: ParallelConfig) -> ActivationCheckpointingConfig | None:
+    chosen = parallel.activation_checkpoint or ("none" if cpu.IS_CPU else "selective")
+    return {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[chosen]
 
 
 def _sequences_at_once(stage: StageConfig, parallel: ParallelConfig) -> int:
@@ -172,7 +175,6 @@ def _heldout_config(
     return HeldoutValidator.Config(
         enable=True,
         freq=stage.heldout_interval,
-        last_step=stage.steps,
         # In micro-batches of all ranks, so that every layout measures on the same sequences.
         steps=stage.heldout_batches
         * stage.global_batch_size
@@ -180,7 +182,6 @@ def _heldout_config(
         dataloader=StreamingLoader.Config(
             shards=heldout,
             mixture=_shares_present(stage.mixture, Path(heldout)),
-            global_batch_size=stage.global_batch_size,
             seed=seed,
             pad_token_id=pad_token_id,
         ),

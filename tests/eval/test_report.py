@@ -41,7 +41,7 @@ def make_stage(run, number, start, end, steps=120, interval=4):
         folder / "metrics.jsonl",
         [
             {"step": s, "tokens": 4096 * s, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 5012.0,
-             "z_loss": 0.1, "seconds": 0.8 * s}
+             "router_z": 0.1, "seconds": 0.8 * s}
             for s, loss in losses
         ],
     )  # fmt: skip

@@ -50,6 +50,18 @@ def test_flops_and_cache_are_those_of_a_forward_pass():
     assert sum(x.numel() * x.element_size() for x in cache) == kv_cache_bytes(DIMS, length, bytes_per_value=4)
 
 
+def test_training_flops_are_those_of_both_passes():
+    config = config_from_dims(DIMS)
+    config._attn_implementation = "eager"
+    model = MobileMoEForCausalLM(config).train()
+    length = 48
+    tokens = torch.randint(0, DIMS.vocab_size, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).logits.sum().backward()
+    # Every token is multiplied with all `length` keys, which are half of a sequence of twice the length.
+    assert counter.get_total_flops() == length * training_flops_per_token(DIMS, 2 * length)
+
+
 def test_training_costs_about_six_flops_a_parameter_and_token():
     dims = FLAVORS["S"]
     assert training_flops_per_token(dims, 2048) == pytest.approx(6 * count_parameters(dims).active, rel=0.15)

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval.export.checkpoint import read_checkpoint
 from tests.titan_ext.launch import different_tensors, start_ranks, train, write_data
 from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
 from titan_ext.stage_run import StageRun, final_checkpoint
+from titan_ext.train import stage_config
 
 DIMS = ModelDims(
     d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=64, n_experts=8,
@@ -55,7 +61,7 @@ def two_processes(data, tmp_path_factory) -> Path:
 def test_expert_parallel_losses_equal_one_process(one_process, two_processes):
     one, two = lines(one_process, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 21))
-    for key in ("loss", "grad_norm", "z_loss"):
+    for key in ("loss", "grad_norm", "router_z"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4), key
     assert one[-1]["loss"] < one[0]["loss"] - 1.0, "twenty steps on counting sequences must lower the loss"
     heldout = [[line["loss"] for line in lines(out, "heldout.jsonl")] for out in (one_process, two_processes)]
@@ -70,6 +76,51 @@ def test_expert_load_is_complete_on_every_layout(one_process, two_processes):
                 assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
                 assert layer["max_over_mean"] == pytest.approx(max(layer["load"]) * DIMS.n_experts, rel=1e-3)
                 assert layer["dead"] == sum(share == 0 for share in layer["load"])
+
+
+def test_tensorboard_has_the_router_of_every_layer(one_process):
+    (events,) = one_process.rglob("events.out.*")
+    board = EventAccumulator(str(events)).Reload()
+    of_layer = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
+    expected = {f"moe/layer_{i}/{name}" for i in range(DIMS.n_layers) for name in of_layer}
+    assert expected | {"moe/router_z", "moe/dropped", "skipped_steps"} <= set(board.Tags()["scalars"])
+    written = [event.value for event in board.Scalars("moe/router_z")]
+    assert written == pytest.approx([line["router_z"] for line in lines(one_process, "metrics.jsonl")])
+
+
+@pytest.mark.parametrize("recomputed", ["selective", "full"])
+def test_recomputed_activations_change_no_number(recomputed, data, one_process, tmp_path):
+    parallel = ParallelConfig(world_size=1, precision="float32", activation_checkpoint=recomputed)
+    run = stage_run(data, tmp_path / "stage", world_size=1, parallel=parallel)
+    train(run, tmp_path / "scratch")
+    keys = ("loss", "grad_norm", "router_z", "dropped")
+    assert [[line[key] for key in keys] for line in lines(run.out, "metrics.jsonl")] == [
+        pytest.approx([line[key] for key in keys], rel=1e-5) for line in lines(one_process, "metrics.jsonl")
+    ]
+    loads = [lines(out, "expert_load.jsonl") for out in (run.out, one_process)]
+    assert [layer["load"] for layer in loads[0][-1]["layers"]] == [layer["load"] for layer in loads[1][-1]["layers"]]
+
+
+def save_as_hugging_face(run: StageRun) -> None:
+    config = stage_config(run)
+    config.checkpoint.last_save_in_hf = config.checkpoint.last_save_model_only = True
+    trainer = config.build()
+    trainer.checkpointer.load(step=-1)
+    trainer.checkpointer.save(STAGE.steps + 1, last_step=True)
+    trainer.close()
+    dist.destroy_process_group()
+
+
+def test_torchtitans_hugging_face_checkpoint_is_the_exporters(data, two_processes, tmp_path):
+    run = stage_run(data, tmp_path / "stage", world_size=2)
+    before = final_checkpoint(two_processes, STAGE.steps)
+    shutil.copytree(before, run.out / "checkpoint" / before.name)
+    train(run, tmp_path / "scratch", save_as_hugging_face)
+    files = (run.out / f"checkpoint/step-{STAGE.steps + 1}").glob("*.safetensors")
+    written = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = read_checkpoint(before, DIMS)
+    assert written.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(written[name], tensor)] == []
 
 
 def test_padding_and_repeats_are_reported(one_process):
@@ -95,7 +146,7 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
         process.join()
     train(run, tmp_path / "scratch")
     assert "step-8" in (run.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
-    keys = ("step", "tokens", "loss", "grad_norm", "lr", "z_loss")
+    keys = ("step", "tokens", "loss", "grad_norm", "lr", "router_z")
     resumed, whole = lines(run.out, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole]
     ends = [final_checkpoint(out, STAGE.steps) for out in (run.out, two_processes)]
@@ -105,7 +156,7 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
 def test_two_runs_from_one_seed_are_equal_bitwise(data, tmp_path):
     """In bfloat16 with drop-and-pad, the numerics of the text stages; another seed gives other weights."""
     stage = dataclasses.replace(STAGE, steps=5, checkpoint_interval=5, heldout_interval=5, capacity_factor=1.5)
-    parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="bfloat16")
+    parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="bfloat16", deterministic=True)
     ends = []
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
         run = stage_run(data, tmp_path / name, world_size=2, stage=stage, parallel=parallel, seed=seed)
@@ -155,6 +206,11 @@ def test_skipped_steps_are_logged_and_leave_the_weights_alone(data, tmp_path):
     train(run, tmp_path / "scratch")
     skipped = [line["skipped_steps"] for line in lines(run.out, "metrics.jsonl")]
     assert skipped[:32] == [0] * 32 and 0 < skipped[-1] <= 12
+    choices = STAGE.global_batch_size * STAGE.seq_len * DIMS.top_k
+    for layer in (layer for line in lines(run.out, "expert_load.jsonl") for layer in line["layers"]):
+        counts = [share * choices for share in layer["load"]]
+        assert sum(counts) == pytest.approx(choices, abs=0.1), "a skipped step's choices are counted as well"
+        assert counts == pytest.approx([round(count) for count in counts], abs=2e-3), "and no other step's with them"
     logs = [(run.out / f"logs/rank_{rank}.log").read_text() for rank in range(2)]
     assert [log.count(" is skipped: ") for log in logs] == [skipped[-1]] * 2
     state = {f"optimizer.state.{name}.weight.step": torch.zeros(()) for name in ("tok_embeddings", "norm")}

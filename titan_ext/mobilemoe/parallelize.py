@@ -78,10 +78,10 @@ def _gather_with_block(gate: FSDPModule, block: FSDPModule) -> None:
     """Let the block's hooks gather the router's weight and reduce its gradient, and take the gate's own hooks away.
 
     The weight is a group of parameters of its own because it stays float32, in the forward pass and in its gradient,
-    where the rest is cast to `mixed_precision_param`, and FSDP2 has one policy a group. It must not be a unit of its own
-    however: hooks inside of a block end the one graph that a compiled block is, and torchtitan's prefetching under
-    expert parallelism, which names blocks alone, would miss it. A block already has several groups where its experts lie
-    on another mesh, so FSDP2 runs any number; only `fully_shard` offers no way to say another policy for one.
+    where the rest is cast to `mixed_precision_param`, and FSDP2 has one policy a group. It must not be a unit of its
+    own, though: hooks inside of a block end the one graph that a compiled block is, and torchtitan's prefetching under
+    expert parallelism, which names blocks alone, would miss it. A block has several groups anyway where its experts
+    lie on another mesh, so FSDP2 runs any number; only `fully_shard` offers no way to say another policy for one.
     """
     of_gate, of_block = gate._get_fsdp_state(), block._get_fsdp_state()
     for group in of_gate._fsdp_param_groups:

@@ -49,7 +49,8 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
                 gate_up_ED2F = torch.cat([value.transpose(1, 2), up_EFD.transpose(1, 2)], dim=-1)
                 hf[prefix + "feed_forward.experts.gate_up_proj"] = gate_up_ED2F
             elif rest == _EXPERTS + "w2_EDF":
-                hf[prefix + "feed_forward.experts.down_proj"] = value.transpose(1, 2)
+                # torchtitan hands what comes from here to safetensors, which takes contiguous tensors only.
+                hf[prefix + "feed_forward.experts.down_proj"] = value.transpose(1, 2).contiguous()
             elif rest != _EXPERTS + "w3_EFD":
                 raise ValueError(f"{name}: no such parameter in a MobileMoE; the state dict is of another model")
         return hf
