@@ -6,14 +6,16 @@ Every layout is measured in a process of its own: rank 0 of a fake world of that
 but whose tensors are all there, takes two steps, optimizer included. Two layers, float32 master weights, bfloat16
 compute. `tensors` is the most bytes of tensors that were alive at once in the second step, from the record of
 every allocation: what torch.cuda.max_memory_allocated says on a GPU. `resident` is the process's largest resident size
-in two steps without that record, minus its size with the trainer built and its weights left out: once as training on
-the CPU runs, which keeps freed memory for speed (titan_ext/cpu.py), and once with glibc giving back what is freed.
+in two steps without that record, over the floor: what a process has that does the same with a model of next to no size,
+its own estimate taken off, so the interpreter, the libraries and the kernels that a first step loads. Once as training
+on the CPU runs, which keeps freed memory for speed (titan_ext/cpu.py), and once with glibc giving back what is freed.
 """
 
 import ctypes
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,16 +30,11 @@ LAYOUTS = {
     "4 ranks, tp 2, ep 4": {"world_size": 4, "tensor_parallel": 2, "expert_parallel": 4},
 }
 BATCHES = {"4 x 1,024 tokens": (4, 1024, None), "16 x 1,024 tokens, capacity 1.5": (16, 1024, 1.5)}
+FLOOR = "floor"
 WAYS = ("tensors", "resident", "resident, given back")
 M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # <malloc.h>
 VOCAB_SIZE, N_LAYERS = 16_384, 2
 TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_token": "a"}}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def write_data(folder: Path) -> None:
@@ -55,8 +52,15 @@ def write_data(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
 
 
-def measure(layout: dict, batch: tuple[int, int, float | None], how: str) -> dict[str, float]:
-    """Rank 0's two steps, in megabytes; called in a fresh process. `how` is one of WAYS."""
+def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor: bool = False) -> dict[str, float]:
+    """Rank 0's two steps, in megabytes; called in a fresh process.
+
+    Args:
+        layout: arguments of ParallelConfig.
+        batch: sequences of a micro-batch, their tokens, capacity factor.
+        how: one of WAYS.
+        floor: of the model and the batch of next to no size.
+    """
     import torch
 
     from titan_ext.config import FLAVORS, ParallelConfig
@@ -70,12 +74,12 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str) -> dic
             libc.mallopt(parameter, value)
     torch.set_num_threads(2)
     parallel = ParallelConfig(**layout)
-    local_batch_size, seq_len, capacity_factor = batch
+    local_batch_size, seq_len, capacity_factor = (1, 256, batch[2]) if floor else batch
     stage = dataclasses.replace(
         published_stages()["pretrain"], steps=10, warmup_steps=0, seq_len=seq_len, local_batch_size=local_batch_size,
         global_batch_size=local_batch_size * parallel.data_parallel, capacity_factor=capacity_factor,
     )  # fmt: skip
-    dims = dataclasses.replace(FLAVORS["S"], n_layers=N_LAYERS, vocab_size=VOCAB_SIZE)
+    dims = dataclasses.replace(FLAVORS["tiny" if floor else "S"], n_layers=N_LAYERS, vocab_size=VOCAB_SIZE)
     os.environ |= {"NGPU": str(parallel.world_size), "WORLD_SIZE": str(parallel.world_size)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -88,10 +92,9 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str) -> dic
     return {"estimate": estimate_memory(dims, stage, parallel).peak / 1e6, how: peak / 1e6}
 
 
-def prepare(config) -> tuple[object, Callable[[], None], int]:
-    """The trainer in a fake world, its step without the guard (numbers mean nothing there), and its weights' bytes."""
+def prepare(config) -> tuple[object, Callable[[], None]]:
+    """The trainer in a fake world, and its step without the guard (numbers mean nothing there)."""
     import torch
-    from torch.distributed.tensor import DTensor
     from torchtitan.config.configs import CommConfig
     from torchtitan.trainer import Trainer
 
@@ -108,15 +111,17 @@ def prepare(config) -> tuple[object, Callable[[], None], int]:
         trainer.optimizers._optimizers.step()
         trainer.optimizers.zero_grad()
 
-    shards = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.model_parts[0].parameters()]
-    return trainer, step, sum(shard.numel() * shard.element_size() for shard in shards)
+    return trainer, step
 
 
 def tensors_of(config) -> int:
     """Most bytes of tensors alive at once in the second step."""
+    from torch.distributed.tensor import DTensor
     from torch.profiler import ProfilerActivity, profile
 
-    trainer, step, weights = prepare(config)
+    trainer, step = prepare(config)
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.model_parts[0].parameters()]
+    weights = sum(shard.numel() * shard.element_size() for shard in shards)
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
@@ -127,31 +132,38 @@ def tensors_of(config) -> int:
 
 
 def resident_of(config) -> int:
-    """The largest resident size, over that of a process without weights."""
-    trainer, step, weights = prepare(config)
-    floor = resident("VmRSS") - weights
+    """The process's largest resident size."""
+    trainer, step = prepare(config)
     step()
     step()
-    peak = resident("VmHWM")
     trainer.close()
-    return peak - floor
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_a_process(layout: str, batch: str, how: str, *floor: str) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    command = [sys.executable, __file__, layout, batch, how, *floor]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        sys.exit(f"{layout}, {batch}, {how}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        layout, batch, how = sys.argv[1:]
-        print(json.dumps(measure(LAYOUTS[layout], BATCHES[batch], how)), flush=True)
+    if len(sys.argv) > 1:
+        layout, batch, how, *floor = sys.argv[1:]
+        print(json.dumps(measure(LAYOUTS[layout], BATCHES[batch], how, floor == [FLOOR])), flush=True)
         os._exit(0)  # the loader's thread is in the middle of a batch, which an orderly end does not survive
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     for layout in LAYOUTS:
         for batch in BATCHES:
             found = {}
             for how in WAYS:
-                command = [sys.executable, __file__, layout, batch, how]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-                if done.returncode:
-                    sys.exit(f"{layout}, {batch}:\n{done.stderr[-3000:]}")
-                found |= json.loads(done.stdout.splitlines()[-1])
+                found |= in_a_process(layout, batch, how)
+                if how != "tensors":
+                    small = in_a_process(layout, batch, how, FLOOR)
+                    found[f"{how}, {FLOOR}"] = small[how] - small["estimate"]
+                    found[how] -= found[f"{how}, {FLOOR}"]
             ratios = {f"{how} / estimate": round(found[how] / found["estimate"], 2) for how in WAYS}
             print(f"{layout:22} {batch:32}", {key: round(value) for key, value in found.items()}, ratios, flush=True)
 

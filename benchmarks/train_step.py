@@ -1,18 +1,20 @@
 """One training step at S width, two layers, bfloat16, two threads: against transformers, against this machine's GEMM,
 and what drop-and-pad, packed documents and QAT add.
 
-    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--compile]
+    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--variants NAME ...]
 
 Every variant is a process of its own and they take turns, one step at a time, so that a busy machine slows them alike;
 medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is
 Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user gets them, and
 once more with this project's settings of malloc (titan_ext/cpu.py), which help them as well. A small vocabulary keeps
-the output projection, which is the same product everywhere, from hiding the layers; the published one is 128,256.
+the output projection, which is the same product everywhere, from hiding the layers. With the published one, 128,256,
+look at `chunked loss`: logits and loss an eighth of a sequence at a time, as training takes them.
 """
 
 import argparse
 import dataclasses
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,13 +30,20 @@ from titan_ext.config import FLAVORS, ModelDims, QATConfig
 
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
-GEMM_SIZE = 2048
+GEMM_SIZE, GEMM_PRODUCTS = 2048, 20
 PEERS = ("qwen2_moe", "qwen3_moe")
-COMPILED = "mobilemoe, compiled blocks"
-VARIANTS = (
-    "gemm", "mobilemoe", "mobilemoe, capacity 1.5", "mobilemoe, 4 documents a row", "mobilemoe, QAT", *PEERS,
-    *(f"{name}, with our malloc" for name in PEERS),
-)  # fmt: skip
+MOBILEMOE: dict[str, dict] = {
+    "mobilemoe": {},
+    "mobilemoe, capacity 1.5": {"capacity_factor": 1.5},
+    "mobilemoe, 4 documents a row": {"documents": 4},
+    "mobilemoe, QAT": {"qat": True},
+    "mobilemoe, chunked loss": {"chunked": True},
+    "mobilemoe, compiled blocks": {"compiled": True},
+}
+"""Variant -> arguments of `titan_step`."""
+VARIANTS = ("gemm", *MOBILEMOE, *PEERS, *(f"{name}, with our malloc" for name in PEERS))
+BY_DEFAULT = tuple(name for name in VARIANTS if not name.endswith(("chunked loss", "compiled blocks", "our malloc")))
+"""Seven processes of up to 3.6 GB each."""
 CATEGORIES = {
     "matrix products": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product"),
@@ -44,13 +53,25 @@ CATEGORIES = {
 
 
 def titan_step(
-    dims: ModelDims, positions_BL: torch.Tensor, qat: bool = False, compiled: bool = False, **options
+    dims: ModelDims,
+    *,
+    documents: int = 1,
+    qat: bool = False,
+    compiled: bool = False,
+    chunked: bool = False,
+    capacity_factor: float | None = None,
 ) -> Callable[[], None]:
-    """A step of the torchtitan model; `compiled` compiles every block, as torchtitan does on GPUs."""
+    """A step of the torchtitan model.
+
+    Args:
+        documents: of equal length in every sequence.
+        compiled: every block, as torchtitan does on GPUs.
+        chunked: loss as in training, by torchtitan's ChunkedLossWrapper; otherwise of all logits at once.
+    """
     from titan_ext.mobilemoe import model_config  # changes malloc's settings: only in processes that want that
     from titan_ext.qat import convert_to_qat
 
-    config = model_config(dims, **options)
+    config = model_config(dims, capacity_factor=capacity_factor)
     model = (convert_to_qat(config, QATConfig()) if qat else config).build()
     model.init_states()
     model.bfloat16()
@@ -58,7 +79,25 @@ def titan_step(
         block.moe.expert_bias_E = block.moe.expert_bias_E.float()
         if compiled:
             block.compile()
-    return step_of(model, lambda tokens: model(tokens, positions=positions_BL), dims.vocab_size)
+    positions_BL = torch.arange(SEQ_LEN // documents).repeat(BATCH, documents)
+    loss_of = chunked_loss(model, dims.vocab_size) if chunked else whole_loss
+    return step_of(model, lambda tokens_BL: loss_of(model(tokens_BL, positions=positions_BL), tokens_BL), dims)
+
+
+def whole_loss(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of all logits at once."""
+    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten())
+
+
+def chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The same, an eighth of every sequence at a time, of last hidden states, which `model` gives from now on."""
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+
+    loss = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size)).build()
+    loss.set_lm_head(model.lm_head)
+    model._skip_lm_head = True
+    num_tokens = torch.tensor(BATCH * SEQ_LEN)
+    return lambda hidden_BLD, labels_BL: loss(hidden_BLD, labels_BL, num_tokens)[0]
 
 
 def peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
@@ -76,16 +115,18 @@ def peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
         tie_word_embeddings=True, use_cache=False, **options[name],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).bfloat16()
-    return step_of(model, lambda tokens: model(tokens).logits, dims.vocab_size)
+    return step_of(model, lambda tokens_BL: whole_loss(model(tokens_BL).logits, tokens_BL), dims)
 
 
-def step_of(model: torch.nn.Module, forward: Callable, vocab_size: int) -> Callable[[], None]:
-    """Forward, cross entropy, backward, fused AdamW."""
-    tokens_BL = torch.randint(0, vocab_size, (BATCH, SEQ_LEN))
+def step_of(
+    model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], dims: ModelDims
+) -> Callable[[], None]:
+    """Loss of a batch of tokens, backward, fused AdamW."""
+    tokens_BL = torch.randint(0, dims.vocab_size, (BATCH, SEQ_LEN))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        F.cross_entropy(forward(tokens_BL).flatten(0, 1).float(), tokens_BL.flatten()).backward()
+        loss_of(tokens_BL).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -93,32 +134,27 @@ def step_of(model: torch.nn.Module, forward: Callable, vocab_size: int) -> Calla
 
 
 def gemm_step() -> Callable[[], None]:
-    """A large square product: what this machine can do at best."""
+    """Large square products, many, for the first ones wait for caches and threads: what this machine does at best."""
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
-    return lambda: torch.mm(a, b)
+
+    def step() -> None:
+        for _ in range(GEMM_PRODUCTS):
+            torch.mm(a, b)
+
+    return step
 
 
 def build(name: str, vocab_size: int) -> Callable[[], None]:
-    """The step of the variant `name`, one of VARIANTS or COMPILED."""
+    """The step of the variant `name`, one of VARIANTS."""
     dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size)
-    whole_BL = torch.arange(SEQ_LEN).repeat(BATCH, 1)
-    packed_BL = torch.arange(SEQ_LEN // 4).repeat(BATCH, 4)
-    peer, _, settings = name.partition(", ")
     if name == "gemm":
         return gemm_step()
-    if peer in PEERS:
-        if settings:
-            import titan_ext.mobilemoe  # noqa: F401  sets malloc as training on the CPU does
-        return peer_step(dims, peer)
-    options = {
-        "mobilemoe": {},
-        "mobilemoe, capacity 1.5": {"capacity_factor": 1.5},
-        "mobilemoe, QAT": {"qat": True},
-        COMPILED: {"compiled": True},
-    }
-    if name == "mobilemoe, 4 documents a row":
-        return titan_step(dims, packed_BL)
-    return titan_step(dims, whole_BL, **options[name])
+    if name in MOBILEMOE:
+        return titan_step(dims, **MOBILEMOE[name])
+    peer, _, settings = name.partition(", ")
+    if settings:
+        import titan_ext.mobilemoe  # noqa: F401  sets malloc as training on the CPU does
+    return peer_step(dims, peer)
 
 
 class Variant:
@@ -131,10 +167,13 @@ class Variant:
         )  # fmt: skip
 
     def ask(self, question: str) -> object:
-        """The answer to "step", seconds, or "profile", shares."""
+        """The answer to "step", seconds; "memory", bytes; or "profile", shares."""
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{' '.join(self.process.args)} ended with {self.process.wait()}; -9 is the system out of memory")
+        return json.loads(answer)
 
 
 def serve(name: str, vocab_size: int) -> None:
@@ -145,6 +184,8 @@ def serve(name: str, vocab_size: int) -> None:
     for question in sys.stdin:
         if question == "profile\n":
             answer = shares(step)
+        elif question == "memory\n":
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
             start = time.perf_counter()
             step()
@@ -170,13 +211,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
-    parser.add_argument("--compile", action="store_true", help="also with compiled blocks; compiling takes minutes")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
+                        help=f"gemm, mobilemoe and any of: {'; '.join(VARIANTS[2:])}")  # fmt: skip
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         serve(arguments.variant, arguments.vocab_size)
         return
-    names = [*VARIANTS, COMPILED] if arguments.compile else VARIANTS
+    names = list(dict.fromkeys(("gemm", "mobilemoe", *arguments.variants)))  # the two that all ratios are to
     variants = {name: Variant(name, arguments.vocab_size) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
@@ -185,6 +227,7 @@ def main() -> None:
             if number >= WARMUP_ROUNDS:
                 times[name].append(seconds)
     result = summary(times, arguments.vocab_size)
+    result["peak_resident_mb"] = {name: variant.ask("memory") / 1e6 for name, variant in variants.items()}
     if arguments.profile:
         result["where_the_time_goes"] = variants["mobilemoe"].ask("profile")
     print(json.dumps(result, indent=2))
@@ -193,7 +236,7 @@ def main() -> None:
 def summary(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]:
     """Medians over the rounds; ratios are of steps of one round."""
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    peak = 2 * GEMM_SIZE**3 / seconds["gemm"]
+    peak = GEMM_PRODUCTS * 2 * GEMM_SIZE**3 / seconds["gemm"]
     flops = training_flops_per_token(dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size), SEQ_LEN)
     of_mobilemoe = {
         name: statistics.median(other / own for other, own in zip(values, times["mobilemoe"], strict=True))

@@ -123,7 +123,7 @@ def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor
     return padded_PD, padded_E, rows_R
 
 
-COMPILED_ELEMENTS = 1 << 22
+COMPILED_ELEMENTS = 1 << 20
 """From this size on a fused kernel saves more in a hundred steps than its compilation costs."""
 
 

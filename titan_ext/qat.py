@@ -3,7 +3,8 @@
 Weights: symmetric, groups of 32 along the input dimension, scale max|W| / 7.5 rounded to bfloat16, values
 round(W / scale) clamped to [-8, 7] (arXiv 2605.27358, section QAT). Activations: asymmetric INT8 a token, ranges taken
 from the token itself, as XNNPACK's dynamically quantized linears and ExecuTorch's fused MoE op do.
-Both through torchao's primitives; the gradient goes straight through. Norms and router stay float32.
+Weights through torchao's primitives, activations by its arithmetic; the gradient goes straight through. Norms and
+router stay float32.
 
 The scale is rounded to a number that bfloat16 (XNNPACK), float16 (the `mobilemoe-int4-g32` file) and float32 (the
 device's op) all hold exactly, so training, the exported files and the device use the same grid.
@@ -74,7 +75,9 @@ def _round_to_grid(weight: torch.Tensor, group_size: int, axis: int) -> torch.Te
         zero_point_dtype=torch.int32,
     )
     scale = round_scale(scale)
-    return _round_trip(float_weight, tuple(block_size), scale, zero_point, INT4_RANGE).to(weight.dtype)
+    q = quantize_affine(float_weight, block_size, scale, zero_point, torch.int8, *INT4_RANGE)
+    rounded = dequantize_affine(q, block_size, scale, zero_point, torch.int8, *INT4_RANGE, output_dtype=torch.float32)
+    return rounded.to(weight.dtype)
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -104,8 +107,6 @@ class _StraightThrough(torch.autograd.Function):
 
 def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
     """Round every token (last dimension) of `x` to its own asymmetric INT8 grid; gradient 1 everywhere."""
-    if x.numel() == 0:
-        return x
     with torch.no_grad():
         rounded = _round_tokens(x)
     return _StraightThrough.apply(x, rounded)
@@ -113,30 +114,17 @@ def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
 
 @cpu.fuse_if_large
 def _round_tokens(x: torch.Tensor) -> torch.Tensor:
-    block_size = (*([1] * (x.dim() - 1)), x.shape[-1])
+    """torchao's asymmetric grid, written out: its quantize_affine branches on the number of tokens.
+
+    The router decides that number for an expert, which may get none, and one compiled graph must hold for all.
+    """
     float_x = x.float()
-    scale, zero_point = choose_qparams_affine(
-        float_x,
-        MappingType.ASYMMETRIC,
-        block_size,
-        target_dtype=torch.int8,
-        quant_min=INT8_RANGE[0],
-        quant_max=INT8_RANGE[1],
-        scale_dtype=torch.float32,
-        zero_point_dtype=torch.int32,
-    )
-    return _round_trip(float_x, block_size, scale, zero_point, INT8_RANGE).to(x.dtype)
-
-
-def _round_trip(
-    x: torch.Tensor,
-    block_size: tuple[int, ...],
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    quant_range: tuple[int, int],
-) -> torch.Tensor:
-    q = quantize_affine(x, block_size, scale, zero_point, torch.int8, *quant_range)
-    return dequantize_affine(q, block_size, scale, zero_point, torch.int8, *quant_range, output_dtype=torch.float32)
+    low = float_x.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = float_x.amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (INT8_RANGE[1] - INT8_RANGE[0])).clamp(min=torch.finfo(torch.float32).smallest_normal)
+    zero_point = (INT8_RANGE[0] - torch.round(low / scale)).clamp(*INT8_RANGE)
+    q = (torch.round(float_x * (1 / scale)) + zero_point).clamp(*INT8_RANGE)
+    return ((q - zero_point) * scale).to(x.dtype)
 
 
 class QATLinear(Linear):

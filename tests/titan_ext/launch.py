@@ -4,6 +4,7 @@ Ranks are forked from a server that has imported torchtitan once, which saves ea
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import time
@@ -23,7 +24,10 @@ from titan_ext.stage_run import StageRun
 from titan_ext.train import run_stage
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["titan_ext.train"])
+# A process has one server. Where the data step's tests come first it would be started for them, and every rank would
+# import torchtitan for itself.
+_SERVER.set_forkserver_preload(["titan_ext.train", "data.blocks", "data.filters", "data.shard_writer"])
+multiprocessing.forkserver.ensure_running()
 
 
 def _run_rank(function: Callable[[StageRun], None], run: StageRun, environment: dict[str, str], log: Path) -> None:
@@ -81,7 +85,8 @@ def train(
 
 def _end_of(log: Path) -> str:
     """The last lines of a rank's log, without the list of modules that a fatal signal prints."""
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("Extension modules:")]
+    text = log.read_text() if log.exists() else f"{log}: the rank had not started yet"
+    lines = [line for line in text.splitlines() if not line.startswith("Extension modules:")]
     return "\n".join(lines)[-4000:]
 
 

@@ -6,6 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
 
 from titan_ext.config import FLAVORS, QATConfig
 from titan_ext.cpu import COMPILED_ELEMENTS
@@ -51,6 +57,28 @@ def test_activations_are_rounded_a_token_at_a_time(seed, magnitude):
     assert ((rounded - x).abs() <= step[:, None] * 0.51 + 1e-6).all()
     assert torch.equal(rounded[2:3], fake_quantize_activation(x[2:3])), "other tokens must not matter"
     assert all(len(row.unique()) <= 256 for row in rounded)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), magnitude=st.floats(-9, 6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_activations_take_the_grid_of_torchao(seed, magnitude, dtype):
+    x = (torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) * 10**magnitude).to(dtype)
+    x[0] = 0
+    x[1] = x[1].abs()
+    block_size, integers = (1, 48), {"quant_min": -128, "quant_max": 127}
+    scale, zero_point = choose_qparams_affine(
+        x.float(), MappingType.ASYMMETRIC, block_size, target_dtype=torch.int8, **integers, scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )  # fmt: skip
+    q = quantize_affine(x.float(), block_size, scale, zero_point, torch.int8, **integers)
+    expected = dequantize_affine(q, block_size, scale, zero_point, torch.int8, **integers)
+    assert torch.equal(fake_quantize_activation(x), expected.to(dtype))
+
+
+def test_no_tokens_are_rounded_to_none():
+    x = torch.zeros(0, 48, requires_grad=True)
+    fake_quantize_activation(x).sum().backward()
+    assert x.grad.shape == (0, 48)
 
 
 def test_scales_are_rounded_as_by_the_two_casts():

@@ -80,7 +80,7 @@ class Experts(GroupedExperts):
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in self.local_weights())
-        if cpu.IS_CPU and x_RD.shape[0] == 0:
+        if cpu.IS_CPU and not torch.compiler.is_compiling() and x_RD.shape[0] == 0:  # one graph cannot branch on rows
             # grouped_mm's backward fails without rows; the weights still need a gradient for FSDP's reduction.
             return x_RD + 0.0 * (w1_EFD.sum() + w2_EDF.sum() + w3_EFD.sum())
         rows_R = None

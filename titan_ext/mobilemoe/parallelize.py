@@ -1,13 +1,13 @@
 """Applies expert, tensor and data parallelism, activation checkpointing and compile to a MobileMoE."""
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp_to_forward
-from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder, get_fsdp_reshard_after_forward_policy
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
 
 from titan_ext import cpu
@@ -45,11 +45,13 @@ def parallelize_mobilemoe(
 
     dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _data_parallel_meshes(parallel_dims, whole_mesh)
     for block in model.layers.values():
-        # A unit of its own: the router's weight stays float32 where the rest is cast to `mixed_precision_param`.
         fully_shard(
             block.moe.router.gate,
             mesh=dp_mesh,
             mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32),
+            reshard_after_forward=get_fsdp_reshard_after_forward_policy(
+                parallelism.fsdp_reshard_after_forward, parallel_dims.pp_enabled
+            ),
             **({"dp_mesh_dims": dp_mesh_dims} if dp_mesh_dims is not None else {}),
         )
     apply_fsdp_to_decoder(
@@ -67,9 +69,27 @@ def parallelize_mobilemoe(
         enable_symm_mem=parallelism.enable_fsdp_symm_mem,
     )
     for block in model.layers.values():
-        block.moe.router.gate.set_gradient_divide_factor(1.0)
+        _gather_with_block(block.moe.router.gate, block)
     cpu.force_sum_reductions(model)
     return model
+
+
+def _gather_with_block(gate: FSDPModule, block: FSDPModule) -> None:
+    """Let the block's hooks gather the router's weight and reduce its gradient, and take the gate's own hooks away.
+
+    The weight is a group of parameters of its own because it stays float32, in the forward pass and in its gradient,
+    where the rest is cast to `mixed_precision_param`, and FSDP2 has one policy a group. It must not be a unit of its own
+    however: hooks inside of a block end the one graph that a compiled block is, and torchtitan's prefetching under
+    expert parallelism, which names blocks alone, would miss it. A block already has several groups where its experts lie
+    on another mesh, so FSDP2 runs any number; only `fully_shard` offers no way to say another policy for one.
+    """
+    of_gate, of_block = gate._get_fsdp_state(), block._get_fsdp_state()
+    for group in of_gate._fsdp_param_groups:
+        group.modules = of_block._modules  # by which FSDP2 knows the groups that it prefetches together
+    of_block._fsdp_param_groups.extend(of_gate._fsdp_param_groups)
+    of_gate._fsdp_param_groups.clear()
+    of_gate._pre_forward_hook_handle.remove()
+    of_gate._post_forward_hook_handle.remove()
 
 
 def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) -> None:
