@@ -2,7 +2,10 @@
 
 import pytest
 
+from tests.titan_ext.launch import start_server
 from tests.titan_ext.stage_of_shards import write_stage
+
+start_server()  # collected before any test runs
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,15 @@ from titan_ext.stage_run import StageRun
 from titan_ext.train import run_stage
 
 _SERVER = multiprocessing.get_context("forkserver")
-# A process has one server. Where the data step's tests come first it would be started for them, and every rank would
-# import torchtitan for itself.
 _SERVER.set_forkserver_preload(["titan_ext.train", "data.blocks", "data.filters", "data.shard_writer"])
-multiprocessing.forkserver.ensure_running()
+
+
+def start_server() -> None:
+    """Start the process's one fork server before the data step's tests do, without torchtitan, for themselves.
+
+    Not when this module is imported: every rank imports it, and a rank must not start a process then.
+    """
+    multiprocessing.forkserver.ensure_running()
 
 
 def _run_rank(function: Callable[[StageRun], None], run: StageRun, environment: dict[str, str], log: Path) -> None:
