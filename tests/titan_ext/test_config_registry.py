@@ -1,6 +1,8 @@
 """The module as any torchtitan user starts it: by name, through torchrun, on the CPU."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +29,21 @@ def test_every_flavor_has_a_config_for_every_stage(flavor, stage):
         assert config.parallelism.expert_parallel_degree == 4
 
 
-def test_torchrun_trains_tiny_by_name(tmp_path):
+def test_ranks_that_expert_parallelism_does_not_divide_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="expert_parallel_degree = 4: the 1 ranks of a replica"):
+        config_registry.mobilemoe_s_pretrain().build()
+
+
+@pytest.mark.parametrize("module", ["titan_ext", "torchtitan.train"])
+def test_torchrun_trains_tiny_by_name(module, tmp_path):
     write_data(tmp_path / "data", FLAVORS["tiny"].vocab_size, domains=("web", "math", "code", "knowledge", "science"))
     command = [
-        *TORCHRUN, "-m", "titan_ext", "--module", "titan_ext", "--config", "mobilemoe_tiny_pretrain",
+        *TORCHRUN, "-m", module, "--module", "titan_ext", "--config", "mobilemoe_tiny_pretrain",
         "--training.steps", "2", "--training.global_batch_size", "4", "--training.local_batch_size", "2",
-        "--dataloader.global_batch_size", "4", "--validator.no-enable",
-        "--training.seq_len", "64", "--metrics.log_freq", "1",
+        "--validator.no-enable",
+        "--training.seq_len", "64", "--metrics.log_freq", "5",
     ]  # fmt: skip
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     done = subprocess.run(
@@ -41,4 +51,7 @@ def test_torchrun_trains_tiny_by_name(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[:6000]
     assert (tmp_path / "stages/1_pretrain/checkpoint/step-2/.metadata").is_file()
-    assert len((tmp_path / "stages/1_pretrain/metrics.jsonl").read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in (tmp_path / "stages/1_pretrain/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2], "the last step is that of the command line"
+    logged = [float(tps.replace(",", "")) for tps in re.findall(r"tps: ([\d,]+)", done.stdout + done.stderr)]
+    assert [line["tokens_per_second"] for line in lines] == pytest.approx(logged, rel=0.1)

@@ -59,7 +59,11 @@ def build_trainer(run: StageRun) -> StageTrainer:
     config = stage_config(run)
     config.comm = CommConfig(mode="fake_backend")
     config.parallelism.spmd_backend = run.name
-    config.debug.spmd_typechecking = run.name == "spmd_types" and run.parallel.pipeline_parallel == 1
+    config.compile.backend = "aot_eager"
+    parallel = run.parallel
+    config.debug.spmd_typechecking = (
+        run.name == "spmd_types" and parallel.pipeline_parallel == 1 and not parallel.compile
+    )
     config.checkpoint.enable = config.validator.enable = False
     return config.build()
 
@@ -71,7 +75,8 @@ def go_both_ways(run: StageRun) -> None:
     def note_experts(module: torch.nn.Module, inputs: tuple) -> None:
         (run.out / "experts").write_text(str(len(inputs[1])))
 
-    experts.register_forward_pre_hook(note_experts)
+    if not run.parallel.compile:  # no file can be written out of a graph
+        experts.register_forward_pre_hook(note_experts)
     inputs, labels = next(iter(trainer.dataloader))
     loss = Trainer.forward_backward_step(
         trainer, input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(labels.numel())
@@ -129,6 +134,14 @@ def test_published_stages_build_and_step(layout, backend, data, tmp_path):
     run = StageRun(backend, DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
     train(run, tmp_path / "scratch", go_both_ways, ranks=[0])
     assert int((run.out / "experts").read_text()) == DIMS.n_experts // parallel.expert_parallel
+
+
+def test_published_stages_compile(data, tmp_path):
+    """As on a GPU: a block is one graph under `spmd_types`, recomputed selectively; without the type checker."""
+    stage = dataclasses.replace(STAGE, global_batch_size=2048)
+    parallel = ParallelConfig(world_size=64, expert_parallel=4, compile=True, activation_checkpoint="selective")
+    run = StageRun("spmd_types", DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
+    train(run, tmp_path / "scratch", go_both_ways, ranks=[0])
 
 
 @pytest.mark.parametrize("backend", ["partial_dtensor", "spmd_types"])

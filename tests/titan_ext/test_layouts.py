@@ -44,8 +44,9 @@ def data(tmp_path_factory) -> Path:
 
 def stage_run(data: Path, out: Path, layout: dict, **changes) -> StageRun:
     stage = dataclasses.replace(
-        STAGE, steps=STEPS, local_batch_size=1, checkpoint_interval=STEPS // 2, heldout_interval=STEPS // 2
-    )
+        STAGE, steps=STEPS, local_batch_size=1, checkpoint_interval=STEPS // 2, heldout_interval=STEPS // 2,
+        router_z_loss=1.0,  # so much that its gradient, were it missing, would be seen
+    )  # fmt: skip
     stage = dataclasses.replace(stage, **changes)
     parallel = ParallelConfig(precision="float32", **layout)
     return StageRun("pretrain", DIMS, stage, parallel, data, out, initial_checkpoint=None, seed=0)
@@ -60,7 +61,7 @@ def one_process(data, tmp_path_factory) -> Path:
 
 def assert_same_numbers(one: Path, other: Path) -> None:
     metrics = [lines(out, "metrics.jsonl") for out in (one, other)]
-    for key in ("step", "tokens", "loss", "grad_norm", "z_loss", "dropped"):
+    for key in ("step", "tokens", "loss", "grad_norm", "router_z", "dropped"):
         values = [[line[key] for line in of_run] for of_run in metrics]
         assert values[1] == pytest.approx(values[0], rel=2e-4), key
     heldout = [[line["loss"] for line in lines(out, "heldout.jsonl")] for out in (one, other)]
@@ -118,7 +119,7 @@ def test_a_pipeline_gives_the_numbers_of_one_process_and_goes_on_bitwise(pipelin
     run = stage_run(data, tmp_path / "stage", PIPELINE)
     shutil.copytree(pipeline / f"checkpoint/step-{STEPS // 2}", run.out / f"checkpoint/step-{STEPS // 2}")
     train(run, tmp_path / "scratch")
-    keys = ("step", "tokens", "loss", "grad_norm", "z_loss")
+    keys = ("step", "tokens", "loss", "grad_norm", "router_z")
     resumed, whole = lines(run.out, "metrics.jsonl"), lines(pipeline, "metrics.jsonl")
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole[STEPS // 2 :]]
     assert different_tensors(*(final_checkpoint(out, STEPS) for out in (run.out, pipeline))) == []
@@ -128,6 +129,13 @@ def test_a_schedule_with_both_ends_on_one_rank_is_refused(data, tmp_path):
     config = stage_config(stage_run(data, tmp_path / "stage", PIPELINE))
     parallelism = dataclasses.replace(config.parallelism, pipeline_parallel_schedule="ZBVZeroBubble")
     with pytest.raises(ValueError, match="choose one of 1F1B, Interleaved1F1B"):
+        dataclasses.replace(config, parallelism=parallelism)
+
+
+def test_a_pipeline_without_a_split_is_refused(data, tmp_path):
+    config = stage_config(stage_run(data, tmp_path / "stage", PIPELINE))
+    parallelism = dataclasses.replace(config.parallelism, module_fqns_per_model_part=None)
+    with pytest.raises(ValueError, match="module_fqns_per_model_part is not set: torchtitan's own split may leave"):
         dataclasses.replace(config, parallelism=parallelism)
 
 
