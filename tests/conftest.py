@@ -1,5 +1,7 @@
 """For all tests: they may share two busy cores with others, so nothing measures time or counts on a second thread."""
 
+import os
+
 import torch
 from hypothesis import settings
 
@@ -8,3 +10,6 @@ torch.set_num_threads(1)
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+# Ray runs its workers at niceness 15: beside other tests that compute, a training of minutes would take an hour.
+os.environ.setdefault("RAY_worker_niceness", "0")

@@ -64,18 +64,23 @@ class Driver:
         self.log = log
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
-    def kill_when(self, there, timeout: float = 400) -> None:
-        """SIGKILL once `there()` holds; an assertion if the driver ends before."""
+    def kill_when(self, there, timeout: float = 600) -> None:
+        """SIGKILL once `there()` holds; an assertion if the driver ends before, or takes longer."""
         deadline = time.monotonic() + timeout
-        while not there():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
-            time.sleep(0.1)
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        try:
+            while not there():
+                assert self.process.poll() is None, self.log.read_text()[-4000:]
+                assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+                time.sleep(0.1)
+        finally:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
 
     def finish(self, timeout: float = 900) -> str:
-        code = self.process.wait(timeout)
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            self.process.kill()
         assert code == 0, self.log.read_text()[-6000:]
         return self.log.read_text()
 
