@@ -1,11 +1,11 @@
 """Trainer configurations by name, for torchtitan's own command line, without the rest of this project:
 
-    torchrun --nproc-per-node 8 -m titan_ext --module titan_ext --config mobilemoe_s_pretrain \\
+    torchrun --nproc-per-node 8 -m torchtitan.train --module titan_ext --config mobilemoe_s_pretrain \\
         --dataloader.shards /data/shards/pretrain --hf_assets_path /data/tokenizer
 
 Names are mobilemoe_FLAVOR_STAGE with FLAVOR s, m, l or tiny and STAGE pretrain, midtrain, sft or qat; any field can be
-overridden as torchtitan does it. Paths default to a run folder's, seen from inside it. `-m titan_ext` is
-`-m torchtitan.train` and works on the CPU as well.
+overridden as torchtitan does it. Paths default to a run folder's, seen from inside it. Works on
+the CPU as well.
 """
 
 import functools
