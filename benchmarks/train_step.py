@@ -6,14 +6,15 @@ and what drop-and-pad, packed documents and QAT add.
 Every variant is a process of its own and they take turns, one step at a time, so that a busy machine slows them alike;
 medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is
 Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user gets them, and
-once more with this project's settings of malloc (titan_ext/cpu.py), which help them as well. A small vocabulary keeps
-the output projection, which is the same product everywhere, from hiding the layers. With the published one, 128,256,
+once more with this project's allocator (titan_ext/allocator.py), which helps them as well. A small vocabulary keeps the
+output projection, which is the same product everywhere, from hiding the layers. With the published one, 128,256,
 look at `chunked loss`: logits and loss an eighth of a sequence at a time, as training takes them.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from titan_ext.accounting import training_flops_per_token
+from titan_ext.allocator import allocator_environment, keep_freed_memory
 from titan_ext.config import FLAVORS, ModelDims, QATConfig
 
 BATCH, SEQ_LEN = 4, 512
@@ -39,10 +41,12 @@ MOBILEMOE: dict[str, dict] = {
     "mobilemoe, QAT": {"qat": True},
     "mobilemoe, chunked loss": {"chunked": True},
     "mobilemoe, compiled blocks": {"compiled": True},
+    "mobilemoe, without tcmalloc": {},
 }
 """Variant -> arguments of `titan_step`."""
-VARIANTS = ("gemm", *MOBILEMOE, *PEERS, *(f"{name}, with our malloc" for name in PEERS))
-BY_DEFAULT = tuple(name for name in VARIANTS if not name.endswith(("chunked loss", "compiled blocks", "our malloc")))
+VARIANTS = ("gemm", *MOBILEMOE, *PEERS, *(f"{name}, with our allocator" for name in PEERS))
+ON_REQUEST = ("chunked loss", "compiled blocks", "without tcmalloc", "our allocator")
+BY_DEFAULT = tuple(name for name in VARIANTS if not name.endswith(ON_REQUEST))
 """Seven processes of up to 3.6 GB each."""
 CATEGORIES = {
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -68,7 +72,7 @@ def titan_step(
         compiled: every block, as torchtitan does on GPUs.
         chunked: loss as in training, by torchtitan's ChunkedLossWrapper; otherwise of all logits at once.
     """
-    from titan_ext.mobilemoe import model_config  # changes malloc's settings: only in processes that want that
+    from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
     from titan_ext.qat import convert_to_qat
 
     config = model_config(dims, capacity_factor=capacity_factor)
@@ -151,10 +155,16 @@ def build(name: str, vocab_size: int) -> Callable[[], None]:
         return gemm_step()
     if name in MOBILEMOE:
         return titan_step(dims, **MOBILEMOE[name])
-    peer, _, settings = name.partition(", ")
-    if settings:
-        import titan_ext.mobilemoe  # noqa: F401  sets malloc as training on the CPU does
+    peer, _, with_our_allocator = name.partition(", ")
+    if with_our_allocator:
+        keep_freed_memory()
     return peer_step(dims, peer)
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What the process of the variant `name` starts with."""
+    plain = name in ("gemm", "mobilemoe, without tcmalloc", *PEERS)
+    return os.environ | ({} if plain else allocator_environment())
 
 
 class Variant:
@@ -163,7 +173,7 @@ class Variant:
     def __init__(self, name: str, vocab_size: int):
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment_of(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def ask(self, question: str) -> object:

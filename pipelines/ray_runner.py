@@ -26,6 +26,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from pipelines import guard
 from pipelines.progress_file import redirect_output
 from pipelines.recipe import ClusterConfig
+from titan_ext.allocator import allocator_environment
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a Ray started here: what passes through it are configurations and results, no data."""
@@ -158,6 +159,7 @@ class Cluster(AbstractContextManager):
                 storage_path=str(logs / "ray_train"),
                 failure_config=ray.train.FailureConfig(max_failures=self.config.max_failures),
                 callbacks=[FailureLog(logs / f"{name}.failures.log")],
+                worker_runtime_env={"env_vars": {} if self.config.gpus_per_worker else allocator_environment()},
             ),
         )
         try:

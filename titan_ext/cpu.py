@@ -15,7 +15,7 @@ at import, and those that did are bound anew. Importing `titan_ext.mobilemoe` or
 7. torch._grouped_mm has no backward for a rank that got no token: `titan_ext.mobilemoe.moe.Experts`.
 8. local_map waits for an input that is still being gathered outside of autograd: under tensor parallelism without
    expert parallelism the routed experts' input would get no gradient: `keep_gradients_of_gathered_inputs`.
-9. glibc gives large blocks back to the system and every step faults them in again: `_keep_freed_memory`.
+9. glibc gives large blocks back to the system and every step faults them in again: `titan_ext.allocator`.
 10. oneDNN prepares a bfloat16 product anew for every number of rows, and experts never see the same number twice:
     `pad_groups`.
 11. Blocks are not compiled, and a quantizer makes a dozen passes over a weight: `fuse_if_large` compiles it alone.
@@ -23,7 +23,6 @@ at import, and those that did are bound anew. Importing `titan_ext.mobilemoe` or
     they have, `StageTrainer.train`.
 """
 
-import ctypes
 import functools
 import os
 import platform
@@ -40,6 +39,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from titan_ext.allocator import keep_freed_memory
 from titan_ext.dtensor import local
 
 IS_CPU = not torch.accelerator.is_available()
@@ -82,7 +82,7 @@ def apply() -> None:
     """Make torchtitan use the CPU where no accelerator is present. Idempotent; does nothing on an accelerator."""
     if not IS_CPU:
         return
-    _keep_freed_memory()
+    keep_freed_memory()
     titan_utils.device_type = "cpu"
     titan_utils.device_module = _CPUDeviceModule()
     for name, module in list(sys.modules.items()):  # under `-m torchtitan.train` they are there already
@@ -95,17 +95,6 @@ def apply() -> None:
 
 TRAINER_CLOCK = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None) if IS_CPU else time
 """What torchtitan.trainer uses of `time`; its one sleep is rank 0's at the end."""
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
-
-
-def _keep_freed_memory() -> None:
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # another C library than glibc: only slower
-        return
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
-        libc.mallopt(parameter, value)
 
 
 ROWS_MULTIPLE = 32

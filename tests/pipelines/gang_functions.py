@@ -19,6 +19,7 @@ def killed_once(out: Path) -> None:
     dist.all_reduce(total_1)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
     seen = " ".join(f"{name}={os.environ[name]}" for name in names)
+    seen += f" tcmalloc={'libtcmalloc' in Path('/proc/self/maps').read_text()}"
     (out / f"rank{dist.get_rank()}").write_text(f"sum={total_1.item():g} {seen}")
     print("reduced", total_1.item())
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from ctypes.util import find_library
 from pathlib import Path
 
 import psutil
@@ -37,7 +38,7 @@ def test_gang_gets_its_environment_and_survives_a_sigkill(cluster, tmp_path):
     for rank in (0, 1):
         assert (tmp_path / f"rank{rank}").read_text() == (
             f"sum=3 RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 OMP_NUM_THREADS=1 "
-            "GLOO_SOCKET_IFNAME=lo"
+            f"GLOO_SOCKET_IFNAME=lo tcmalloc={find_library('tcmalloc_minimal') is not None}"
         )
         assert "reduced 3.0" in (cluster.run / f"logs/killed.rank{rank}.log").read_text()
     assert "rank 1: " in (cluster.run / "logs/killed.failures.log").read_text()
