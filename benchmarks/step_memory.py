@@ -3,15 +3,15 @@
     python benchmarks/step_memory.py
 
 Every layout is measured in a process of its own: rank 0 of a fake world of that size, whose collectives move nothing
-but whose tensors are all there, takes two steps, optimizer included. Two layers, float32 master weights, bfloat16
-compute. `tensors` is the most bytes of tensors that were alive at once in the second step, from the record of
-every allocation: what torch.cuda.max_memory_allocated says on a GPU. `resident` is the process's largest resident size
-in two steps without that record, over the floor: what a process has that does the same with a model of next to no size,
-its own estimate taken off, so the interpreter, the libraries and the kernels that a first step loads. Once as training
-on the CPU runs, which keeps freed memory for speed (titan_ext/cpu.py), and once with glibc giving back what is freed.
+but whose tensors are all there, with the same load on every expert that takes part in an exchange. It takes steps,
+optimizer included. Two layers, float32 master weights, bfloat16 compute. `tensors` is the most bytes of tensors that
+were alive at once in the second step, from the record of every allocation: what torch.cuda.max_memory_allocated says on
+a GPU. `resident` is the process's largest resident size in four steps without that record, over the floor: what a
+process has that does the same with a model of next to no size, its own estimate taken off, so the interpreter, the
+libraries and the kernels that a first step loads. Once as training on the CPU runs, with tcmalloc, which keeps freed
+memory for the next step, and once with tcmalloc giving back at once what is freed. Needs tcmalloc.
 """
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -23,6 +23,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
+from titan_ext.allocator import allocator_environment
+
 LAYOUTS = {
     "1 rank": {"world_size": 1},
     "2 ranks, ep 2": {"world_size": 2, "expert_parallel": 2},
@@ -31,8 +33,10 @@ LAYOUTS = {
 }
 BATCHES = {"4 x 1,024 tokens": (4, 1024, None), "16 x 1,024 tokens, capacity 1.5": (16, 1024, 1.5)}
 FLOOR = "floor"
-WAYS = ("tensors", "resident", "resident, given back")
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # <malloc.h>
+GIVEN_BACK = {"TCMALLOC_AGGRESSIVE_DECOMMIT": "true"}
+WAYS: dict[str, dict[str, str]] = {"tensors": {}, "resident": {}, "resident, given back": GIVEN_BACK}
+"""What is measured -> the environment it is measured in."""
+STEPS = 4
 VOCAB_SIZE, N_LAYERS = 16_384, 2
 TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_token": "a"}}
 
@@ -53,7 +57,7 @@ def write_data(folder: Path) -> None:
 
 
 def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor: bool = False) -> dict[str, float]:
-    """Rank 0's two steps, in megabytes; called in a fresh process.
+    """Rank 0's peak, in megabytes; called in a fresh process.
 
     Args:
         layout: arguments of ParallelConfig.
@@ -68,10 +72,6 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
     from titan_ext.stages import published_stages
     from titan_ext.trainer_config import trainer_config
 
-    if how == "resident, given back":
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 4 << 20)):
-            libc.mallopt(parameter, value)
     torch.set_num_threads(2)
     parallel = ParallelConfig(**layout)
     local_batch_size, seq_len, capacity_factor = (1, 256, batch[2]) if floor else batch
@@ -92,12 +92,19 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
     return {"estimate": estimate_memory(dims, stage, parallel).peak / 1e6, how: peak / 1e6}
 
 
+def balanced_counts(dispatcher, counts_E, group, ep_size: int):
+    """What rank 0's experts are sent when all have the same load; the fake exchange would leave it undefined."""
+    return (counts_E.sum() // counts_E.numel()).expand(ep_size, counts_E.numel() // ep_size).contiguous()
+
+
 def prepare(config) -> tuple[object, Callable[[], None]]:
     """The trainer in a fake world, and its step without the guard (numbers mean nothing there)."""
     import torch
     from torchtitan.config.configs import CommConfig
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
     from torchtitan.trainer import Trainer
 
+    AllToAllTokenDispatcher._token_count_exchange = balanced_counts
     config.comm = CommConfig(mode="fake_backend")
     config.checkpoint.enable = False
     trainer = config.build()
@@ -134,8 +141,8 @@ def tensors_of(config) -> int:
 def resident_of(config) -> int:
     """The process's largest resident size."""
     trainer, step = prepare(config)
-    step()
-    step()
+    for _ in range(STEPS):
+        step()
     trainer.close()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -143,6 +150,7 @@ def resident_of(config) -> int:
 def in_a_process(layout: str, batch: str, how: str, *floor: str) -> dict[str, float]:
     """`measure` in a process of its own."""
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    environment |= allocator_environment() | WAYS[how]
     command = [sys.executable, __file__, layout, batch, how, *floor]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -155,6 +163,10 @@ def main() -> None:
         layout, batch, how, *floor = sys.argv[1:]
         print(json.dumps(measure(LAYOUTS[layout], BATCHES[batch], how, floor == [FLOOR])), flush=True)
         os._exit(0)  # the loader's thread is in the middle of a batch, which an orderly end does not survive
+    if not allocator_environment():
+        sys.exit(
+            "tcmalloc is not installed, or LD_PRELOAD is set: apt-get install libtcmalloc-minimal4, unset LD_PRELOAD"
+        )
     for layout in LAYOUTS:
         for batch in BATCHES:
             found = {}

@@ -19,7 +19,7 @@ class Entry:
 
 RECIPES: dict[str, Entry] = {
     "smoke": Entry(smoke.recipe, "a 3M-parameter model through every step on one CPU machine, in minutes", ""),
-    "s": Entry(s.recipe, "MobileMoE-S, 1.3B / 272M active", published.needs(s.WORLD_SIZE)),
-    "m": Entry(m.recipe, "MobileMoE-M, 2.8B / 528M active", published.needs(m.WORLD_SIZE)),
-    "l": Entry(l.recipe, "MobileMoE-L, 5.3B / 922M active", published.needs(l.WORLD_SIZE)),
+    "s": Entry(s.recipe, "MobileMoE-S, 1.3B / 272M active", published.needs(s.recipe())),
+    "m": Entry(m.recipe, "MobileMoE-M, 2.8B / 528M active", published.needs(m.recipe())),
+    "l": Entry(l.recipe, "MobileMoE-L, 5.3B / 922M active", published.needs(l.recipe())),
 }

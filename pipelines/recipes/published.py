@@ -4,10 +4,13 @@ Published: EP = 4 and the shares of the domains. Not published, so assumed here:
 the 6T tokens and of the 28 instruction sets. A domain whose corpora are smaller than its share repeats (docs/data.md).
 """
 
+import math
+
 from data.config import DataConfig
 from data.open_corpora import OPEN_CORPORA
 from pipelines.recipe import ClusterConfig, Recipe, Stages
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.memory import estimate_memory
 from titan_ext.stages import published_stages
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
@@ -18,12 +21,15 @@ NEEDS = """\
 --data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3's special tokens
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
 {gpus} GPUs in a Ray cluster: run on one of its nodes, or --cluster.ray-address HOST:PORT
+up to {gigabytes} GB of memory a GPU, estimated without recomputation; the default there, selective, takes less
 a run folder (--out) that all nodes see"""
 
 
-def needs(world_size: int) -> str:
+def needs(recipe: Recipe) -> str:
     """What the user has to bring."""
-    return NEEDS.format(gpus=world_size, corpora=", ".join(CORPORA))
+    peaks = [estimate_memory(recipe.model, stage, recipe.parallel).peak for _, stage in recipe.stages.items()]
+    gigabytes = math.ceil(max(peaks) / 1e9)
+    return NEEDS.format(gpus=recipe.parallel.world_size, gigabytes=gigabytes, corpora=", ".join(CORPORA))
 
 
 def published(flavor: str, world_size: int) -> Recipe:
