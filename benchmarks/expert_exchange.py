@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from titan_ext.allocator import allocator_environment
 from titan_ext.config import FLAVORS
 from titan_ext.mobilemoe import model_config
 
@@ -82,6 +83,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    os.environ |= allocator_environment()  # of the processes that are started now
     results = mp.get_context("spawn").Queue()
     ranks = mp.spawn(measure, (port, rounds, results), nprocs=WORLD, join=False)
     found = [results.get(timeout=600) for _ in range(WORLD)]
