@@ -4,8 +4,7 @@
         --dataloader.shards /data/shards/pretrain --hf_assets_path /data/tokenizer
 
 Names are mobilemoe_FLAVOR_STAGE with FLAVOR s, m, l or tiny and STAGE pretrain, midtrain, sft or qat; any field can be
-overridden as torchtitan does it. Paths default to a run folder's, seen from inside it. Works on
-the CPU as well.
+overridden as torchtitan does it. Paths default to a run folder's, seen from inside it. Works on the CPU as well.
 """
 
 import functools
