@@ -5,7 +5,8 @@ at import, and those that did are bound anew. Importing `titan_ext.mobilemoe` or
 
 1. torchtitan falls back to "cuda" where there is no accelerator: `apply` sets the CPU and a device module with the
    memory calls that the trainer makes.
-2. FSDP averages with PREMUL_SUM, which gloo refuses: `force_sum_reductions`.
+2. FSDP averages with PREMUL_SUM, which gloo refuses, and where one rank holds all of a parameter it copies whole
+   gradients twice to reduce them with nobody: `adapt_reductions`.
 3. The expert exchange must use all_to_all_single with split sizes (gloo has no list all_to_all): `SPMD_BACKEND`.
 4. Flex attention has no CPU backward and varlen is CUDA only: `titan_ext.mobilemoe.attention.DocumentAttention`.
 5. CUDA graphs are off: `titan_ext.trainer_config`.
@@ -30,13 +31,15 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
 import torchtitan.tools.utils as titan_utils
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Replicate
 
 from titan_ext.allocator import keep_freed_memory
@@ -141,13 +144,39 @@ def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     return fused
 
 
-def force_sum_reductions(model: torch.nn.Module) -> None:
-    """Let every FSDP unit of `model` reduce gradients with SUM, the only reduction gloo offers. CPU only."""
+class _ReductionAlone(ReduceScatter):
+    """The reduction of a group of one rank: what FSDP2 has copied together is what it would copy out."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP2 asks for a reduction's input and then for its output, of the same size: one block for both."""
+        if self._input is None:
+            self._input = torch.empty(*size, dtype=dtype, device=device)
+            return self._input
+        output, self._input = self._input, None
+        assert output.shape == tuple(size) and output.dtype == dtype, "FSDP2 allocates in another order"
+        return output
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise AssertionError("FSDP2 communicates in a group of one rank")
+
+
+def adapt_reductions(model: torch.nn.Module) -> None:
+    """Let every FSDP unit of `model` reduce gradients with SUM, the only reduction gloo offers. CPU only.
+
+    And without the two copies of a group of one rank: there, torchtitan's division by one would make another.
+    """
     if not IS_CPU:
         return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                if not isinstance(group.mesh_info, HSDPMeshInfo) and group._reduce_scatter_process_group.size() == 1:
+                    group._reduce_scatter_comm = _ReductionAlone()
+                    group.gradient_divide_factor = None
 
 
 def keep_gradients_of_gathered_inputs(module: torch.nn.Module) -> None:

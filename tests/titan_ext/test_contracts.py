@@ -5,7 +5,11 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import torchtitan.tools.utils as titan_utils
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import ProfilerActivity, profile
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
 from titan_ext import cpu
@@ -64,3 +68,33 @@ def test_the_trainer_sleeps_at_its_end_and_nowhere_else():
     source = inspect.getsource(titan_ext.trainer.torchtitan.trainer)
     assert sorted(re.findall(r"\btime\.(\w+)\(", source)) == ["perf_counter", "perf_counter", "sleep"]
     assert source.index("time.sleep(") > source.index("self.validator.validate(")
+
+
+@pytest.fixture
+def process_group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not cpu.IS_CPU, reason="an accelerator is present: FSDP2 reduces as it does")
+def test_fsdp_reduces_with_nobody_in_one_block(process_group_of_one):
+    """FSDP2 allocates a reduction's input, then its output, and divides by the factor in between if there is one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    expected = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    sharded = fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    sharded.set_gradient_divide_factor(1.0)  # as torchtitan does
+    cpu.adapt_reductions(sharded)
+    whole = 4 * sum(p.numel() for p in expected)
+    inputs = torch.randn(3, 16, 64, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for x in inputs:  # the second and third gradient are added to the first
+            sharded(x).square().sum().backward()
+    for x in inputs:
+        w1, b1, w2, b2 = (p.bfloat16() for p in expected)
+        F.linear(F.relu(F.linear(x, w1, b1)), w2, b2).square().sum().backward()
+    for p, theirs in zip(sharded.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad.to_local(), theirs.grad, rtol=0, atol=0)
+    sizes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sum(size >= whole for size in sizes) == len(inputs), "one block for the whole gradients of a backward pass"

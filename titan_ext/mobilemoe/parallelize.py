@@ -70,7 +70,7 @@ def parallelize_mobilemoe(
     )
     for block in model.layers.values():
         _gather_with_block(block.moe.router.gate, block)
-    cpu.force_sum_reductions(model)
+    cpu.adapt_reductions(model)
     return model
 
 
