@@ -38,11 +38,13 @@ class MemoryEstimate:
     all the rank has."""
     reduction: int
     """A layer's whole gradients in the computing dtype and in float32, on their way to the shards; in a pipeline those
-    of all the rank has, in float32."""
+    of all the rank has, in float32. On the CPU a rank that holds all of them needs no float32 copy."""
     activations: int
     """What the backward pass of one micro-batch needs of the forward pass; in a pipeline of all that are under way."""
     logits: int
     """One chunk of the sequence against the vocabulary."""
+    head: int
+    """The embedding's whole float32 gradient: reduced after every chunk, kept by FSDP2 until the next reduction."""
     combination: int
     """The routed experts' rows, three times in float32, where the backward pass takes a layer's weighted sum apart."""
     teacher: int
@@ -54,7 +56,7 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Activations shrink as gradients grow, a layer at a time: the larger of the two, or both if accumulating."""
         growing = self.gradients + self.reduction
-        falling = self.activations + max(self.logits, self.combination)
+        falling = self.activations + self.head + max(self.logits, self.combination)
         moving = growing + falling if self.accumulates else max(growing, falling)
         return self.parameters + self.teacher + self.optimizer + self.gathered + moving
 
@@ -88,6 +90,7 @@ def _of_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, parallel: 
         reduction=FLOAT32 * (root + n_layers * layer) if is_pipeline else (size + FLOAT32) * max(layer, root),
         activations=int(tokens * of_token * n_layers * _micro_batches_under_way(rank, stage, parallel)),
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
+        head=0 if is_pipeline else FLOAT32 * root,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
         teacher=FLOAT32 * shard if stage.qat is not None and stage.qat.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,

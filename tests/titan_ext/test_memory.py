@@ -71,7 +71,7 @@ def test_accumulating_ranks_hold_gradients_and_activations_at_once():
     many = estimate_memory(dims, stage, ParallelConfig(world_size=256))
     assert few.accumulates and not many.accumulates
     assert few.peak == few.parameters + few.optimizer + few.gathered + few.gradients + few.reduction + (
-        few.activations + max(few.logits, few.combination)
+        few.activations + few.head + max(few.logits, few.combination)
     )
     assert many.peak < few.peak
 
