@@ -42,9 +42,10 @@ def keep_freed_memory() -> None:
 def _grow_in_one_piece(tcmalloc: ctypes.CDLL) -> None:
     """Take addresses, not memory, for most of the machine's memory, as Linux refuses all, and leave them to tcmalloc.
 
-    It takes the smallest free block that fits, and what is left over where it grew is one that nothing was written to
-    yet, taken although a larger one is there whose pages are. One that is larger than all of them is taken last. Where
-    the system refuses, it grows as ever.
+    tcmalloc takes the smallest free block that fits. What is left over where it grew is such a block, and it goes
+    before a larger one whose pages were written to already, so the process grows. With all addresses free from the
+    start, the block that nothing was written to is the largest and goes last. Where the system refuses, it stays as it
+    was.
     """
     tcmalloc.tc_malloc.restype, tcmalloc.tc_malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     tcmalloc.tc_free.restype, tcmalloc.tc_free.argtypes = None, (ctypes.c_void_p,)

@@ -39,7 +39,7 @@ import torchtitan.tools.utils as titan_utils
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 from torch.distributed.tensor import DTensor, Replicate
 
 from titan_ext.allocator import keep_freed_memory
@@ -174,7 +174,7 @@ def adapt_reductions(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             for group in module._get_fsdp_state()._fsdp_param_groups:
-                if not isinstance(group.mesh_info, HSDPMeshInfo) and group._reduce_scatter_process_group.size() == 1:
+                if not isinstance(group.mesh_info, DDPMeshInfo) and group._reduce_scatter_process_group.size() == 1:
                     group._reduce_scatter_comm = _ReductionAlone()
                     group.gradient_divide_factor = None
 
