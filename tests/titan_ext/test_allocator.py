@@ -45,6 +45,11 @@ MOST_FAULTS = 1000
 needs_tcmalloc = pytest.mark.skipif(find_library("tcmalloc_minimal") is None, reason="libtcmalloc-minimal4 is missing")
 
 
+@pytest.fixture(autouse=True)
+def nothing_preloaded(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+
+
 def peak_and_faults(environment: dict[str, str], *words: str) -> tuple[int, int]:
     """Megabytes by which the process grew at most, and page faults of the last block."""
     command = [sys.executable, "-c", BLOCKS, *words]

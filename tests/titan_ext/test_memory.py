@@ -73,6 +73,7 @@ def test_accumulating_ranks_hold_gradients_and_activations_at_once():
     assert few.peak == few.parameters + few.optimizer + few.gathered + few.gradients + few.reduction + (
         few.activations + few.head + max(few.logits, few.combination)
     )
+    assert few.head == many.head == 4 * dims.vocab_size * dims.d_model
     assert many.peak < few.peak
 
 
