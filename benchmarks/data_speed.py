@@ -31,16 +31,17 @@ from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.utils import text as datatrove_text
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
-from data import decontaminate, dedup, mds, shard_writer, tokenizer
-from data.blocks import RankReader, rank_file
-from data.chat import Encoder
+from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE
+from data.catalogue.corpus import PackageFile, Unit
 from data.config import DataConfig
-from data.corpora import CATALOGUE, LANGUAGE_PACKAGE
-from data.corpus import PackageFile, Unit
 from data.execution import Runner
-from data.filters import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, quality_filters
-from data.language import language_filter, unpack_model
-from data.shard_writer import ShardWriter
+from data.filters import decontaminate, dedup
+from data.filters.language import language_filter, unpack_model
+from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, quality_filters
+from data.readers.blocks import RankReader, rank_file
+from data.tokens import mds, shard_writer, tokenizer
+from data.tokens.chat import Encoder
+from data.tokens.shard_writer import ShardWriter
 
 CORPORA = ("package-descriptions", "python-topics", "sympy-docs", "scipy-docs", "sklearn-docs", "python-stdlib")
 VOCAB_SIZE = 16_384

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from titan_ext.allocator import allocator_environment
 from titan_ext.config import FLAVORS
+from titan_ext.cpu.allocator import allocator_environment
 from titan_ext.mobilemoe import model_config
 
 NUM_TOKENS, WARMUP_ROUNDS, WORLD = 1024, 3, 2

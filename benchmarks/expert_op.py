@@ -16,8 +16,8 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::quantized_moe_ffn)
 from executorch.extension.pybindings import portable_lib
 
-from eval import device_op
-from eval.export.moe_blob import pack_blobs
+from eval.device import expert_op
+from eval.device.expert_blobs import pack_blobs
 from titan_ext.config import FLAVORS
 
 
@@ -34,9 +34,9 @@ def calls(group_size: int):
     w2 = random_blobs(s.n_experts, s.d_model, s.expert_hidden, group_size)
     sizes = (s.top_k, s.n_experts, s.expert_hidden, s.d_model, group_size, 4, "sigmoid", s.route_scale)
     found = {"stock": lambda x: torch.ops.llama.quantized_moe_ffn(x, gate, bias, w13, w2, *sizes)}
-    fastest = device_op.KERNELS.index(device_op.load().mobilemoe_kernel().decode())
-    for kernel in device_op.KERNELS[fastest:]:
-        found[kernel] = lambda x, kernel=kernel: device_op.run_kernel(
+    fastest = expert_op.KERNELS.index(expert_op.load().mobilemoe_kernel().decode())
+    for kernel in expert_op.KERNELS[fastest:]:
+        found[kernel] = lambda x, kernel=kernel: expert_op.run_kernel(
             kernel, x, gate, bias, w13, w2, top_k=s.top_k, expert_hidden=s.expert_hidden, group_size=group_size,
             route_scale=s.route_scale,
         )  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 import two_cores
 from streaming import MDSWriter
 
-from titan_ext.streaming_loader import StreamingLoader
+from titan_ext.loader.streaming_loader import StreamingLoader
 
 MIXTURE = {"code": 0.2, "math": 0.3, "web": 0.5}
 SEQ_LEN, BATCH, GLOBAL_BATCH = 2048, 8, 64

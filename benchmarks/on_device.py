@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eval import prompts
+from eval.device import prompts
 from titan_ext.config import FLAVORS
 
 CONTEXT, N_PROMPT, N_ANSWER = 1024, 64, 64
@@ -43,10 +43,10 @@ def export(name: str, part: int, folder: Path) -> None:
     import torch
 
     from eval.config import DeviceConfig
-    from eval.export.device_model import DenseDims
-    from eval.export.device_weights import DeviceWeights
+    from eval.device.executorch_export import export_dense, export_moe
+    from eval.device.transformer import DenseDims
+    from eval.device.weights import DeviceWeights
     from eval.export.dimensions import config_from_dims
-    from eval.export.executorch import export_dense, export_moe
     from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
     from tests.eval.tiny_checkpoint import write_tokenizer
 
@@ -82,7 +82,7 @@ def measure(out: Path, rounds: int) -> None:
         for threads in (1, 2):
             for folder in sorted(path.parent for path in out.glob("*/model.pte")):
                 spec = {"artifact": str(folder), "tokens": tokens, "n_answer": N_ANSWER, "repetitions": 5}
-                command = [sys.executable, "-m", "eval.profile_worker", json.dumps(spec | {"threads": threads})]
+                command = [sys.executable, "-m", "eval.device.profile_worker", json.dumps(spec | {"threads": threads})]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
                 result = {"program": folder.name, "threads": threads} | json.loads(done.stdout.splitlines()[-1])
                 with (out / "measurements.jsonl").open("a") as file:

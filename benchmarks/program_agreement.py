@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from eval import prompts
-from eval.export.device_program import DeviceProgram
+from eval.device import prompts
+from eval.device.runtime import DeviceProgram
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 
 NEW_TOKENS = 64

@@ -16,13 +16,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.heldout import heldout_loss
 from eval.config import ExportConfig
+from eval.device.expert_blobs import blob_bytes
 from eval.export.checkpoint import export_bf16, export_int4
-from eval.export.moe_blob import blob_bytes
-from eval.heldout import heldout_loss
 from tests.titan_ext.launch import train
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
-from titan_ext.stage_run import StageRun, final_checkpoint
+from titan_ext.training.stage_spec import StageRun, final_checkpoint
 
 ROUNDED = {f"sft, rounded {group}": group for group in (32, 64, 128)}
 TRAINED = {

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-from titan_ext.allocator import allocator_environment
+from titan_ext.cpu.allocator import allocator_environment
 
 LAYOUTS = {
     "1 rank": {"world_size": 1},
@@ -69,8 +69,8 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
 
     from titan_ext.config import FLAVORS, ParallelConfig
     from titan_ext.memory import estimate_memory
-    from titan_ext.stages import published_stages
-    from titan_ext.trainer_config import trainer_config
+    from titan_ext.training.schedules import published_stages
+    from titan_ext.training.trainer_config import trainer_config
 
     torch.set_num_threads(2)
     parallel = ParallelConfig(**layout)

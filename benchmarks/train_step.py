@@ -6,7 +6,7 @@ and what drop-and-pad, packed documents and QAT add.
 Every variant is a process of its own and they take turns, one step at a time, so that a busy machine slows them alike;
 medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is
 Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user gets them, and
-once more with this project's allocator (titan_ext/allocator.py), which helps them as well. A small vocabulary keeps the
+once more with this project's allocator (titan_ext/cpu/allocator.py), which helps them as well. A small vocabulary keeps the
 output projection, which is the same product everywhere, from hiding the layers. With the published one, 128,256,
 look at `chunked loss`: logits and loss an eighth of a sequence at a time, as training takes them.
 """
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from titan_ext.accounting import training_flops_per_token
-from titan_ext.allocator import allocator_environment, keep_freed_memory
 from titan_ext.config import FLAVORS, ModelDims, QATConfig
+from titan_ext.cpu.allocator import allocator_environment, keep_freed_memory
+from titan_ext.model_stats import training_flops_per_token
 
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
@@ -73,7 +73,7 @@ def titan_step(
         chunked: loss as in training, by torchtitan's ChunkedLossWrapper; otherwise of all logits at once.
     """
     from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
-    from titan_ext.qat import convert_to_qat
+    from titan_ext.quantization.qat import convert_to_qat
 
     config = model_config(dims, capacity_factor=capacity_factor)
     model = (convert_to_qat(config, QATConfig()) if qat else config).build()

@@ -9,7 +9,7 @@ FILTERS = (
     "gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality", "encyclopedia_repetition",
     "encyclopedia_quality", "documentation_quality",
 )  # fmt: skip
-"""Labels of the quality filters (data/filters.py), each for one style of writing."""
+"""Labels of the quality filters (data/filters/quality.py), each for one style of writing."""
 NEAR_DUPLICATES_WITHIN = ("all", "corpus", "shard")
 
 
@@ -28,7 +28,7 @@ class DataConfig:
     """The data step: read, filter, deduplicate, decontaminate, tokenize, write MDS shards."""
 
     corpora: tuple[str, ...]
-    """Names in the catalogue `data.corpora.CATALOGUE`; each brings its domain and its stages."""
+    """Names in the catalogue `data.catalogue.corpora.CATALOGUE`; each brings its domain and its stages."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     commercial_only: bool = False
     """Refuse corpora whose licence or terms of access forbid commercial use."""

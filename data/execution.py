@@ -51,7 +51,9 @@ class LocalExecutor(LocalPipelineExecutor):
         if not ranks:
             return
         # The server imports the heavy libraries once; every step's workers are forked from it.
-        multiprocessing.set_forkserver_preload(["data.blocks", "data.filters", "data.shard_writer"])
+        multiprocessing.set_forkserver_preload(
+            ["data.readers.blocks", "data.filters.quality", "data.tokens.shard_writer"]
+        )
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context, initializer=_die_with_parent) as pool:
             for future in [pool.submit(self._run_for_rank, rank) for rank in ranks]:

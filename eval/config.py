@@ -9,7 +9,7 @@ class EvaluationConfig:
     """Benchmarks through lm-eval and held-out loss."""
 
     suite: str = "foundational"
-    """Name in `eval.suites.SUITES`: the 14 benchmarks of the paper's main table."""
+    """Name in `eval.benchmarks.suites.SUITES`: the 14 benchmarks of the paper's main table."""
     limit: int | None = None
     """Items a task; None takes all of them."""
     allow_missing_items: bool = False

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from core.errors import RefusedInput
 from eval.config import DeviceConfig, EvaluationConfig
-from pipelines.artifact_commands import Fetch, Profile, Publish
+from pipelines.commands.artifact_commands import Fetch, Profile, Publish
 from pipelines.recipe import Recipe
 from titan_ext.config import FLAVORS, ModelDims
 
@@ -165,7 +166,7 @@ def _require_known(kind: str, name: str, choices: Any) -> None:
     if name not in choices:
         close = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is no {kind}; choose one of {', '.join(choices)}.{hint}")
+        raise RefusedInput(f"{name!r} is no {kind}; choose one of {', '.join(choices)}.{hint}")
 
 
 def _parse(kind: type, arguments: Sequence[str], name: str, default: Any = tyro.MISSING_NONPROP) -> Any:
@@ -196,9 +197,9 @@ def _run(arguments: Sequence[str]) -> int:
     _require_known("recipe", name, RECIPES)
     command = _parse(Run, rest, f"run {name}", Run(recipe=RECIPES[name].build()))
 
-    from pipelines.driver import run_recipe
+    from pipelines.commands.driver import run_recipe
+    from pipelines.engine.steps import StepFailed
     from pipelines.progress import table
-    from pipelines.steps import StepFailed
 
     out = (command.out or Path("runs") / name).absolute()
     try:
@@ -216,7 +217,7 @@ def _status(arguments: Sequence[str]) -> int:
     status = read_status(command.run)
     if command.watch:
         if command.json:
-            raise ValueError("--watch --json: a watch has no single answer; drop one of them")
+            raise RefusedInput("--watch --json: a watch has no single answer; drop one of them")
         with Live(table(status), console=Console()) as live:
             while status.driver:
                 time.sleep(WATCH_SECONDS)
@@ -230,10 +231,10 @@ def _status(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     command = _parse(Report, arguments, "report")
     if not (command.run / "manifest.json").exists():
-        raise ValueError(
+        raise RefusedInput(
             f"{command.run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named"
         )
-    from eval.report import write_report
+    from eval.report.run_report import write_report
 
     results = write_report(command.run)
     _answer(command.json, results, lambda: f"report written to {command.run / 'report'}")
@@ -255,17 +256,17 @@ def _recipes(arguments: Sequence[str]) -> int:
 
 def _eval(arguments: Sequence[str]) -> int:
     command = _parse(Eval, arguments, "eval")
-    from eval.suites import SUITES
+    from eval.benchmarks.suites import SUITES
 
     _require_known("suite", command.suite, SUITES)
     if not (command.checkpoint / "config.json").is_file():
-        raise ValueError(
+        raise RefusedInput(
             f"{command.checkpoint}: no config.json, so no Hugging Face model; turn a run's checkpoint into one with "
             "`mobilemoe export`"
         )
     config = EvaluationConfig(suite=command.suite, limit=command.limit, batch_size=command.batch_size)
     out = command.out or command.checkpoint.with_name(f"{command.checkpoint.name}-{command.suite}")
-    from pipelines.standalone import evaluate_folder
+    from pipelines.commands.standalone import evaluate_folder
 
     results = evaluate_folder(command.checkpoint, out, config)
     lines = [
@@ -279,8 +280,10 @@ def _eval(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     command = _parse(Export, arguments, "export")
     if command.format != "executorch" and command.device != DeviceConfig():
-        raise ValueError(f"--format {command.format} has no KV cache and no expert op; those options are executorch's")
-    from pipelines.standalone import export_checkpoint, export_program
+        raise RefusedInput(
+            f"--format {command.format} has no KV cache and no expert op; those options are executorch's"
+        )
+    from pipelines.commands.standalone import export_checkpoint, export_program
 
     if command.format == "executorch":
         export_program(command.checkpoint, command.out, command.device)
@@ -294,12 +297,12 @@ def _profile(arguments: Sequence[str]) -> int:
     command = _parse(Profile, arguments, "profile")
     texts = json.loads(command.prompts.read_text()) if command.prompts else None
     if texts is not None and not (isinstance(texts, dict) and all(isinstance(t, str) for t in texts.values())):
-        raise ValueError(f"--prompts {command.prompts}: expected a JSON object, domain -> text")
+        raise RefusedInput(f"--prompts {command.prompts}: expected a JSON object, domain -> text")
     try:
         contexts = [int(n) for n in command.contexts.split(",")] if command.contexts else None
     except ValueError as error:
-        raise ValueError(f"--contexts {command.contexts}: give numbers of tokens with commas, 512,1024") from error
-    from eval import profile
+        raise RefusedInput(f"--contexts {command.contexts}: give numbers of tokens with commas, 512,1024") from error
+    from eval.device import profile
 
     out = command.out or command.artifact.with_name(f"{command.artifact.name}-profile")
     result = profile.profile(
@@ -312,7 +315,7 @@ def _profile(arguments: Sequence[str]) -> int:
 
 def _publish(arguments: Sequence[str]) -> int:
     command = _parse(Publish, arguments, "publish")
-    from pipelines.artifacts import publish
+    from pipelines.commands.artifacts import publish
 
     addresses = publish(command.source, command.destination, _tell)
     _answer(command.json, {"published": addresses}, lambda: "published: " + ", ".join(addresses))
@@ -321,7 +324,7 @@ def _publish(arguments: Sequence[str]) -> int:
 
 def _fetch(arguments: Sequence[str]) -> int:
     command = _parse(Fetch, arguments, "fetch")
-    from pipelines.artifacts import fetch
+    from pipelines.commands.artifacts import fetch
 
     fetch(command.source, command.folder, _tell)
     _answer(command.json, {"fetched": str(command.folder)}, lambda: f"fetched: {command.folder}")
@@ -358,7 +361,7 @@ def _info(arguments: Sequence[str]) -> int:
         name = next((flavor for flavor in FLAVORS if flavor.lower() == given.lower()), given)
         _require_known("flavor", name, FLAVORS)
         command = _parse(Info, rest, f"info {name}", Info(model=FLAVORS[name]))
-    from pipelines.info import describe, table
+    from pipelines.commands.info import describe, table
     from pipelines.validate import check_model
 
     check_model(command.model)

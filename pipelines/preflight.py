@@ -5,8 +5,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import RefusedInput
 from pipelines.recipe import Recipe
-from titan_ext.accounting import count_parameters
+from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """float32 master weights and AdamW's two moments are 12; the rest is room for what lies beside them."""
@@ -33,13 +34,13 @@ class DiskEstimate:
 
 def estimate_disk(recipe: Recipe) -> DiskEstimate:
     """What the run folder will hold: shards, the checkpoints of four stages, the exported models."""
-    from data import check
+    from data import validate_config
 
     parameters = count_parameters(recipe.model).total
     stages = len(recipe.stages.items())
     bf16_models, int4_models = 4, 1  # pretrain, midtrain, sft and sft rounded to INT4 values; the QAT model packed
     return DiskEstimate(
-        data=check.estimate_bytes(recipe.data),
+        data=validate_config.estimate_bytes(recipe.data),
         checkpoints=parameters * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_KEPT * stages,
         artifacts=int(parameters * (BF16_BYTES * bf16_models + INT4_BYTES * int4_models)),
     )
@@ -49,13 +50,13 @@ def check_disk(recipe: Recipe, run: Path) -> None:
     """Refuse a run whose files will not fit; what the run folder already holds counts as written.
 
     Raises:
-        ValueError: with the estimate, the free space and what to do.
+        RefusedInput: with the estimate, the free space and what to do.
     """
     estimate = estimate_disk(recipe)
     anchor = existing_parent(run)
     free, written = shutil.disk_usage(anchor).free, folder_bytes(run)
     if estimate.total - written > free:
-        raise ValueError(
+        raise RefusedInput(
             f"--out {run}: the run needs about {_gb(estimate.total)} (data {_gb(estimate.data)}, checkpoints "
             f"{_gb(estimate.checkpoints)}, artifacts {_gb(estimate.artifacts)}), {_gb(written)} of it are there, and "
             f"the file system of {anchor} has {_gb(free)} free; give --out on a larger one, or free some space"

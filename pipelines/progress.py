@@ -13,9 +13,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.graph import STAGE_FOLDERS, STEPS
-from pipelines.manifest import Manifest, running_driver
-from pipelines.steps import stale_steps
+from core.errors import RefusedInput
+from pipelines.engine.manifest import Manifest, running_driver
+from pipelines.engine.steps import stale_steps
+from pipelines.steps.graph import STAGE_FOLDERS, STEPS
 
 TAIL_BYTES = 1 << 16
 LINE_INTERVAL_SECONDS = 10.0
@@ -61,10 +62,10 @@ def read_status(run: Path) -> RunStatus:
     """Read a run folder; works while the run goes on.
 
     Raises:
-        ValueError: the folder holds no run.
+        RefusedInput: the folder holds no run.
     """
     if not (run / "manifest.json").exists():
-        raise ValueError(f"{run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named")
+        raise RefusedInput(f"{run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named")
     manifest, driver = Manifest(run), running_driver(run)
     stale = stale_steps(manifest)
     recipe = manifest.content["recipe"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.errors import RefusedInput
 from eval.config import ExportConfig
 from pipelines.recipe import Recipe
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
@@ -30,7 +31,7 @@ class Problem:
         return f"{self.field} = {self.value!r}: {self.rule}; {self.way_out}"
 
 
-class InvalidRecipe(ValueError):
+class InvalidRecipe(RefusedInput):
     """The recipe breaks rules; `problems` holds them all."""
 
     def __init__(self, name: str, problems: list[Problem]):
@@ -43,7 +44,7 @@ def validate(recipe: Recipe) -> None:
     """Check everything that can be known without running.
 
     Raises:
-        InvalidRecipe (a ValueError): lists every problem found.
+        InvalidRecipe (a RefusedInput): lists every problem found.
     """
     problems = list(find_problems(recipe))
     if problems:
@@ -54,12 +55,12 @@ def check_model(model: ModelDims) -> None:
     """Check dimensions on their own, as `mobilemoe info` takes them.
 
     Raises:
-        ValueError: lists every problem found, by the options of that command.
+        RefusedInput: lists every problem found, by the options of that command.
     """
     if problems := [*_model(model), *_groups("INT4", 32, model)]:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         options = re.sub(r"\bmodel\.([a-z_.]+)", lambda field: "--" + field[1].replace("_", "-"), lines)
-        raise ValueError(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
+        raise RefusedInput(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
 
 
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -286,10 +287,10 @@ def _group(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Prob
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
-    from data import check
+    from data import validate_config
 
     try:
-        check.check(recipe.data)
+        validate_config.check(recipe.data)
     except ValueError as error:
         yield Problem("data", recipe.name, str(error), "correct the field named")
         return
@@ -309,7 +310,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _domains(recipe: Recipe) -> Iterator[Problem]:
-    from data.corpora import CATALOGUE
+    from data.catalogue.corpora import CATALOGUE
 
     corpora = [CATALOGUE[name] for name in recipe.data.corpora]
     for name, stage in recipe.stages.items():
@@ -325,11 +326,11 @@ def tokenizer_size(path: Path) -> int:
     """Highest token id + 1 of a tokenizer.json, or of the one in a folder.
 
     Raises:
-        ValueError: there is no such file, or it is no tokenizer.
+        RefusedInput: there is no such file, or it is no tokenizer.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(
+        raise RefusedInput(
             f"data.tokenizer.path = {str(path)!r}: {file} does not exist; give a folder with tokenizer.json"
         )
     try:
@@ -337,13 +338,13 @@ def tokenizer_size(path: Path) -> int:
         vocab = content["model"]["vocab"]
         added = [token["id"] for token in content.get("added_tokens", [])]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"data.tokenizer.path: {file} is no Hugging Face tokenizer.json ({error!r})") from error
+        raise RefusedInput(f"data.tokenizer.path: {file} is no Hugging Face tokenizer.json ({error!r})") from error
     ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
     return max([*ids, *added], default=-1) + 1
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:
-    from eval.suites import SUITES
+    from eval.benchmarks.suites import SUITES
 
     config = recipe.evaluation
     if config.suite not in SUITES:

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.stages import STAGES, published_stages, tiny_stages
-from titan_ext.trainer import StageTrainer
-from titan_ext.trainer_config import trainer_config
+from titan_ext.training.schedules import STAGES, published_stages, tiny_stages
+from titan_ext.training.trainer import StageTrainer
+from titan_ext.training.trainer_config import trainer_config
 
 
 def stage_trainer(flavor: str, name: str) -> StageTrainer.Config:

@@ -11,8 +11,8 @@ Suffixes as in the model: D model dimension, F width of an expert, E experts, K 
 
 from dataclasses import dataclass
 
-from titan_ext.accounting import ParameterCount, count_parameters, layers_of_stages
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.model_stats import ParameterCount, count_parameters, layers_of_stages
 
 FLOAT32 = 4
 BYTES = {"bfloat16": 2, "float32": 4}

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from core.errors import RefusedInput
 from eval.config import ExportConfig
-from eval.export.device_weights import DeviceWeights
+from eval.device.weights import DeviceWeights
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import write_hf_folder
 from eval.export.int4 import layout_of, write_int4_folder
@@ -22,19 +23,19 @@ def read_checkpoint(checkpoint: Path, model: ModelDims) -> dict[str, torch.Tenso
         checkpoint: a step folder written under any parallel layout.
 
     Raises:
-        ValueError: no finished checkpoint there, or it is of a model with other dimensions.
+        RefusedInput: no finished checkpoint there, or it is of a model with other dimensions.
     """
     if not (checkpoint / ".metadata").exists():
-        raise ValueError(f"{checkpoint}: no finished DCP checkpoint; expected a step folder with a .metadata file")
+        raise RefusedInput(f"{checkpoint}: no finished DCP checkpoint; expected a step folder with a .metadata file")
     config = model_config(model)
     with torch.device("meta"):
         shapes = config.build().state_dict()
     stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     for name, expected in shapes.items():
         if name not in stored:
-            raise ValueError(f"{checkpoint}: tensor {name} is missing; the checkpoint is of another model")
+            raise RefusedInput(f"{checkpoint}: tensor {name} is missing; the checkpoint is of another model")
         if stored[name].size != expected.shape:
-            raise ValueError(
+            raise RefusedInput(
                 f"{checkpoint}: {name} is {list(stored[name].size)}, the model's dimensions make it "
                 f"{list(expected.shape)}; give the dimensions the checkpoint was trained with"
             )

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
+from core.errors import RefusedInput
 from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
@@ -60,11 +61,11 @@ def write_hf_folder(
         extra_config: keys of config.json to add or to set otherwise.
 
     Raises:
-        ValueError: tensors missing, superfluous, misshaped or not finite; a tokenizer that does not fit; `out` is
+        RefusedInput: tensors missing, superfluous, misshaped or not finite; a tokenizer that does not fit; `out` is
             something else than an earlier export.
     """
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype is {dtype}; a checkpoint is torch.bfloat16 or torch.float32")
+        raise RefusedInput(f"dtype is {dtype}; a checkpoint is torch.bfloat16 or torch.float32")
     config = config_from_dims(dims, **(extra_config or {}))
     config.dtype = dtype
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -111,11 +112,11 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     What it gives goes into the model's `generate` as it is: ids and mask alone, padded on the left.
 
     Raises:
-        ValueError: there is no tokenizer, or it is larger than the vocabulary, or lacks a chat template or a Llama-3
+        RefusedInput: there is no tokenizer, or it is larger than the vocabulary, or lacks a chat template or a Llama-3
             special token.
     """
     if not (tokenizer_dir / "tokenizer.json").is_file():
-        raise ValueError(f"{tokenizer_dir} has no tokenizer.json; copy the model's tokenizer there, all of its files")
+        raise RefusedInput(f"{tokenizer_dir} has no tokenizer.json; copy the model's tokenizer there, all of its files")
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_dir,
         # Of a tokenizer that names none, transformers expects token types too, which `generate` refuses.
@@ -124,13 +125,15 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
         model_max_length=config.max_position_embeddings,
     )
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}")
+        raise RefusedInput(
+            f"{tokenizer_dir} has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}"
+        )
     if not tokenizer.chat_template:
-        raise ValueError(f"{tokenizer_dir} has no chat template; save the tokenizer with one")
+        raise RefusedInput(f"{tokenizer_dir} has no chat template; save the tokenizer with one")
     vocab = tokenizer.get_vocab()
     missing = [token for token in (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, TURN_END_TOKENS[0]) if token not in vocab]
     if missing:
-        raise ValueError(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
+        raise RefusedInput(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
     config.bos_token_id, config.pad_token_id = vocab[BOS_TOKEN], vocab[PAD_TOKEN]
     config.eos_token_id = [vocab[token] for token in (EOS_TOKEN, *TURN_END_TOKENS) if token in vocab]
     tokenizer.save_pretrained(folder)
@@ -157,12 +160,12 @@ def _write_shards(
 
     for name, tensor in tensors:
         if name in shapes:
-            raise ValueError(f"{name} was given twice")
+            raise RefusedInput(f"{name} was given twice")
         if name not in expected or tuple(tensor.shape) != expected[name]:
             rule = f"expected {list(expected[name])}" if name in expected else "is not a tensor of this model"
-            raise ValueError(f"{name} {list(tensor.shape)}: {rule}")
+            raise RefusedInput(f"{name} {list(tensor.shape)}: {rule}")
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint it comes from is not usable")
+            raise RefusedInput(f"{name} holds NaN or infinite values; the checkpoint it comes from is not usable")
         shapes[name] = tuple(tensor.shape)
         if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
             flush()
@@ -190,17 +193,17 @@ def read_config(folder: Path) -> MobileMoEConfig:
     """config.json of a local folder, as our own class whatever code lies beside it.
 
     Raises:
-        ValueError: there is none, it is no JSON object, lacks a key or has a value that MobileMoE does not.
+        RefusedInput: there is none, it is no JSON object, lacks a key or has a value that MobileMoE does not.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+        raise RefusedInput(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+        raise RefusedInput(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is {type(values).__name__} and not a JSON object; copy it again")
+        raise RefusedInput(f"{path} is {type(values).__name__} and not a JSON object; copy it again")
     return MobileMoEConfig.from_dict(values, name_or_path=str(folder))
 
 
@@ -208,7 +211,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     """The tensors of a local folder's safetensors files; each is read when it is asked for, and not kept.
 
     Raises:
-        ValueError: a file is missing, cut short or no safetensors file, or the index or the head is not as it must be;
+        RefusedInput: a file is missing, cut short or no safetensors file, or the index or the head is not as it must be;
             when a tensor is read, its dtype is wrong or a value is not finite.
     """
 
@@ -224,7 +227,9 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         tensor = self._shards[name].get_tensor(name)
         check_dtype(name, tensor.dtype, self._files[name])
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{self._files[name]}: {name} holds NaN or infinite values; the checkpoint is not usable")
+            raise RefusedInput(
+                f"{self._files[name]}: {name} holds NaN or infinite values; the checkpoint is not usable"
+            )
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -242,7 +247,7 @@ def open_tensors(folder: Path, config: MobileMoEConfig) -> Mapping[str, torch.Te
     """The tensors `config` describes, of a Hugging Face folder or of a checkpoint that was imported from one.
 
     Raises:
-        ValueError: they are incomplete or damaged.
+        RefusedInput: they are incomplete or damaged.
     """
     if (Path(folder) / ".metadata").is_file():
         from eval.export.checkpoint import read_checkpoint  # torchtitan's model, which a Hugging Face folder needs not
@@ -261,7 +266,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = Path(out)
     if out.exists() and not (out / CHECKSUMS).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an earlier export; choose another folder or remove it")
+        raise RefusedInput(f"{out} exists and is not an earlier export; choose another folder or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -284,19 +289,19 @@ def verify_checksums(folder: Path) -> int:
     """Check every file SHA256SUMS lists and return their number; files it doesn't list are not looked at.
 
     Raises:
-        ValueError: SHA256SUMS is absent, or a file is missing or differs; the message names it.
+        RefusedInput: SHA256SUMS is absent, or a file is missing or differs; the message names it.
     """
     sums = Path(folder) / CHECKSUMS
     if not sums.is_file():
-        raise ValueError(f"{folder} has no {CHECKSUMS}; the copy is incomplete or not one of our artifacts")
+        raise RefusedInput(f"{folder} has no {CHECKSUMS}; the copy is incomplete or not one of our artifacts")
     lines = sums.read_text().splitlines()
     for line in lines:
         expected, name = line.split("  ", 1)
         path = Path(folder) / name
         if not path.is_file():
-            raise ValueError(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+            raise RefusedInput(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
         if (found := _sha256(path)) != expected:
-            raise ValueError(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+            raise RefusedInput(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
     return len(lines)
 
 

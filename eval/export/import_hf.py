@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from core.errors import RefusedInput
 from eval.export.dimensions import dims_from_config
 from eval.export.hf import TensorFiles, read_config
 from eval.export.int4 import store_scales
@@ -30,10 +31,10 @@ def import_folder(folder: Path, out: Path) -> ModelDims:
     numbers they stand for.
 
     Raises:
-        ValueError: `folder` is no complete checkpoint (tensor and expectation are named), or `out` exists.
+        RefusedInput: `folder` is no complete checkpoint (tensor and expectation are named), or `out` exists.
     """
     if out.exists():
-        raise ValueError(f"{out} exists; name a folder that does not")
+        raise RefusedInput(f"{out} exists; name a folder that does not")
     config = read_config(folder)
     tensors = TensorFiles(folder)
     check_tensors(tensors.shapes(), config, str(folder))

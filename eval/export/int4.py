@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from core.errors import RefusedInput
 from eval.config import ExportConfig
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import new_folder, open_tensors, read_config, write_folder
@@ -44,7 +45,7 @@ def int4_scale(weight: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:
     groups = weight.float().unflatten(dim, (-1, group_size))
     scale = (groups.abs().amax(dim=dim + 1) / 7.5).to(torch.bfloat16).to(torch.float16)
     if not scale.isfinite().all():
-        raise ValueError(
+        raise RefusedInput(
             f"a weight of {weight.abs().max().item():g} needs a scale beyond float16 (at most 65504 * 7.5)"
         )
     return scale.clamp(min=_SMALLEST_SCALE)
@@ -80,7 +81,7 @@ def quantize_tensors(
     INT4 checkpoint) no scale is derived; the weights must then lie on the grid of these scales.
 
     Raises:
-        ValueError: the group size does not divide a dimension, a scale overflows, or a weight is off the grid.
+        RefusedInput: the group size does not divide a dimension, a scale overflows, or a weight is off the grid.
     """
     packed = packed_tensors(config, config.quantization)
     for name, tensor in tensors:
@@ -91,9 +92,9 @@ def quantize_tensors(
         try:
             q, scale = quantize_int4(tensor, p.dim, p.group_size, None if scales is None else scales[p.scale_name])
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise RefusedInput(f"{name}: {error}") from error
         if scales is not None and not dequantize_int4(q, scale, p.dim, p.group_size).to(tensor.dtype).equal(tensor):
-            raise ValueError(f"{name} does not lie on the stored scales; remove {SCALES_FILE} to quantize it afresh")
+            raise RefusedInput(f"{name} does not lie on the stored scales; remove {SCALES_FILE} to quantize it afresh")
         yield p.qweight_name, pack_int4(q, p.dim)
         yield p.scale_name, scale
 
@@ -152,11 +153,11 @@ def quantize_folder(source: Path, out: Path, export: ExportConfig | None = None)
         export: the layout; the one of the stored scales, or the default, if not given.
 
     Raises:
-        ValueError: `source` is no complete unquantized checkpoint, or cannot be quantized in this layout.
+        RefusedInput: `source` is no complete unquantized checkpoint, or cannot be quantized in this layout.
     """
     config = read_config(source)
     if config.quantization is not None:
-        raise ValueError(f"{source} is quantized already ({config.quantization['format']}); copy it as it is")
+        raise RefusedInput(f"{source} is quantized already ({config.quantization['format']}); copy it as it is")
     layout = stored_layout(source) if export is None else None
     export = export or ExportConfig()
     quantized = with_quantization(config, layout or layout_of(export))
@@ -179,11 +180,11 @@ def dequantize_folder(
     and not 7.5: re-deriving the scales would give others.
 
     Raises:
-        ValueError: `source` is not a complete INT4 checkpoint.
+        RefusedInput: `source` is not a complete INT4 checkpoint.
     """
     config = read_config(source)
     if config.quantization is None:
-        raise ValueError(f"{source} is not quantized; there is nothing to dequantize")
+        raise RefusedInput(f"{source} is not quantized; there is nothing to dequantize")
     packed = open_tensors(source, config)
     plain = with_quantization(config, None)
     plain.dtype = dtype
@@ -197,7 +198,7 @@ def bf16_folder(source: Path, out: Path) -> Path:
     """Write the bfloat16 folder of any Hugging Face folder or imported checkpoint, stored scales included.
 
     Raises:
-        ValueError: `source` is no complete checkpoint.
+        RefusedInput: `source` is no complete checkpoint.
     """
     config = read_config(source)
     if config.quantization is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eval.export.dimensions import dims_from_config
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from titan_ext.accounting import count_parameters
+from titan_ext.model_stats import count_parameters
 
 _CARD = """---
 license: other

@@ -1,7 +1,7 @@
 """Bytes of the exported weights, from the dimensions alone; imports neither torch nor transformers."""
 
-from titan_ext.accounting import count_parameters
 from titan_ext.config import ModelDims
+from titan_ext.model_stats import count_parameters
 
 
 def bf16_bytes(dims: ModelDims) -> int:

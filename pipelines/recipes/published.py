@@ -1,4 +1,4 @@
-"""The published recipe (arXiv 2605.27358), shared by `s`, `m` and `l`; its schedule is `titan_ext.stages`.
+"""The published recipe (arXiv 2605.27358), shared by `s`, `m` and `l`; its schedule is `titan_ext.training.schedules`.
 
 Published: EP = 4 and the shares of the domains. Not published, so assumed here: the world sizes, the exact lists of
 the 6T tokens and of the 28 instruction sets. A domain whose corpora are smaller than its share repeats (docs/data.md).
@@ -6,12 +6,12 @@ the 6T tokens and of the 28 instruction sets. A domain whose corpora are smaller
 
 import math
 
+from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
-from data.open_corpora import OPEN_CORPORA
 from pipelines.recipe import ClusterConfig, Recipe, Stages
 from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.memory import estimate_memory
-from titan_ext.stages import published_stages
+from titan_ext.training.schedules import published_stages
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
 """Every open corpus of the published families that commercial use allows; name `natural-reasoning`, `tulu-3` and

@@ -1,11 +1,11 @@
 """`smoke`: the whole way on one CPU machine, in minutes, from texts that Python packages carry."""
 
+from data.catalogue.corpora import SMOKE_CORPORA
 from data.config import DataConfig, TokenizerConfig
-from data.corpora import SMOKE_CORPORA
 from eval.config import EvaluationConfig
 from pipelines.recipe import ClusterConfig, Recipe, Stages
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.stages import tiny_stages
+from titan_ext.training.schedules import tiny_stages
 
 
 def recipe() -> Recipe:

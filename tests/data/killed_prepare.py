@@ -15,8 +15,10 @@ import signal
 import sys
 from pathlib import Path
 
-from data import corpora, execution, shard_writer  # noqa: F401  what the workers would import
+from data import execution
+from data.catalogue import corpora
 from data.pipeline import prepare
+from data.tokens import shard_writer  # noqa: F401  what the workers would import
 from tests.data import planted
 
 FORK = multiprocessing.get_context("fork")

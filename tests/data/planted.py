@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data import hub
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Corpus, RemoteFiles
 from data.config import DataConfig, TokenizerConfig
-from data.corpora import CATALOGUE
-from data.corpus import Corpus, RemoteFiles
+from data.readers import remote_readers
 
 BENCHMARK_ITEM = (
     "A baker sells seven trays of rolls every morning and two trays more on market days, so how many trays does she "
@@ -69,7 +69,7 @@ class Preparation:
 def planted_corpora(source: Path) -> dict[str, Corpus]:
     """To be added to the catalogue."""
     planted = Corpus(
-        "planted", "web", "text", "prose", "test", RemoteFiles(str(source), "*.jsonl"), hub.read_text,
+        "planted", "web", "text", "prose", "test", RemoteFiles(str(source), "*.jsonl"), remote_readers.read_text,
         text_bytes=100_000, shards=2,
     )  # fmt: skip
     mirror = dataclasses.replace(

@@ -6,9 +6,9 @@ import pytest
 from datatrove.data import Document
 from transformers import AutoTokenizer
 
-from data import mds, tokenizer
-from data.chat import Encoder
-from data.shard_writer import ShardWriter
+from data.tokens import mds, tokenizer
+from data.tokens.chat import Encoder
+from data.tokens.shard_writer import ShardWriter
 from tests.data.planted import page
 from tests.data.test_pipeline import samples
 

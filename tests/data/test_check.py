@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-from data import corpora, hub
-from data.blocks import split_of
-from data.check import check, estimate_bytes
+from data.catalogue import corpora
+from data.catalogue.corpora import SMOKE_CORPORA
 from data.config import DataConfig, TokenizerConfig
-from data.corpora import SMOKE_CORPORA
-from data.decontaminate import build_index, item_hashes
-from data.manifest import refuse_empty
+from data.filters.decontaminate import build_index, item_hashes
 from data.pipeline import prepare
+from data.readers import remote_readers
+from data.readers.blocks import split_of
+from data.report.data_manifest import refuse_empty
+from data.validate_config import check, estimate_bytes
 
 GOOD = DataConfig(corpora=SMOKE_CORPORA)
 
@@ -64,7 +65,7 @@ def test_corpus_of_which_nothing_is_left_is_refused_with_the_counts(tmp_path, mo
         "prose",
         "test",
         corpora.RemoteFiles(str(tmp_path), "*.jsonl"),
-        hub.read_text,
+        remote_readers.read_text,
         text_bytes=1,
     )
     monkeypatch.setitem(corpora.CATALOGUE, "short", short)

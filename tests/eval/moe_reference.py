@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from eval.device.expert_blobs import pack_blobs
 from eval.export.int4 import quantize_int4
-from eval.export.moe_blob import pack_blobs
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4
 
 

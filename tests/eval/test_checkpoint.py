@@ -9,17 +9,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval.hf_mobilemoe  # noqa: F401  registers the classes
-from eval import device_op
 from eval.config import ExportConfig
+from eval.device.transformer import moe_transformer
+from eval.device.weights import open_folder
 from eval.export.checkpoint import device_weights, export_bf16, export_int4, read_checkpoint
-from eval.export.device_model import moe_transformer
-from eval.export.device_weights import open_folder
 from eval.export.hf import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
 from titan_ext.config import QATConfig
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
-from titan_ext.qat import QATEmbedding, QATExperts, QATLinear, convert_to_qat, fake_quantize_weight
+from titan_ext.quantization.qat import QATEmbedding, QATExperts, QATLinear, convert_to_qat, fake_quantize_weight
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_qat_and_the_device_compute_the_same(titan_model, checkpoint, expert_op,
     Both round weights and activations to the same grids; sums in another order put an activation on the edge of two
     integers to the other one now and then. The stock op on x86 leaves the experts' activations unrounded.
     """
-    device_op.declare()
+    expert_op.declare()
     qat = convert_to_qat(model_config(DIMS), QATConfig()).build()
     qat.load_state_dict(titan_model.state_dict())
     tokens = torch.randint(8, DIMS.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))

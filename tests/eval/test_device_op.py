@@ -8,16 +8,16 @@ from executorch.runtime import Runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import device_op
+from eval.device import expert_op
 from tests.eval.moe_reference import RandomExperts
 
-FASTEST = device_op.load().mobilemoe_kernel().decode()
-AVAILABLE = device_op.KERNELS[device_op.KERNELS.index(FASTEST) :]
+FASTEST = expert_op.load().mobilemoe_kernel().decode()
+AVAILABLE = expert_op.KERNELS[expert_op.KERNELS.index(FASTEST) :]
 
 
 def run(layer: RandomExperts, kernel: str) -> torch.Tensor:
     top_k, _, hidden, _, group_size = layer.sizes
-    return device_op.run_kernel(
+    return expert_op.run_kernel(
         kernel, layer.x, layer.gate, layer.bias, *layer.packed,
         top_k=top_k, expert_hidden=hidden, group_size=group_size, route_scale=2.5,
     )  # fmt: skip
@@ -101,29 +101,29 @@ class OneLayer(torch.nn.Module):
 
 
 def test_executorchs_runtime_calls_it(tmp_path):
-    device_op.declare()
+    expert_op.declare()
     layer = RandomExperts(n_tokens=6)
     shapes = ({0: torch.export.Dim("tokens", max=64)},)
     program = torch.export.export(OneLayer(layer), (layer.x,), dynamic_shapes=shapes)
     edge = to_edge_transform_and_lower(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
     path = tmp_path / "layer.pte"
     path.write_bytes(edge.to_executorch().buffer)
-    read = device_op.load().mobilemoe_experts_read()
+    read = expert_op.load().mobilemoe_experts_read()
     out = Runtime.get().load_program(path).load_method("forward").execute([layer.x])[0]
     assert torch.equal(out, run(layer, FASTEST))
-    assert 3 <= (device_op.load().mobilemoe_experts_read() - read) / 2 <= 8
+    assert 3 <= (expert_op.load().mobilemoe_experts_read() - read) / 2 <= 8
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("MOBILEMOE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no C\+\+ compiler.*--expert-op stock"):
-        device_op.library_path()
+        expert_op.library_path()
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("MOBILEMOE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(ValueError, match="could not build the fast expert op"):
-        device_op.library_path()
+        expert_op.library_path()
     assert not list(tmp_path.rglob("*.so"))

@@ -12,13 +12,13 @@ from executorch.runtime import Runtime
 from torch import nn
 from transformers import AutoTokenizer
 
-from eval import prompts
 from eval.config import ExportConfig
-from eval.export.device_model import DenseDims, _linear_weight, dense_transformer, moe_transformer, weights_read
-from eval.export.device_program import DeviceProgram
-from eval.export.device_weights import DeviceWeights, open_folder
+from eval.device import prompts
+from eval.device.executorch_export import TransformerPartitioner
+from eval.device.runtime import DeviceProgram
+from eval.device.transformer import DenseDims, _linear_weight, dense_transformer, moe_transformer, weights_read
+from eval.device.weights import DeviceWeights, open_folder
 from eval.export.dimensions import config_from_dims
-from eval.export.executorch import TransformerPartitioner
 from eval.export.hf import verify_checksums
 from eval.export.int4 import dequantize_folder, quantize_int4, write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
@@ -77,9 +77,9 @@ def test_logits_token_by_token_and_at_once(program_folder, hf, five_prompts):
 def test_every_layer_of_the_traced_model(tmp_path, expert_op):
     """The modules that are exported, run eagerly on random weights: hidden states after each layer."""
     if expert_op == "fast":
-        from eval import device_op
+        from eval.device import expert_op
 
-        device_op.declare()
+        expert_op.declare()
     write_tokenizer(tmp_path / "tokenizer")
     folder = write_int4_folder(random_tensors(), DIMS, tmp_path / "tokenizer", tmp_path / "int4", ExportConfig())
     model, hf = (

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
-from eval.export.device_weights import open_folder
+from eval.device.weights import open_folder
 from eval.export.hf import TensorFiles, verify_checksums, write_hf_folder
 from eval.export.int4 import SCALES_FILE, quantize_folder
 from pipelines.cli import DONE, REFUSED, main

@@ -15,11 +15,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eval.benchmarks.harness import evaluate, load_model, read_samples, run_benchmark, spread
+from eval.benchmarks.items import prepare
+from eval.benchmarks.suites import FOUNDATIONAL
+from eval.benchmarks.tasks import build_tasks, stock_files, task_configs
 from eval.config import EvaluationConfig
-from eval.harness import evaluate, load_model, read_samples, run_benchmark, spread
-from eval.items import prepare
-from eval.suites import FOUNDATIONAL
-from eval.tasks import build_tasks, stock_files, task_configs
 from tests.eval.miniature_items import write_wheel
 
 BY_KEY = {benchmark.key: benchmark for benchmark in FOUNDATIONAL}

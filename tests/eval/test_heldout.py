@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.heldout import documents, heldout_loss, windows
+from eval.benchmarks.heldout import documents, heldout_loss, windows
 
 VOCAB = 50
 

@@ -22,7 +22,7 @@ from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.launch import train, write_data
 from tests.titan_ext.test_training import STAGE, lines
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.stage_run import StageRun
+from titan_ext.training.stage_spec import StageRun
 
 
 @pytest.fixture(scope="module")

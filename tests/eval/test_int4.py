@@ -28,7 +28,7 @@ from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel, packed_mobil
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_state_dict, packed_tensors, unpack_int4
 from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
-from titan_ext.qat import fake_quantize_weight
+from titan_ext.quantization.qat import fake_quantize_weight
 
 CONFIG = config_from_dims(DIMS)
 AXES = ["in", "out"]

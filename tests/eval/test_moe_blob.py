@@ -8,8 +8,8 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (regis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.device.expert_blobs import blob_bytes, pack_blobs
 from eval.export.int4 import quantize_int4
-from eval.export.moe_blob import blob_bytes, pack_blobs
 from tests.eval.moe_reference import RandomExperts
 
 

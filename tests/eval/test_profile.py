@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from eval import profile_worker, prompts
+from eval.device import profile_worker, prompts
+from eval.device.profile import N_ANSWER, bf16_weights, describe
 from eval.export.dimensions import config_from_dims
-from eval.profile import N_ANSWER, bf16_weights, describe
 from pipelines.cli import DONE, REFUSED, main
 from tests.eval.conftest import ONE_LAYER
 from tests.eval.tiny_checkpoint import DIMS
@@ -46,7 +46,7 @@ def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
 
 
 def test_weights_that_a_token_reads():
-    from titan_ext.accounting import count_parameters
+    from titan_ext.model_stats import count_parameters
 
     weights = bf16_weights(config_from_dims(DIMS))
     read = weights["dense_bytes"] + DIMS.n_layers * DIMS.top_k * weights["expert_bytes"]

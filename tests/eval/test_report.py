@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from eval.report import averages, chance_sentence, verdict, write_report
-from eval.suites import FOUNDATIONAL
+from eval.benchmarks.suites import FOUNDATIONAL
+from eval.report.run_report import averages, chance_sentence, verdict, write_report
 
 STAGES = ("1_pretrain", "2_midtrain", "3_sft", "4_qat")
 

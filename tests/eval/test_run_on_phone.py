@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "device_op" / "run_on_phone.sh"
+SCRIPT = Path(__file__).parents[2] / "eval" / "device" / "expert_op" / "run_on_phone.sh"
 
 ADB = """#!/bin/sh
 case $1 in

@@ -3,8 +3,8 @@
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.suites import FOUNDATIONAL, PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, SUITES, suite
-from eval.tasks import stock_files
+from eval.benchmarks.suites import FOUNDATIONAL, PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, SUITES, suite
+from eval.benchmarks.tasks import stock_files
 
 CHOICES = {"hellaswag": 4, "piqa": 2, "siqa": 3, "winogrande": 2, "mmlu": 4, "arc_easy": 4, "arc_challenge": 4,
            "openbookqa": 4, "boolq": 2}  # fmt: skip

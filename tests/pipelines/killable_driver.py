@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.ray_runner import Cluster
+from pipelines.ray.cluster import Cluster
 from pipelines.recipe import ClusterConfig
 
 

@@ -12,9 +12,9 @@ import fsspec
 import pytest
 
 from eval.export.hf import CHECKSUMS, write_checksums
-from pipelines import artifacts
-from pipelines.artifacts import fetch, parse_checksums, publish
 from pipelines.cli import DONE, REFUSED, main
+from pipelines.commands import artifacts
+from pipelines.commands.artifacts import fetch, parse_checksums, publish
 from tests.pipelines import hub_server, sftp_server
 from tests.titan_ext import object_stores
 

@@ -10,10 +10,10 @@ import pytest
 
 from pipelines import cli
 from pipelines.cli import Run, main
-from pipelines.graph import STEPS
-from pipelines.manifest import Manifest, driver_lock
+from pipelines.engine.manifest import Manifest, driver_lock
 from pipelines.progress import line, read_status
 from pipelines.recipes import RECIPES
+from pipelines.steps.graph import STEPS
 
 
 def run(*arguments):
@@ -146,7 +146,7 @@ def test_status_while_a_driver_is_at_work(begun):
 
 def test_second_driver_is_refused_and_told_of_the_first(begun, capsys):
     held = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time, pathlib; from pipelines.manifest import driver_lock\n"
+        [sys.executable, "-c", "import sys, time, pathlib; from pipelines.engine.manifest import driver_lock\n"
          "with driver_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(begun)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

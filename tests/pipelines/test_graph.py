@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_recipes import change
 
-from pipelines.graph import STEPS, Context, _check_domains, build, without_empty_domains
-from pipelines.steps import fingerprint
+from pipelines.engine.steps import fingerprint
+from pipelines.steps.graph import STEPS, Context, _check_domains, build, without_empty_domains
 
 
 def touched(recipe, path, value):

@@ -13,7 +13,7 @@ from eval.export.hf import write_hf_folder
 from eval.export.int4 import quantize_folder
 from eval.export.sizes import bf16_bytes, int4_bytes
 from pipelines.cli import main
-from pipelines.info import PUBLISHED, TOLERANCES
+from pipelines.commands.info import PUBLISHED, TOLERANCES
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from titan_ext.config import FLAVORS, ModelDims
 

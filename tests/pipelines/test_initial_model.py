@@ -11,14 +11,14 @@ from test_recipes import change
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import read_config, write_hf_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
-from pipelines import graph
-from pipelines.ray_runner import Cluster
+from pipelines.ray.cluster import Cluster
 from pipelines.recipe import ClusterConfig
+from pipelines.steps import graph
 from pipelines.validate import find_problems
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.launch import write_data
 from titan_ext.config import FLAVORS, QATConfig
-from titan_ext.stages import STAGES
+from titan_ext.training.schedules import STAGES
 
 
 @pytest.fixture

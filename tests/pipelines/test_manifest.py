@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from data.corpora import Requirement
-from pipelines.manifest import Manifest, write_json
-from pipelines.packages import fetch
-from pipelines.progress_file import ProgressFile
+from data.catalogue.corpora import Requirement
+from pipelines.engine.manifest import Manifest, write_json
+from pipelines.engine.progress_file import ProgressFile
+from pipelines.steps.package_cache import fetch
 
 
 def test_reader_never_sees_half_a_file(tmp_path):

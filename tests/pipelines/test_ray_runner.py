@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.guard import MARKER, end_processes_of, processes_of
-from pipelines.ray_runner import Cluster, Task, WorkerFailed
+from pipelines.ray.cluster import Cluster, Task, WorkerFailed
+from pipelines.ray.orphan_reaper import MARKER, end_processes_of, processes_of
 from pipelines.recipe import ClusterConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from data.check import check, estimate_bytes
-from data.open_corpora import OPEN_CORPORA
+from data.catalogue.open_corpora import OPEN_CORPORA
+from data.validate_config import check, estimate_bytes
 from pipelines.preflight import check_disk, estimate_disk
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.validate import InvalidRecipe, find_problems, tokenizer_size, validate
-from titan_ext.accounting import count_parameters
 from titan_ext.config import FLAVORS, ParallelConfig, QATConfig
+from titan_ext.model_stats import count_parameters
 
 
 def with_tokenizer(recipe, path):

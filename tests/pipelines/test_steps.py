@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from pipelines.manifest import Manifest
-from pipelines.steps import Step, StepFailed, partial_of, run_steps, stale_steps, up_to_date, whole
+from pipelines.engine.manifest import Manifest
+from pipelines.engine.steps import Step, StepFailed, partial_of, run_steps, stale_steps, up_to_date, whole
 
 
 class Graph:

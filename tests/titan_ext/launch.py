@@ -20,11 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerFast
 
-from titan_ext.stage_run import StageRun
-from titan_ext.train import run_stage
+from titan_ext.training.stage_spec import StageRun
+from titan_ext.training.train import run_stage
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["titan_ext.train", "data.blocks", "data.filters", "data.shard_writer"])
+_SERVER.set_forkserver_preload(
+    ["titan_ext.training.train", "data.readers.blocks", "data.filters.quality", "data.tokens.shard_writer"]
+)
 
 
 def start_server() -> None:

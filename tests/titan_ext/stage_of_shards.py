@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from streaming import MDSWriter
 
-from titan_ext.streaming_loader import StreamingLoader
+from titan_ext.loader.streaming_loader import StreamingLoader
 
 G, B, L, PAD = 8, 1, 32, 0
 MIXTURE = {"code": 0.2, "math": 0.3, "web": 0.5}

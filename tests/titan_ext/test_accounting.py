@@ -7,15 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from tests.eval.tiny_checkpoint import DIMS
-from titan_ext.accounting import (
+from titan_ext.config import FLAVORS
+from titan_ext.mobilemoe import model_config
+from titan_ext.model_stats import (
     count_parameters,
     inference_flops_per_token,
     kv_cache_bytes,
     layers_of_stages,
     training_flops_per_token,
 )
-from titan_ext.config import FLAVORS
-from titan_ext.mobilemoe import model_config
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)

@@ -7,11 +7,11 @@ from ctypes.util import find_library
 
 import pytest
 
-from titan_ext.allocator import allocator_environment
+from titan_ext.cpu.allocator import allocator_environment
 
 BLOCKS = """
 import ctypes, re, resource, sys
-from titan_ext.allocator import keep_freed_memory
+from titan_ext.cpu.allocator import keep_freed_memory
 if "limited" in sys.argv:
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 if "kept" in sys.argv:

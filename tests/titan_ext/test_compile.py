@@ -12,8 +12,8 @@ from tests.titan_ext.launch import train, write_data
 from tests.titan_ext.test_training import DIMS, STAGE, lines
 from titan_ext.config import ParallelConfig, QATConfig
 from titan_ext.dtensor import local
-from titan_ext.stage_run import StageRun
-from titan_ext.train import stage_config
+from titan_ext.training.stage_spec import StageRun
+from titan_ext.training.train import stage_config
 
 CASES = {
     "bfloat16, drop and pad, ep 2": ({"capacity_factor": 1.5}, {"world_size": 2, "expert_parallel": 2}),

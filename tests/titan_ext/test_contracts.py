@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
-from titan_ext import cpu
+from titan_ext.cpu import adaptations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_symmetric_scale_is_a_fifteenth_of_the_span():
     assert zero_point.item() == 0
 
 
-@pytest.mark.skipif(not cpu.IS_CPU, reason="an accelerator is present: torchtitan uses it as it is")
+@pytest.mark.skipif(not adaptations.IS_CPU, reason="an accelerator is present: torchtitan uses it as it is")
 def test_torchtitan_was_imported_after_the_cpu_was_chosen():
     import titan_ext.mobilemoe  # noqa: F401
 
@@ -62,10 +62,10 @@ def test_torchtitan_was_imported_after_the_cpu_was_chosen():
 
 
 def test_the_trainer_sleeps_at_its_end_and_nowhere_else():
-    """`cpu.TRAINER_CLOCK` stands in for all that it uses of `time`."""
-    import titan_ext.trainer
+    """`adaptations.TRAINER_CLOCK` stands in for all that it uses of `time`."""
+    import titan_ext.training.trainer
 
-    source = inspect.getsource(titan_ext.trainer.torchtitan.trainer)
+    source = inspect.getsource(titan_ext.training.trainer.torchtitan.trainer)
     assert sorted(re.findall(r"\btime\.(\w+)\(", source)) == ["perf_counter", "perf_counter", "sleep"]
     assert source.index("time.sleep(") > source.index("self.validator.validate(")
 
@@ -77,7 +77,7 @@ def process_group_of_one():
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not cpu.IS_CPU, reason="an accelerator is present: FSDP2 reduces as it does")
+@pytest.mark.skipif(not adaptations.IS_CPU, reason="an accelerator is present: FSDP2 reduces as it does")
 def test_fsdp_reduces_with_nobody_in_one_block(process_group_of_one):
     """FSDP2 allocates a reduction's input, then its output, and divides by the factor in between if there is one."""
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_fsdp_reduces_with_nobody_in_one_block(process_group_of_one):
     expected = [p.detach().clone().requires_grad_() for p in model.parameters()]
     sharded = fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
     sharded.set_gradient_divide_factor(1.0)  # as torchtitan does
-    cpu.adapt_reductions(sharded)
+    adaptations.adapt_reductions(sharded)
     whole = 4 * sum(p.numel() for p in expected)
     inputs = torch.randn(3, 16, 64, dtype=torch.bfloat16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tests.titan_ext.launch import different_tensors, train, write_data
 from tests.titan_ext.test_training import DIMS, STAGE, lines
 from titan_ext.config import ParallelConfig, QATConfig
-from titan_ext.distillation import DistilledCrossEntropy
 from titan_ext.mobilemoe import model_config
-from titan_ext.qat import convert_to_qat
-from titan_ext.stage_run import StageRun, final_checkpoint
-from titan_ext.train import build_trainer, stage_config
+from titan_ext.quantization.qat import convert_to_qat
+from titan_ext.training.distillation import DistilledCrossEntropy
+from titan_ext.training.stage_spec import StageRun, final_checkpoint
+from titan_ext.training.train import build_trainer, stage_config
 
 WEIGHT, STEPS = 0.75, 4
 QAT = dataclasses.replace(

@@ -20,10 +20,10 @@ from torchtitan.trainer import Trainer
 
 from tests.titan_ext.launch import train, write_data
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.stage_run import StageRun
-from titan_ext.stages import published_stages
-from titan_ext.train import stage_config
-from titan_ext.trainer import StageTrainer
+from titan_ext.training.schedules import published_stages
+from titan_ext.training.stage_spec import StageRun
+from titan_ext.training.train import stage_config
+from titan_ext.training.trainer import StageTrainer
 
 DIMS = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=1024)
 NARROW = dataclasses.replace(FLAVORS["tiny"], n_layers=4, n_experts=60)

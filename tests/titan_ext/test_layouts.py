@@ -12,8 +12,8 @@ from tests.titan_ext.launch import different_tensors, entries, train, whole_tens
 from tests.titan_ext.test_training import DIMS as TWO_LAYERS
 from tests.titan_ext.test_training import STAGE, lines
 from titan_ext.config import ParallelConfig, QATConfig
-from titan_ext.stage_run import StageRun, final_checkpoint
-from titan_ext.train import build_trainer, stage_config
+from titan_ext.training.stage_spec import StageRun, final_checkpoint
+from titan_ext.training.train import build_trainer, stage_config
 
 DIMS = dataclasses.replace(TWO_LAYERS, n_layers=4)
 PIPELINE = {"world_size": 2, "pipeline_parallel": 2}

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from titan_ext.accounting import count_parameters, layers_of_stages
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig
 from titan_ext.memory import activation_bytes_per_token, estimate_memory
 from titan_ext.mobilemoe import model_config
-from titan_ext.stages import published_stages
+from titan_ext.model_stats import count_parameters, layers_of_stages
+from titan_ext.training.schedules import published_stages
 
 B, L = 2, 1024
 

@@ -77,7 +77,7 @@ def test_experts_of_a_rank_without_tokens_get_a_zero_gradient(model):
 
 
 def test_z_loss_gradient_is_that_of_the_formula():
-    from titan_ext.router_loss import attach_router_z_loss
+    from titan_ext.mobilemoe.router_z_loss import attach_router_z_loss
 
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 8, requires_grad=True)

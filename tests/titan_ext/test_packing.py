@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from titan_ext.packing import IGNORE_INDEX, Lane, LaneState, fill, head_starts
-from titan_ext.shards import Document, EpochOrder
+from titan_ext.loader.domain import Document, EpochOrder
+from titan_ext.loader.packing import IGNORE_INDEX, Lane, LaneState, fill, head_starts
 
 PAD = 7
 STRIDE = 1000  # token i of document n is n * STRIDE + i + STRIDE: every token says where it comes from

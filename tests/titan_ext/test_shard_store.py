@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from data import mds
+from data.tokens import mds
 from tests.titan_ext.stage_of_shards import MIXTURE, G, build, sequences, write_domain
-from titan_ext.shard_store import VOCABULARY_KEY
-from titan_ext.streaming_loader import StreamingLoader, vocabulary_sha256
+from titan_ext.loader.shard_store import VOCABULARY_KEY
+from titan_ext.loader.streaming_loader import StreamingLoader, vocabulary_sha256
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -105,7 +105,7 @@ def test_a_full_cache_disk_is_named_and_the_next_start_goes_on(stage, cache, tmp
 
 
 def test_a_domain_that_begins_again_is_reported(stage, cache, caplog):
-    with caplog.at_level(logging.WARNING, "titan_ext.shards"):
+    with caplog.at_level(logging.WARNING, "titan_ext.loader.domain"):
         sequences([build(stage, cache, mixture={"code": 1.0})], 12 * G)
     said = [record.getMessage() for record in caplog.records]
     assert "domain code: epoch 2 begins, its documents repeat" in said

@@ -87,7 +87,7 @@ def test_the_cache_stays_within_its_limit(stage, cache, tmp_path):
 def processes():
     """Forks of a clean process: the imports once, none of pytest's threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["titan_ext.streaming_loader"])
+    context.set_forkserver_preload(["titan_ext.loader.streaming_loader"])
     return context
 
 

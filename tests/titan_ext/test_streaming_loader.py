@@ -20,7 +20,7 @@ from tests.titan_ext.stage_of_shards import (
     sequences,
     write_domain,
 )
-from titan_ext.packing import IGNORE_INDEX
+from titan_ext.loader.packing import IGNORE_INDEX
 
 
 def merged_state(loaders):

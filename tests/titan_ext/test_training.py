@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eval.export.checkpoint import read_checkpoint
 from tests.titan_ext.launch import different_tensors, start_ranks, train, write_data
 from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
-from titan_ext.stage_run import StageRun, final_checkpoint
-from titan_ext.train import stage_config
+from titan_ext.training.stage_spec import StageRun, final_checkpoint
+from titan_ext.training.train import stage_config
 
 DIMS = ModelDims(
     d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=64, n_experts=8,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_ext.update_guard import MIN_HISTORY, WINDOW, UpdateGuard
+from titan_ext.training.spike_guard import MIN_HISTORY, WINDOW, UpdateGuard
 
 
 def steady(guard: UpdateGuard, steps: int, level: float = 2.0) -> None:

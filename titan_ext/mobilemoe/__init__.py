@@ -4,9 +4,9 @@ Initial weights: normal with std 0.02; projections into the residual stream are 
 torchtitan's Qwen3 does. The paper does not state its initialisation.
 """
 
-from titan_ext import cpu
+from titan_ext.cpu import adaptations
 
-cpu.apply()
+adaptations.apply()
 
 import torch.nn as nn  # noqa: E402
 from torchtitan.components.optimizer import register_moe_load_balancing_hook  # noqa: E402
@@ -23,16 +23,16 @@ from torchtitan.protocols.module import Module  # noqa: E402
 
 from titan_ext.config import ModelDims  # noqa: E402
 from titan_ext.mobilemoe.attention import Attention, DocumentAttention  # noqa: E402
-from titan_ext.mobilemoe.capacity import CapacityRoutedExperts, CapacityTokenDispatcher  # noqa: E402
+from titan_ext.mobilemoe.capacity_dispatch import CapacityRoutedExperts, CapacityTokenDispatcher  # noqa: E402
+from titan_ext.mobilemoe.load_metrics import register_load_recording_hook  # noqa: E402
 from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel  # noqa: E402
 from titan_ext.mobilemoe.moe import Experts, RouterGate  # noqa: E402
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe  # noqa: E402
-from titan_ext.mobilemoe.pipeline import leave_replica_to_owner  # noqa: E402
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter  # noqa: E402
-from titan_ext.moe_metrics import register_load_recording_hook  # noqa: E402
+from titan_ext.mobilemoe.tied_embedding_pp import leave_replica_to_owner  # noqa: E402
 
 _INIT_STD = 0.02
-_INIT = {"weight": cpu.normal_init(_INIT_STD)}
+_INIT = {"weight": adaptations.normal_init(_INIT_STD)}
 
 
 def model_config(
@@ -53,7 +53,7 @@ def model_config(
         attention_backend: flex or varlen on a GPU; None takes flex there and masked SDPA on the CPU.
     """
     residual_std = _INIT_STD / (2 * dims.n_layers) ** 0.5
-    residual_init = {"weight": cpu.normal_init(residual_std)}
+    residual_init = {"weight": adaptations.normal_init(residual_std)}
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=dims.d_model, eps=dims.norm_eps, param_init={"weight": nn.init.ones_})
@@ -102,7 +102,7 @@ def _finish_optimizers(optimizers, model_parts, parallel_dims) -> None:
 
 
 def _inner_attention(backend: str | None) -> Module.Config:
-    if backend is None and cpu.IS_CPU:
+    if backend is None and adaptations.IS_CPU:
         return DocumentAttention.Config()
     return get_attention_config(backend or "flex")
 

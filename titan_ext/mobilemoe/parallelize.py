@@ -10,7 +10,7 @@ from torchtitan.distributed.context_parallel import apply_cp_to_forward
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder, get_fsdp_reshard_after_forward_policy
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
 
-from titan_ext import cpu
+from titan_ext.cpu import adaptations
 from titan_ext.mobilemoe.attention import DocumentAttention
 from titan_ext.mobilemoe.model import MobileMoEModel
 
@@ -36,7 +36,7 @@ def parallelize_mobilemoe(
         if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
             model.parallelize(parallel_dims)
             for block in model.layers.values():
-                cpu.keep_gradients_of_gathered_inputs(block.moe.routed_experts)
+                adaptations.keep_gradients_of_gathered_inputs(block.moe.routed_experts)
 
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
@@ -70,7 +70,7 @@ def parallelize_mobilemoe(
     )
     for block in model.layers.values():
         _gather_with_block(block.moe.router.gate, block)
-    cpu.adapt_reductions(model)
+    adaptations.adapt_reductions(model)
     return model
 
 

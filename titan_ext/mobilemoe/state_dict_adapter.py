@@ -11,6 +11,8 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from core.errors import RefusedInput
+
 _TOP = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 _LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -52,7 +54,7 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
                 # torchtitan hands what comes from here to safetensors, which takes contiguous tensors only.
                 hf[prefix + "feed_forward.experts.down_proj"] = value.transpose(1, 2).contiguous()
             elif rest != _EXPERTS + "w3_EFD":
-                raise ValueError(f"{name}: no such parameter in a MobileMoE; the state dict is of another model")
+                raise RefusedInput(f"{name}: no such parameter in a MobileMoE; the state dict is of another model")
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
             elif rest == "feed_forward.experts.down_proj":
                 state_dict[prefix + _EXPERTS + "w2_EDF"] = value.transpose(1, 2)
             else:
-                raise ValueError(f"{name}: no such tensor in a released MobileMoE checkpoint")
+                raise RefusedInput(f"{name}: no such tensor in a released MobileMoE checkpoint")
         if "tok_embeddings.weight" in state_dict:
             state_dict["lm_head.weight"] = state_dict["tok_embeddings.weight"]
         return state_dict
@@ -83,12 +85,12 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
         """Reader of a bf16 folder; INT4 folders are converted to bf16 first (eval/export/int4.py)."""
         if from_quantized:
-            raise ValueError(f"{path}: convert the INT4 checkpoint to bf16 before loading it for training")
+            raise RefusedInput(f"{path}: convert the INT4 checkpoint to bf16 before loading it for training")
         return HuggingFaceStorageReader(path)
 
 
 def _split_layer(name: str, pattern: str) -> tuple[str, str]:
     match = re.fullmatch(pattern, name)
     if match is None:
-        raise ValueError(f"{name}: not a tensor of a MobileMoE; expected the form {pattern}")
+        raise RefusedInput(f"{name}: not a tensor of a MobileMoE; expected the form {pattern}")
     return match.group(1), match.group(2)

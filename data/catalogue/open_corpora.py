@@ -1,0 +1,210 @@
+"""The open corpora of the published recipe's families (arXiv 2605.27358 names the families, not the exact lists).
+
+In reading order: of copies in two corpora the first keeps its own, so what is rare comes before the web.
+
+Seen in the cards and file lists that public pages and repositories quote: hub ids, licences, folders and file names of
+all but those below; sizes of the Dolma and Proof Pile parts (OLMoE's card; the files are OLMo 2's, whose card lists the
+same folders, where OLMoE's has lost arXiv's); WildGuardMix's labels; columns of ToolACE, xLAM, OpenThoughts and the
+Nemotron sets. NOT seen there, from memory: the sizes of FineWeb-Edu and xLAM; the file names of OpenCodeInstruct, Tulu
+3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of OpenCoder's `synthetic_qa`; OpenThoughts'
+licence. No address was opened: a wrong one is refused when the data step starts, by name. Gated sets want an accepted
+agreement and HF_TOKEN.
+
+`tokens` are the publisher's, of its own tokenizer; None where no figure was found. `text_bytes` is the uncompressed
+text where a card states it, otherwise an estimate for the disk check: tokens x 4.5 or, for conversations, the size of
+the files.
+"""
+
+from functools import partial
+
+from data.catalogue.corpus import Corpus, RemoteFiles
+from data.readers import remote_readers
+
+_HF = "hf://datasets"
+_OLMO = f"{_HF}/allenai/olmo-mix-1124"
+_DOLMINO = f"{_HF}/allenai/dolmino-mix-1124"
+_NEMOTRON = f"{_HF}/nvidia/Nemotron-Post-Training-Dataset-v1"
+_LLAMA_NEMOTRON = f"{_HF}/nvidia/Llama-Nemotron-Post-Training-Dataset"
+
+_text = partial(Corpus, kind="text", shards=64, read=remote_readers.read_text)
+_midtrain = partial(_text, stages=("midtrain",))
+_sft = partial(Corpus, kind="sft", style="conversation", shards=16)
+
+_WEB = (
+    _text(
+        name="fineweb-edu", domain="web", style="prose", licence="ODC-BY-1.0", tokens=1.3e12,
+        source=RemoteFiles(f"{_HF}/HuggingFaceFW/fineweb-edu", "data/*/*.parquet"), text_bytes=int(5.9e12),
+    ),
+    _text(
+        name="dclm-baseline", domain="web", style="prose", licence="CC-BY-4.0", tokens=3.86e12, documents=2_950_000_000,
+        source=RemoteFiles(f"{_HF}/mlfoundations/dclm-baseline-1.0-parquet", "**/*.parquet"),
+        text_bytes=int(16.7e12),
+    ),
+)  # fmt: skip
+
+_MATH = (
+    _text(
+        name="finemath", domain="math", style="documentation", licence="ODC-BY-1.0", tokens=34e9, documents=21_405_610,
+        source=RemoteFiles(f"{_HF}/HuggingFaceTB/finemath", "finemath-3plus/*.parquet"), text_bytes=137_764_105_388,
+    ),
+    _text(
+        name="infiwebmath", domain="math", style="documentation", licence="ODC-BY-1.0", tokens=20.5e9,
+        documents=13_882_669, text_bytes=96_485_696_853,
+        source=RemoteFiles(f"{_HF}/HuggingFaceTB/finemath", "infiwebmath-3plus/*.parquet"),
+    ),
+    _text(
+        name="open-web-math", domain="math", style="documentation", licence="ODC-BY-1.0", tokens=12.7e9,
+        documents=2_910_000, source=RemoteFiles(_OLMO, "data/open-web-math/**/*.json*"), text_bytes=int(42.4e9),
+    ),
+    _text(
+        name="algebraic-stack", domain="math", style="code", licence="ODC-BY-1.0", tokens=12.6e9, documents=2_830_000,
+        source=RemoteFiles(_OLMO, "data/algebraic-stack/**/*.json*"), text_bytes=int(39.3e9),
+    ),
+    _midtrain(
+        name="dolmino-math", domain="math", style="documentation", licence="ODC-BY-1.0",
+        source=RemoteFiles(_DOLMINO, "data/math/**/*.json*"), text_bytes=int(5e10),
+    ),
+)  # fmt: skip
+
+_CODE = (
+    _text(
+        name="starcoder", domain="code", style="code", licence="each repository's own, permissive ones only",
+        tokens=250e9, source=RemoteFiles(f"{_HF}/bigcode/starcoderdata", "*/*.parquet", ("content",)),
+        text_bytes=int(7.83e11),
+    ),
+    _text(
+        name="opencoder-web", domain="code", style="documentation", licence="MIT", documents=100_920_235,
+        source=RemoteFiles(f"{_HF}/OpenCoder-LLM/opc-fineweb-code-corpus", "data/train-*.parquet"),
+        text_bytes=254_927_419_643,
+    ),
+    _midtrain(
+        name="opencoder-annealing", domain="code", style="code", licence="ODC-BY-1.0", documents=15_600_000,
+        source=RemoteFiles(f"{_HF}/OpenCoder-LLM/opc-annealing-corpus", "*/*.arrow"), text_bytes=int(3e10),
+    ),
+)  # fmt: skip
+
+_KNOWLEDGE = (
+    _text(
+        name="wikipedia", domain="knowledge", style="encyclopedia", licence="CC-BY-SA-3.0",
+        source=RemoteFiles(f"{_HF}/wikimedia/wikipedia", "20231101.en/*.parquet"), text_bytes=int(2e10),
+    ),
+    _text(
+        name="cosmopedia-v2", domain="knowledge", style="prose", licence="ODC-BY-1.0", tokens=28e9,
+        documents=39_000_000, text_bytes=int(1.26e11),
+        source=RemoteFiles(f"{_HF}/HuggingFaceTB/smollm-corpus", "cosmopedia-v2/*.parquet"),
+    ),
+    _midtrain(
+        name="dolmino-flan", domain="knowledge", style="documentation", licence="ODC-BY-1.0",
+        source=RemoteFiles(_DOLMINO, "data/flan/**/*.json*"), text_bytes=int(1e11),
+    ),
+    _midtrain(
+        name="dolmino-stackexchange", domain="knowledge", style="documentation", licence="ODC-BY-1.0",
+        source=RemoteFiles(_DOLMINO, "data/stackexchange/**/*.json*"), text_bytes=int(1e10),
+    ),
+)  # fmt: skip
+
+_SCIENCE = (
+    _text(
+        name="pes2o", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=57.2e9,
+        documents=38_800_000, source=RemoteFiles(_OLMO, "data/pes2o/**/*.json*"), text_bytes=int(2.68e11),
+    ),
+    _text(
+        name="arxiv", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=21.1e9,
+        documents=1_550_000, source=RemoteFiles(_OLMO, "data/arxiv/**/*.json*"), text_bytes=int(8.88e10),
+    ),
+)  # fmt: skip
+
+_INSTRUCTIONS = (
+    _sft(
+        name="open-math-instruct-2", domain="math", licence="CC-BY-4.0", documents=14_000_000,
+        source=RemoteFiles(
+            f"{_HF}/nvidia/OpenMathInstruct-2", "data/train-*.parquet", ("problem", "generated_solution")
+        ),
+        read=remote_readers.read_pairs, text_bytes=int(2.5e10),
+    ),
+    _sft(
+        name="nemotron-math", domain="math", licence="CC-BY-4.0", documents=2_044_407,
+        source=RemoteFiles(_NEMOTRON, "data/math-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        text_bytes=79_173_786_238,
+    ),
+    _sft(
+        name="open-code-instruct", domain="code", licence="CC-BY-4.0", documents=5_000_000,
+        source=RemoteFiles(f"{_HF}/nvidia/OpenCodeInstruct", "data/train-*.parquet", ("input", "output")),
+        read=remote_readers.read_pairs, text_bytes=int(1.5e10),
+    ),
+    _sft(
+        name="open-code-reasoning", domain="code", licence="CC-BY-4.0", documents=567_850,
+        source=RemoteFiles(f"{_HF}/nvidia/OpenCodeReasoning", "split_0/train-*.parquet", ("input", "output")),
+        read=remote_readers.read_pairs, text_bytes=28_108_469_190,
+    ),
+    _sft(
+        name="nemotron-chat", domain="chat", licence="CC-BY-4.0", documents=746_622,
+        source=RemoteFiles(_NEMOTRON, "data/chat-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        text_bytes=3_824_039_827,
+    ),
+    _sft(
+        name="tulu-3", domain="chat", licence="ODC-BY-1.0, parts of it non-commercial", non_commercial=True,
+        documents=939_343, text_bytes=2_914_250_827,
+        source=RemoteFiles(f"{_HF}/allenai/tulu-3-sft-mixture", "data/train-*.parquet", ("messages",)),
+        read=remote_readers.read_messages,
+    ),
+    _sft(
+        name="smoltalk", domain="chat", licence="Apache-2.0", text_bytes=int(4e9),
+        source=RemoteFiles(f"{_HF}/HuggingFaceTB/smoltalk", "data/all/train-*.parquet", ("messages",)),
+        read=remote_readers.read_messages,
+    ),
+    _sft(
+        name="nemotron-tools", domain="tool_use", licence="CC-BY-4.0", documents=310_051,
+        source=RemoteFiles(_NEMOTRON, "data/tool-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        text_bytes=6_395_081_261,
+    ),
+    _sft(
+        name="toolace", domain="tool_use", licence="Apache-2.0", documents=11_300, text_bytes=int(6e7),
+        source=RemoteFiles(f"{_HF}/Team-ACE/ToolACE", "data.json", ("conversations", "system")),
+        read=remote_readers.read_messages,
+    ),
+    _sft(
+        name="hermes-function-calling", domain="tool_use", licence="Apache-2.0", documents=11_600,
+        text_bytes=65_700_000,
+        source=RemoteFiles(f"{_HF}/NousResearch/hermes-function-calling-v1", "*.json", ("conversations",)),
+        read=remote_readers.read_messages,
+    ),
+    _sft(
+        name="xlam-function-calling", domain="tool_use", licence="CC-BY-4.0", documents=60_000, text_bytes=int(1e8),
+        source=RemoteFiles(f"{_HF}/Salesforce/xlam-function-calling-60k", "*.json", ("query", "tools", "answers")),
+        read=remote_readers.read_function_calls,
+    ),
+    _sft(
+        name="nemotron-stem", domain="science", licence="CC-BY-4.0", documents=20_662_167,
+        source=RemoteFiles(_NEMOTRON, "data/stem-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        text_bytes=329_529_074_790,
+    ),
+    _sft(
+        name="open-thoughts", domain="reasoning", licence="Apache-2.0", documents=1_200_000,
+        source=RemoteFiles(
+            f"{_HF}/open-thoughts/OpenThoughts3-1.2M", "data/train-*.parquet", ("conversations",)
+        ),
+        read=remote_readers.read_messages, text_bytes=int(6e10),
+    ),
+    _sft(
+        name="natural-reasoning", domain="reasoning", licence="CC-BY-NC-4.0", non_commercial=True,
+        documents=1_100_000, text_bytes=int(1e9),
+        source=RemoteFiles(f"{_HF}/facebook/natural_reasoning", "*.jsonl", ("question", "reference_answer")),
+        read=remote_readers.read_pairs,
+    ),
+    _sft(
+        name="nemotron-safety", domain="safety", licence="CC-BY-4.0", documents=31_426,
+        source=RemoteFiles(_LLAMA_NEMOTRON, "SFT/safety/*.jsonl", ("input", "output")), read=remote_readers.read_prompted,
+        text_bytes=int(5e7),
+    ),
+    _sft(
+        name="wildguardmix", domain="safety", licence="ODC-BY-1.0, for research by its terms of access",
+        non_commercial=True, documents=86_759, text_bytes=int(1.5e8),
+        source=RemoteFiles(
+            f"{_HF}/allenai/wildguardmix", "train/*.parquet", ("prompt", "response", "response_harm_label")
+        ),
+        read=remote_readers.read_unharmful_pairs,
+    ),
+)  # fmt: skip
+
+OPEN_CORPORA: tuple[Corpus, ...] = (*_KNOWLEDGE, *_SCIENCE, *_MATH, *_CODE, *_WEB, *_INSTRUCTIONS)

@@ -1,0 +1,113 @@
+"""Train a byte-level BPE in Llama-3's form, or take an existing tokenizer; write a Hugging Face folder either way."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from core.errors import RefusedInput
+from core.special_tokens import BOS, EOS, EOT, PAD, SPECIAL_TOKENS
+
+PRE_TOKENIZATION = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+"""Llama-3's (and cl100k's) split into words, digits by three, punctuation and white space."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train on text; special tokens take the last ids, as in Llama-3.
+
+    Args:
+        vocab_size: entries wanted, special tokens included; fewer come out where the text has too few distinct pairs.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_existing(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer folder or `tokenizer.json`, and give it the chat template if it has none.
+
+    Raises:
+        RefusedInput: it lacks one of the special tokens the shards need.
+    """
+    if path.endswith(".json"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    vocabulary = tokenizer.get_vocab()
+    absent = [token for token in (BOS, EOS, EOT, "<|start_header_id|>", "<|end_header_id|>") if token not in vocabulary]
+    if absent:
+        raise RefusedInput(
+            f"data.tokenizer.path: {path} lacks {', '.join(absent)}; take a tokenizer of the Llama-3 family"
+        )
+    tokenizer.bos_token, tokenizer.eos_token = BOS, EOS
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = PAD if PAD in vocabulary else EOS
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer
+
+
+def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the folder whole: beside, then renamed."""
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    tokenizer.save_pretrained(str(beside))
+    beside.rename(folder)
+
+
+def load(folder: Path) -> PreTrainedTokenizerBase:
+    """Load what `save` wrote."""
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def sha256(folder: Path) -> str:
+    """Identity of a saved tokenizer: sha256 of its tokenizer.json."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

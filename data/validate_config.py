@@ -1,0 +1,101 @@
+"""Refuse a DataConfig that cannot work, before anything starts."""
+
+from pathlib import Path
+
+from core.errors import RefusedInput
+from core.special_tokens import MIN_VOCAB_SIZE
+from data.catalogue.corpora import CATALOGUE
+from data.catalogue.corpus import Corpus
+from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
+
+MAX_SHARD_BYTES = 2**32 - 1
+MIN_SHARD_BYTES = 1 << 16
+MIN_NGRAM = 5
+MIN_CONVERSATION_TOKENS = 64
+WORK_COPIES = 2
+"""Copies of the text that exist at once, at the worst moment: three jsonl steps and the shards, all compressed."""
+
+
+def _require(holds: bool, field: str, value: object, rule: str, way_out: str) -> None:
+    if not holds:
+        raise RefusedInput(f"data.{field} = {value!r}: {rule}; {way_out}")
+
+
+def check(config: DataConfig) -> None:
+    """Raises RefusedInput that names the field, its value, the rule and the way out."""
+    names = ", ".join(sorted(CATALOGUE))
+    _require(bool(config.corpora), "corpora", config.corpora, "no corpus chosen", f"name some of: {names}")
+    for name in config.corpora:
+        _require(name in CATALOGUE, "corpora", name, "not in the catalogue", f"choose from: {names}")
+    duplicates = sorted({name for name in config.corpora if config.corpora.count(name) > 1})
+    _require(not duplicates, "corpora", duplicates, "named twice", "name each corpus once")
+    non_commercial = [name for name in config.corpora if CATALOGUE[name].non_commercial]
+    _require(
+        not (config.commercial_only and non_commercial), "corpora", non_commercial,
+        "licensed for non-commercial use only, which data.commercial_only refuses",
+        "take them out, or set data.commercial_only to False where your use allows them",
+    )  # fmt: skip
+    odd = [code for code in config.languages if not (code.isalpha() and code.islower() and len(code) in (2, 3))]
+    _require(not odd, "languages", odd, "no language code of ISO 639", "write en, de, ...; leave it empty to keep all")
+    unknown = sorted(set(config.filters) - set(FILTERS))
+    _require(not unknown, "filters", unknown, "no such filter", f"choose from: {', '.join(FILTERS)}")
+    _require(
+        config.near_duplicates_within in NEAR_DUPLICATES_WITHIN, "near_duplicates_within",
+        config.near_duplicates_within, "no such group", f"choose from: {', '.join(NEAR_DUPLICATES_WITHIN)}",
+    )  # fmt: skip
+    text = [name for name in config.corpora if CATALOGUE[name].kind == "text"]
+    _require(bool(text), "corpora", config.corpora, "no text corpus to pre-train on", "add one of kind text")
+    _require(
+        0 < config.heldout_fraction <= 0.5, "heldout_fraction", config.heldout_fraction,
+        "must be above 0 and at most 0.5", "0.02 is the default",
+    )  # fmt: skip
+    _require(
+        0 <= config.midtrain_fraction < 1, "midtrain_fraction", config.midtrain_fraction,
+        "must be at least 0 and below 1", "0.25 is the default",
+    )  # fmt: skip
+    _require(
+        config.decontaminate_ngram >= MIN_NGRAM, "decontaminate_ngram", config.decontaminate_ngram,
+        f"must be at least {MIN_NGRAM} words, or ordinary phrases count as contamination", "13 is the default",
+    )  # fmt: skip
+    _require(
+        config.max_conversation_tokens >= MIN_CONVERSATION_TOKENS, "max_conversation_tokens",
+        config.max_conversation_tokens, f"must be at least {MIN_CONVERSATION_TOKENS}",
+        "8192, the context of instruction tuning, is the default",
+    )  # fmt: skip
+    _require(
+        MIN_SHARD_BYTES <= config.shard_bytes <= MAX_SHARD_BYTES, "shard_bytes", config.shard_bytes,
+        f"must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES} (MDS keeps 32-bit offsets)", "67108864 is the default",
+    )  # fmt: skip
+    _require(config.workers >= 1, "workers", config.workers, "must be at least 1", "use the number of cores")
+    _check_tokenizer(config)
+
+
+def _check_tokenizer(config: DataConfig) -> None:
+    path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
+    if path:
+        wanted = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+        _require(
+            wanted.is_file(), "tokenizer.path", path, f"{wanted} does not exist",
+            "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",
+        )  # fmt: skip
+        from data.tokens.tokenizer import load_existing  # transformers takes seconds to import
+
+        load_existing(path)
+    else:
+        _require(
+            size >= MIN_VOCAB_SIZE, "tokenizer.train_vocab_size", size,
+            f"must be at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)", "4096 is the default",
+        )  # fmt: skip
+
+
+def estimate_bytes(config: DataConfig) -> int:
+    """Disk that `prepare` needs at its worst moment, in bytes, from the catalogue's estimates of the text.
+
+    Fallbacks count beside the corpora they stand in for: which of them is read is known only later.
+    """
+    corpora: dict[str, Corpus] = {}
+    for name in config.corpora:
+        corpora[name] = CATALOGUE[name]
+        if CATALOGUE[name].fallback:
+            corpora[CATALOGUE[name].fallback] = CATALOGUE[CATALOGUE[name].fallback]
+    return WORK_COPIES * sum(corpus.text_bytes for corpus in corpora.values())

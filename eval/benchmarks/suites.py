@@ -1,0 +1,105 @@
+"""The benchmarks: shots, metric, random-guess level and what has been published about each.
+
+Source of the benchmark list, of the zero-shot tasks and of every published figure: arXiv 2605.27358 and the model
+cards of its releases. A figure that could not be found there is None. Scores are fractions here, percent in print.
+
+The paper does not say which metric it reads where lm-eval offers two, nor the shots of five tasks. Our assumptions:
+length-normalised accuracy (`acc_norm`) wherever lm-eval defines it, and for the tasks that are not zero-shot the shots
+customary in the base-model literature: MMLU, NQ and TriviaQA 5, DROP 3, GSM8K 8 (chain of thought), BBH 3.
+"""
+
+from dataclasses import dataclass
+
+from core.errors import RefusedInput
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of the main table."""
+
+    key: str
+    """Name of the task file in eval/benchmarks/tasks and of the result file."""
+    title: str
+    category: str
+    """commonsense, knowledge, science, reading or reasoning."""
+    shots: int
+    metric: str
+    """lm-eval's name of the reported number: metric,filter."""
+    chance: float
+    """Expected score of a uniform guess; 0 where the answer is generated."""
+    published_base: float | None = None
+    """MobileMoE-S base on this task."""
+    note: str = ""
+    """What makes our number differ from one a stock lm-eval run gives; printed beside the result."""
+
+
+FOUNDATIONAL = (
+    Benchmark("hellaswag", "HellaSwag", "commonsense", 0, "acc_norm,none", 1 / 4, 0.589),
+    Benchmark("piqa", "PIQA", "commonsense", 0, "acc_norm,none", 1 / 2, 0.754),
+    Benchmark("siqa", "SIQA", "commonsense", 0, "acc,none", 1 / 3, 0.468),
+    Benchmark("winogrande", "WinoGrande", "commonsense", 0, "acc,none", 1 / 2, 0.586),
+    Benchmark("mmlu", "MMLU", "knowledge", 5, "acc,none", 1 / 4),
+    Benchmark(
+        "nq", "NQ", "knowledge", 5, "exact_match,remove_whitespace", 0.0,
+        note="Few-shot examples: the five training questions of the OLMES prompt, in a fixed order.",
+    ),
+    Benchmark(
+        "triviaqa", "TriviaQA", "knowledge", 5, "exact_match,remove_whitespace", 0.0,
+        note="The 7,993 questions of the Wikipedia part of the validation split; few-shot examples are drawn from the "
+        "same split, never the question asked.",
+    ),
+    Benchmark("arc_easy", "ARC-Easy", "science", 0, "acc_norm,none", 1 / 4, 0.739),
+    Benchmark("arc_challenge", "ARC-Challenge", "science", 0, "acc_norm,none", 1 / 4),
+    Benchmark("openbookqa", "OpenBookQA", "science", 0, "acc_norm,none", 1 / 4, 0.346),
+    Benchmark(
+        "boolq", "BoolQ", "reading", 0, "acc,none", 1 / 2, 0.602,
+        note="62% of the answers are yes: a model that always says yes is above the random-guess level.",
+    ),
+    Benchmark(
+        "drop", "DROP", "reading", 3, "f1,none", 0.0,
+        note="1,000 questions of the validation split. lm-eval's own few-shot examples print the answer's field names "
+        "instead of the answer; ours print the answer, and a blank line ends a generation.",
+    ),
+    Benchmark(
+        "gsm8k", "GSM8K", "reasoning", 8, "exact_match,strict-match", 0.0,
+        note="Chain of thought with the eight standard examples (lm-eval's gsm8k_cot).",
+    ),
+    Benchmark(
+        "bbh", "BBH", "reasoning", 2, "exact_match,none", 0.0,
+        note="SMOKE TEST, NOT A SCORE: the items are lm-eval's 81 few-shot exemplars (27 tasks, 3 each), every one "
+        "asked with the two others as examples. The customary setting is 6,511 items and 3 shots.",
+    ),
+)  # fmt: skip
+
+SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """Average over the 14 benchmarks, in points; None where not published."""
+
+    base: float | None = None
+    sft: float | None = None
+    qat: float | None = None
+    note: str = ""
+
+
+PUBLISHED_AVERAGES: dict[str, PublishedModel] = {
+    "MobileMoE-S": PublishedModel(46.5, 46.7, 44.0, "its QAT card says 43.9"),
+    "MobileMoE-M": PublishedModel(55.4, 55.3, 52.5, "its QAT card says 52.7"),
+    "MobileMoE-L": PublishedModel(59.8, 60.1, 57.8, "its QAT card says 58.1"),
+    "OLMoE-1B-7B": PublishedModel(52.4),
+    "MobileLLM-Pro": PublishedModel(47.0, note="one public summary prints 43.7"),
+    "Qwen3.5 2B": PublishedModel(53.3),
+    "SmolLM2 1.7B": PublishedModel(50.7),
+    "Gemma 3 270M": PublishedModel(33.5),
+}
+PUBLISHED_QAT_COST: dict[str, float] = {"MobileMoE-S": -2.7, "MobileMoE-M": -2.8, "MobileMoE-L": -2.3}
+"""Points the average of the 14 loses from BF16 SFT to INT4 QAT."""
+
+
+def suite(name: str) -> tuple[Benchmark, ...]:
+    """The benchmarks of a suite. ValueError names the suites there are."""
+    if name not in SUITES:
+        raise RefusedInput(f"evaluation.suite: {name!r} is not a suite; choose one of {', '.join(sorted(SUITES))}")
+    return SUITES[name]

@@ -1,0 +1,61 @@
+"""The packed expert weights of `llama::quantized_moe_ffn`: torchao's "universal" layout, for x86 and ARM alike.
+
+torchao packs it in a C++ op that its x86 wheel lacks (torchao/csrc/cpu/torch_free_kernels/weight_packing, nr 8, kr 16,
+sr 2). A matrix [rows, K] becomes 64 bytes of header and then tiles of 8 rows, the last one filled up with rows of zero.
+A tile holds, for every group along K: the values in chunks of 16 along K, 8 float32 scales, 8 int32 sums of the values.
+A chunk is 128 values, k 0-7 of rows 0 to 7 and then k 8-15 of rows 0 to 7, each plus 8; of every run of 32 values,
+byte i of 16 is value i | value i + 16 << 4. At group 32 that is 6 bits a weight, 5 at 64, 4.5 at 128.
+
+Shape suffixes: E experts, N rows (outputs), K columns (inputs), G groups of a row.
+"""
+
+import torch
+
+from core.errors import RefusedInput
+
+HEADER = (6712, 1, 4, 0, 0, 8, 16, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+"""Little-endian int32: magic, universal layout, bits, has zero points, has bias, nr, kr, sr."""
+
+TILE_ROWS, CHUNK = 8, 16
+
+
+def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
+    """Pack every expert's matrix.
+
+    Args:
+        q_ENK: int8 values in -8..7.
+        scale_ENG: float scales of K / G values each; K / G is a multiple of 32.
+
+    Returns:
+        uint8 [E, bytes of one expert].
+
+    Raises:
+        RefusedInput: K is not a multiple of the number of groups, or the group size not one of 32.
+    """
+    n_experts, n_rows, k = q_ENK.shape
+    n_groups = scale_ENG.shape[2]
+    group_size = k // n_groups
+    if k != n_groups * group_size or group_size % 32:
+        raise RefusedInput(
+            f"expert weights of {k} inputs in {n_groups} groups: the fused op takes groups of a multiple of 32 values"
+        )
+    filling = -n_rows % TILE_ROWS
+    q_ENK = torch.nn.functional.pad(q_ENK, (0, 0, 0, filling)).contiguous()
+    scale_ENG = torch.nn.functional.pad(scale_ENG.float(), (0, 0, 0, filling)).contiguous()
+    tiles = (n_rows + filling) // TILE_ROWS
+    # [E, tile, row, group, chunk, half, 8] -> [E, tile, group, chunk, half, row, 8]: 128 values a chunk, 4 runs of 32
+    values = q_ENK.view(n_experts, tiles, TILE_ROWS, n_groups, group_size // CHUNK, 2, 8).permute(0, 1, 3, 4, 5, 2, 6)
+    low, high = (values + 8).to(torch.uint8).reshape(n_experts, tiles, n_groups, -1, 2, 16).unbind(-2)
+    data = (low | (high << 4)).flatten(3)
+    sums = q_ENK.view(n_experts, tiles, TILE_ROWS, n_groups, group_size).sum(-1, dtype=torch.int32)
+    scales = scale_ENG.view(n_experts, tiles, TILE_ROWS, n_groups)
+    tail = [t.transpose(2, 3).contiguous().view(torch.uint8) for t in (scales, sums)]
+    body = torch.cat([data, *tail], dim=3).flatten(1)
+    header = torch.tensor(HEADER, dtype=torch.int32).view(torch.uint8).expand(n_experts, -1)
+    return torch.cat([header, body], dim=1)
+
+
+def blob_bytes(n_rows: int, k: int, group_size: int) -> int:
+    """Bytes of one packed matrix [n_rows, k], header included."""
+    tiles = -(-n_rows // TILE_ROWS)
+    return 4 * len(HEADER) + tiles * (k // group_size) * (TILE_ROWS * group_size // 2 + 2 * 4 * TILE_ROWS)

@@ -1,0 +1,137 @@
+"""Our own MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`: built on first use, loaded, declared to torch.
+
+It takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn` (eval/device/expert_blobs.py), rounds
+activations to INT8 as that op's ARM build does, and has AVX512-VNNI, AVX2 and portable kernels, chosen when it is
+loaded. The C++ lies beside this file and is compiled against headers and libraries of the installed executorch wheel.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from core.errors import RefusedInput
+
+SOURCES = ("moe_ffn.cpp", "tile_kernels.h")
+KERNELS = ("avx512_vnni", "avx2", "portable")
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
+    "-fno-signed-zeros", "-fassociative-math", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL",
+)  # fmt: skip
+"""-ffast-math is left out: linked into a library, it would flush denormals in the whole process."""
+
+_SCHEMA = (
+    "(Tensor x, Tensor gate_weight, Tensor expert_bias, Tensor packed_w13, Tensor packed_w2, "
+    "int num_activated_experts, int num_experts, int hidden_dim, int dim, int group_size, int weight_nbit, "
+    "str score_func, float route_scale"
+)
+
+
+def library_path() -> Path:
+    """The compiled library, built now if this source and this executorch wheel have not met before.
+
+    It lies in $MOBILEMOE_CACHE (or ~/.cache/mobilemoe) under `device_op/`, in a folder named by a hash of the sources,
+    the flags and the wheel's version.
+
+    Raises:
+        RefusedInput: no C++ compiler is on the path, or it fails.
+    """
+    import executorch
+
+    version = importlib.metadata.version("executorch")
+    here, wheel = Path(__file__).parent, Path(executorch.__path__[0])
+    content = b"".join((here / name).read_bytes() for name in SOURCES) + " ".join((*FLAGS, version)).encode()
+    cache = Path(os.environ.get("MOBILEMOE_CACHE", "~/.cache/mobilemoe")).expanduser()
+    library = cache / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
+    if not library.is_file():
+        _build(here / SOURCES[0], wheel, library)
+    return library
+
+
+def _build(source: Path, wheel: Path, library: Path) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise RefusedInput(
+            "the fast expert op is compiled on first use and no C++ compiler was found (g++, or what $CXX names); "
+            "install one (apt-get install g++), or export with --expert-op stock"
+        )
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as partial:
+        command = [compiler, *FLAGS, str(source), "-o", partial.name]
+        command += [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
+        command += [f"-L{wheel / 'lib'}", f"-Wl,-rpath,{wheel / 'lib'}"]
+        command += ["-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        os.unlink(partial.name)
+        raise RefusedInput(f"{compiler} could not build the fast expert op:\n{done.stderr[-2000:]}")
+    os.replace(partial.name, library)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library into this process, which registers the op with ExecuTorch's runtime; once is enough."""
+    from executorch.extension.pybindings import portable_lib  # noqa: F401  (the runtime the op registers with)
+
+    library = ctypes.CDLL(str(library_path()))
+    library.mobilemoe_kernel.restype = ctypes.c_char_p
+    library.mobilemoe_experts_read.restype = ctypes.c_int64
+    return library
+
+
+def run_kernel(
+    kernel: str,
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    packed_w13: torch.Tensor,
+    packed_w2: torch.Tensor,
+    *,
+    top_k: int,
+    expert_hidden: int,
+    group_size: int,
+    route_scale: float,
+) -> torch.Tensor:
+    """The routed experts' output [T, D], float32, by one of `KERNELS`; takes contiguous float32 tensors and blobs.
+
+    Raises:
+        RefusedInput: this processor does not have the kernel's instructions.
+    """
+    (n_tokens, d_model), n_experts = x_TD.shape, gate_ED.shape[0]
+    out_TD = torch.empty(n_tokens, d_model)
+    sizes = [ctypes.c_int64(n) for n in (n_tokens, d_model, expert_hidden, n_experts, top_k, group_size)]
+    inputs = [
+        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x_TD, gate_ED, bias_E, packed_w13, packed_w2)
+    ]
+    refused = load().mobilemoe_run(
+        kernel.encode(), *sizes, *inputs, ctypes.c_double(route_scale), ctypes.c_void_p(out_TD.data_ptr())
+    )
+    if refused:
+        raise RefusedInput(f"this processor does not have the kernel {kernel!r}; it has {load().mobilemoe_kernel()!r}")
+    return out_TD
+
+
+@functools.cache
+def declare() -> torch.library.Library:
+    """Declare the op to torch, so that a model that calls it can be exported; call before tracing."""
+    library = torch.library.Library("mobilemoe", "DEF")
+    library.define(f"quantized_moe_ffn{_SCHEMA}) -> Tensor")
+    library.define(f"quantized_moe_ffn.out{_SCHEMA}, *, Tensor(a!) out) -> Tensor(a!)")
+    library.impl("quantized_moe_ffn", _eager, "CPU")
+    library.impl("quantized_moe_ffn", lambda x, *_: torch.empty_like(x), "Meta")
+    library.impl("quantized_moe_ffn.out", lambda *_, out: out, "Meta")
+    return library
+
+
+def _eager(x, gate, bias, w13, w2, top_k, n_experts, hidden, dim, group_size, bits, score, route_scale):
+    return run_kernel(
+        load().mobilemoe_kernel().decode(), x.contiguous(), gate, bias if bias.numel() else None, w13, w2,
+        top_k=top_k, expert_hidden=hidden, group_size=group_size, route_scale=route_scale,
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""`mobilemoe profile`: speed and memory of an artifact on this machine, on real prompts.
+
+An artifact is a folder: an ExecuTorch program (model.pte), or a Hugging Face folder, INT4 or BF16. Every pair of domain
+and context is measured in a process of its own (eval/device/profile_worker.py); figures are medians over its repetitions.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+from core.errors import RefusedInput
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from eval.device import prompts
+from eval.export.hf import read_config
+from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+
+CONTEXTS = (512, 1024, 2048, 4096)
+N_ANSWER = 32
+"""Tokens decoded after the prompt; prompt and answer together are the context."""
+TIMEOUT_SECONDS = 1800
+
+
+def profile(
+    artifact: Path,
+    out: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    contexts: Iterable[int] | None = None,
+    repetitions: int = 3,
+    threads: int | None = None,
+    report: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Measure an artifact and write `profile.json`, `speed.png` and `memory.png` into `out`.
+
+    Args:
+        texts: domain -> prompt text; the three of `eval.device.prompts` if not given.
+        contexts: tokens of prompt and answer together; those of `CONTEXTS` the artifact has room for if not given.
+        threads: of the runtime; None leaves it to it.
+
+    Returns:
+        What profile.json holds: the artifact, the machine, and `measurements`, one a domain and context.
+
+    Raises:
+        RefusedInput: the folder is no artifact, or a context is too short for an answer or longer than the artifact's.
+    """
+    artifact = artifact.parent if artifact.suffix == ".pte" else artifact
+    about = describe(artifact)
+    room = about["context"]
+    chosen = sorted(contexts) if contexts is not None else [c for c in CONTEXTS if c <= room] or [room]
+    for context in chosen:
+        if not N_ANSWER < context <= room:
+            raise RefusedInput(f"--contexts {context}: {artifact} takes more than {N_ANSWER} and at most {room} tokens")
+    ids = prompts.token_ids(artifact, texts or prompts.texts(), about["vocab_size"], max(chosen))
+    todo = [(domain, context) for context in chosen for domain in ids]
+    measurements = []
+    for i, (domain, context) in enumerate(todo):
+        report(f"{domain}, {context} tokens", i, len(todo))
+        spec = {"artifact": str(artifact), "tokens": ids[domain][:context], "n_answer": N_ANSWER,
+                "repetitions": repetitions, "threads": threads}  # fmt: skip
+        measurements.append({"domain": domain, "context": context} | _figures(_measure(spec), context, about))
+    result = {
+        "artifact": about, "machine": {"cpu": _cpu_name(), "python": platform.python_version(), "threads": threads},
+        "repetitions": repetitions, "measurements": measurements,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "profile.json").write_text(json.dumps(result, indent=2) + "\n")
+    _draw(result, out)
+    return result
+
+
+def describe(artifact: Path) -> dict[str, Any]:
+    """Format, room and bytes of an artifact's folder, from its files and without loading it."""
+    if (artifact / "model.pte").is_file():
+        if not (artifact / "program.json").is_file():
+            raise RefusedInput(f"{artifact} has no program.json; give the whole folder that `mobilemoe export` wrote")
+        settings = json.loads((artifact / "program.json").read_text())
+        constants = settings["constant_methods"]
+        return {
+            "folder": artifact.name, "format": f"ExecuTorch, {settings['expert_op'] or 'dense'}",
+            "file_bytes": (artifact / "model.pte").stat().st_size, "context": constants["get_max_context_len"],
+            "vocab_size": constants["get_vocab_size"], "n_layers": constants["get_n_layers"], **settings["weights"],
+        }  # fmt: skip
+    config = read_config(artifact)
+    return {
+        "folder": artifact.name, "format": "BF16" if config.quantization is None else "INT4, dequantized to bfloat16",
+        "file_bytes": sum(p.stat().st_size for p in artifact.glob("*.safetensors")),
+        "context": config.max_position_embeddings, "vocab_size": config.vocab_size,
+        "n_layers": config.num_hidden_layers, **bf16_weights(config),
+    }  # fmt: skip
+
+
+def bf16_weights(config: MobileMoEConfig) -> dict[str, int]:
+    """Bytes a forward pass reads of a bfloat16 model: outside the routed experts, and of one expert of one layer.
+
+    The embedding counts as the output projection: all of it is read for every token's logits.
+    """
+    shapes = tensor_shapes(config)
+    experts = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name)
+    rest = sum(prod(shape) for shape in shapes.values()) - experts
+    n_experts = config.num_local_experts * config.num_hidden_layers
+    return {
+        "dense_bytes": 2 * rest,
+        "expert_bytes": 2 * experts // n_experts,
+        "experts_a_token": config.num_experts_per_tok,
+    }
+
+
+def _measure(spec: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "eval.device.profile_worker", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring {spec['artifact']} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _figures(raw: dict[str, Any], context: int, about: dict[str, Any]) -> dict[str, Any]:
+    n_prompt = context - N_ANSWER
+    prefill, decode = median(raw["prefill_seconds"]), median(raw["decode_seconds"])
+    read = raw["experts_read"]
+    by_answer = about["experts_a_token"] * about["n_layers"] if read is None else read["answer"] / N_ANSWER
+    return {
+        "load_seconds": raw["load_seconds"],
+        "ttft_seconds": prefill,
+        "prefill_tokens_per_second": n_prompt / prefill,
+        "decode_tokens_per_second": N_ANSWER / decode,
+        "peak_rss_bytes": raw["peak_bytes"],
+        "floor_rss_bytes": raw["floor_bytes"],
+        "weight_bytes_a_decoded_token": round(about["dense_bytes"] + by_answer * about["expert_bytes"]),
+        "weight_bytes_of_the_prompt": read and about["dense_bytes"] + read["prompt"] * about["expert_bytes"],
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The measurements for people."""
+    about = result["artifact"]
+    out = Table(title=f"{about['folder']} ({about['format']}, {about['file_bytes'] / 1e6:,.1f} MB)")
+    columns = (
+        "prompt",
+        "context",
+        "load s",
+        "TTFT s",
+        "prefill tok/s",
+        "decode tok/s",
+        "peak MB",
+        "above floor",
+        "MB/token",
+    )
+    for column in columns:
+        out.add_column(column, justify="left" if column == "prompt" else "right")
+    for m in result["measurements"]:
+        out.add_row(
+            m["domain"], str(m["context"]), f"{m['load_seconds']:.2f}", f"{m['ttft_seconds']:.3f}",
+            f"{m['prefill_tokens_per_second']:,.0f}", f"{m['decode_tokens_per_second']:,.1f}",
+            f"{m['peak_rss_bytes'] / 1e6:,.0f}", f"{(m['peak_rss_bytes'] - m['floor_rss_bytes']) / 1e6:,.0f}",
+            f"{m['weight_bytes_a_decoded_token'] / 1e6:,.1f}",
+        )  # fmt: skip
+    return out
+
+
+def _draw(result: dict[str, Any], out: Path) -> None:
+    panels = {
+        "speed.png": (
+            ("prefill_tokens_per_second", "prefill, tokens/s"),
+            ("decode_tokens_per_second", "decode, tokens/s"),
+        ),
+        "memory.png": (("peak_rss_bytes", "peak resident, bytes"), ("ttft_seconds", "time to first token, s")),
+    }
+    domains = list(dict.fromkeys(m["domain"] for m in result["measurements"]))
+    for name, keys in panels.items():
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        for axis, (key, label) in zip(axes, keys, strict=True):
+            for domain in domains:
+                points = [(m["context"], m[key]) for m in result["measurements"] if m["domain"] == domain]
+                axis.plot(*zip(*points, strict=True), marker="o", label=domain)
+            axis.set(xlabel="prompt and answer, tokens", ylabel=label, ylim=(0, None))
+        axes[0].legend()
+        figure.suptitle(f"{result['artifact']['folder']}, {result['artifact']['format']}")
+        figure.tight_layout()
+        figure.savefig(out / name, dpi=120)
+        plt.close(figure)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,39 @@
+"""Prompts of three domains for profiling, as token ids of any model."""
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from core.errors import RefusedInput
+
+DOMAINS = ("knowledge", "code", "maths")
+DUMMY = "repeated token"
+"""The prompt that is one token over and over: a MoE reads few of its experts for it, which flatters its memory."""
+
+
+def texts() -> dict[str, str]:
+    """Domain -> text, about 3,000 characters each, written for this purpose."""
+    return {domain: (Path(__file__).parent / f"{domain}.txt").read_text() for domain in DOMAINS}
+
+
+def token_ids(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
+    """Domain -> `length` token ids, and the dummy; a text that is too short starts again from its beginning.
+
+    Through the artifact's tokenizer. A baseline of random weights has none: then the checksum of every word, the space
+    before it included, is its id, which keeps how often and in which order words recur.
+    """
+    if (artifact / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(artifact)
+        ids = {domain: tokenizer(text)["input_ids"] for domain, text in texts.items()}
+    else:
+        words = {domain: re.findall(r"\s?\w+|\W", text) for domain, text in texts.items()}
+        ids = {domain: [zlib.crc32(w.encode()) % vocab_size for w in found] for domain, found in words.items()}
+    for domain, found in ids.items():
+        if not found:
+            raise RefusedInput(f"the prompt of domain {domain!r} is empty; give it some text")
+    repeated = {domain: (found * (length // len(found) + 1))[:length] for domain, found in ids.items()}
+    first = next(iter(repeated.values()))[0]
+    return repeated | {DUMMY: [first] * length}

@@ -1,0 +1,68 @@
+"""Run an exported ExecuTorch program here, through ExecuTorch's Python runtime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import RefusedInput
+from eval.device import expert_op
+
+
+class DeviceProgram:
+    """A loaded program; keeps the KV cache of one conversation.
+
+    Loading registers the ops the program calls: ExecuTorch's custom and quantized ones, and ours if it uses it.
+
+    Args:
+        path: the .pte file.
+        threads: of ExecuTorch's thread pool; None leaves it as it is (one a performance core).
+
+    Raises:
+        RefusedInput: no such file, or it needs our op and no compiler is here.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None):
+        if not Path(path).is_file():
+            raise RefusedInput(f"{path}: no such program; give a .pte file, or a folder that holds model.pte")
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+        from executorch.extension.pybindings import portable_lib
+        from executorch.kernels import quantized  # noqa: F401
+        from executorch.runtime import Runtime
+
+        if threads is not None:
+            portable_lib._unsafe_reset_threadpool(threads)
+        self._program = Runtime.get().load_program(Path(path))
+        self.uses_fast_op = bool(self.constant("uses_fast_expert_op", False))
+        if self.uses_fast_op:
+            expert_op.load()
+        self._forward = self._program.load_method("forward")
+        self.context: int = self.constant("get_max_context_len")
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """What a constant method gives; `default` where the program has none of that name."""
+        if name not in self._program.method_names:
+            return default
+        values = self._program.load_method(name).execute([])
+        return values[0] if len(values) == 1 else list(values)
+
+    def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """float32 logits [vocab] after `tokens`, which start at `position`; what came before is in the cache.
+
+        Raises:
+            RefusedInput: more tokens than the context, or all of it in one call, which takes one less.
+        """
+        if position + len(tokens) > self.context or len(tokens) == self.context:
+            raise RefusedInput(
+                f"{position + len(tokens)} tokens: the program's context is {self.context}, and one less in one call"
+            )
+        inputs = (torch.tensor([list(tokens)]), torch.tensor([position]))
+        return self._forward.execute(inputs)[0][0]
+
+    def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The most likely continuation, token by token, without looking at stop tokens."""
+        new = [int(self.logits(prompt, 0).argmax())]
+        while len(new) < max_new_tokens:
+            new.append(int(self.logits(new[-1:], len(prompt) + len(new) - 1).argmax()))
+        return new
