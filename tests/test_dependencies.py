@@ -1,5 +1,6 @@
-"""Tests that pyproject.toml declares every package that is imported, and that requirements.lock pins what it declares."""
+"""Tests that pyproject.toml declares every imported package, and that requirements.lock pins what it declares."""
 
+import functools
 import re
 import sys
 import tomllib
@@ -28,6 +29,12 @@ def find_third_party(folder: str) -> dict[str, str]:
     return modules
 
 
+@functools.cache
+def read_distributions() -> dict[str, list[str]]:
+    """Return top-level module -> installed distributions; a second to read, so it is read once."""
+    return dict(packages_distributions())
+
+
 def find_distributions(module: str) -> set[str]:
     """Return the normalised names of the installed distributions that a module can be from.
 
@@ -35,17 +42,17 @@ def find_distributions(module: str) -> set[str]:
     folder of the module's name are returned.
     """
     parts = module.split(".")
-    found = set(packages_distributions().get(parts[0], ()))
+    found = set(read_distributions().get(parts[0], ()))
     for depth in range(2, len(parts) + 1):
+        if len(found) == 1:
+            break
         prefix = "/".join(parts[:depth])
         holders = {
             name
             for name in found
             if any(str(path).startswith((f"{prefix}/", f"{prefix}.py")) for path in distribution(name).files or ())
         }
-        if len(found) == 1 or not holders:
-            break
-        found = holders
+        found = holders or found
     return {normalize(name) for name in found}
 
 
