@@ -68,7 +68,7 @@ def test_tcmalloc_in_one_piece_uses_what_was_written_to_before():
 
 @needs_tcmalloc
 def test_tcmalloc_as_it_is_prefers_what_is_left_of_its_growth():
-    """When this fails, `_grow_in_one_piece` can go."""
+    """When this fails, `_reserve_addresses` can go."""
     assert peak_and_faults(allocator_environment())[0] >= NEEDED_MB + 80
 
 

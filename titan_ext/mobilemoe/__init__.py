@@ -4,35 +4,35 @@ Initial weights: normal with std 0.02; projections into the residual stream are 
 torchtitan's Qwen3 does. The paper does not state its initialisation.
 """
 
-from titan_ext.cpu import adaptations
+import torch.nn as nn
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear
+from torchtitan.models.common.attention import QKVLinear
+from torchtitan.models.common.config_utils import get_attention_config, make_token_dispatcher_config
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.nn_modules import RMSNorm
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.module import Module
 
-adaptations.apply()
+from titan_ext.config import ModelDims
+from titan_ext.cpu.device import IS_CPU, use_cpu
+from titan_ext.cpu.init import normal_init
+from titan_ext.mobilemoe.attention import Attention, DocumentAttention
+from titan_ext.mobilemoe.capacity_dispatch import CapacityRoutedExperts, CapacityTokenDispatcher
+from titan_ext.mobilemoe.load_metrics import register_load_recording_hook
+from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel
+from titan_ext.mobilemoe.moe import Experts, RouterGate
+from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe
+from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter
+from titan_ext.mobilemoe.tied_embedding_pp import exclude_tied_replica
 
-import torch.nn as nn  # noqa: E402
-from torchtitan.components.optimizer import register_moe_load_balancing_hook  # noqa: E402
-from torchtitan.distributed.pipeline_parallel import pipeline_llm  # noqa: E402
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear  # noqa: E402
-from torchtitan.models.common.attention import QKVLinear  # noqa: E402
-from torchtitan.models.common.config_utils import get_attention_config, make_token_dispatcher_config  # noqa: E402
-from torchtitan.models.common.feed_forward import FeedForward  # noqa: E402
-from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter  # noqa: E402
-from torchtitan.models.common.nn_modules import RMSNorm  # noqa: E402
-from torchtitan.models.common.param_init import skip_param_init  # noqa: E402
-from torchtitan.protocols.model_spec import ModelSpec  # noqa: E402
-from torchtitan.protocols.module import Module  # noqa: E402
-
-from titan_ext.config import ModelDims  # noqa: E402
-from titan_ext.mobilemoe.attention import Attention, DocumentAttention  # noqa: E402
-from titan_ext.mobilemoe.capacity_dispatch import CapacityRoutedExperts, CapacityTokenDispatcher  # noqa: E402
-from titan_ext.mobilemoe.load_metrics import register_load_recording_hook  # noqa: E402
-from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel  # noqa: E402
-from titan_ext.mobilemoe.moe import Experts, RouterGate  # noqa: E402
-from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe  # noqa: E402
-from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter  # noqa: E402
-from titan_ext.mobilemoe.tied_embedding_pp import leave_replica_to_owner  # noqa: E402
+use_cpu()  # everything that builds a model imports this package
 
 _INIT_STD = 0.02
-_INIT = {"weight": adaptations.normal_init(_INIT_STD)}
+_INIT = {"weight": normal_init(_INIT_STD)}
 
 
 def model_config(
@@ -53,7 +53,7 @@ def model_config(
         attention_backend: flex or varlen on a GPU; None takes flex there and masked SDPA on the CPU.
     """
     residual_std = _INIT_STD / (2 * dims.n_layers) ** 0.5
-    residual_init = {"weight": adaptations.normal_init(residual_std)}
+    residual_init = {"weight": normal_init(residual_std)}
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=dims.d_model, eps=dims.norm_eps, param_init={"weight": nn.init.ones_})
@@ -95,14 +95,15 @@ def model_spec(config: MobileMoEModel.Config, flavor: str) -> ModelSpec:
 
 def _finish_optimizers(optimizers, model_parts, parallel_dims) -> None:
     if parallel_dims.pp_enabled:
-        leave_replica_to_owner(optimizers)
-    # Recording first: torchtitan's hook updates the bias and then clears the counts.
+        exclude_tied_replica(optimizers)
+    # The recording hook comes first: torchtitan's hook, which updates the expert bias (loss-free load balancing) at
+    # every optimizer step, clears the token counts. It is in torchtitan/components/optimizer/optimizer.py.
     register_load_recording_hook(optimizers, model_parts)
     register_moe_load_balancing_hook(optimizers, model_parts, parallel_dims)
 
 
 def _inner_attention(backend: str | None) -> Module.Config:
-    if backend is None and adaptations.IS_CPU:
+    if backend is None and IS_CPU:
         return DocumentAttention.Config()
     return get_attention_config(backend or "flex")
 

@@ -106,7 +106,7 @@ SHORT_DOCUMENT = 512
 CPU; at 2,048 tokens it gains nothing."""
 QUERY_BLOCK = 128
 LENGTH_MULTIPLE = 64
-"""Lengths are filled up to it, or oneDNN would prepare its kernels for every length anew (titan_ext/cpu/adaptations.py, 10)."""
+"""Lengths are filled up to it, or oneDNN would prepare its kernels for every length anew (10 in titan_ext/cpu)."""
 
 
 def _attend_in_blocks(

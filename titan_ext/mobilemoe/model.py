@@ -7,7 +7,7 @@ import torch.nn as nn
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
-from titan_ext.cpu import adaptations
+from titan_ext.cpu.device import IS_CPU
 from titan_ext.mobilemoe.attention import DocumentAttention, document_lengths, document_mask_of_rank
 
 
@@ -74,7 +74,7 @@ class MobileMoEModel(Decoder):
 
         Together the stages then start where one process does. torchtitan gives each stage another seed.
         """
-        if self.enable_weight_tying or self.config.seed is None or not adaptations.IS_CPU:
+        if self.enable_weight_tying or self.config.seed is None or not IS_CPU:
             super().init_states(buffer_device=buffer_device)
             return
         torch.manual_seed(self.config.seed)

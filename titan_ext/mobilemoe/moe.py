@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 
-from titan_ext.cpu import adaptations
+from titan_ext.cpu.device import IS_CPU
+from titan_ext.cpu.kernels import pad_groups
 from titan_ext.dtensor import local
 from titan_ext.mobilemoe.router_z_loss import attach_router_z_loss
 
@@ -80,14 +81,12 @@ class Experts(GroupedExperts):
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in self.local_weights())
-        if (
-            adaptations.IS_CPU and not torch.compiler.is_compiling() and x_RD.shape[0] == 0
-        ):  # one graph cannot branch on rows
+        if IS_CPU and not torch.compiler.is_compiling() and x_RD.shape[0] == 0:  # one graph cannot branch on rows
             # grouped_mm's backward fails without rows; the weights still need a gradient for FSDP's reduction.
             return x_RD + 0.0 * (w1_EFD.sum() + w2_EDF.sum() + w3_EFD.sum())
         rows_R = None
-        if adaptations.IS_CPU and x_RD.dtype == torch.bfloat16:
-            x_RD, num_tokens_per_expert_E, rows_R = adaptations.pad_groups(x_RD, num_tokens_per_expert_E)
+        if IS_CPU and x_RD.dtype == torch.bfloat16:
+            x_RD, num_tokens_per_expert_E, rows_R = pad_groups(x_RD, num_tokens_per_expert_E)
         offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         x_RD = self.product_input(x_RD)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offsets_E)
