@@ -70,7 +70,7 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
     from titan_ext.config import FLAVORS, ParallelConfig
     from titan_ext.memory import estimate_memory
     from titan_ext.training.schedules import published_stages
-    from titan_ext.training.trainer_config import trainer_config
+    from titan_ext.training.trainer_config import build_trainer_config
 
     torch.set_num_threads(2)
     parallel = ParallelConfig(**layout)
@@ -84,7 +84,7 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        config = trainer_config(
+        config = build_trainer_config(
             model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
             tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
         )  # fmt: skip
@@ -115,7 +115,7 @@ def prepare(config) -> tuple[object, Callable[[], None]]:
         Trainer.forward_backward_step(
             trainer, input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(labels.numel())
         )
-        trainer.optimizers._optimizers.step()
+        trainer.optimizers.step()
         trainer.optimizers.zero_grad()
 
     return trainer, step
