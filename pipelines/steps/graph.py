@@ -19,7 +19,7 @@ from pipelines.recipe import Recipe, to_dict
 from pipelines.steps import work
 from pipelines.steps.package_cache import Requirement, fetch, sha256
 from titan_ext.config import StageConfig
-from titan_ext.training.stage_spec import StageRun, final_checkpoint
+from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 
 if TYPE_CHECKING:
     from pipelines.ray.cluster import Cluster
@@ -190,12 +190,12 @@ def train(context: Context, name: str) -> dict:
     if name == STAGES[0] and recipe.initial_model and not (run / INITIAL).exists():
         _task(context, "import", work.import_model, (Path(recipe.initial_model).absolute(), run / INITIAL), cpus=1)
     if stage.steps:
-        stage_run = StageRun(
+        stage_spec = StageSpec(
             name=name, model=recipe.model, stage=without_empty_domains(stage), parallel=recipe.parallel,
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=given_to(recipe, run, name),
             seed=recipe.seed,
         )  # fmt: skip
-        context.cluster.run_gang(work.run_stage, stage_run, name=name)
+        context.cluster.run_gang(work.run_stage, stage_spec, name=name)
     return {"checkpoint": str(left_by(recipe, run, name).relative_to(run))}
 
 
@@ -210,7 +210,7 @@ def given_to(recipe: Recipe, run: Path, name: str) -> Path | None:
 def left_by(recipe: Recipe, run: Path, name: str) -> Path:
     """The last checkpoint of a stage; one without steps passes on what it was given."""
     steps = recipe.stages.of(name).steps
-    checkpoint = final_checkpoint(run / STAGE_FOLDERS[name], steps) if steps else given_to(recipe, run, name)
+    checkpoint = find_final_checkpoint(run / STAGE_FOLDERS[name], steps) if steps else given_to(recipe, run, name)
     assert checkpoint is not None, f"validate refuses a {name} stage of no steps that is given no weights"
     return checkpoint
 

@@ -12,7 +12,7 @@ from pipelines.engine.steps import whole
 from titan_ext.config import ModelDims
 
 if TYPE_CHECKING:
-    from titan_ext.training.stage_spec import StageRun
+    from titan_ext.training.stage_spec import StageSpec
 
 
 def prepare_items(packages: dict[str, Path], out: Path, report: ProgressFile, allow_missing: bool) -> dict:
@@ -43,11 +43,11 @@ def import_model(folder: Path, out: Path) -> None:
     import_folder(folder, out)
 
 
-def run_stage(run: "StageRun") -> None:
+def run_stage(spec: "StageSpec") -> None:
     """One rank of a training stage."""
     from titan_ext.training import train
 
-    train.run_stage(run)
+    train.run_stage(spec)
 
 
 def export_bf16(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from test_recipes import change
 
+from core.stages import STAGES
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import read_config, write_hf_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
@@ -16,9 +17,8 @@ from pipelines.recipe import ClusterConfig
 from pipelines.steps import graph
 from pipelines.validate import find_problems
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
-from tests.titan_ext.launch import write_data
+from tests.titan_ext.stage_data import write_data
 from titan_ext.config import FLAVORS, QATConfig
-from titan_ext.training.schedules import STAGES
 
 
 @pytest.fixture
