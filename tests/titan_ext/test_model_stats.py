@@ -13,7 +13,7 @@ from titan_ext.model_stats import (
     count_parameters,
     inference_flops_per_token,
     kv_cache_bytes,
-    layers_of_stages,
+    split_layers,
     training_flops_per_token,
 )
 
@@ -73,9 +73,9 @@ def test_training_costs_about_six_flops_a_parameter_and_token():
     [("S", [20]), ("S", [16, 4]), ("S", [7, 6, 6, 1]), ("M", [17, 9]), ("tiny", [1, 1, 1, 1])],
 )
 def test_stages_of_a_pipeline_share_layers_and_projection_evenly(flavor, layers):
-    assert layers_of_stages(FLAVORS[flavor], len(layers)) == layers
+    assert split_layers(FLAVORS[flavor], len(layers)) == layers
 
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="5 pipeline stages: a model of 4 layers has no layer for each"):
-        layers_of_stages(FLAVORS["tiny"], 5)
+        split_layers(FLAVORS["tiny"], 5)
