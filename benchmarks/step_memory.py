@@ -35,7 +35,7 @@ BATCHES = {"4 x 1,024 tokens": (4, 1024, None), "16 x 1,024 tokens, capacity 1.5
 FLOOR = "floor"
 GIVEN_BACK = {"TCMALLOC_AGGRESSIVE_DECOMMIT": "true"}
 WAYS: dict[str, dict[str, str]] = {"tensors": {}, "resident": {}, "resident, given back": GIVEN_BACK}
-"""What is measured -> the environment it is measured in."""
+"""Kind of measurement -> environment variables of the process that measures."""
 STEPS = 4
 VOCAB_SIZE, N_LAYERS = 16_384, 2
 TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_token": "a"}}
@@ -93,7 +93,7 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
 
 
 def balanced_counts(dispatcher, counts_E, group, ep_size: int):
-    """What rank 0's experts are sent when all have the same load; the fake exchange would leave it undefined."""
+    """Return the counts that rank 0's experts get at equal load; the fake exchange would leave them undefined."""
     return (counts_E.sum() // counts_E.numel()).expand(ep_size, counts_E.numel() // ep_size).contiguous()
 
 

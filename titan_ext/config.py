@@ -111,7 +111,7 @@ class StageConfig:
     heldout_interval: int = 500
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
-    """Number of global batches of held-out data a measurement."""
+    """Global batches of held-out data a measurement."""
     qat: QATConfig | None = None
 
 

@@ -81,7 +81,7 @@ def test_no_torchtitan_module_holds_cuda():
 
 @pytest.mark.skipif(not IS_CPU, reason="an accelerator is present: torchtitan uses it as it is")
 def test_torchtitan_chooses_the_cpu():
-    """Its memory monitor takes the device as an argument: the default of that argument was "cuda:0" at import."""
+    """The memory monitor gets the device as an argument: the default of that argument was "cuda:0" at import."""
     import titan_ext.mobilemoe
 
     assert titan_ext.mobilemoe.IS_CPU

@@ -139,7 +139,7 @@ def test_published_stages_build_and_step(layout, backend, data, tmp_path):
 
 
 def test_published_stages_compile(data, tmp_path):
-    """As on a GPU: a block is one graph under `spmd_types`, recomputed selectively; without the type checker."""
+    """A block is one graph under `spmd_types`, recomputed selectively, as on a GPU; the type checker is off."""
     stage = dataclasses.replace(STAGE, global_batch_size=2048)
     parallel = ParallelConfig(world_size=64, expert_parallel=4, compile=True, activation_checkpoint="selective")
     spec = StageSpec("spmd_types", DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)

@@ -1,4 +1,4 @@
-"""What the guard lets pass: finite numbers within sigma of the last steps, and nothing else."""
+"""The guard accepts finite numbers within sigma of the last steps, and nothing else."""
 
 import math
 

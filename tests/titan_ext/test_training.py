@@ -155,7 +155,7 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
 
 
 def test_two_runs_from_one_seed_are_equal_bitwise(data, tmp_path):
-    """In bfloat16 with drop-and-pad, the numerics of the text stages; another seed gives other weights."""
+    """Training runs in bfloat16 with drop-and-pad, as in the text stages; another seed gives other weights."""
     stage = dataclasses.replace(STAGE, steps=5, checkpoint_interval=5, heldout_interval=5, capacity_factor=1.5)
     parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="bfloat16", deterministic=True)
     ends = []

@@ -68,9 +68,9 @@ def build_trainer_config(
         hf_assets_path=tokenizer,
         dump_folder=out,
         loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
-        teacher=_plain_model_config(model, stage) if _uses_distillation(stage) else None,
+        teacher=_plain_model_config(model, stage) if _distills(stage) else None,
         # Before every update StageTrainer asks its callbacks (spike_guard.py); the optimizers skip it if one says so.
-        # The expert bias is updated by torchtitan's hook, which titan_ext/mobilemoe/__init__.py registers.
+        # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
         optimizer=_optimizer_config(stage),
         # The learning-rate schedule is torchtitan's (components/optimizer/lr_scheduler.py): linear warm-up, then decay
         # by `decay_type` down to `min_lr_factor` at the last step. The values of every stage are in schedules.py.
@@ -167,12 +167,12 @@ def _plain_model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.
     )
 
 
-def _uses_distillation(stage: StageConfig) -> bool:
+def _distills(stage: StageConfig) -> bool:
     return stage.qat is not None and stage.qat.distillation_weight > 0
 
 
 def _loss_config(model: ModelDims, stage: StageConfig) -> CrossEntropyLoss.Config:
-    if _uses_distillation(stage):
+    if _distills(stage):
         return DistilledCrossEntropy.Config(global_vocab_size=model.vocab_size, weight=stage.qat.distillation_weight)
     return CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)
 
