@@ -1,4 +1,4 @@
-"""The loader over object stores: the same batches as from the folder, and damage found before it is trained on."""
+"""The loader over object stores: it yields the batches of the folder, and finds damage before it yields a batch."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def flip(content: bytes) -> bytes:
 def test_an_object_store_gives_what_its_folder_gives(store, stage, cache, tmp_path):
     expected = sequences([build(stage, cache, mixture=MATH)], 4 * G)
     np.testing.assert_array_equal(sequences([build(store.address, tmp_path, mixture=MATH)], 4 * G), expected)
-    # On the second start, over a cache that somebody damaged meanwhile, the store is asked again.
+    # The second start finds that the cache was damaged meanwhile, and downloads again.
     for shard in tmp_path.glob("*/*.mds"):
         shard.write_bytes(flip(shard.read_bytes()))
     np.testing.assert_array_equal(sequences([build(store.address, tmp_path, mixture=MATH)], 4 * G), expected)

@@ -1,4 +1,4 @@
-"""Lanes and packing against a plain packer that goes token by token, and against the rules themselves."""
+"""Lanes and packing against a plain packer that goes token by token, and against the rules of packing."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,12 +13,12 @@ from titan_ext.loader.domain import Document, EpochOrder
 from titan_ext.loader.packing import IGNORE_INDEX, Lane, LaneState, compute_initial_deficits, write_sequence
 
 PAD = 7
-STRIDE = 1000  # token i of document n is n * STRIDE + i + STRIDE: every token says where it comes from
+STRIDE = 1000  # token i of document n is (n + 1) * STRIDE + i, so a token shows which document it is from
 
 
 @dataclass
 class ListDomain:
-    """Documents in memory, in their order."""
+    """A domain of documents in memory, which always come in the same order."""
 
     name: str
     documents: list[Document]
@@ -158,12 +158,12 @@ def test_shares_stay_within_a_document_of_the_mixture(lengths, shares, index):
         lane.next_sequence()
         ahead = np.array(lane.state.tokens) - np.array(weights) * sum(lane.state.tokens)
         assert ahead.max() <= slack
-        # What one domain lacks the others are ahead.
+        # The deficit of one domain is the surplus of the others.
         assert ahead.min() >= -slack * (len(domains) - 1)
 
 
 def test_every_batch_is_close_to_the_mixture_from_the_first_on():
-    """Lanes that began alike would go through the domains in step: a batch of one domain, then a batch of another."""
+    """Without initial deficits all lanes draw from the same domain at the same time, and a batch holds one domain."""
     rng = np.random.default_rng(0)
     domains = make_domains([rng.integers(mean // 2, mean * 2, 200) for mean in (30, 60, 30, 15)])
     weights = [0.6, 0.2, 0.1, 0.1]

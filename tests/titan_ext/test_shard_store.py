@@ -134,7 +134,7 @@ def test_a_process_that_ends_while_shards_are_prepared_ends_well(tmp_path):
 
 
 def test_reading_shards_needs_no_training_stack():
-    """eval reads held-out shards through the store; torchtitan would add seconds to its start."""
+    """A program that only reads shards, as the held-out loss does, must not wait for the import of torchtitan."""
     script = "import sys, titan_ext.loader.domain; print(sorted({'torchtitan', 'torchao'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"

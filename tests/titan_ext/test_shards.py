@@ -1,4 +1,4 @@
-"""Shards that are damaged, cached by several processes, or left by a killed one; checkpoints of several ranks."""
+"""Damaged shards, a cache that several processes share or a killed one left, and checkpoints of several ranks."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""StreamingLoader over real MDS folders: order on any number of ranks, mixture, resume, refusals."""
+"""StreamingLoader over real MDS folders: order on any number of ranks, mixture, resume, refused input."""
 
 import shutil
 from itertools import islice
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from streaming import MDSWriter, Stream
-from streaming.base.world import World
 
 from core.errors import RefusedInput
 from tests.titan_ext.stage_of_shards import (
@@ -21,6 +20,7 @@ from tests.titan_ext.stage_of_shards import (
     sequences,
     write_domain,
 )
+from titan_ext.compat import load_shard_readers
 from titan_ext.loader.packing import IGNORE_INDEX
 
 
@@ -126,7 +126,7 @@ def read_documents(folder):
     stream = Stream(remote=str(folder), local=str(copy), validate_hash="xxh64", keep_zip=False, download_retry=1,
                     download_timeout=10)  # fmt: skip
     documents = []
-    for reader in stream.get_shards(World(1, 1, 1, 0), False):
+    for reader in load_shard_readers(stream):
         stream.prepare_shard(reader)
         documents += [reader.get_item(i)["tokens"].tolist() for i in range(len(reader))]
     return documents

@@ -127,8 +127,8 @@ class StreamingLoader(BaseDataLoader):
         torch.distributed.checkpoint merges the entries of all ranks by their keys. A run on another number of ranks
         loads the entries of its own lanes.
         """
-        lanes = {self._lane_key(j): json.dumps(asdict(self._states[j])) for j in self._own_lanes()}
-        return {"sequences": self._sequences, "identity": json.dumps(self._identity()), **lanes}
+        lanes = {self._name_lane(j): json.dumps(asdict(self._states[j])) for j in self._list_own_lanes()}
+        return {"sequences": self._sequences, "identity": json.dumps(self._describe_order()), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; an empty one means the beginning.
@@ -149,12 +149,12 @@ class StreamingLoader(BaseDataLoader):
                 "cannot begin there. Resume with the ranks and local_batch_size of before, or from a checkpoint "
                 "between two steps"
             )
-        missing = [key for key in map(self._lane_key, self._own_lanes()) if key not in state_dict]
+        missing = [key for key in map(self._name_lane, self._list_own_lanes()) if key not in state_dict]
         if missing:
             raise RefusedInput(f"the loader's state lacks {missing[0]}: merge the states of all ranks it was taken on")
         self._sequences = state_dict["sequences"]
-        for j in self._own_lanes():
-            self._states[j] = LaneState(**json.loads(state_dict[self._lane_key(j)]))
+        for j in self._list_own_lanes():
+            self._states[j] = LaneState(**json.loads(state_dict[self._name_lane(j)]))
 
     def statistics(self) -> dict[str, Any]:
         """Count what this rank's lanes have yielded since the first step of the stage, resumes included.
@@ -166,7 +166,7 @@ class StreamingLoader(BaseDataLoader):
             positions}, "epochs": {domain: documents drawn by all lanes, estimated from this rank's, divided by the
             domain's number of documents}}.
         """
-        states = [self._states[j] for j in self._own_lanes()]
+        states = [self._states[j] for j in self._list_own_lanes()]
         total = Counter()
         for state in states:
             total.update(
@@ -189,21 +189,22 @@ class StreamingLoader(BaseDataLoader):
         """Set the state to the beginning: no batch was taken."""
         zeros = [0] * len(self._domains)
         self._sequences, self._ended = 0, False
-        self._states = {j: LaneState(draws=list(zeros), tokens=list(zeros)) for j in self._own_lanes()}
+        self._states = {j: LaneState(draws=list(zeros), tokens=list(zeros)) for j in self._list_own_lanes()}
 
-    def _own_lanes(self) -> list[int]:
+    def _list_own_lanes(self) -> list[int]:
         """Return the numbers of the lanes that this rank packs."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         if not self._config.infinite:
             return [0]
         return [j for j in range(self._num_lanes) if j // B % R == r]
 
-    def _lane_key(self, lane: int) -> str:
+    def _name_lane(self, lane: int) -> str:
+        """Return the key of a lane's entry in the state."""
         # DCP refuses a checkpoint of another global batch size with a missing key. The number of lanes in the key makes
         # that message clear.
         return f"lane_{lane:05d}_of_{self._num_lanes:05d}"
 
-    def _identity(self) -> dict[str, Any]:
+    def _describe_order(self) -> dict[str, Any]:
         """Return all settings that the order of the sequences depends on. A state is valid for the same ones only."""
         return {
             "seed": self._config.seed,
@@ -215,7 +216,7 @@ class StreamingLoader(BaseDataLoader):
         }
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
-        own = self._identity()
+        own = self._describe_order()
         differing = [
             f"{name}: {saved.get(name)} in the checkpoint, {own[name]} now"
             for name in own
@@ -265,6 +266,7 @@ class StreamingLoader(BaseDataLoader):
             packer.shutdown(wait=False, cancel_futures=True)
 
     def _pack_endlessly(self, lanes: dict[int, Lane], sequences: int) -> Iterator[_Batch]:
+        """Yield micro-batches without end, of which `sequences` sequences (over all ranks) have been yielded before."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             first = sequences % self._num_lanes + r * B
@@ -273,6 +275,7 @@ class StreamingLoader(BaseDataLoader):
             sequences += R * B
 
     def _pack_single_pass(self, lane: Lane) -> Iterator[_Batch]:
+        """Yield this rank's micro-batches of one pass. Every rank packs all sequences and keeps its own."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             rows = [lane.next_sequence() for _ in range(R * B)]
