@@ -1,4 +1,4 @@
-"""Object stores of this machine: each context gives a folder's files an address that streaming downloads from."""
+"""Object stores that run on this machine: each context serves a folder's files at an address for streaming."""
 
 import hashlib
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ class Store(NamedTuple):
     delete: callable
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager
 def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """moto's server."""
+    """Serve the folder through moto's S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
@@ -50,7 +50,7 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
         def delete(name: str) -> None:
             client.delete_object(Bucket="bucket", Key=f"run/{name}")
 
-        for name, content in files_of(folder).items():
+        for name, content in read_files(folder).items():
             put(name, content)
         yield Store("s3://bucket/run", put, delete)
     finally:
@@ -59,7 +59,7 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @contextmanager
 def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here."""
+    """Serve the folder through gcp-storage-emulator, with anonymous credentials, because it has no accounts."""
     server = create_server("127.0.0.1", 0, in_memory=True)
     server.start()
     try:
@@ -75,7 +75,7 @@ def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
         def delete(name: str) -> None:
             bucket.blob(f"run/{name}").delete()
 
-        for name, content in files_of(folder).items():
+        for name, content in read_files(folder).items():
             put(name, content)
         yield Store("gs://bucket/run", put, delete)
     finally:
@@ -84,8 +84,8 @@ def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @contextmanager
 def hf(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """What hf_hub_download asks of a hub: HEAD and GET of resolve/, with the headers it needs."""
-    files = files_of(folder)
+    """Serve the folder as a hub does for hf_hub_download: HEAD and GET of resolve/, with the headers it needs."""
+    files = read_files(folder)
     prefix = "/datasets/org/name/resolve/main/run/"
 
     class Handler(BaseHTTPRequestHandler):
@@ -112,7 +112,7 @@ def hf(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
     try:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        # The hub's address is read from the environment when the library is imported, which has happened.
+        # The library reads the hub's address from the environment at import, which has happened already.
         patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         patch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield Store("hf://datasets/org/name/run", files.__setitem__, files.pop)

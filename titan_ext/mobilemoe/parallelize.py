@@ -1,4 +1,4 @@
-"""Applies expert, tensor and data parallelism, activation checkpointing and compile to a MobileMoE."""
+"""Expert, tensor, context and data parallelism, activation checkpointing and compile for a MobileMoE."""
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -26,9 +26,13 @@ def parallelize_mobilemoe(
     ac_config: ActivationCheckpointingConfig | None,
     dump_folder: str,
 ) -> MobileMoEModel:
-    """Parallelize `model` in place, on the meta device, in the order torchtitan's models use."""
-    whole_mesh = parallelism.spmd_backend in ("full_dtensor", "spmd_types")
-    if whole_mesh:
+    """Parallelize `model` in place and return it. It is on the meta device; torchtitan allocates its weights later.
+
+    The order is that of torchtitan's own models: activation checkpointing wraps the blocks, compile traces what is
+    wrapped, and FSDP comes last, because its hooks must stay outside of the compiled graphs.
+    """
+    one_mesh = parallelism.spmd_backend in ("full_dtensor", "spmd_types")
+    if one_mesh:  # every parameter is a DTensor over all axes of the mesh, also those of data and context parallelism
         validate_config(parallel_dims, model)
         model.parallelize(parallel_dims)
     else:
@@ -44,7 +48,8 @@ def parallelize_mobilemoe(
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
 
-    dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _data_parallel_meshes(parallel_dims, whole_mesh)
+    dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _find_data_parallel_meshes(parallel_dims, one_mesh)
+    # The router's gate first: its weight and gradient stay float32, so it needs a policy of its own.
     for block in model.layers.values():
         fully_shard(
             block.moe.router.gate,
@@ -88,6 +93,7 @@ def _gather_router_with_block(gate: FSDPModule, block: FSDPModule) -> None:
 
 
 def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) -> None:
+    """Split the attention's sequences over the ranks of context parallelism."""
     attentions = [block.attention.inner_attention for block in model.layers.values()]
     cp_mesh = parallel_dims.get_mesh("cp")
     if not isinstance(attentions[0], DocumentAttention):
@@ -97,9 +103,9 @@ def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) 
         attention.cp_mesh = cp_mesh
 
 
-def _data_parallel_meshes(parallel_dims: ParallelDims, whole_mesh: bool) -> tuple:
-    """The FSDP mesh of the dense parameters and that of the routed experts, each with its data-parallel dims."""
-    if whole_mesh:
+def _find_data_parallel_meshes(parallel_dims: ParallelDims, one_mesh: bool) -> tuple:
+    """Return the FSDP meshes of the dense parameters and of the routed experts, each with its data-parallel dims."""
+    if one_mesh:
         return (*resolve_fsdp_mesh(parallel_dims), *resolve_sparse_fsdp_mesh(parallel_dims))
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     dp_mesh = parallel_dims.get_mesh([*replicate, "fsdp"])

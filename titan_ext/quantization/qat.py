@@ -177,7 +177,7 @@ class QATExperts(Experts):
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
 
-    def product_input(self, x: torch.Tensor) -> torch.Tensor:
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize_activation(x)
 
 
