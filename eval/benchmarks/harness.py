@@ -194,7 +194,7 @@ def _limit_generation(tasks: list[ConfigurableTask], max_length: int) -> int | N
 
 
 def _is_truncated(lm: HFLM, arguments: list[tuple]) -> bool:
-    """Whether lm-eval cuts the left end of any of an item's prompts off, to fit the model's context."""
+    """Return whether lm-eval cuts the left end of any of an item's prompts off, to fit the model's context."""
     for context, rest in arguments:
         if isinstance(rest, dict):
             if len(lm.tok_encode(context)) > lm.max_length - rest["max_gen_toks"]:

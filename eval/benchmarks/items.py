@@ -86,7 +86,7 @@ def _identify_package(wheel: Path | None) -> dict:
 
 
 def _is_current(known: dict, identity: dict) -> bool:
-    """Whether written items are of the same package and cover every benchmark of the table."""
+    """Return whether written items are of the same package and cover every benchmark of the table."""
     keys = {benchmark.key for benchmark in list_benchmarks()}
     return identity.items() <= known.items() and {*known["rows"], *known["missing"]} == keys
 

@@ -37,7 +37,7 @@ class ItemSource:
     text_fields: tuple[str, ...]
     """Fields whose text identifies an item: training documents that share an n-gram with it are dropped."""
     needs_package: bool = True
-    """Whether `read` opens the items package; False where lm-eval itself carries the items."""
+    """True where `read` opens the items package; False where lm-eval itself carries the items."""
 
 
 @dataclass(frozen=True)
