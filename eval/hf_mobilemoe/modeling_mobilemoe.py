@@ -237,7 +237,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused instead of being
         completed with random weights. A checkpoint whose config.json has `quantization` is dequantized to `dtype`
         (float32 by default); the loaded model's config no longer has the key, so that saving it writes what it is.
-        With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and longer a token
+        With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and more time a token
         (`packed_mobilemoe`); the other options it allows are `dtype`, `attn_implementation` and `generation_config`.
 
         Raises:

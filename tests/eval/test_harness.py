@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from core.errors import RefusedInput
 from core.progress import ignore_progress
 from eval.benchmarks.harness import allocate_items, evaluate, load_model, read_samples, run_benchmark
 from eval.benchmarks.items import prepare
@@ -160,6 +161,9 @@ def test_bad_input_is_refused(model_dir, items, tmp_path):
         evaluate(model_dir, items=items, config=EvaluationConfig(limit=0), **arguments)
     with pytest.raises(ValueError, match="choose one of foundational"):
         evaluate(model_dir, items=items, config=EvaluationConfig(suite="all"), **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
+    with pytest.raises(RefusedInput, match=r"config\.json lacks vocab_size"):
+        evaluate(tmp_path, items=items, config=EvaluationConfig(), **arguments)
 
 
 def test_benchmarks_without_items_are_left_out(model_dir, tmp_path):

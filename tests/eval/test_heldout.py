@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.errors import DamagedData
+from core.errors import DamagedData, RefusedInput
 from core.progress import ignore_progress
+from core.samples import SFT_COLUMNS, SHARD_HASH, TEXT_COLUMNS
 from eval.benchmarks.heldout import cut_windows, heldout_loss, read_documents
 
 VOCAB = 50
@@ -30,9 +31,8 @@ def model_dir(tmp_path_factory):
 
 
 def write(folder, samples, masked=False, compression="zstd"):
-    columns = {"tokens": "ndarray:uint32"} | ({"loss_mask": "ndarray:uint8"} if masked else {})
-    options = {"compression": compression, "hashes": ["xxh64"], "size_limit": 500}
-    with MDSWriter(out=str(folder), columns=columns, **options) as writer:
+    options = {"compression": compression, "hashes": [SHARD_HASH], "size_limit": 500}
+    with MDSWriter(out=str(folder), columns=SFT_COLUMNS if masked else TEXT_COLUMNS, **options) as writer:
         for sample in samples:
             writer.write(sample)
 
@@ -149,6 +149,9 @@ def test_bad_input_is_refused(tmp_path, model_dir):
         heldout_loss(model_dir, tmp_path, context=16, **arguments)
     with pytest.raises(ValueError, match="max_position_embeddings 64"):
         heldout_loss(model_dir, tmp_path, context=65, **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
+    with pytest.raises(RefusedInput, match=r"config\.json lacks vocab_size"):
+        heldout_loss(tmp_path, tmp_path, context=16, **arguments)
 
 
 def test_a_mask_of_another_length_is_damage():
