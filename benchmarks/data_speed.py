@@ -189,7 +189,7 @@ def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
         ("read + tokenize + write", "read + tokenize + write"),
     ):  # fmt: skip
         print(f"{two}, 2 cores / 1 core: {wall[one, 1] / wall[two, 2]:.2f}")
-    print(two_cores.table())
+    print(two_cores.format_limits())
 
 
 def up_to(found: Iterable[str], size: float) -> list[str]:

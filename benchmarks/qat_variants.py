@@ -77,7 +77,7 @@ def measure(run: Run, variant: str, steps: int, max_tokens: int, out: Path) -> d
     nats = {
         name: heldout_loss(
             folder, run.data / "heldout" / shards, max_tokens=max_tokens, batch_size=16,
-            context=run.model.max_seq_len, report=lambda phase, done, total: None,
+            context=run.model.max_seq_len, progress=lambda phase, done, total: None,
         )["loss"]
         for name, shards in (("text", "pretrain"), ("conversations", "sft"))
     }  # fmt: skip

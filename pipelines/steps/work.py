@@ -91,7 +91,7 @@ def heldout(
             max_tokens=config.heldout_tokens,
             context=context,
             batch_size=config.batch_size,
-            report=report,
+            progress=report,
         )
 
     if not out.exists():
@@ -105,7 +105,7 @@ def benchmarks(model: Path, items: Path, out: Path, config: EvaluationConfig, re
 
     if not out.exists():
         with whole(out, keep=True) as partial:
-            evaluate(model, items=items, out=partial, config=config, report=report)
+            evaluate(model, items=items, out=partial, config=config, progress=report)
 
 
 def write_report(run: Path) -> None:
