@@ -83,28 +83,8 @@ def build_trainer_config(
             seed=seed,
             pad_token_id=pad_token_id,
         ),
-        training=TrainingConfig(
-            local_batch_size=_local_batch_size(stage, parallel),
-            global_batch_size=stage.global_batch_size,
-            seq_len=stage.seq_len,
-            max_norm=stage.max_grad_norm,
-            steps=stage.steps,
-            mixed_precision_param=parallel.precision,
-            # Expert parallelism over all-to-all synchronises with the host, which CUDA graphs forbid.
-            disable_cuda_graphs=True,
-        ),
-        parallelism=ParallelismConfig(
-            data_parallel_replicate_degree=parallel.data_parallel_replicate,
-            expert_parallel_degree=parallel.expert_parallel,
-            tensor_parallel_degree=parallel.tensor_parallel,
-            context_parallel_degree=parallel.context_parallel,
-            context_parallel_load_balancer=CONTEXT_PARALLEL_LOAD_BALANCER,
-            pipeline_parallel_degree=parallel.pipeline_parallel,
-            pipeline_parallel_schedule=parallel.pipeline_schedule,
-            pipeline_parallel_microbatch_size=stage.local_batch_size if parallel.pipeline_parallel > 1 else 1,
-            module_fqns_per_model_part=_split_modules(model, parallel),
-            spmd_backend=SPMD_BACKEND,
-        ),
+        training=_training_config(stage, parallel),
+        parallelism=_parallelism_config(model, stage, parallel),
         # On a GPU only, unless the recipe says otherwise: on the CPU it does not pay at the sizes trained there.
         compile=CompileConfig(enable=not IS_CPU if parallel.compile is None else parallel.compile),
         activation_checkpoint=_activation_checkpoint(parallel),
@@ -125,6 +105,34 @@ def build_trainer_config(
         skip_spikes_sigma=stage.skip_spikes_sigma,
         comm=CommConfig(train_timeout_seconds=300),
         debug=DebugConfig(seed=seed, deterministic=parallel.deterministic, enable_structured_logging=False),
+    )
+
+
+def _training_config(stage: StageConfig, parallel: ParallelConfig) -> TrainingConfig:
+    return TrainingConfig(
+        local_batch_size=_local_batch_size(stage, parallel),
+        global_batch_size=stage.global_batch_size,
+        seq_len=stage.seq_len,
+        max_norm=stage.max_grad_norm,
+        steps=stage.steps,
+        mixed_precision_param=parallel.precision,
+        # Expert parallelism over all-to-all synchronises with the host, which CUDA graphs forbid.
+        disable_cuda_graphs=True,
+    )
+
+
+def _parallelism_config(model: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> ParallelismConfig:
+    return ParallelismConfig(
+        data_parallel_replicate_degree=parallel.data_parallel_replicate,
+        expert_parallel_degree=parallel.expert_parallel,
+        tensor_parallel_degree=parallel.tensor_parallel,
+        context_parallel_degree=parallel.context_parallel,
+        context_parallel_load_balancer=CONTEXT_PARALLEL_LOAD_BALANCER,
+        pipeline_parallel_degree=parallel.pipeline_parallel,
+        pipeline_parallel_schedule=parallel.pipeline_schedule,
+        pipeline_parallel_microbatch_size=stage.local_batch_size if parallel.pipeline_parallel > 1 else 1,
+        module_fqns_per_model_part=_split_modules(model, parallel),
+        spmd_backend=SPMD_BACKEND,
     )
 
 
