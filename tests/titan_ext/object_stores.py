@@ -59,7 +59,7 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @contextmanager
 def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """Serve the folder through gcp-storage-emulator, with anonymous credentials, because it has no accounts."""
+    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here."""
     server = create_server("127.0.0.1", 0, in_memory=True)
     server.start()
     try:

@@ -138,9 +138,7 @@ def _attend_in_blocks(
     pass, so the function is for short documents.
     """
     L, K, G = q_BLNH.shape[1], k_BLKH.shape[2], q_BLNH.shape[2] // k_BLKH.shape[2]
-    if (
-        L % LENGTH_MULTIPLE
-    ):  # no real query attends to the added keys, which come later; added queries are cut off below
+    if L % LENGTH_MULTIPLE:  # no query attends to the added keys, which come later; added queries are cut off below
         q_BLNH, k_BLKH, v_BLKH = (
             F.pad(x, (0, 0, 0, 0, 0, -L % LENGTH_MULTIPLE)) for x in (q_BLNH, k_BLKH, v_BLKH)
         )  # fmt: skip

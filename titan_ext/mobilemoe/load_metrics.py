@@ -69,7 +69,7 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
     for moe in layers.values():
         moe.recorded_load_E = None
         moe.router.gate.token_sums.zero_()
-        _read_dropped(moe).zero_()
+        _find_dropped_counter(moe).zero_()
     top_k = config.layers[0].moe.router.top_k
     records = [_make_record(row_S, top_k) for row_S in sums_LS.cpu()]
     means = {
@@ -89,7 +89,7 @@ def _list_groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
 
 def _read_counters(moe: nn.Module) -> torch.Tensor:
     """Return one layer's counters [S]: E token counts, number of tokens, sums of z^2 and entropy, dropped choices."""
-    return torch.cat([_read_load(moe), local(moe.router.gate.token_sums), _read_dropped(moe)[None]])
+    return torch.cat([_read_load(moe), local(moe.router.gate.token_sums), _find_dropped_counter(moe)[None]])
 
 
 def _read_load(moe: nn.Module) -> torch.Tensor:
@@ -97,7 +97,8 @@ def _read_load(moe: nn.Module) -> torch.Tensor:
     return torch.zeros_like(local(moe.tokens_per_expert_E)) if recorded_E is None else recorded_E
 
 
-def _read_dropped(moe: nn.Module) -> torch.Tensor:
+def _find_dropped_counter(moe: nn.Module) -> torch.Tensor:
+    """Return the layer's counter of dropped choices itself, not a copy; a new zero for a dropless layer."""
     dropped = getattr(moe.routed_experts, "num_dropped", None)  # a dropless layer has no such counter
     return torch.zeros((), device=moe.router.gate.token_sums.device) if dropped is None else local(dropped)
 
