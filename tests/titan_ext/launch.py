@@ -25,7 +25,7 @@ from titan_ext.training.train import run_stage
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["titan_ext.training.train", "data.readers.blocks", "data.filters.quality", "data.tokens.shard_writer"]
+    ["titan_ext.training.train", "data.readers.corpus_reader", "data.filters.quality", "data.tokens.shard_writer"]
 )
 
 

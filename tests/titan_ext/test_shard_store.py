@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from data.tokens import mds
+from core import samples
 from tests.titan_ext.stage_of_shards import MIXTURE, G, build, sequences, write_domain
 from titan_ext.loader.shard_store import VOCABULARY_KEY
 from titan_ext.loader.streaming_loader import StreamingLoader, vocabulary_sha256
@@ -62,9 +62,9 @@ def test_shards_that_do_not_say_and_loaders_without_tokenizer_pass(tmp_path):
 
 def test_data_step_and_loader_mean_the_same_by_a_vocabulary():
     vocabulary = {"Ġthe": 1, "é": 0, "<|eot_id|>": 2, "\t": 3}
-    assert vocabulary_sha256(vocabulary) == mds.vocabulary_sha256(vocabulary)
+    assert vocabulary_sha256(vocabulary) == samples.hash_vocabulary(vocabulary)
     assert vocabulary_sha256(vocabulary) != vocabulary_sha256(vocabulary | {"é": 3, "\t": 0})
-    assert VOCABULARY_KEY == mds.VOCABULARY_KEY
+    assert VOCABULARY_KEY == samples.VOCABULARY_KEY
 
 
 def test_shards_are_fetched_ahead_of_their_documents(stage, tmp_path):
