@@ -1,10 +1,10 @@
-"""Prepare one folder in processes that end badly, one after the other, and print what each left behind (JSON).
+"""Prepare one folder in processes that are ended one after the other, and print the state each one left (JSON).
 
     python -m tests.data.killed_prepare SOURCE BENCHMARK_TEXTS OUT
 
-First no file may grow beyond 4 kB, which is what a disk without room does to a process, without filling one. Then the
-process dies by SIGKILL when a phase is reported done, as in a node crash. The processes and their workers are forked
-from this one, to import the libraries once and not seven times.
+The first process may write no file of more than 4 kB, which has the effect of a full disk. The others are killed by
+SIGKILL when a phase is reported done, as in a crash of the node. The processes and their workers are forked from this
+one, so that the libraries are imported once and not seven times.
 """
 
 import json
