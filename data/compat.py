@@ -1,8 +1,8 @@
-"""Every use of a private or undocumented API of datatrove, fastText, spaCy and tokenizers.
+"""The only module of data/ that uses private or undocumented APIs (of datatrove, spaCy and tokenizers).
 
-An upgrade of one of these libraries may change them without notice. tests/data/test_contracts.py tests each function
-here and says what breaks. Subclasses of datatrove's public classes (PipelineStep, BaseFilter, BaseReader, ...) that
-follow its documentation are not listed here.
+An upgrade of one of these libraries may change such an API without notice. tests/data/test_contracts.py tests each
+function here and says what breaks. Subclasses of datatrove's public classes (PipelineStep, BaseFilter, BaseReader, ...)
+that follow its documentation are not listed here.
 """
 
 import importlib.metadata  # noqa: F401  datatrove's dependency check uses this submodule without importing it
@@ -94,19 +94,22 @@ def read_filter_parameters(block: BaseFilter) -> dict:
 
 
 class RepetitionRules(NamedTuple):
-    """Limits of datatrove's Gopher repetition filter, each a share of the text or None, and its two separators."""
+    """Separators and limits of datatrove's Gopher repetition filter; None switches a limit off."""
 
     paragraph_separator: re.Pattern
     line_separator: re.Pattern
     paragraphs: float | None
-    """Share of the paragraphs that repeat an earlier one."""
+    """Largest share of the paragraphs that may repeat an earlier one."""
     paragraph_chars: float | None
+    """Largest share of the characters that may be in such paragraphs."""
     lines: float | None
+    """Largest share of the lines that may repeat an earlier one."""
     line_chars: float | None
+    """Largest share of the characters that may be in such lines."""
     top_n_grams: tuple[tuple[int, float], ...]
-    """(n, share of the characters) for the most frequent n-gram."""
+    """Pairs of n and the largest share of the characters that may be in the most frequent n-gram."""
     repeated_n_grams: tuple[tuple[int, float], ...]
-    """(n, share of the characters) for all n-grams that repeat an earlier one."""
+    """Pairs of n and the largest share of the characters that may be in n-grams that repeat an earlier one."""
 
 
 def read_repetition_rules(block: GopherRepetitionFilter) -> RepetitionRules:

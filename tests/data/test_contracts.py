@@ -1,4 +1,4 @@
-"""The undocumented parts of datatrove, fastText, spaCy and tokenizers that data/compat.py relies on.
+"""The private and undocumented APIs of datatrove, spaCy and tokenizers that data/compat.py relies on.
 
 The docstring of each test names what breaks when it fails.
 """
