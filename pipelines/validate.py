@@ -290,7 +290,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     from data import validate_config
 
     try:
-        validate_config.check(recipe.data)
+        validate_config.validate_config(recipe.data)
     except ValueError as error:
         yield Problem("data", recipe.name, str(error), "correct the field named")
         return

@@ -33,7 +33,7 @@ def prepare_data(
     """Tokenizer and shards into `out`: datatrove over the processes of this node, or over the Ray cluster."""
     from data import pipeline
 
-    pipeline.prepare(config, packages=packages, benchmark_texts=texts, out=out, report=report, executor=executor)
+    pipeline.prepare(config, packages=packages, benchmark_texts=texts, out=out, progress=report, executor=executor)
 
 
 def import_model(folder: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from data.catalogue.open_corpora import OPEN_CORPORA
-from data.validate_config import check, estimate_bytes
+from data.validate_config import estimate_bytes, validate_config
 from pipelines.preflight import check_disk, estimate_disk
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
@@ -185,6 +185,6 @@ def test_published_recipes_name_the_catalogue_but_for_non_commercial_sets(name):
     assert config.commercial_only
     assert all(corpus in RECIPES[name].needs for corpus in config.corpora)
     with pytest.raises(ValueError, match=r"natural-reasoning.*non-commercial"):
-        check(replace(config, corpora=(*config.corpora, "natural-reasoning")))
+        validate_config(replace(config, corpora=(*config.corpora, "natural-reasoning")))
     # The web alone is 22.6 TB of text, of which compressed copies and shards lie on disk at once.
     assert 40e12 < estimate_bytes(config) < 60e12

@@ -61,4 +61,4 @@ def test_remembers_no_more_than_it_may(monkeypatch):
     words = EnglishWords()
     for number in range(200):
         assert words.word_tokenize(f"piece{number} of text.") == [f"piece{number}", "of", "text", "."]
-        assert len(words._pieces) <= 50
+        assert len(words._words) <= 50
