@@ -23,11 +23,11 @@ class Stages:
     qat: StageConfig
 
     def items(self) -> list[tuple[str, StageConfig]]:
-        """(name, stage) in training order."""
-        return [(f.name, self.of(f.name)) for f in dataclasses.fields(self)]
+        """Return (name, stage) of each stage, in training order."""
+        return [(f.name, self.get(f.name)) for f in dataclasses.fields(self)]
 
-    def of(self, name: str) -> StageConfig:
-        """The stage of that name."""
+    def get(self, name: str) -> StageConfig:
+        """Return the stage of that name."""
         return getattr(self, name)
 
 

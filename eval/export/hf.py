@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput
 from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
@@ -299,9 +299,9 @@ def verify_checksums(folder: Path) -> int:
         expected, name = line.split("  ", 1)
         path = Path(folder) / name
         if not path.is_file():
-            raise RefusedInput(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+            raise DamagedData(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
         if (found := _sha256(path)) != expected:
-            raise RefusedInput(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+            raise DamagedData(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
     return len(lines)
 
 

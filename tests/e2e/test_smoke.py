@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.export.hf import verify_checksums
-from pipelines.steps.graph import STEPS
+from pipelines.steps import STEPS
 
 pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy
 

@@ -6,7 +6,7 @@ from tests.titan_ext.stage_of_shards import write_stage
 from titan_ext.training.launch import start_fork_server
 
 # Before any test of the data step starts the process's one fork server without torchtitan.
-start_fork_server(preload=["data.readers.blocks", "data.filters.quality", "data.tokens.shard_writer"])
+start_fork_server(preload=["data.readers.corpus_reader", "data.filters.quality", "data.tokens.shard_writer"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Object stores that run on this machine: each context serves a folder's files at an address for streaming."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +14,19 @@ import boto3
 import google.auth
 import huggingface_hub
 import pytest
-from gcp_storage_emulator.server import create_server
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from moto.server import ThreadedMotoServer
+
+GS_SERVER = """
+import sys
+from gcp_storage_emulator.server import create_server
+
+server = create_server("127.0.0.1", 0, in_memory=True)
+server.start()
+print(server._api._httpd.server_address[1], flush=True)
+sys.stdin.read()  # until the parent ends
+"""
 
 
 class Store(NamedTuple):
@@ -59,12 +70,16 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @contextmanager
 def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here."""
-    server = create_server("127.0.0.1", 0, in_memory=True)
-    server.start()
+    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here.
+
+    It runs in a process of its own: pyarrow 26 holds the interpreter's lock while it opens a file of GcsFileSystem, so
+    a server in a thread of this process would never answer.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-c", GS_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
-        address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
-        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{int(server.stdout.readline())}")
         patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
         patch.setattr(google.auth, "default", lambda *args, **kwargs: (AnonymousCredentials(), "test"))
         bucket = storage.Client(project="test", credentials=AnonymousCredentials()).create_bucket("bucket")
@@ -79,7 +94,8 @@ def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
             put(name, content)
         yield Store("gs://bucket/run", put, delete)
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Publishing and fetching: local folders, fsspec's memory file system and real servers: HTTP, SFTP, S3, GS, a hub."""
+"""Publishing and fetching: local folders, fsspec's memory file system and real servers: HTTP, S3, GS, a hub."""
 
 import functools
 import hashlib
@@ -11,11 +11,14 @@ from typing import NamedTuple
 import fsspec
 import pytest
 
+from core.errors import DamagedData, RefusedInput
 from eval.export.hf import CHECKSUMS, write_checksums
-from pipelines.cli import DONE, REFUSED, main
-from pipelines.commands import artifacts
-from pipelines.commands.artifacts import fetch, parse_checksums, publish
-from tests.pipelines import hub_server, sftp_server
+from pipelines.cli import DONE, FAILED, REFUSED, main
+from pipelines.commands import transfer
+from pipelines.commands.fetch import fetch_artifact
+from pipelines.commands.publish import publish_artifacts
+from pipelines.commands.transfer import parse_checksums
+from tests.pipelines import hub_server
 from tests.titan_ext import object_stores
 
 CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 400, "int4/scales.safetensors": b"scales"}
@@ -76,36 +79,31 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("destination", ["{tmp_path}/shelf", "memory://shelf"])
 def test_a_run_goes_there_and_an_artifact_comes_back(run, memory, tmp_path, destination):
     address = destination.format(tmp_path=tmp_path)
-    assert publish(run, address) == [f"{address}/bf16", f"{address}/int4"]
-    assert files(fetch(f"{address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
+    assert publish_artifacts(run, address) == [f"{address}/bf16", f"{address}/int4"]
+    assert files(fetch_artifact(f"{address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
 
 
 def test_over_http(served, run, tmp_path):
-    assert files(fetch(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
-    with pytest.raises(ValueError, match="can be fetched from but not published to"):
-        publish(run, served)
+    assert files(fetch_artifact(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
+    with pytest.raises(RefusedInput, match="can be fetched from but not published to"):
+        publish_artifacts(run, served)
 
 
-def test_over_ssh(run, tmp_path):
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    with sftp_server.serve(shelf) as port:
-        address = f"ssh://{sftp_server.USER}:{sftp_server.PASSWORD}@127.0.0.1:{port}/models"
-        publish(run / "artifacts" / "int4", address)
-        partial = tmp_path / "back.partial"
-        partial.mkdir()
-        (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
-        assert files(fetch(address, tmp_path / "back")) == files(run / "artifacts" / "int4")
+@pytest.mark.parametrize("protocol", ["ssh", "sftp"])
+def test_ssh_is_refused_because_host_keys_are_not_verified(protocol, run, tmp_path, capsys):
+    address = f"{protocol}://host/models"
+    assert main(["publish", str(run), address]) == main(["fetch", address, str(tmp_path / "back")]) == REFUSED
+    assert " ".join(capsys.readouterr().err.split()).count("sha256sum --check SHA256SUMS") == 2
 
 
 def test_over_object_stores(store, run, tmp_path):
-    assert publish(run, store.address) == [f"{store.address}/bf16", f"{store.address}/int4"]
-    assert files(fetch(f"{store.address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
+    assert publish_artifacts(run, store.address) == [f"{store.address}/bf16", f"{store.address}/int4"]
+    assert files(fetch_artifact(f"{store.address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
 
 
 def test_object_stores_interrupted_both_ways(store, run, tmp_path, monkeypatch):
     """The second file fails to go; the second call sends it. Of a file half fetched, the other half is asked for."""
-    artifact, send = run / "artifacts" / "int4", artifacts._remote_hash
+    artifact, send = run / "artifacts" / "int4", transfer.hash_remote_file
     seen = []
 
     def fail_once(system, remote):
@@ -114,36 +112,36 @@ def test_object_stores_interrupted_both_ways(store, run, tmp_path, monkeypatch):
             raise ConnectionError("cut off")
         return send(system, remote)
 
-    monkeypatch.setattr(artifacts, "_remote_hash", fail_once)
+    monkeypatch.setattr(transfer, "hash_remote_file", fail_once)
     with pytest.raises(ConnectionError):
-        publish(artifact, store.address)
-    with pytest.raises(ValueError, match="has no SHA256SUMS"):
-        fetch(store.address, tmp_path / "back")
-    publish(artifact, store.address)
+        publish_artifacts(artifact, store.address)
+    with pytest.raises(RefusedInput, match="has no SHA256SUMS"):
+        fetch_artifact(store.address, tmp_path / "back")
+    publish_artifacts(artifact, store.address)
     whole = (artifact / "model.safetensors").read_bytes()
-    part = tmp_path / "back.partial" / "model.safetensors.part"
+    part = tmp_path / "back.partial" / "model.safetensors.partial"
     part.parent.mkdir()
     part.write_bytes(b"x" + whole[1:50_000])
-    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
-        fetch(store.address, tmp_path / "back")
+    with pytest.raises(DamagedData, match=r"model\.safetensors has SHA-256"):
+        fetch_artifact(store.address, tmp_path / "back")
     assert not part.exists(), "the first half came from elsewhere and must not be believed twice"
     part.write_bytes(whole[:50_000])
-    assert files(fetch(store.address, tmp_path / "back")) == files(artifact)
+    assert files(fetch_artifact(store.address, tmp_path / "back")) == files(artifact)
 
 
 def test_damage_in_an_object_store_is_refused_and_mended(store, run, tmp_path):
     artifact: Path = run / "artifacts" / "int4"
-    publish(artifact, store.address)
+    publish_artifacts(artifact, store.address)
     store.put("model.safetensors", b"other")
-    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
-        fetch(store.address, tmp_path / "back")
+    with pytest.raises(DamagedData, match=r"model\.safetensors has SHA-256"):
+        fetch_artifact(store.address, tmp_path / "back")
     assert not (tmp_path / "back").exists()
-    publish(artifact, store.address)
-    assert files(fetch(store.address, tmp_path / "back")) == files(artifact)
+    publish_artifacts(artifact, store.address)
+    assert files(fetch_artifact(store.address, tmp_path / "back")) == files(artifact)
 
 
 def test_publishing_again_sends_what_is_missing_or_damaged(run, memory, monkeypatch):
-    publish(run / "artifacts" / "int4", "memory://shelf/int4")
+    publish_artifacts(run / "artifacts" / "int4", "memory://shelf/int4")
     memory.pipe_file("/shelf/int4/model.safetensors", b"cut off")
     memory.rm_file("/shelf/int4/config.json")
     sent = []
@@ -151,23 +149,23 @@ def test_publishing_again_sends_what_is_missing_or_damaged(run, memory, monkeypa
     monkeypatch.setattr(
         memory, "put_file", lambda local, remote: sent.append(Path(local).name) or put_file(local, remote)
     )
-    publish(run / "artifacts" / "int4", "memory://shelf/int4")
+    publish_artifacts(run / "artifacts" / "int4", "memory://shelf/int4")
     assert sent == ["config.json", "model.safetensors", CHECKSUMS]
 
 
 @pytest.mark.parametrize("half", [0, 50_000, 102_404, 200_000])
 def test_a_cut_off_fetch_continues(run, memory, tmp_path, monkeypatch, half):
-    publish(run / "artifacts" / "int4", "memory://shelf")
+    publish_artifacts(run / "artifacts" / "int4", "memory://shelf")
     whole = (run / "artifacts" / "int4" / "model.safetensors").read_bytes()
     partial = tmp_path / "back.partial"
     partial.mkdir()
-    (partial / "model.safetensors.part").write_bytes((whole * 2)[:half])
+    (partial / "model.safetensors.partial").write_bytes((whole * 2)[:half])
     asked = []
     cat_file = memory.cat_file
     monkeypatch.setattr(
         memory, "cat_file", lambda path, start=None, end=None: asked.append(start) or cat_file(path, start, end)
     )
-    fetch("memory://shelf", tmp_path / "back")
+    fetch_artifact("memory://shelf", tmp_path / "back")
     assert files(tmp_path / "back") == files(run / "artifacts" / "int4")
     assert [start for start in asked if start is not None] == ([half] if half == 50_000 else [])
 
@@ -175,25 +173,25 @@ def test_a_cut_off_fetch_continues(run, memory, tmp_path, monkeypatch, half):
 def test_a_server_without_ranges_sends_the_whole_file_again(served, run, tmp_path):
     partial = tmp_path / "back.partial"
     partial.mkdir()
-    (partial / "model.safetensors.part").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
-    assert files(fetch(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
+    (partial / "model.safetensors.partial").write_bytes(b"int4" + CONTENT["model.safetensors"][:1000])
+    assert files(fetch_artifact(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
 
 
 def test_a_file_with_another_hash_is_refused_and_not_kept(run, tmp_path):
     artifact = run / "artifacts" / "int4"
     (artifact / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"model.safetensors has SHA-256 \w+, SHA256SUMS says"):
-        fetch(str(artifact), tmp_path / "back")
+    with pytest.raises(DamagedData, match=r"model.safetensors has SHA-256 \w+, SHA256SUMS says"):
+        fetch_artifact(str(artifact), tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert not list((tmp_path / "back.partial").rglob("model*"))
-    with pytest.raises(ValueError, match=r"model.safetensors has SHA-256"):
-        publish(run, str(tmp_path / "shelf"))
+    with pytest.raises(DamagedData, match=r"model.safetensors has SHA-256"):
+        publish_artifacts(run, str(tmp_path / "shelf"))
 
 
 def test_a_file_that_is_listed_but_missing(run, tmp_path):
     (run / "artifacts" / "int4" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config.json is listed in SHA256SUMS but missing"):
-        fetch(str(run / "artifacts" / "int4"), tmp_path / "back")
+    with pytest.raises(DamagedData, match=r"config.json is listed in SHA256SUMS but missing"):
+        fetch_artifact(str(run / "artifacts" / "int4"), tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -203,23 +201,23 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
     source = tmp_path / "source"
     source.mkdir()
     (source / CHECKSUMS).write_text(f"{hashlib.sha256(b'').hexdigest()}  {name}\n")
-    with pytest.raises(ValueError, match="line 1"):
-        fetch(str(source), tmp_path / "back")
+    with pytest.raises(RefusedInput, match="line 1"):
+        fetch_artifact(str(source), tmp_path / "back")
     assert not (tmp_path / "back").exists() and not (tmp_path / "evil").exists()
 
 
 def test_a_path_listed_twice_is_refused():
     line = f"{'0' * 64}  a\n"
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(RefusedInput, match="line 2"):
         parse_checksums(line * 2, "there")
 
 
 def test_what_is_there_already_stays(run, tmp_path):
     artifact = run / "artifacts" / "int4"
-    fetch(str(artifact), tmp_path / "back")
-    assert fetch(str(artifact), tmp_path / "back") == tmp_path / "back"
-    with pytest.raises(ValueError, match="holds something else"):
-        fetch(str(run / "artifacts" / "bf16"), tmp_path / "back")
+    fetch_artifact(str(artifact), tmp_path / "back")
+    assert fetch_artifact(str(artifact), tmp_path / "back") == tmp_path / "back"
+    with pytest.raises(RefusedInput, match="holds something else"):
+        fetch_artifact(str(run / "artifacts" / "bf16"), tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -229,6 +227,15 @@ def test_what_is_there_already_stays(run, tmp_path):
 def test_addresses_that_lead_nowhere(tmp_path, source, message, capsys):
     assert main(["fetch", source.format(tmp_path=tmp_path), str(tmp_path / "back")]) == REFUSED
     assert message in capsys.readouterr().err
+
+
+def test_damage_fails_with_1_and_without_a_traceback(run, tmp_path, capsys):
+    artifact = run / "artifacts" / "int4"
+    (artifact / "model.safetensors").write_bytes(b"other")
+    assert main(["fetch", str(artifact), str(tmp_path / "back")]) == FAILED
+    assert main(["publish", str(artifact), str(tmp_path / "shelf")]) == FAILED
+    message = capsys.readouterr().err
+    assert message.count("failed: ") == 2 and "Traceback" not in message
 
 
 def test_the_commands(run, tmp_path, capsys):
@@ -244,4 +251,4 @@ def test_a_bucket_that_is_not_there_is_refused_by_name(run, kind, tmp_path, monk
     (tmp_path / "nothing").mkdir()
     with object_stores.STORES[kind](tmp_path / "nothing", monkeypatch):
         assert main(["publish", str(run / "artifacts" / "int4"), f"{kind}://nobodys/models"]) == REFUSED
-    assert "nobodys/models/config.json cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert "there is no bucket 'nobodys'" in " ".join(capsys.readouterr().err.split())

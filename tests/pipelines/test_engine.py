@@ -5,8 +5,11 @@ import threading
 
 import pytest
 
+from core.atomic import atomic_write, partial_path
+from pipelines.engine.fingerprints import find_stale_steps
 from pipelines.engine.manifest import Manifest
-from pipelines.engine.steps import Step, StepFailed, partial_of, run_steps, stale_steps, up_to_date, whole
+from pipelines.engine.runner import run_steps
+from pipelines.engine.step import Step, StepFailed, is_up_to_date
 
 
 class Graph:
@@ -31,7 +34,7 @@ class Graph:
     def _work(self, name, make):
         def work():
             self.calls.append(name)
-            with whole(self.run / name) as partial:
+            with atomic_write(self.run / name) as partial:
                 partial.write_text(make())
                 if self.fail == name:
                     raise OSError(f"no more {name}")
@@ -42,7 +45,8 @@ class Graph:
         self.calls.clear()
         self.said.clear()
         run_steps(
-            self.steps(), self.run, Manifest(self.run), until=until, restart_from=restart_from, say=self.said.append,
+            self.steps(), self.run, Manifest(self.run), until=until, restart_from=restart_from,
+            log_line=self.said.append,
             stop=stop or threading.Event(),
         )  # fmt: skip
         return list(self.calls)
@@ -65,7 +69,7 @@ def test_first_run_makes_everything_second_nothing(graph):
 
 def test_a_run_knows_without_a_step_that_there_is_nothing_to_do(graph):
     def known(until=None):
-        return up_to_date(graph.steps(), graph.run, Manifest(graph.run), until)
+        return is_up_to_date(graph.steps(), graph.run, Manifest(graph.run), until)
 
     assert not known("text")
     graph.go(until="upper")
@@ -99,9 +103,9 @@ def test_until_stops_and_the_rest_shows_as_stale(graph):
     graph.go()
     graph.text = "x"
     assert graph.go(until="text") == ["text"]
-    assert stale_steps(Manifest(graph.run)) == {"upper", "count"}
+    assert find_stale_steps(Manifest(graph.run)) == {"upper", "count"}
     assert graph.go() == ["upper", "count"]
-    assert stale_steps(Manifest(graph.run)) == set()
+    assert find_stale_steps(Manifest(graph.run)) == set()
 
 
 def test_output_that_is_gone_is_made_again(graph):
@@ -157,14 +161,14 @@ def test_partial_of_another_fingerprint_is_dropped(graph):
     graph.fail = "text"
     with pytest.raises(StepFailed):
         graph.go()
-    assert partial_of(graph.run / "text").read_text() == "abc"
+    assert partial_path(graph.run / "text").read_text() == "abc"
     graph.text, seen = "abcd", []
     steps = graph.steps()
     steps[0] = Step(
-        "text", 1, (), steps[0].config, ("text",), lambda: seen.append(partial_of(graph.run / "text").exists())
+        "text", 1, (), steps[0].config, ("text",), lambda: seen.append(partial_path(graph.run / "text").exists())
     )
     run_steps(
-        steps[:1], graph.run, Manifest(graph.run), until=None, restart_from=None, say=print, stop=threading.Event()
+        steps[:1], graph.run, Manifest(graph.run), until=None, restart_from=None, log_line=print, stop=threading.Event()
     )
     assert seen == [False]
 
@@ -178,7 +182,7 @@ def test_result_identity_replaces_the_fingerprint(graph):
 
     def go(restart_from=None):
         run_steps(
-            steps(), graph.run, Manifest(graph.run), until=None, restart_from=restart_from, say=graph.said.append,
+            steps(), graph.run, Manifest(graph.run), until=None, restart_from=restart_from, log_line=graph.said.append,
             stop=threading.Event(),
         )  # fmt: skip
 
@@ -192,12 +196,12 @@ def test_result_identity_replaces_the_fingerprint(graph):
 
 
 def test_whole_folder_appears_at_once_or_not_at_all(tmp_path):
-    with pytest.raises(KeyError), whole(tmp_path / "out") as partial:
+    with pytest.raises(KeyError), atomic_write(tmp_path / "out") as partial:
         partial.mkdir()
         (partial / "half").touch()
         raise KeyError
     assert not (tmp_path / "out").exists()
-    with whole(tmp_path / "out", keep=True) as partial:
+    with atomic_write(tmp_path / "out", keep_partial=True) as partial:
         assert (partial / "half").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
 

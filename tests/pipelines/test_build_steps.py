@@ -4,10 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_recipes import change
 
-from pipelines.engine.steps import fingerprint
-from pipelines.steps.graph import STEPS, Context, _check_domains, build, without_empty_domains
+from pipelines.engine.fingerprints import fingerprint
+from pipelines.steps import STEPS
+from pipelines.steps.build_steps import build_steps
+from pipelines.steps.context import Context
+from pipelines.steps.data import check_domains
+from pipelines.steps.train import drop_empty_domains
+from tests.pipelines.test_recipes import change
 
 
 def touched(recipe, path, value):
@@ -15,7 +19,7 @@ def touched(recipe, path, value):
 
     def fingerprints(recipe):
         made = {}
-        for step in build(Context(recipe, Path("run"), None, print), "items==1"):
+        for step in build_steps(Context(recipe, Path("run"), None, print), "items==1"):
             made[step.name] = fingerprint(step, {name: made[name] for name in step.needs})
         return made
 
@@ -52,12 +56,12 @@ def test_domain_without_shards_is_refused_before_training(smoke, tmp_path):
         for domain in kind.mixture:
             (tmp_path / folder / domain).mkdir(parents=True)
             (tmp_path / folder / domain / "index.json").touch()
-    _check_domains(smoke, tmp_path)
+    check_domains(smoke, tmp_path)
     (tmp_path / "shards/sft/tool_use/index.json").unlink()
     with pytest.raises(ValueError, match=r"stages\.sft\.mixture: shards/sft has no tool_use, only chat.*--from fetch"):
-        _check_domains(smoke, tmp_path)
+        check_domains(smoke, tmp_path)
     sft = replace(smoke.stages.sft, mixture=smoke.stages.sft.mixture | {"tool_use": 0.0})
-    assert "tool_use" not in without_empty_domains(sft).mixture
-    _check_domains(
+    assert "tool_use" not in drop_empty_domains(sft).mixture
+    check_domains(
         replace(smoke, stages=replace(smoke.stages, sft=sft, qat=replace(sft, qat=smoke.stages.qat.qat))), tmp_path
     )

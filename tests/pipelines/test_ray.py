@@ -11,25 +11,24 @@ import psutil
 import pytest
 
 from pipelines.ray.cluster import Cluster, Task, WorkerFailed
-from pipelines.ray.orphan_reaper import MARKER, end_processes_of, processes_of
+from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes
 from pipelines.recipe import ClusterConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-import gang_functions as gang
+from tests.pipelines import gang_functions as gang
 
 HERE = Path(__file__).parent
-PYTHONPATH = f"{HERE}{os.pathsep}{HERE.parents[1]}"
+ROOT = HERE.parents[1]
+"""Ray's workers import this package from here."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", PYTHONPATH)
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's Ray is not joined
         with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
             yield cluster
-    assert processes_of(f"{run}#") == []
+    assert find_processes(f"{run}#") == []
 
 
 def test_gang_gets_its_environment_and_survives_a_sigkill(cluster, tmp_path):
@@ -73,10 +72,10 @@ def test_gang_larger_than_the_cluster_is_refused(cluster):
 
 def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
     def sleeper(run):
-        return subprocess.Popen(["sleep", "600"], env=os.environ | {MARKER: f"{run}#1"})
+        return subprocess.Popen(["sleep", "600"], env=os.environ | {MARKER_VARIABLE: f"{run}#1"})
 
     ours, other = sleeper(tmp_path), sleeper(tmp_path / "other")
-    end_processes_of(f"{tmp_path}#")
+    end_processes(f"{tmp_path}#")
     assert not psutil.pid_exists(ours.pid)
     assert other.poll() is None
     other.kill()
@@ -85,12 +84,12 @@ def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
 def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
     driver = subprocess.Popen(
         [sys.executable, HERE / "killable_driver.py", tmp_path], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert driver.stdout.readline() == "training\n"
-    assert len(processes_of(f"{tmp_path}#")) > 5
+    assert len(find_processes(f"{tmp_path}#")) > 5
     driver.kill()
     deadline = time.monotonic() + 20
-    while processes_of(f"{tmp_path}#") and time.monotonic() < deadline:
+    while find_processes(f"{tmp_path}#") and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert processes_of(f"{tmp_path}#") == []
+    assert find_processes(f"{tmp_path}#") == []
