@@ -30,7 +30,7 @@ from eval.benchmarks.item_readers import (
 
 @dataclass(frozen=True)
 class ItemSource:
-    """Where the items of a benchmark come from."""
+    """The source of a benchmark's items."""
 
     read: ReadItems
     """Function that returns the items' rows; one of `eval.benchmarks.item_readers`."""

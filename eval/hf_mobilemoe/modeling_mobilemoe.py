@@ -102,6 +102,7 @@ class MobileMoEAttention(nn.Module):
         cache_position: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output [B, L, D] and, with eager attention, the weights [B, H, L, keys]."""
         head_dim = self.config.head_dim
         q_BLHC, k_BLNC, v_BLNC = (
             p(x_BLD).unflatten(-1, (-1, head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)

@@ -51,6 +51,7 @@ class PackedLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T, [..., in] -> [..., out]."""
         starts = range(0, len(self.weight), HEAD_ROWS)
         return torch.cat([F.linear(x, self.weight[start : start + HEAD_ROWS]) for start in starts], dim=-1)
 
@@ -63,6 +64,7 @@ class PackedEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `ids`, [...] -> [..., D]."""
         return self.weight[ids]
 
 

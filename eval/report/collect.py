@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
-from eval.benchmarks.suites import FOUNDATIONAL, PUBLISHED_AVERAGES, PUBLISHED_QAT_COST
+from eval.benchmarks.suites import PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, Benchmark, get_suite
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         stages: `collect_stages(run)`.
     """
     manifest = _read_json(run / "manifest.json")
-    rows = collect_benchmarks(run)
+    suite = manifest.get("recipe", {}).get("evaluation", {}).get("suite", "foundational")
+    rows = collect_benchmarks(run, get_suite(suite))
     results = {
         "run": run.resolve().name,
+        "suite": suite,
         "created": manifest.get("created"),
         "git_commit": manifest.get("git_commit"),
         "versions": manifest.get("versions", {}),
@@ -116,10 +118,10 @@ def compare_with_chance(value: float, stderr: float | None, chance: float) -> st
     return "above" if value > chance else "below"
 
 
-def collect_benchmarks(run: Path) -> list[dict[str, Any]]:
+def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str, Any]]:
     """Return one row a benchmark: its description, and each model's result with its `verdict` (None: not run)."""
     rows = []
-    for benchmark in FOUNDATIONAL:
+    for benchmark in suite:
         row = benchmark.describe()
         for model in MODELS:
             result = _read_json(run / "eval" / model / f"{benchmark.key}.json") or None

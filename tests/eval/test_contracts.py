@@ -1,4 +1,4 @@
-"""What eval/compat.py relies on in its dependencies; every docstring names what breaks when its test fails."""
+"""The dependencies keep what eval/compat.py relies on; every docstring names what breaks when its test fails."""
 
 import json
 

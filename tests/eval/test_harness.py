@@ -18,13 +18,13 @@ from core.errors import RefusedInput
 from core.progress import ignore_progress
 from eval.benchmarks.harness import allocate_items, evaluate, load_model, read_samples, run_benchmark
 from eval.benchmarks.items import prepare
-from eval.benchmarks.suites import FOUNDATIONAL
+from eval.benchmarks.suites import FOUNDATIONAL, list_benchmarks
 from eval.benchmarks.tasks import build_tasks, find_stock_files, load_task_configs
 from eval.compat import load_task_yaml
 from eval.config import EvaluationConfig
 from tests.eval.miniature_items import write_wheel
 
-BY_KEY = {benchmark.key: benchmark for benchmark in FOUNDATIONAL}
+BY_KEY = {benchmark.key: benchmark for benchmark in list_benchmarks()}
 LIMIT = 3
 
 
@@ -258,6 +258,11 @@ PROMPTS = {
 }
 
 
+def test_every_benchmark_but_one_has_its_prompt_in_the_table():
+    """WinoGrande's prompt is a choice, not a text."""
+    assert PROMPTS.keys() == BY_KEY.keys() - {"winogrande"}
+
+
 @pytest.mark.parametrize("key", PROMPTS)
 def test_prompts_have_not_moved(key, tasks):
     task = tasks(key)[0]
@@ -265,7 +270,7 @@ def test_prompts_have_not_moved(key, tasks):
 
 
 def test_data_files_lie_below_the_items(items):
-    for benchmark in FOUNDATIONAL:
+    for benchmark in list_benchmarks():
         for config in load_task_configs(benchmark, items):
             assert all(Path(path).is_file() for path in config["dataset_kwargs"]["data_files"].values())
             assert config["num_fewshot"] == benchmark.shots

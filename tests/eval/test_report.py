@@ -7,7 +7,7 @@ import re
 import pytest
 
 from core.stages import STAGE_FOLDERS, STAGES
-from eval.benchmarks.suites import FOUNDATIONAL
+from eval.benchmarks.suites import FOUNDATIONAL, SUITES
 from eval.report.collect import average_scores, compare_with_chance, describe_chance
 from eval.report.run_report import write_report
 
@@ -168,6 +168,15 @@ def test_an_unfinished_run_shows_what_is_missing(tmp_path):
     assert results["averages"] == {"sft_bf16": None, "int4": None}
     html = (run / "report/report.html").read_text()
     assert "Missing from this run so far" in html and "not run yet" in html
+
+
+def test_the_table_is_that_of_the_runs_suite(tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "short", FOUNDATIONAL[:2])
+    put(tmp_path / "manifest.json", {"recipe": {"evaluation": {"suite": "short"}}})
+    results = write_report(tmp_path)
+    assert [row["key"] for row in results["benchmarks"]] == ["hellaswag", "piqa"]
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert "**Mean of the 2** | | | | | | – |" in markdown and "BoolQ" not in markdown
 
 
 def test_an_empty_run_gets_a_report_and_a_wrong_path_does_not(tmp_path):
