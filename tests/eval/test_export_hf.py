@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tokens import tokenizer as own_tokenizer
 from core.errors import DamagedData
+from data.tokens import tokenizer as own_tokenizer
 from eval.config import ExportConfig
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import TensorFiles, verify_checksums, write_checksums, write_hf_folder

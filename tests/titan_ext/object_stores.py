@@ -18,7 +18,6 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from moto.server import ThreadedMotoServer
 
-
 GS_SERVER = """
 import sys
 from gcp_storage_emulator.server import create_server
