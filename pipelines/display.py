@@ -1,4 +1,4 @@
-"""How the status of a run is shown: as a table, as one line, and live while the run goes on."""
+"""Show the status of a run: as a table, as one line, and live while the run goes on."""
 
 import time
 from pathlib import Path

@@ -35,7 +35,7 @@ class UsageShown(Exception):
 
     def __init__(self, text: str, *, asked: bool):
         self.asked = asked
-        """Whether the user asked for help; False where words are missing."""
+        """True if the user asked for help, False if words are missing."""
         super().__init__(text)
 
 

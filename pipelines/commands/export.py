@@ -23,7 +23,7 @@ class Export:
     out: Path
     """Folder to write; must not exist."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
-    """For executorch."""
+    """Options of the ExecuTorch program."""
     json: bool = False
     """One JSON object on stdout."""
 

@@ -1,4 +1,4 @@
-"""What `publish` and `fetch` share: file systems by address, SHA256SUMS, and hashes of remote files."""
+"""The parts that `publish` and `fetch` share: file systems by address, SHA256SUMS, hashes of remote files."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Which change of a recipe touches which steps, and the check between data and training."""
+"""A change of a recipe touches the steps that depend on it; and the check between data and training."""
 
 from dataclasses import replace
 from pathlib import Path
