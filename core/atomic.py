@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written beside their place, then renamed."""
+"""Write files and folders so that they appear complete or not at all: beside their place first, then renamed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def partial_path(path: Path) -> Path:
-    """Return where an output is written before it is complete: NAME.partial beside it."""
+    """Return the path beside `path` at which an output is written until it is complete: NAME.partial."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -19,10 +19,15 @@ def partial_path(path: Path) -> Path:
 def atomic_write(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Yield `partial_path(path)` to write a file or a folder to, and rename it to `path` when the block ends well.
 
-    A file at `path` is replaced. A folder must not be there yet: a rename cannot replace one that holds files.
+    A file at `path` is replaced. A folder must not exist yet: a rename cannot replace a folder that holds files. If the
+    block raises, nothing appears at `path` and the partial output stays for inspection.
 
     Args:
-        keep_partial: keep what an interrupted block left, for work that resumes in it; otherwise it is removed.
+        keep_partial: keep the partial output of an interrupted block, for work that resumes in it. By default it is
+            removed before the block starts.
+
+    Raises:
+        OSError: `path` is a folder that holds files.
     """
     partial = partial_path(path)
     if not keep_partial:
@@ -33,11 +38,14 @@ def atomic_write(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by `content`, flushed to the disk first; its folder is made where it is missing.
+    """Replace a file by `content`, flushed to the disk before the rename. Missing parent folders are created.
 
-    Several processes and threads may write the same file: the last one wins, and no reader sees a part. Where the disk
-    is full, the error is raised and nothing is left behind.
+    Several processes and threads may write the same file: the last one wins, and no reader sees a part of a file.
+
+    Raises:
+        OSError: the disk is full or the path cannot be written; no partial file is left behind.
     """
+    # The name holds process and thread, so that two writers of one file never share a partial file.
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
@@ -52,17 +60,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 text file, as `write_bytes`."""
+    """Replace a file by a text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file, as `write_bytes`."""
+    """Replace a file by a value as indented JSON, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all it holds; nothing happens where there is none."""
+    """Remove a file, a link, or a folder with everything in it. A missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,27 +1,33 @@
-"""Typed errors: what is the user's to mend, as opposed to what went wrong in the middle of a step."""
+"""Tell errors that the user can correct from failures in the middle of a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class RefusedInput(ValueError):
-    """The user's input cannot be used; the message states field, value, rule and way out.
+    """The program cannot use the user's input. The message states field, value, rule and way out.
 
-    Raised before any work has started: the command prints the message and exits with 2. Inside of a step that runs it
-    is a failure like any other.
+    Raised before any work has started, the command prints the message and exits with 2. Raised inside of a running
+    step, it is a failure like any other (exit code 1).
     """
 
 
 class DamagedData(RuntimeError):
-    """A file that was written whole is now missing, cut short or changed; the message names it and the way out."""
+    """A file that was complete when it was written is now missing, truncated or changed.
+
+    The message names the file and the way out. The command exits with 1.
+    """
 
 
 @contextmanager
 def refuse_value_errors() -> Iterator[None]:
-    """Turn a ValueError of the block into a RefusedInput of the same text.
+    """Turn a ValueError of the block into a RefusedInput with the same text.
 
-    For code that reads a user's file through a library, or through the modules that ship inside of artifacts and so
-    know nothing of this package.
+    Use it around code that reads a user's file through a library, or through eval/hf_mobilemoe, whose files are copied
+    into exported folders and therefore cannot import this package.
+
+    Raises:
+        RefusedInput: the block raised a ValueError.
     """
     try:
         yield

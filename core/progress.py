@@ -1,16 +1,19 @@
-"""The progress callback that every long-running function takes."""
+"""Define the progress callback that every long-running function takes."""
 
 import sys
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(phase, done, total): `done` of `total` units of `phase` are finished; a total of 0 is unknown."""
+"""Function that is called as progress(phase, done, total): `done` of `total` units of `phase` are finished.
+
+A total of 0 means that the total is unknown.
+"""
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """Do nothing with it."""
+    """Discard the report: the default where nobody watches."""
 
 
 def print_progress(phase: str, done: int, total: int) -> None:
-    """Print one line on stderr."""
+    """Print `phase done/total` as one line on stderr. Stdout is kept for results."""
     print(f"{phase} {done}/{total}", file=sys.stderr)

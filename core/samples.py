@@ -1,22 +1,28 @@
-"""The MDS samples that the data step writes and that training and evaluation read."""
+"""Define the MDS samples that the data step writes and that training and evaluation read."""
 
 import hashlib
 
 TEXT_COLUMNS = {"tokens": "ndarray:uint32"}
-"""One document: bos ... eos."""
+"""Columns of a text sample: the token ids of one document, from bos to eos."""
 SFT_COLUMNS = {"tokens": "ndarray:uint32", "loss_mask": "ndarray:uint8"}
-"""One conversation; loss_mask is 1 on the assistant's contents and the tokens that close them."""
+"""Columns of a conversation sample: its token ids, and a mask of the same length.
+
+The mask is 1 on the assistant's contents and on the `<|eot_id|>` that closes each, 0 elsewhere.
+"""
 SHARD_HASH = "xxh64"
-"""Hash in index.json that every reader checks before it uses a shard."""
+"""Name of the hash that index.json holds of every shard. Readers check it before they use the shard."""
 VOCABULARY_KEY = "vocabulary_sha256"
-"""Key of index.json, beside MDS's own: `hash_vocabulary` of the tokenizer whose ids the shards hold."""
+"""Key that we add to MDS's index.json: `hash_vocabulary` of the tokenizer whose ids the shards hold."""
 
 
 def hash_vocabulary(vocabulary: dict[str, int]) -> str:
-    """Return one hash of what token ids mean: SHA-256 of `id<TAB>token<LF>` in the order of the ids, UTF-8.
+    """Return a hash of the meaning of token ids: SHA-256 of the lines `id<TAB>token<LF>` in order of ids, in UTF-8.
 
-    It does not depend on the file format or the library's version; two tokenizers that share it read each other's
-    shards.
+    It does not depend on the file format or the version of the tokenizer library. Two tokenizers with the same hash can
+    read each other's shards.
+
+    Args:
+        vocabulary: token -> id, special tokens included.
     """
     lines = (f"{index}\t{token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
