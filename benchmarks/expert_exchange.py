@@ -1,11 +1,11 @@
-"""What expert parallelism's exchange costs: the MoE layer of S over two processes against one process's own experts.
+"""Cost of expert parallelism's exchange: S's MoE layer over two processes, beside one process with all experts.
 
     python benchmarks/expert_exchange.py [--rounds 9]
 
 Two gloo processes with one thread each route 1,024 tokens of their own through one MoE layer of S width, forward and
-backward in bfloat16: with all 60 experts at home, and with 30 each and the tokens exchanged, dropless and with capacity
-1.5. The variants take turns; medians over the rounds of the slower rank. Two processes on one machine exchange through
-memory: a network changes the absolute cost, not the bytes.
+backward in bfloat16: `local` with all 60 experts in each process, `exchanged` with 30 experts each and the tokens
+exchanged; dropless and with capacity 1.5. The variants take turns; the figures are medians of the slower rank over the
+rounds. Two processes on one machine exchange through memory: a network changes the absolute cost, not the bytes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VARIANTS = {"dropless": None, "capacity 1.5": 1.5}
 
 
 def build_layer(capacity_factor: float | None, mesh: dist.DeviceMesh | None) -> torch.nn.Module:
-    """One MoE layer of S; with a mesh, this rank's half of the experts and their dispatcher wired to it."""
+    """Build one MoE layer of S; with a mesh, keep this rank's half of the experts and wire their dispatcher to it."""
     dims = FLAVORS["S"]
     config = model_config(dims, capacity_factor=capacity_factor).layers[0].moe
     torch.manual_seed(0)
@@ -47,8 +47,8 @@ def build_layer(capacity_factor: float | None, mesh: dist.DeviceMesh | None) -> 
     return moe
 
 
-def measure(rank: int, port: int, rounds: int, results: mp.Queue) -> None:
-    """One rank: seconds of every round and variant."""
+def run_rank(rank: int, port: int, rounds: int, results: mp.Queue) -> None:
+    """Run one rank and put its seconds of every round into `results`, by variant."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -59,7 +59,7 @@ def measure(rank: int, port: int, rounds: int, results: mp.Queue) -> None:
     layers = {
         f"{name}, {place}": build_layer(factor, mesh if place == "exchanged" else None)
         for name, factor in VARIANTS.items()
-        for place in ("at home", "exchanged")
+        for place in ("local", "exchanged")
     }
     torch.manual_seed(rank)
     x_BLD = torch.randn(1, NUM_TOKENS, FLAVORS["S"].d_model).bfloat16().requires_grad_()
@@ -77,19 +77,20 @@ def measure(rank: int, port: int, rounds: int, results: mp.Queue) -> None:
 
 
 def main() -> None:
+    """Run the ranks and print milliseconds and the cost of the exchange as a ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= allocator_environment()  # of the processes that are started now
+    os.environ |= allocator_environment()  # read by the processes that are started below
     results = mp.get_context("spawn").Queue()
-    ranks = mp.spawn(measure, (port, rounds, results), nprocs=WORLD, join=False)
+    ranks = mp.spawn(run_rank, (port, rounds, results), nprocs=WORLD, join=False)
     found = [results.get(timeout=600) for _ in range(WORLD)]
     ranks.join()
     seconds = {name: statistics.median(map(max, *(times[name] for times in found))) for name in found[0]}
-    cost = {name: seconds[f"{name}, exchanged"] / seconds[f"{name}, at home"] for name in VARIANTS}
+    cost = {name: seconds[f"{name}, exchanged"] / seconds[f"{name}, local"] for name in VARIANTS}
     print(
         json.dumps(
             {"rounds": rounds, "milliseconds": {n: 1000 * s for n, s in seconds.items()}, "cost": cost}, indent=2

@@ -1,11 +1,12 @@
-"""The streaming loader: tokens/s a process, every shard hashed before use; on one core and on two.
+"""Speed of the streaming loader in tokens/s a process, on one core and on two; every shard is hashed before its use.
 
     python benchmarks/loader_speed.py [--rounds 3] [--million-tokens 48]
 
-Three domains of documents with lengths as the web's (log-normal, some 700 tokens on average) in 64 MiB shards.
-Compressed shards are unpacked into an empty cache within the time measured, and read from the full one in the second
-row. A process has five threads of its own, so each is pinned to its cores: one process on one core, one process on two,
-and two processes on a core each. Medians over the rounds; the last line says what two cores can give at all.
+Three domains of documents with lengths as the web's (log-normal, some 700 tokens on average) lie in 64 MiB shards.
+In the first row compressed shards are unpacked into an empty cache within the time measured; in the second they are
+read from the full cache. A process has five threads of its own, so each is pinned to its cores: one process on one
+core, one process on two, and two processes on a core each. The figures are medians over the rounds. The last line gives
+the largest gain that two cores of this machine allow.
 """
 
 import argparse
@@ -23,18 +24,20 @@ import numpy as np
 import two_cores
 from streaming import MDSWriter
 
+from core.samples import SHARD_HASH, TEXT_COLUMNS
 from titan_ext.loader.streaming_loader import StreamingLoader
 
 MIXTURE = {"code": 0.2, "math": 0.3, "web": 0.5}
 SEQ_LEN, BATCH, GLOBAL_BATCH = 2048, 8, 64
 
 
-def write_stage(folder: Path, tokens: int, compression: str | None) -> None:
+def write_shards(folder: Path, tokens: int, compression: str | None) -> None:
+    """Write random documents of about `tokens` tokens altogether, one MDS folder a domain."""
     rng = np.random.default_rng(0)
     for name, share in MIXTURE.items():
         left = int(tokens * share)
         with MDSWriter(
-            out=str(folder / name), columns={"tokens": "ndarray:uint32"}, compression=compression, hashes=["xxh64"],
+            out=str(folder / name), columns=TEXT_COLUMNS, compression=compression, hashes=[SHARD_HASH],
             size_limit=64 << 20,
         ) as writer:  # fmt: skip
             while left > 0:
@@ -44,13 +47,13 @@ def write_stage(folder: Path, tokens: int, compression: str | None) -> None:
 
 
 LAYOUTS = {"1 on 1": (1, 1), "1 on 2": (1, 2), "2 on 1 each": (2, 1)}
-"""Name -> processes, cores of each."""
+"""Name -> number of processes, number of cores of each."""
 
 
-def tokens_per_second(
+def measure_process(
     shards: Path, cache: Path, rank: int, world: int, tokens: int, cores: set[int], barrier: Barrier, result: Queue
 ) -> None:
-    """Of one process, from the start of the loader to `tokens` tokens handed out."""
+    """Put one process's tokens/s into `result`, from the start of the loader until it has yielded `tokens` tokens."""
     os.sched_setaffinity(0, cores)
     barrier.wait()
     started = time.perf_counter()
@@ -69,23 +72,24 @@ def tokens_per_second(
     result.put(taken / (time.perf_counter() - started))
 
 
-def together(layout: str, shards: Path, cache: Path, tokens: int) -> float:
-    """Sum over the layout's processes, which run at once and share out the tokens."""
+def measure_layout(layout: str, shards: Path, cache: Path, tokens: int) -> float:
+    """Return tokens/s summed over the layout's processes, which run at once and divide the tokens among them."""
     world, num_cores = LAYOUTS[layout]
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     barrier, result = context.Barrier(world), context.Queue()
     processes = [
         context.Process(
-            target=tokens_per_second,
+            target=measure_process,
             args=(shards, cache, rank, world, tokens // world, set(cores[rank : rank + num_cores]), barrier, result),
         )
         for rank in range(world)
     ]
-    return two_cores.total(result, processes)
+    return two_cores.sum_results(result, processes)
 
 
 def main() -> None:
+    """Measure every kind of shards in every layout and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--million-tokens", type=float, default=48)
@@ -94,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, compression in (("plain", None), ("zstd", "zstd")):
-            write_stage(root / name, size, compression)
+            write_shards(root / name, size, compression)
         rates: dict[tuple[str, str], list[float]] = {}
         for _ in range(arguments.rounds):
             for layout in LAYOUTS:
@@ -104,7 +108,7 @@ def main() -> None:
                     ("zstd, cache full", root / "zstd"),
                     ("uncompressed, in place", root / "plain"),
                 ):
-                    rate = together(layout, shards, root / "cache", size // 2)
+                    rate = measure_layout(layout, shards, root / "cache", size // 2)
                     rates.setdefault((label, layout), []).append(rate)
     print(f"{size / 1e6:.0f}M tokens of shards, half of them taken; million tokens/s\n")
     print("| shards | 1 process, 1 core | 1 process, 2 cores | 2 processes, a core each | 2 processes / 1 |")
@@ -112,7 +116,7 @@ def main() -> None:
     for label in dict.fromkeys(label for label, _ in rates):
         one, threads, two = (statistics.median(rates[label, layout]) / 1e6 for layout in LAYOUTS)
         print(f"| {label} | {one:.1f} | {threads:.1f} | {two:.1f} | {two / one:.2f} |")
-    print(f"\n{two_cores.table()}")
+    print(f"\n{two_cores.format_limits()}")
 
 
 if __name__ == "__main__":

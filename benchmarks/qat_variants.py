@@ -20,9 +20,9 @@ from eval.benchmarks.heldout import heldout_loss
 from eval.config import ExportConfig
 from eval.device.expert_blobs import blob_bytes
 from eval.export.checkpoint import export_bf16, export_int4
-from tests.titan_ext.launch import train
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
-from titan_ext.training.stage_spec import StageRun, final_checkpoint
+from titan_ext.training.launch import run_ranks
+from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 
 ROUNDED = {f"sft, rounded {group}": group for group in (32, 64, 128)}
 TRAINED = {
@@ -44,7 +44,7 @@ class Run:
         dims, stages = recipe["model"], recipe["stages"]
         self.model = ModelDims(**dims | {"rope_scaling": RopeScaling(**dims["rope_scaling"])})
         self.data = folder / "data"
-        self.sft = final_checkpoint(folder / "stages" / "3_sft", stages["sft"]["steps"])
+        self.sft = find_final_checkpoint(folder / "stages" / "3_sft", stages["sft"]["steps"])
         self.stage, self.parallel = StageConfig(**stages["qat"]), ParallelConfig(**recipe["parallel"])
         self.seed: int = recipe["seed"]
 
@@ -53,9 +53,9 @@ class Run:
         stage = dataclasses.replace(
             self.stage, qat=qat, steps=steps, checkpoint_interval=steps, heldout_interval=steps, heldout_batches=1
         )
-        run = StageRun("qat", self.model, stage, self.parallel, self.data, out, self.sft, self.seed)
-        train(run, out.with_name(f"{out.name}.logs"), timeout=1200)
-        return final_checkpoint(out, steps)
+        spec = StageSpec("qat", self.model, stage, self.parallel, self.data, out, self.sft, self.seed)
+        run_ranks(spec, out.with_name(f"{out.name}.logs"), timeout=1200)
+        return find_final_checkpoint(out, steps)
 
     def export(self, checkpoint: Path, expert_group: int | None, out: Path) -> Path:
         """The checkpoint as an INT4 folder, or as a BF16 one without `expert_group`."""
@@ -77,7 +77,7 @@ def measure(run: Run, variant: str, steps: int, max_tokens: int, out: Path) -> d
     nats = {
         name: heldout_loss(
             folder, run.data / "heldout" / shards, max_tokens=max_tokens, batch_size=16,
-            context=run.model.max_seq_len, report=lambda phase, done, total: None,
+            context=run.model.max_seq_len, progress=lambda phase, done, total: None,
         )["loss"]
         for name, shards in (("text", "pretrain"), ("conversations", "sft"))
     }  # fmt: skip

@@ -1,14 +1,16 @@
-"""One training step at S width, two layers, bfloat16, two threads: against transformers, against this machine's GEMM,
-and what drop-and-pad, packed documents and QAT add.
+"""Time of one training step at S width (two layers, bfloat16, two threads), beside transformers and the machine's GEMM.
+
+The variants also show the cost of drop-and-pad (capacity), of packed documents and of QAT.
 
     python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--variants NAME ...]
 
-Every variant is a process of its own and they take turns, one step at a time, so that a busy machine slows them alike;
-medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the same FLOPs is
-Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user gets them, and
-once more with this project's allocator (titan_ext/cpu/allocator.py), which helps them as well. A small vocabulary keeps the
-output projection, which is the same product everywhere, from hiding the layers. With the published one, 128,256,
-look at `chunked loss`: logits and loss an eighth of a sequence at a time, as training takes them.
+Every variant is a process of its own. They take turns, one step at a time, so that a busy machine slows all alike; the
+figures are medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the
+same FLOPs is Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user
+gets them, and once more with this project's allocator (titan_ext/cpu/allocator.py), which helps them as well. A small
+vocabulary keeps the output projection, which is the same product everywhere, from hiding the layers. With the published
+vocabulary, 128,256, look at `chunked loss`: it computes logits and loss for an eighth of a sequence at a time, as
+training does.
 """
 
 import argparse
@@ -43,11 +45,11 @@ MOBILEMOE: dict[str, dict] = {
     "mobilemoe, compiled blocks": {"compiled": True},
     "mobilemoe, without tcmalloc": {},
 }
-"""Variant -> arguments of `titan_step`."""
+"""Variant -> arguments of `make_titan_step`."""
 VARIANTS = ("gemm", *MOBILEMOE, *PEERS, *(f"{name}, with our allocator" for name in PEERS))
 ON_REQUEST = ("chunked loss", "compiled blocks", "without tcmalloc", "our allocator")
 BY_DEFAULT = tuple(name for name in VARIANTS if not name.endswith(ON_REQUEST))
-"""Seven processes of up to 3.6 GB each."""
+"""Variants that run by default: seven processes of up to 3.6 GB each."""
 CATEGORIES = {
     "matrix products": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product"),
@@ -56,7 +58,7 @@ CATEGORIES = {
 }
 
 
-def titan_step(
+def make_titan_step(
     dims: ModelDims,
     *,
     documents: int = 1,
@@ -65,12 +67,12 @@ def titan_step(
     chunked: bool = False,
     capacity_factor: float | None = None,
 ) -> Callable[[], None]:
-    """A step of the torchtitan model.
+    """Build the torchtitan model and return its training step.
 
     Args:
-        documents: of equal length in every sequence.
-        compiled: every block, as torchtitan does on GPUs.
-        chunked: loss as in training, by torchtitan's ChunkedLossWrapper; otherwise of all logits at once.
+        documents: number of documents in every sequence, all of one length.
+        compiled: compile every block, as torchtitan does on GPUs.
+        chunked: compute the loss as training does, by torchtitan's ChunkedLossWrapper; otherwise all logits at once.
     """
     from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
     from titan_ext.quantization.qat import convert_to_qat
@@ -84,17 +86,17 @@ def titan_step(
         if compiled:
             block.compile()
     positions_BL = torch.arange(SEQ_LEN // documents).repeat(BATCH, documents)
-    loss_of = chunked_loss(model, dims.vocab_size) if chunked else whole_loss
-    return step_of(model, lambda tokens_BL: loss_of(model(tokens_BL, positions=positions_BL), tokens_BL), dims)
+    compute_loss = make_chunked_loss(model, dims.vocab_size) if chunked else cross_entropy
+    return make_step(model, lambda tokens_BL: compute_loss(model(tokens_BL, positions=positions_BL), tokens_BL), dims)
 
 
-def whole_loss(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of all logits at once."""
+def cross_entropy(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of all logits at once, in nats a token."""
     return F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten())
 
 
-def chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The same, an eighth of every sequence at a time, of last hidden states, which `model` gives from now on."""
+def make_chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return a loss of the last hidden states, an eighth of every sequence at a time, and make `model` return those."""
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 
     loss = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size)).build()
@@ -104,8 +106,8 @@ def chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torch.Ten
     return lambda hidden_BLD, labels_BL: loss(hidden_BLD, labels_BL, num_tokens)[0]
 
 
-def peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
-    """A step of the transformers model `name` of the same dimensions."""
+def make_peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
+    """Build the transformers model `name` with the same dimensions and return its training step."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {
@@ -119,26 +121,29 @@ def peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
         tie_word_embeddings=True, use_cache=False, **options[name],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).bfloat16()
-    return step_of(model, lambda tokens_BL: whole_loss(model(tokens_BL).logits, tokens_BL), dims)
+    return make_step(model, lambda tokens_BL: cross_entropy(model(tokens_BL).logits, tokens_BL), dims)
 
 
-def step_of(
-    model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], dims: ModelDims
+def make_step(
+    model: torch.nn.Module, compute_loss: Callable[[torch.Tensor], torch.Tensor], dims: ModelDims
 ) -> Callable[[], None]:
-    """Loss of a batch of tokens, backward, fused AdamW."""
+    """Return a step: loss of a batch of tokens, backward, fused AdamW."""
     tokens_BL = torch.randint(0, dims.vocab_size, (BATCH, SEQ_LEN))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        loss_of(tokens_BL).backward()
+        compute_loss(tokens_BL).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def gemm_step() -> Callable[[], None]:
-    """Large square products, many, for the first ones wait for caches and threads: what this machine does at best."""
+def make_gemm_step() -> Callable[[], None]:
+    """Return a step of large square products, the fastest work of this machine.
+
+    There are many of them, because the first ones wait for caches and threads.
+    """
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
 
     def step() -> None:
@@ -148,21 +153,21 @@ def gemm_step() -> Callable[[], None]:
     return step
 
 
-def build(name: str, vocab_size: int) -> Callable[[], None]:
-    """The step of the variant `name`, one of VARIANTS."""
+def build_variant(name: str, vocab_size: int) -> Callable[[], None]:
+    """Return the step of the variant `name`, one of VARIANTS."""
     dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size)
     if name == "gemm":
-        return gemm_step()
+        return make_gemm_step()
     if name in MOBILEMOE:
-        return titan_step(dims, **MOBILEMOE[name])
+        return make_titan_step(dims, **MOBILEMOE[name])
     peer, _, with_our_allocator = name.partition(", ")
     if with_our_allocator:
         keep_freed_memory()
-    return peer_step(dims, peer)
+    return make_peer_step(dims, peer)
 
 
-def environment_of(name: str) -> dict[str, str]:
-    """What the process of the variant `name` starts with."""
+def make_environment(name: str) -> dict[str, str]:
+    """Return the environment variables of a variant's process."""
     plain = name in ("gemm", "mobilemoe, without tcmalloc", *PEERS)
     return os.environ | ({} if plain else allocator_environment())
 
@@ -173,11 +178,11 @@ class Variant:
     def __init__(self, name: str, vocab_size: int):
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size)],
-            env=environment_of(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=make_environment(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def ask(self, question: str) -> object:
-        """The answer to "step", seconds; "memory", bytes; or "profile", shares."""
+        """Return the answer to "step" (seconds), "memory" (bytes) or "profile" (share of the time by kind of work)."""
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -187,13 +192,13 @@ class Variant:
 
 
 def serve(name: str, vocab_size: int) -> None:
-    """The other end of `Variant`."""
+    """Build a variant in this process and answer the questions of `Variant` on stdin."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    step = build(name, vocab_size)
+    step = build_variant(name, vocab_size)
     for question in sys.stdin:
         if question == "profile\n":
-            answer = shares(step)
+            answer = profile_step(step)
         elif question == "memory\n":
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
@@ -203,8 +208,8 @@ def serve(name: str, vocab_size: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def shares(step: Callable[[], None]) -> dict[str, float]:
-    """Share of one step's time by kind of work."""
+def profile_step(step: Callable[[], None]) -> dict[str, float]:
+    """Return the share of one step's time by kind of work."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = profiled.key_averages()
@@ -217,6 +222,7 @@ def shares(step: Callable[[], None]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time the variants and print a summary; with --variant, be the process of one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vocab-size", type=int, default=4096)
@@ -236,19 +242,19 @@ def main() -> None:
             seconds = variant.ask("step")
             if number >= WARMUP_ROUNDS:
                 times[name].append(seconds)
-    result = summary(times, arguments.vocab_size)
+    result = summarize(times, arguments.vocab_size)
     result["peak_resident_mb"] = {name: variant.ask("memory") / 1e6 for name, variant in variants.items()}
     if arguments.profile:
-        result["where_the_time_goes"] = variants["mobilemoe"].ask("profile")
+        result["share_of_time"] = variants["mobilemoe"].ask("profile")
     print(json.dumps(result, indent=2))
 
 
-def summary(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]:
-    """Medians over the rounds; ratios are of steps of one round."""
+def summarize(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]:
+    """Return medians over the rounds; a ratio compares steps of the same round."""
     seconds = {name: statistics.median(values) for name, values in times.items()}
     peak = GEMM_PRODUCTS * 2 * GEMM_SIZE**3 / seconds["gemm"]
     flops = training_flops_per_token(dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size), SEQ_LEN)
-    of_mobilemoe = {
+    over_mobilemoe = {
         name: statistics.median(other / own for other, own in zip(values, times["mobilemoe"], strict=True))
         for name, values in times.items()
         if name not in ("gemm", "mobilemoe")
@@ -259,7 +265,7 @@ def summary(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]
         "gemm_gflops": peak / 1e9,
         "share_of_gemm_peak": flops * BATCH * SEQ_LEN / seconds["mobilemoe"] / peak,
         "tokens_per_second": {name: BATCH * SEQ_LEN / value for name, value in seconds.items() if name != "gemm"},
-        "time_of_the_plain_step": of_mobilemoe,
+        "time_over_mobilemoe": over_mobilemoe,
     }
 
 

@@ -1,8 +1,9 @@
-"""What a second core of this machine gives at most: processes that share nothing, each on a core of its own.
+"""The largest gain that a second core of this machine gives: processes that share nothing, each on a core of its own.
 
     python benchmarks/two_cores.py
 
-The other benchmarks print it beside their own "2 cores / 1 core".
+It measures how often a second a small workload runs on two cores, over its rate on one. The other benchmarks print
+these ratios beside their own "2 cores / 1 core".
 """
 
 import hashlib
@@ -18,53 +19,61 @@ from multiprocessing.synchronize import Barrier
 import numpy as np
 
 SECONDS = 0.7
+"""Seconds that a workload runs for one measurement."""
 BYTES = bytes(range(256)) * 4096
 ARRAY = np.zeros(1 << 25, np.uint8)
 
 
-def python() -> None:
-    """Arithmetic of the interpreter: caches and memory hardly matter."""
+def compute() -> None:
+    """Do arithmetic in the interpreter, which hardly depends on caches and memory."""
     sum(number * number for number in range(100_000))
 
 
-def sha256() -> None:
-    """A megabyte in one go, of the second-level cache."""
+def hash_bytes() -> None:
+    """Hash a megabyte, which fits the second-level cache, in one call."""
     hashlib.sha256(BYTES).digest()
 
 
-def deflate() -> None:
-    """Table look-ups and branches, as tokenizing has them."""
+def compress() -> None:
+    """Compress a megabyte: table look-ups and branches, as in tokenizing."""
     zlib.compress(BYTES, 6)
 
 
-def copy() -> None:
-    """32 MB through the memory bus, which both cores share."""
+def copy_array() -> None:
+    """Copy 32 MB through the memory bus, which both cores share."""
     ARRAY.copy()
 
 
-WORKS: dict[str, Callable[[], None]] = {"Python": python, "sha256": sha256, "deflate": deflate, "memory copy": copy}
+WORKLOADS: dict[str, Callable[[], None]] = {
+    "Python": compute,
+    "sha256": hash_bytes,
+    "deflate": compress,
+    "memory copy": copy_array,
+}
 
 
-def _count(work: Callable[[], None], core: int, barrier: Barrier, result: multiprocessing.Queue) -> None:
+def _count_runs(workload: Callable[[], None], core: int, barrier: Barrier, result: multiprocessing.Queue) -> None:
     os.sched_setaffinity(0, {core})
-    work()
+    workload()  # the first run loads code and touches memory
     barrier.wait()
-    started, times = time.perf_counter(), 0
+    started, runs = time.perf_counter(), 0
     while time.perf_counter() - started < SECONDS:
-        work()
-        times += 1
-    result.put(times / (time.perf_counter() - started))
+        workload()
+        runs += 1
+    result.put(runs / (time.perf_counter() - started))
 
 
-def rate(work: Callable[[], None], cores: list[int]) -> float:
-    """Times a second, summed over one process on each of the cores."""
+def measure_rate(workload: Callable[[], None], cores: list[int]) -> float:
+    """Return the workload's runs a second, summed over one process on each of the cores."""
     context = multiprocessing.get_context("fork")
     barrier, result = context.Barrier(len(cores)), context.Queue()
-    return total(result, [context.Process(target=_count, args=(work, core, barrier, result)) for core in cores])
+    return sum_results(
+        result, [context.Process(target=_count_runs, args=(workload, core, barrier, result)) for core in cores]
+    )
 
 
-def total(result: multiprocessing.Queue, processes: list[BaseProcess]) -> float:
-    """The sum of what these processes, run at once, each put into `result`."""
+def sum_results(result: multiprocessing.Queue, processes: list[BaseProcess]) -> float:
+    """Run the processes at once and return the sum of the numbers that each puts into `result`."""
     for process in processes:
         process.start()
     found = sum(result.get() for _ in processes)
@@ -73,20 +82,22 @@ def total(result: multiprocessing.Queue, processes: list[BaseProcess]) -> float:
     return found
 
 
-def limits(rounds: int = 3) -> dict[str, float]:
-    """By work: the rate of two cores over that of one, the median of the rounds."""
+def measure_limits(rounds: int = 3) -> dict[str, float]:
+    """Return, by workload, the rate on two cores over the rate on one: the median of the rounds."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     return {
-        name: statistics.median(rate(work, cores) / rate(work, cores[:1]) for _ in range(rounds))
-        for name, work in WORKS.items()
+        name: statistics.median(
+            measure_rate(workload, cores) / measure_rate(workload, cores[:1]) for _ in range(rounds)
+        )
+        for name, workload in WORKLOADS.items()
     }
 
 
-def table(rounds: int = 3) -> str:
-    """One line."""
-    found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in limits(rounds).items())
-    return f"the machine's own limit, 2 cores / 1 core: {found}"
+def format_limits(rounds: int = 3) -> str:
+    """Measure the limits and return them in one line."""
+    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in measure_limits(rounds).items())
+    return f"the machine's own limit, 2 cores / 1 core: {ratios}"
 
 
 if __name__ == "__main__":
-    print(table())
+    print(format_limits())

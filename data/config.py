@@ -1,6 +1,6 @@
-"""What a recipe says about data: corpora, tokenizer, filters and shards.
+"""The data part of a recipe: corpora, tokenizer, filters and shards.
 
-`Recipe.data` (pipelines/recipe.py) is one `DataConfig`; nothing else of a recipe reaches this room.
+`Recipe.data` (pipelines/recipe.py) is one `DataConfig`; data/ reads no other part of a recipe.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class TokenizerConfig:
     path: str = ""
     """Folder or `tokenizer.json` of an existing tokenizer; empty trains one."""
     train_vocab_size: int = 4096
-    """Entries of the trained tokenizer, special tokens included. Ignored where `path` is set."""
+    """Number of entries of the trained tokenizer, special tokens included. Ignored where `path` is set."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,32 @@ class DataConfig:
     """The data step: read, filter, deduplicate, decontaminate, tokenize, write MDS shards."""
 
     corpora: tuple[str, ...]
-    """Names in the catalogue `data.catalogue.corpora.CATALOGUE`; each brings its domain and its stages."""
+    """Names in the catalogue `data.catalogue.corpora.CATALOGUE`, which states each corpus's domain and stages."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     commercial_only: bool = False
-    """Refuse corpora whose licence or terms of access forbid commercial use."""
+    """Whether to refuse corpora whose licence or terms of access forbid commercial use."""
     languages: tuple[str, ...] = ("en",)
-    """Languages kept of web and encyclopedia text (ISO 639-1); empty keeps all. The other rules know English only."""
+    """Languages of web and encyclopedia text to keep (ISO 639-1); empty keeps all. The filters are for English."""
     filters: tuple[str, ...] = FILTERS
     """Quality filters to apply, by label."""
     redact_pii: bool = True
-    """Replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
+    """Whether to replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
     near_duplicates_within: str = "all"
-    """Where near duplicates are sought: `all` text corpora together, each `corpus` alone, or each `shard` of a corpus
-    alone. One task a group holds what repeats in it, 180 bytes a document: trillions of tokens want `shard`."""
+    """Group in which near duplicates are searched for: `all` text corpora together, each `corpus` alone, or each
+    `shard` of a corpus alone. One task a group holds all its documents that have a duplicate, 180 bytes each; use
+    `shard` for trillions of tokens."""
     heldout_fraction: float = 0.02
-    """Share of the documents of every domain kept out of training, by a hash of the text."""
+    """Share of the documents of every domain that is held out of training, chosen by a hash of the text."""
     midtrain_fraction: float = 0.25
-    """Share of the remaining text documents that go to mid-training; pre-training gets the others."""
+    """Share of the remaining text documents that goes to mid-training; pre-training gets the others."""
     decontaminate_ngram: int = 13
-    """A training document sharing a run of this many words with a benchmark item, or a short one whole, is dropped."""
+    """Length n in words: a training document that shares a run of n words with a benchmark item is dropped, and one
+    that contains an item of fewer words completely."""
     max_conversation_tokens: int = 8192
-    """A longer conversation ends after its last answer that fits; one whose first answer does not is set aside."""
+    """Largest number of tokens of a conversation. A longer one ends after its last answer that fits; where not even the
+    first answer fits, the conversation is rejected."""
     shard_bytes: int = 64 << 20
-    """Uncompressed size limit of one MDS shard: 16.8M tokens, some 30 MB as an object in a store."""
+    """Largest uncompressed size of one MDS shard: 64 MiB are 16.8M tokens, some 30 MB as an object in a store."""
     workers: int = 2
-    """datatrove tasks that run at once."""
+    """Number of datatrove tasks that run at once."""
     seed: int = 0

@@ -1,15 +1,14 @@
-"""Run datatrove blocks, locally, on Ray or through Slurm, so that a failure is raised and an interruption resumes.
+"""Run datatrove blocks locally, on Ray or through Slurm, so that a failure is raised and an interrupted step resumes.
 
 datatrove's own `run` methods are not used. Locally its pool waits for ever when a worker is killed (out of memory), and
 its manager process outlives a killed parent. On Ray it starts a process for every rank, which imports everything
 again, does not raise a task's exception, and was seen to hang after all ranks had completed. Its Slurm executor returns
-when the jobs are submitted, which says nothing about how they ended.
+when the jobs are submitted, without waiting for them to end.
 """
 
 import contextlib
 import fcntl
 import functools
-import importlib.metadata  # noqa: F401  datatrove's dependency check uses this submodule without importing it
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -18,7 +17,6 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,53 +24,63 @@ from typing import Literal, TextIO
 
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.stats import PipelineStats
 
-Report = Callable[[str, int, int], None]
-"""report(phase, done, total)"""
+from core.progress import Progress
+from data import compat
 
 POLL_SECONDS = 0.5
+"""Time between two counts of the completed ranks, for the progress callback."""
 MAX_ARRAY_SIZE = 1000
-"""Of a job array: Slurm's default limit is 1,001."""
+"""Largest number of tasks in one Slurm job array: Slurm's default limit is 1,001."""
+PRELOADED_MODULES = ["data.readers.corpus_reader", "data.filters.quality", "data.tokens.shard_writer"]
+"""Modules that import the heavy libraries; the fork server imports them once for all workers."""
 
 
 @functools.cache
-def _noise_file(folder: Path) -> TextIO:
-    """Where this process's stderr goes; never closed, because datatrove's logger keeps hold of it."""
+def _open_stderr_file(folder: Path) -> TextIO:
+    """Open the file that replaces this process's stderr; never closed, because datatrove's logger keeps hold of it."""
     return (folder / f"{os.uname().nodename}.{os.getpid()}.stderr").open("a", buffering=1)
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """Processes of this machine."""
+    """Runs ranks in processes of this machine."""
 
     def run(self) -> None:
-        """Run the ranks that are not done; raises the first failure, or BrokenProcessPool for a killed worker."""
-        ranks = self.get_incomplete_ranks()
+        """Run the ranks that are not completed.
+
+        Raises:
+            BrokenProcessPool: a worker was killed.
+            Exception: the first exception of a rank.
+        """
+        ranks = compat.list_incomplete_ranks(self)
         if not ranks:
             return
-        # The server imports the heavy libraries once; every step's workers are forked from it.
-        multiprocessing.set_forkserver_preload(
-            ["data.readers.blocks", "data.filters.quality", "data.tokens.shard_writer"]
-        )
+        # The fork server imports the heavy libraries once; the workers of every step are forked from it.
+        multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
         context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(min(self.workers, len(ranks)), context, initializer=_die_with_parent) as pool:
-            for future in [pool.submit(self._run_for_rank, rank) for rank in ranks]:
+        with ProcessPoolExecutor(min(self.workers, len(ranks)), context, initializer=_exit_with_parent) as pool:
+            for future in [pool.submit(self.run_rank, rank) for rank in ranks]:
                 future.result()
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        """One rank, in one process at a time: a worker that outlives its run keeps the lock until it ends.
+    def run_rank(self, rank: int) -> None:
+        """Run one rank in this process.
 
-        What datatrove and tqdm say on stderr goes to a file; the rank's log has it all.
+        A lock keeps a rank to one process at a time. A worker may outlive its run, and then the next run waits for it
+        instead of writing the same files. The output of datatrove and tqdm on stderr goes to a file, because the rank's
+        own log holds it too.
         """
         folder = Path(self.logging_dir.path) / "processes"
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(_noise_file(folder)), (folder / f"{rank:05d}.lock").open("w") as lock:
+        with contextlib.redirect_stderr(_open_stderr_file(folder)), (folder / f"{rank:05d}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return super()._run_for_rank(rank, max(1, local_rank), node_rank)
+            compat.run_rank(self, rank)
 
 
-def _die_with_parent() -> None:
-    """Pool workers hold both ends of their queue, so nothing else tells them that the parent was killed."""
+def _exit_with_parent() -> None:
+    """Let this worker exit when its parent dies.
+
+    Pool workers hold both ends of their queue, so they would otherwise never notice that the parent was killed.
+    """
 
     def wait() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -82,18 +90,18 @@ def _die_with_parent() -> None:
 
 
 class RayExecutor(LocalExecutor):
-    """Tasks of the Ray cluster that the caller initialised, a CPU each; all nodes see the same folders.
+    """Runs ranks as tasks of one CPU each on the Ray cluster that the caller initialised.
 
-    Ray keeps the processes between tasks, so they import the heavy libraries once.
+    All nodes see the same folders. Ray keeps the processes between tasks, so they import the heavy libraries once.
     """
 
     def run(self) -> None:
-        """Run the ranks that are not done; raises the first failure, and Ray repeats a rank whose process died."""
+        """Run the ranks that are not completed; raises the first failure. Ray repeats a rank whose process died."""
         import ray
 
         task = ray.remote(num_cpus=1)(_run_rank)
         shared = ray.put(self)
-        waiting, running = self.get_incomplete_ranks(), []
+        waiting, running = compat.list_incomplete_ranks(self), []
         while waiting or running:
             while waiting and len(running) < self.workers:
                 running.append(task.remote(shared, waiting.pop(0)))
@@ -102,21 +110,24 @@ class RayExecutor(LocalExecutor):
 
 
 def _run_rank(executor: RayExecutor, rank: int) -> None:
-    executor._run_for_rank(rank)
+    executor.run_rank(rank)
 
 
 class SlurmExecutor(LocalExecutor):
-    """A job array, a CPU a task; all nodes see the same folders, and python at the same path.
+    """Runs ranks as a job array, one CPU a task; all nodes see the same folders, and python at the same path.
 
-    Partition, account and time limit are what the SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT of the
-    environment say, as sbatch reads them.
+    sbatch reads partition, account and time limit from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
     """
 
     def run(self) -> None:
-        """Submit the ranks that are not done and wait for them; raises RuntimeError where a job of the array failed."""
+        """Submit the ranks that are not completed and wait for them.
+
+        Raises:
+            RuntimeError: a job of the array failed.
+        """
         folder = Path(self.logging_dir.path) / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = self.get_incomplete_ranks()
+        ranks = compat.list_incomplete_ranks(self)
         for first in range(0, len(ranks), MAX_ARRAY_SIZE):
             job = folder / f"array_{first:06d}.pickle"
             job.write_bytes(pickle.dumps((self, ranks[first : first + MAX_ARRAY_SIZE])))
@@ -132,29 +143,29 @@ class SlurmExecutor(LocalExecutor):
 
 
 def _run_array_task(job: str) -> None:
-    """In a job of the array: its rank."""
+    """Run the rank of this task of a Slurm job array."""
     executor, ranks = pickle.loads(Path(job).read_bytes())
-    executor._run_for_rank(ranks[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    executor.run_rank(ranks[int(os.environ["SLURM_ARRAY_TASK_ID"])])
 
 
 EXECUTORS = {"local": LocalExecutor, "ray": RayExecutor, "slurm": SlurmExecutor}
 
 
 @dataclass(frozen=True)
-class Runner:
-    """Runs one named step after another.
-
-    Attributes:
-        logs: folder of datatrove's logs, statistics and completion markers, one folder a step.
-    """
+class StepRunner:
+    """Runs one named step after another."""
 
     kind: Literal["local", "ray", "slurm"]
+    """Executor that runs the tasks."""
     workers: int
+    """Number of tasks that run at once."""
     logs: Path
-    report: Report
+    """Folder of datatrove's logs, statistics and completion markers, with one folder a step."""
+    progress: Progress
+    """Called with (step name, completed tasks, all tasks)."""
 
     def run(self, name: str, blocks: list[PipelineStep], tasks: int) -> None:
-        """Run the blocks as `tasks` tasks, or those of them that are not done yet.
+        """Run the blocks as `tasks` tasks, leaving out those that are completed.
 
         Raises:
             RuntimeError: a task failed; names the ranks and the log.
@@ -162,12 +173,12 @@ class Runner:
         folder = self.logs / name
         executor = EXECUTORS[self.kind](blocks, tasks=tasks, workers=self.workers, logging_dir=str(folder))
         finished = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(name, folder, tasks, finished), daemon=True)
+        watcher = threading.Thread(target=self._report_progress, args=(name, folder, tasks, finished), daemon=True)
         watcher.start()
         try:
             executor.run()
         except Exception as failure:
-            incomplete = executor.get_incomplete_ranks()
+            incomplete = compat.list_incomplete_ranks(executor)
             raise RuntimeError(
                 f"data step {name!r}: ranks {incomplete} of {tasks} did not complete ({failure!r}); "
                 f"see {folder / 'logs'}, then run again: the others are kept"
@@ -175,12 +186,13 @@ class Runner:
         finally:
             finished.set()
             watcher.join()
-        assert not executor.get_incomplete_ranks(), f"data step {name!r} returned without its completion markers"
-        self.report(name, tasks, tasks)
+        incomplete = compat.list_incomplete_ranks(executor)
+        assert not incomplete, f"data step {name!r} returned without its completion markers"
+        self.progress(name, tasks, tasks)
 
-    def _watch(self, name: str, folder: Path, tasks: int, finished: threading.Event) -> None:
+    def _report_progress(self, name: str, folder: Path, tasks: int, finished: threading.Event) -> None:
         while not finished.wait(POLL_SECONDS):
-            self.report(name, len(list(folder.glob("completions/*"))), tasks)
+            self.progress(name, compat.count_completed_ranks(folder), tasks)
 
 
 if __name__ == "__main__":

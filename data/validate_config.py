@@ -1,4 +1,4 @@
-"""Refuse a DataConfig that cannot work, before anything starts."""
+"""Validation of a DataConfig before anything starts, and the estimate of the disk it needs."""
 
 from pathlib import Path
 
@@ -9,11 +9,12 @@ from data.catalogue.corpus import Corpus
 from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
 
 MAX_SHARD_BYTES = 2**32 - 1
+"""Largest shard: MDS stores offsets in 32 bits."""
 MIN_SHARD_BYTES = 1 << 16
 MIN_NGRAM = 5
 MIN_CONVERSATION_TOKENS = 64
 WORK_COPIES = 2
-"""Copies of the text that exist at once, at the worst moment: three jsonl steps and the shards, all compressed."""
+"""Disk at the worst moment in sizes of the uncompressed text: compressed, the output of three steps and the shards."""
 
 
 def _require(holds: bool, field: str, value: object, rule: str, way_out: str) -> None:
@@ -21,8 +22,12 @@ def _require(holds: bool, field: str, value: object, rule: str, way_out: str) ->
         raise RefusedInput(f"data.{field} = {value!r}: {rule}; {way_out}")
 
 
-def check(config: DataConfig) -> None:
-    """Raises RefusedInput that names the field, its value, the rule and the way out."""
+def validate_config(config: DataConfig) -> None:
+    """Check every field of a config.
+
+    Raises:
+        RefusedInput: a field cannot be used; states the field, its value, the rule and the way out.
+    """
     names = ", ".join(sorted(CATALOGUE))
     _require(bool(config.corpora), "corpora", config.corpora, "no corpus chosen", f"name some of: {names}")
     for name in config.corpora:
@@ -35,8 +40,8 @@ def check(config: DataConfig) -> None:
         "licensed for non-commercial use only, which data.commercial_only refuses",
         "take them out, or set data.commercial_only to False where your use allows them",
     )  # fmt: skip
-    odd = [code for code in config.languages if not (code.isalpha() and code.islower() and len(code) in (2, 3))]
-    _require(not odd, "languages", odd, "no language code of ISO 639", "write en, de, ...; leave it empty to keep all")
+    bad = [code for code in config.languages if not (code.isalpha() and code.islower() and len(code) in (2, 3))]
+    _require(not bad, "languages", bad, "no language code of ISO 639", "write en, de, ...; leave it empty to keep all")
     unknown = sorted(set(config.filters) - set(FILTERS))
     _require(not unknown, "filters", unknown, "no such filter", f"choose from: {', '.join(FILTERS)}")
     _require(
@@ -67,20 +72,20 @@ def check(config: DataConfig) -> None:
         f"must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES} (MDS keeps 32-bit offsets)", "67108864 is the default",
     )  # fmt: skip
     _require(config.workers >= 1, "workers", config.workers, "must be at least 1", "use the number of cores")
-    _check_tokenizer(config)
+    _validate_tokenizer(config)
 
 
-def _check_tokenizer(config: DataConfig) -> None:
+def _validate_tokenizer(config: DataConfig) -> None:
     path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
     if path:
-        wanted = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+        file = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
         _require(
-            wanted.is_file(), "tokenizer.path", path, f"{wanted} does not exist",
+            file.is_file(), "tokenizer.path", path, f"{file} does not exist",
             "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",
         )  # fmt: skip
         from data.tokens.tokenizer import load_existing  # transformers takes seconds to import
 
-        load_existing(path)
+        load_existing(path)  # refuses a tokenizer without the special tokens
     else:
         _require(
             size >= MIN_VOCAB_SIZE, "tokenizer.train_vocab_size", size,
@@ -89,9 +94,9 @@ def _check_tokenizer(config: DataConfig) -> None:
 
 
 def estimate_bytes(config: DataConfig) -> int:
-    """Disk that `prepare` needs at its worst moment, in bytes, from the catalogue's estimates of the text.
+    """Return the disk in bytes that `prepare` needs at its worst moment, from the catalogue's estimates of the text.
 
-    Fallbacks count beside the corpora they stand in for: which of them is read is known only later.
+    Fallbacks are counted in addition to their corpora: only later is it known which of them is read.
     """
     corpora: dict[str, Corpus] = {}
     for name in config.corpora:

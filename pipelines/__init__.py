@@ -1,1 +1,1 @@
-"""Order of the steps, what is already done, and the hand-over of each step to Ray. See docs/pipelines.md."""
+"""The `mobilemoe` command: recipes, the steps of a run, which of them are up to date, and their work on Ray."""

@@ -1,4 +1,4 @@
-"""Disk space, checked before a run starts: what the run will write against what the file system has."""
+"""Disk space, checked before a run starts: bytes that the run will write against bytes that are free."""
 
 import os
 import shutil
@@ -6,21 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import RefusedInput
+from core.stages import STAGES
 from pipelines.recipe import Recipe
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
-"""float32 master weights and AdamW's two moments are 12; the rest is room for what lies beside them."""
+"""float32 master weights and AdamW's two moments take 12; the rest is room for the other files of a checkpoint."""
 CHECKPOINTS_KEPT = 2
 """torchtitan writes a new checkpoint before it deletes the one before."""
 BF16_BYTES = 2
 INT4_BYTES = 0.5 + 2 / 32
-"""Half a byte and a float16 scale per group of 32."""
+"""Half a byte, and a float16 scale for each group of 32."""
+BF16_MODELS, INT4_MODELS = 4, 1
+"""Exported models: pretrain, midtrain, sft, and sft rounded to INT4 values are BF16; the QAT model is packed."""
 
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes a run writes, by kind."""
+    """Bytes that a run writes, by kind."""
 
     data: int
     checkpoints: int
@@ -33,47 +36,46 @@ class DiskEstimate:
 
 
 def estimate_disk(recipe: Recipe) -> DiskEstimate:
-    """What the run folder will hold: shards, the checkpoints of four stages, the exported models."""
+    """Estimate the size of the run folder: shards, the checkpoints of all stages, the exported models."""
     from data import validate_config
 
     parameters = count_parameters(recipe.model).total
-    stages = len(recipe.stages.items())
-    bf16_models, int4_models = 4, 1  # pretrain, midtrain, sft and sft rounded to INT4 values; the QAT model packed
     return DiskEstimate(
         data=validate_config.estimate_bytes(recipe.data),
-        checkpoints=parameters * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_KEPT * stages,
-        artifacts=int(parameters * (BF16_BYTES * bf16_models + INT4_BYTES * int4_models)),
+        checkpoints=parameters * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_KEPT * len(STAGES),
+        artifacts=int(parameters * (BF16_BYTES * BF16_MODELS + INT4_BYTES * INT4_MODELS)),
     )
 
 
 def check_disk(recipe: Recipe, run: Path) -> None:
-    """Refuse a run whose files will not fit; what the run folder already holds counts as written.
+    """Check that a run's files will fit; what the run folder already holds counts as written.
 
     Raises:
-        RefusedInput: with the estimate, the free space and what to do.
+        RefusedInput: they will not; the message has the estimate, the free space and the way out.
     """
     estimate = estimate_disk(recipe)
-    anchor = existing_parent(run)
-    free, written = shutil.disk_usage(anchor).free, folder_bytes(run)
+    anchor = find_existing_parent(run)
+    free, written = shutil.disk_usage(anchor).free, measure_folder(run)
     if estimate.total - written > free:
         raise RefusedInput(
-            f"--out {run}: the run needs about {_gb(estimate.total)} (data {_gb(estimate.data)}, checkpoints "
-            f"{_gb(estimate.checkpoints)}, artifacts {_gb(estimate.artifacts)}), {_gb(written)} of it are there, and "
-            f"the file system of {anchor} has {_gb(free)} free; give --out on a larger one, or free some space"
+            f"--out {run}: the run needs about {_format_gb(estimate.total)} (data {_format_gb(estimate.data)}, "
+            f"checkpoints {_format_gb(estimate.checkpoints)}, artifacts {_format_gb(estimate.artifacts)}), "
+            f"{_format_gb(written)} of it are there, and the file system of {anchor} has {_format_gb(free)} free; give "
+            "--out on a larger one, or free some space"
         )
 
 
-def existing_parent(path: Path) -> Path:
-    """The path itself or its nearest ancestor that exists."""
+def find_existing_parent(path: Path) -> Path:
+    """Return the path itself or its nearest ancestor that exists."""
     while not path.exists():
         path = path.parent
     return path
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 where there is none."""
+def measure_folder(folder: Path) -> int:
+    """Return the bytes of all files below a folder; 0 where there is none."""
     return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
 
 
-def _gb(size: int) -> str:
+def _format_gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"

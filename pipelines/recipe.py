@@ -1,7 +1,7 @@
 """`Recipe`: everything that defines a run, as one frozen dataclass tree.
 
 A recipe is a Python function that returns one (pipelines/recipes/); the command line overrides any leaf by its dotted
-path. `pipelines.validate.validate` refuses impossible combinations before anything starts.
+path. `pipelines.validation.validate_recipe` refuses impossible combinations before anything starts.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ class Stages:
     qat: StageConfig
 
     def items(self) -> list[tuple[str, StageConfig]]:
-        """(name, stage) in training order."""
-        return [(f.name, self.of(f.name)) for f in dataclasses.fields(self)]
+        """Return (name, stage) of each stage, in training order."""
+        return [(f.name, self.get(f.name)) for f in dataclasses.fields(self)]
 
-    def of(self, name: str) -> StageConfig:
-        """The stage of that name."""
+    def get(self, name: str) -> StageConfig:
+        """Return the stage of that name."""
         return getattr(self, name)
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the steps run. Nothing here changes a result, so nothing here makes a finished step stale."""
+    """The cluster that the steps run on. Nothing here changes a result, so nothing here makes a finished step stale."""
 
     ray_address: str = ""
     """Empty starts a Ray of its own on this machine; `auto` or host:port joins a running cluster."""
@@ -60,7 +60,7 @@ class Recipe:
     parallel: ParallelConfig
     initial_model: str = ""
     """Hugging Face folder in the released format, BF16 or INT4, whose weights training starts from instead of random
-    ones. The first stages may then have 0 steps: what they were given passes on to the next."""
+    ones. The first stages may then have 0 steps: they pass the weights on to the next stage."""
     seed: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -68,7 +68,7 @@ class Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-ready nested dicts (tuples become lists)."""
+    """Return the recipe as JSON-ready nested dicts; tuples become lists."""
     return _plain(dataclasses.asdict(recipe))
 
 

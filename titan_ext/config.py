@@ -1,6 +1,6 @@
-"""What a recipe says about the model and a training stage.
+"""Configuration of the model, of a training stage and of its layout, as a recipe states it.
 
-The facts behind the numbers: arXiv 2605.27358 (MobileMoE), tables of architecture and training.
+The numbers are from arXiv 2605.27358 (MobileMoE), tables of architecture and training.
 """
 
 from dataclasses import dataclass, field
@@ -27,9 +27,9 @@ class ModelDims:
     n_kv_heads: int
     head_dim: int
     expert_hidden: int
-    """F: hidden width of one routed expert."""
+    """Hidden width of one routed expert, F in tensor names."""
     shared_hidden: int
-    """Hidden width of the shared expert that is always on."""
+    """Hidden width of the shared expert, which every token passes through."""
     n_experts: int
     top_k: int
     vocab_size: int = 128_256
@@ -79,32 +79,37 @@ class StageConfig:
 
     steps: int
     seq_len: int
-    """Tokens of one packed sequence."""
+    """Number of tokens of one packed sequence."""
     global_batch_size: int
-    """Sequences an optimizer step, over all ranks."""
+    """Number of sequences of an optimizer step, over all ranks."""
     local_batch_size: int
-    """Sequences a rank and forward pass, the micro-batch; the rest of the global batch is gradient accumulation."""
+    """Number of sequences of a micro-batch: one rank's forward pass. Gradients are accumulated over the others."""
     learning_rate: float
     shards: str
-    """Folder under the data step's `shards/` (and `heldout/`): pretrain, midtrain or sft."""
+    """Folder below the data step's `shards/`: pretrain, midtrain or sft (core.stages.SHARD_FOLDERS)."""
     mixture: dict[str, float]
     """Domain -> share of the trained tokens; sums to 1."""
     schedule: Literal["cosine", "linear"] = "cosine"
+    """Shape of the learning rate's decay after the warm-up."""
     warmup_steps: int = 0
+    """Number of steps over which the learning rate rises linearly from 0."""
     min_lr_factor: float = 0.1
+    """Learning rate of the last step as a share of `learning_rate`."""
     weight_decay: float = 0.1
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     router_z_loss: float = 1e-4
+    """Weight of the router z-loss."""
     expert_bias_update_rate: float = 1e-3
+    """Step of the expert bias an update (loss-free load balancing, arXiv 2408.15664)."""
     capacity_factor: float | None = None
-    """Drop-and-pad dispatch in training: room of an expert in multiples of its balanced share; None drops nothing."""
+    """Room of an expert in multiples of its balanced share, in training (drop-and-pad dispatch). None drops nothing."""
     skip_spikes_sigma: float | None = None
-    """Skip steps whose loss or gradient norm is this many standard deviations above that of the last steps."""
+    """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps' mean."""
     log_interval: int = 10
     checkpoint_interval: int = 500
     heldout_interval: int = 500
-    """Steps between two measurements of the held-out loss; the last step is always measured."""
+    """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
     """Global batches of held-out data a measurement."""
     qat: QATConfig | None = None
@@ -112,43 +117,44 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The gang of processes a stage runs on.
+    """Degrees of parallelism of a stage, and how a rank computes.
 
-    `world_size` = pipeline stages' ranks x replicas x shards x context x tensor parallel ranks.
+    `world_size` = pipeline ranks x replicas x shards x context parallel ranks x tensor parallel ranks.
     """
 
     world_size: int
     expert_parallel: int = 1
-    """Ranks that share the routed experts; divides n_experts and the ranks of one replica of a pipeline stage."""
+    """Number of ranks that share the routed experts. It divides n_experts and the ranks of a replica of a stage."""
     data_parallel_replicate: int = 1
-    """HSDP: copies of the sharded model; 1 is plain FSDP2."""
+    """Number of copies of the sharded model (HSDP); 1 is plain FSDP2."""
     tensor_parallel: int = 1
-    """Ranks that split every dense matrix and, without expert parallelism, every expert; divides n_kv_heads."""
+    """Number of ranks that split every dense matrix and, without expert parallelism, every expert. It divides
+    n_kv_heads."""
     context_parallel: int = 1
-    """Ranks that split every sequence."""
+    """Number of ranks that split every sequence."""
     pipeline_parallel: int = 1
-    """Ranks that split the layers. Micro-batches of `local_batch_size` pass through them, all of a rank's part of the
-    global batch in one go: at least one a rank of the pipeline."""
+    """Number of ranks that split the layers. All micro-batches of a step pass through the pipeline in one go, so a
+    step needs at least as many micro-batches as the pipeline has ranks."""
     pipeline_schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
-    """Order of forward and backward passes. Interleaved1F1B gives every rank two stages, which halves the time that
-    ranks wait at the ends of a step and sends twice as much."""
+    """Order of forward and backward passes. Interleaved1F1B gives every rank two stages: ranks wait half as long at the
+    ends of a step and send twice as much."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of FSDP's mixed-precision parameters; master weights and reductions are float32."""
+    """Dtype that FSDP2 casts parameters to for computing. Master weights and reductions are float32."""
     activation_checkpoint: Literal["none", "selective", "full"] | None = None
-    """What the backward pass computes again: nothing, what is cheap to, or every block; None takes selective on a GPU
-    and none on the CPU."""
+    """Activations that the backward pass computes again: none, those that are cheap to compute, or all of a block. None
+    selects `selective` on a GPU and `none` on the CPU."""
     compile: bool | None = None
-    """Compile every block; None does on a GPU and does not on the CPU."""
+    """Whether to compile every block. None compiles on a GPU and not on the CPU."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run, as all on the CPU do; a GPU has others that are faster, and
-    an operation without such an algorithm ends the stage."""
+    """Whether to use only algorithms that give the same bits in every run. All algorithms on the CPU do. A GPU has
+    faster ones that do not, and there an operation without a deterministic algorithm ends the stage."""
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that read different sequences."""
+        """Return the number of ranks that read different sequences."""
         return self.world_size // max(self.tensor_parallel * self.context_parallel * self.pipeline_parallel, 1)
 
     @property
     def pipeline_stages(self) -> int:
-        """Parts that the layers are split into."""
+        """Return the number of parts that the layers are split into."""
         return self.pipeline_parallel * (2 if self.pipeline_schedule == "Interleaved1F1B" else 1)

@@ -4,43 +4,48 @@
         --dataloader.shards /data/shards/pretrain --hf_assets_path /data/tokenizer
 
 Names are mobilemoe_FLAVOR_STAGE with FLAVOR s, m, l or tiny and STAGE pretrain, midtrain, sft or qat; any field can be
-overridden as torchtitan does it. Paths default to a run folder's, seen from inside it. Works on the CPU as well.
+overridden as torchtitan does it. Default paths are relative to a run folder as the current folder. It works on the CPU
+as well.
 """
 
 import functools
 import os
 from pathlib import Path
 
+from core.stages import STAGE_FOLDERS, STAGES, heldout_folder
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.training.schedules import STAGES, published_stages, tiny_stages
+from titan_ext.training.schedules import published_stages, tiny_stages
 from titan_ext.training.trainer import StageTrainer
-from titan_ext.training.trainer_config import trainer_config
+from titan_ext.training.trainer_config import build_trainer_config
 
 
-def stage_trainer(flavor: str, name: str) -> StageTrainer.Config:
-    """One stage of one flavor; held-out loss is measured where the current folder has held-out shards."""
+def build_config(flavor: str, name: str) -> StageTrainer.Config:
+    """Build the configuration of one stage of one flavor.
+
+    Held-out loss is measured if the current folder has held-out shards.
+    """
     tiny = flavor == "tiny"
     stage = (tiny_stages() if tiny else published_stages())[name]
-    heldout = Path("data/heldout") / ("sft" if stage.shards == "sft" else "pretrain")
+    heldout = Path("data/heldout") / heldout_folder(stage.shards)
     parallel = ParallelConfig(
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         expert_parallel=1 if tiny else 4,
         precision="float32" if tiny else "bfloat16",
     )
-    return trainer_config(
+    return build_trainer_config(
         model=FLAVORS[flavor],
         stage=stage,
         parallel=parallel,
         shards=f"data/shards/{stage.shards}",
         heldout=str(heldout) if heldout.is_dir() else None,
         tokenizer="data/tokenizer",
-        out=f"stages/{STAGES.index(name) + 1}_{name}",
+        out=STAGE_FOLDERS[name],
         seed=0,
         flavor=flavor,
     )
 
 
-# torchtitan looks names up in this module; a function each would be sixteen times the same line.
+# torchtitan looks configurations up by name in this module. Written out, it would be sixteen equal functions.
 for _flavor in FLAVORS:
     for _stage in STAGES:
-        globals()[f"mobilemoe_{_flavor.lower()}_{_stage}"] = functools.partial(stage_trainer, _flavor, _stage)
+        globals()[f"mobilemoe_{_flavor.lower()}_{_stage}"] = functools.partial(build_config, _flavor, _stage)

@@ -1,9 +1,9 @@
-"""The one thing the rooms need of DTensor."""
+"""Access to the local part of a DTensor, which all parts of titan_ext need."""
 
 import torch
 from torch.distributed.tensor import DTensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, sharing its memory; another tensor as it is."""
+    """Return this rank's shard of a DTensor, sharing its memory; return a plain tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

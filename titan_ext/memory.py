@@ -1,10 +1,11 @@
 """Memory of one rank at the peak of a training step, by closed formula.
 
-Counted are the tensors of a step without recomputation and without compile, as the CPU runs it: what autograd keeps
-for the backward pass, a layer at a time, was read off `torch.autograd.graph.saved_tensors_hooks` and is held against
-it by tests/titan_ext/test_memory.py. On a GPU fused norms, compile and selective recomputation keep less, so it should
-be an upper bound there; that was not measured. Not counted: the runtime's own floor, the loader's cache, fragmentation,
-and the attention probabilities that the CPU keeps of documents up to 512 tokens (titan_ext/mobilemoe/attention.py).
+The formula counts the tensors of a step without recomputation and without compile, as on the CPU. The bytes that
+autograd keeps of a layer for the backward pass were read with `torch.autograd.graph.saved_tensors_hooks`, and
+tests/titan_ext/test_memory.py compares them with the formula. On a GPU fused norms, compile and selective recomputation
+keep less, so the estimate should be an upper bound there; that was not measured. Not counted are the memory of the
+runtime itself, the loader's cache, fragmentation, and the attention probabilities that the CPU keeps of documents up to
+512 tokens (titan_ext/mobilemoe/attention.py).
 
 Suffixes as in the model: D model dimension, F width of an expert, E experts, K experts a token.
 """
@@ -12,49 +13,56 @@ Suffixes as in the model: D model dimension, F width of an expert, E experts, K 
 from dataclasses import dataclass
 
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
-from titan_ext.model_stats import ParameterCount, count_parameters, layers_of_stages
+from titan_ext.model_stats import ParameterCount, count_parameters, split_layers
 
 FLOAT32 = 4
 BYTES = {"bfloat16": 2, "float32": 4}
 OPTIMIZER_BYTES = 2 * FLOAT32
-"""AdamW's two moments a parameter."""
+"""Bytes of AdamW's two moments of a parameter."""
 LOSS_CHUNKS = 8
-"""Of torchtitan's ChunkedLossWrapper: logits exist for one of so many parts of a sequence at a time."""
+"""Number of chunks of torchtitan's ChunkedLossWrapper: logits exist for one chunk of a sequence at a time."""
 LOGIT_COPIES = 3
-"""A chunk's logits in float32, their softmax and their gradient."""
+"""Number of float32 tensors of a chunk's logits: the logits, their softmax and their gradient."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank."""
+    """Bytes of one rank by kind."""
 
     parameters: int
-    """Its shard of the float32 master weights."""
+    """Shard of the float32 master weights."""
     gradients: int
-    """Its shard of the float32 gradients."""
+    """Shard of the float32 gradients."""
     optimizer: int
+    """Shard of AdamW's moments."""
     gathered: int
-    """Whole weights in the computing dtype: embedding, and two layers (one at work, one being fetched); in a pipeline
-    all the rank has."""
+    """Gathered weights in the computing dtype: the embedding and two layers, the current and the next. In a pipeline
+    all layers of the rank."""
     reduction: int
-    """A layer's whole gradients in the computing dtype and in float32, on their way to the shards; in a pipeline those
-    of all the rank has, in float32. On the CPU a rank that holds all of them needs no float32 copy."""
+    """Unsharded gradients of one layer in the computing dtype and in float32, before they are reduced; in a pipeline
+    those of all layers of the rank, in float32. On the CPU a rank that has no other shards needs no float32 copy."""
     activations: int
-    """What the backward pass of one micro-batch needs of the forward pass; in a pipeline of all that are under way."""
+    """Tensors of the forward pass that the backward pass needs, of one micro-batch; in a pipeline of all micro-batches
+    that are in flight."""
     logits: int
-    """One chunk of the sequence against the vocabulary."""
+    """Logits of one chunk of the sequence, with softmax and gradient."""
     head: int
-    """The embedding's whole float32 gradient: reduced after every chunk, kept by FSDP2 until the next reduction."""
+    """Unsharded float32 gradient of the embedding: reduced after every chunk, and kept by FSDP2 until the next
+    reduction."""
     combination: int
-    """The routed experts' rows, three times in float32, where the backward pass takes a layer's weighted sum apart."""
+    """Rows of the routed experts, three times in float32, in the backward pass of a layer's weighted sum of experts."""
     teacher: int
-    """Its shard of the float32 weights of the model that self-distillation learns from."""
+    """Shard of the teacher's float32 weights in self-distillation."""
     accumulates: bool
-    """Whether gradients of an earlier micro-batch are there when the activations are."""
+    """Whether gradients of an earlier micro-batch are in memory together with the activations."""
 
     @property
     def peak(self) -> int:
-        """Activations shrink as gradients grow, a layer at a time: the larger of the two, or both if accumulating."""
+        """Return the bytes at the peak.
+
+        In the backward pass activations shrink as gradients grow, a layer at a time. The peak has the larger of the
+        two, or both if gradients are accumulated over micro-batches.
+        """
         growing = self.gradients + self.reduction
         falling = self.activations + self.head + max(self.logits, self.combination)
         moving = growing + falling if self.accumulates else max(growing, falling)
@@ -62,33 +70,33 @@ class MemoryEstimate:
 
 
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
-    """The memory of a rank of `parallel` that trains `stage`; in a pipeline, of the rank that needs the most."""
-    ranks = [_of_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
+    """Estimate the memory of a rank of `parallel` that trains `stage`; in a pipeline, of the rank that needs most."""
+    ranks = [_estimate_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
     return max(ranks, key=lambda estimate: estimate.peak)
 
 
-def _of_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
+def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
     count, size, is_pipeline = count_parameters(dims), BYTES[parallel.precision], parallel.pipeline_parallel > 1
     is_last = rank == parallel.pipeline_parallel - 1
-    n_layers = sum(layers_of_stages(dims, parallel.pipeline_stages)[rank :: parallel.pipeline_parallel])
+    n_layers = sum(split_layers(dims, parallel.pipeline_stages)[rank :: parallel.pipeline_parallel])
     embedding = count.embedding if rank == 0 or is_last else 0
     held = embedding + (count.total - count.embedding) * n_layers // dims.n_layers
     trained = held - (embedding if is_pipeline and is_last else 0)  # the replica has no optimizer state
     shards = parallel.world_size // (parallel.data_parallel_replicate * parallel.pipeline_parallel)
     shard = -(-held // shards)
 
-    layer = _layer_parameters(count, dims) // parallel.tensor_parallel
-    layer += count.routed_experts // dims.n_layers // _expert_split(parallel)
+    layer = _count_dense_parameters(count, dims) // parallel.tensor_parallel
+    layer += count.routed_experts // dims.n_layers // _count_expert_parts(parallel)
     root = embedding // parallel.tensor_parallel
     tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
-    of_token = activation_bytes_per_token(dims, size, stage.capacity_factor)
+    bytes_per_token = activation_bytes_per_token(dims, size, stage.capacity_factor)
     return MemoryEstimate(
         parameters=FLOAT32 * shard,
         gradients=FLOAT32 * shard,
         optimizer=OPTIMIZER_BYTES * -(-trained // shards),
         gathered=size * (root + (n_layers if is_pipeline else 2) * layer),
         reduction=FLOAT32 * (root + n_layers * layer) if is_pipeline else (size + FLOAT32) * max(layer, root),
-        activations=int(tokens * of_token * n_layers * _micro_batches_under_way(rank, stage, parallel)),
+        activations=int(tokens * bytes_per_token * n_layers * _count_micro_batches_in_flight(rank, stage, parallel)),
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         head=0 if is_pipeline else FLOAT32 * root,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
@@ -97,22 +105,22 @@ def _of_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, parallel: 
     )
 
 
-def _micro_batches_under_way(rank: int, stage: StageConfig, parallel: ParallelConfig) -> float:
-    """Micro-batches whose activations of all its layers a pipeline's rank holds at once, at the most."""
+def _count_micro_batches_in_flight(rank: int, stage: StageConfig, parallel: ParallelConfig) -> float:
+    """Return the largest number of micro-batches whose activations of all its layers a pipeline's rank holds."""
     ranks_after = parallel.pipeline_parallel - 1 - rank
     if parallel.pipeline_schedule == "Interleaved1F1B" and parallel.pipeline_parallel > 1:
-        under_way = (2 * ranks_after + parallel.pipeline_parallel + 1) / 2  # of each of its two stages
+        in_flight = (2 * ranks_after + parallel.pipeline_parallel + 1) / 2  # each micro-batch in one of its two stages
     else:
-        under_way = ranks_after + 1
-    return min(under_way, stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel))
+        in_flight = ranks_after + 1
+    return min(in_flight, stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel))
 
 
 def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None) -> int:
-    """Bytes that one layer keeps of one token for its backward pass.
+    """Return the bytes that one layer keeps of one token for its backward pass.
 
     Args:
         size: bytes of a value in the computing dtype.
-        capacity_factor: of drop-and-pad, whose padding counts; None where nothing is dropped or padded.
+        capacity_factor: room of an expert in drop-and-pad dispatch, whose padding counts; None for dropless dispatch.
     """
     D, F, E, K = dims.d_model, dims.expert_hidden, dims.n_experts, dims.top_k
     q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
@@ -125,11 +133,11 @@ def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: floa
     return int(norms + attention + router + shared + routed)
 
 
-def _layer_parameters(count: ParameterCount, dims: ModelDims) -> int:
-    """Of one layer, all but the routed experts."""
+def _count_dense_parameters(count: ParameterCount, dims: ModelDims) -> int:
+    """Return the number of parameters of one layer without the routed experts."""
     return (count.attention + count.router + count.shared_experts + count.norms) // dims.n_layers
 
 
-def _expert_split(parallel: ParallelConfig) -> int:
-    """Into how many parts the routed experts stay split while they compute."""
+def _count_expert_parts(parallel: ParallelConfig) -> int:
+    """Return the number of parts that the routed experts are split into while they compute."""
     return parallel.expert_parallel if parallel.expert_parallel > 1 else parallel.tensor_parallel

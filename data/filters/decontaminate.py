@@ -1,12 +1,14 @@
 """Removal of training documents that share a run of n words with a benchmark item (GPT-3's rule, n = 13).
 
-An item of fewer than n words is looked for whole, down to 8 words: GPT-3's lower limit (arXiv 2005.14165, appendix C),
-below which ordinary sentences would match. Shorter items, paraphrases and translations cannot be found.
+An item of fewer than n words must occur completely, and needs at least 8 words: GPT-3's lower limit (arXiv 2005.14165,
+appendix C), below which ordinary sentences would match. Shorter items, paraphrases and translations cannot be found.
 
-Words are datatrove's normalised text (case, punctuation, diacritics, white space) split at spaces. Unlike datatrove's
-own decontamination, numbers keep their value, or every table of numbers would match every other; a run's hash is
-rolled on from that of the run one word shorter, in numpy, instead of joining and hashing n words at every place; and
-the index is one sorted array shared through the page cache, not a dictionary in every process.
+Words are datatrove's normalised text (case, punctuation, diacritics, white space) split at spaces. Three things differ
+from datatrove's own decontamination. Numbers keep their value: otherwise every table of numbers would match every
+other. The hash of a run is computed with numpy from that of the run one word shorter, instead of joining and hashing n
+words at every position. The index is one sorted array shared through the page cache, not a dictionary in every process.
+
+Shape suffixes: W words.
 """
 
 import json
@@ -23,25 +25,29 @@ from datatrove.utils.text import TextNormConfig, simplify_text
 from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
-from core.errors import RefusedInput
-from data.files import write_json
+from core.atomic import write_json
+from core.errors import DamagedData
 
 NORMALISATION = TextNormConfig(norm_numbers=False)
 MIN_WORDS = 8
-"""Items of fewer words are not looked for."""
+"""Least number of words of an item that is searched for."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+"""Multiplier of the polynomial hash: 2^64 divided by the golden ratio, as in Fibonacci hashing."""
 TABLE_BITS_PER_HASH = 4
-"""2^4 places of the first look-up for every hash of the index: 1 in 16 needs the second, a binary search."""
+"""Size of the look-up table: 2^4 entries for every hash of the index, so 1 look-up in 16 needs the binary search."""
+
+HIT_PREFIX = "hit_"
+"""Beginning of the counter of documents that share a run with one benchmark."""
 
 
-def word_hashes(text: str) -> NDArray[np.uint64]:
-    """xxh64 of every normalised word. Returns uint64 [words]."""
+def hash_words(text: str) -> NDArray[np.uint64]:
+    """Return the xxh64 of every normalised word, uint64 [W]."""
     words = simplify_text(text, NORMALISATION).split()
     return np.fromiter(map(xxh64_intdigest, words), dtype=np.uint64, count=len(words))
 
 
-def run_hashes(words_W: NDArray[np.uint64], n: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """(length, hashes uint64 [W - length + 1]) of all runs of MIN_WORDS ... n words that fit, shortest first.
+def hash_runs(words_W: NDArray[np.uint64], n: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Yield (length, hashes uint64 [W - length + 1]) for runs of MIN_WORDS to n words, the shortest first.
 
     h(w1 ... wk) = h(w1 ... wk-1) * MULTIPLIER + wk modulo 2^64.
     """
@@ -53,25 +59,31 @@ def run_hashes(words_W: NDArray[np.uint64], n: int) -> Iterator[tuple[int, NDArr
             yield length, hashes
 
 
-def item_hashes(text: str, n: int) -> NDArray[np.uint64]:
-    """What identifies a benchmark item: its runs of n words, or all of a shorter one; empty below MIN_WORDS."""
+def hash_item(text: str, n: int) -> NDArray[np.uint64]:
+    """Return the hashes that identify a benchmark item: its runs of n words, or the one run of all words of a shorter
+    item; empty for fewer than MIN_WORDS.
+    """
     longest = np.empty(0, np.uint64)
-    for _, hashes in run_hashes(word_hashes(text), n):
+    for _, hashes in hash_runs(hash_words(text), n):
         longest = hashes
     return longest
 
 
 def build_index(benchmark_texts: Path, n: int, folder: Path) -> dict[str, dict[str, int]]:
-    """Index the benchmark items: `hashes.npy` (uint64, sorted), `owner.npy` (uint16, same order), `benchmarks.json`.
+    """Write the index of the benchmark items: `hashes.npy` (uint64, sorted), `owner.npy` (uint16, same order) and
+    `benchmarks.json`.
 
     A run that several benchmarks share belongs to the first of them.
 
     Args:
-        benchmark_texts: jsonl of `{"benchmark": str, "text": str}`.
+        benchmark_texts: jsonl of `{"benchmark": str, "text": str}`, written by eval.benchmarks.items.
+
     Returns:
-        benchmark -> `items`, `runs` (hashes) and `too_short` (items that cannot be found); what benchmarks.json holds.
+        benchmark -> numbers of `items`, `runs` (hashes) and `too_short` items, which cannot be found; benchmarks.json
+        holds the same.
+
     Raises:
-        RefusedInput: a line is not of that form (its number is named).
+        DamagedData: a line has another form; names its number.
     """
     counts: dict[str, dict[str, int]] = {}
     hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.uint16)]
@@ -80,63 +92,69 @@ def build_index(benchmark_texts: Path, n: int, folder: Path) -> dict[str, dict[s
             try:
                 row = json.loads(line)
                 benchmark, text = str(row["benchmark"]), row["text"]
-                found = item_hashes(text, n)
+                item = hash_item(text, n)
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise RefusedInput(
+                raise DamagedData(
                     f'benchmark_texts: line {number} of {benchmark_texts} is not {{"benchmark", "text"}} ({error!r}); '
                     "write the file again"
                 ) from error
             count = counts.setdefault(benchmark, {"items": 0, "runs": 0, "too_short": 0})
             count["items"] += 1
-            count["runs"] += len(found)
-            count["too_short"] += len(found) == 0
-            hashes.append(found)
-            owners.append(np.full(len(found), list(counts).index(benchmark), dtype=np.uint16))
+            count["runs"] += len(item)
+            count["too_short"] += len(item) == 0
+            hashes.append(item)
+            owners.append(np.full(len(item), list(counts).index(benchmark), dtype=np.uint16))
+    # `return_index` gives the first occurrence: a shared run stays with the benchmark that comes first.
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "hashes.npy", unique)
     np.save(folder / "owner.npy", np.concatenate(owners)[first])
+    # Written last: its presence says that the index is complete. A list keeps the order, which `owner.npy` counts by.
     write_json(folder / "benchmarks.json", [[name, count] for name, count in counts.items()])
     return counts
 
 
-def benchmark_counts(folder: Path) -> dict[str, dict[str, int]]:
-    """What `build_index` returned."""
+def read_benchmark_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """Read what `build_index` returned."""
     return dict(json.loads((folder / "benchmarks.json").read_text()))
 
 
 @dataclass
 class Index:
-    """The benchmarks' hashes, opened by a process on first use."""
+    """The index that `build_index` wrote to `folder`; each process opens it on first use."""
 
     folder: Path
 
     @cached_property
     def hashes(self) -> NDArray[np.uint64]:
+        """Sorted hashes of all runs."""
         return np.load(self.folder / "hashes.npy", mmap_mode="r")
 
     @cached_property
     def owner(self) -> NDArray[np.uint16]:
+        """Benchmark of each hash, as a position in `names`."""
         return np.load(self.folder / "owner.npy", mmap_mode="r")
 
     @cached_property
     def names(self) -> list[str]:
-        return list(benchmark_counts(self.folder))
+        """Names of the benchmarks, in the order of the benchmark texts."""
+        return list(read_benchmark_counts(self.folder))
 
     @cached_property
     def _shift(self) -> np.uint64:
+        """Right shift that leaves the first bits of a hash, its position in `_table`."""
         bits = max(len(self.hashes), 1).bit_length() + TABLE_BITS_PER_HASH
         return np.uint64(64 - bits)
 
     @cached_property
     def _table(self) -> NDArray[np.bool_]:
-        """True where some hash has these first bits: almost no word of a text gets further."""
+        """Table that is True where some hash has these first bits; almost every run of a text is decided by it."""
         table = np.zeros(1 << (64 - int(self._shift)), np.bool_)
         table[self.hashes >> self._shift] = True
         return table
 
-    def benchmarks_of(self, hashes: NDArray[np.uint64]) -> list[str]:
-        """Benchmarks that own any of the hashes, in the order of their first."""
+    def find_benchmarks(self, hashes: NDArray[np.uint64]) -> list[str]:
+        """Return the benchmarks that own any of the hashes, in the order of their first hash."""
         candidates = hashes[self._table[hashes >> self._shift]]
         if not len(candidates):
             return []
@@ -146,7 +164,10 @@ class Index:
 
 
 class DecontaminationFilter(BaseFilter):
-    """Drops a document that shares a run with an item; the reason is the first benchmark, `hit_<name>` counts all."""
+    """Drops a document that shares a run with a benchmark item.
+
+    The reason is the first benchmark it shares one with; the counters `hit_<name>` count the document for each of them.
+    """
 
     name = "decontamination"
 
@@ -156,9 +177,10 @@ class DecontaminationFilter(BaseFilter):
         self.n = n
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        found: dict[str, None] = {}
-        for _, hashes in run_hashes(word_hashes(doc.text), self.n):
-            found.update(dict.fromkeys(self.index.benchmarks_of(hashes)))
-        for benchmark in found:
-            self.stat_update(f"hit_{benchmark}")
-        return (False, next(iter(found))) if found else True
+        """Return True, or False and the first benchmark."""
+        benchmarks: dict[str, None] = {}
+        for _, hashes in hash_runs(hash_words(doc.text), self.n):
+            benchmarks.update(dict.fromkeys(self.index.find_benchmarks(hashes)))
+        for benchmark in benchmarks:
+            self.stat_update(f"{HIT_PREFIX}{benchmark}")
+        return (False, next(iter(benchmarks))) if benchmarks else True

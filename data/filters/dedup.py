@@ -1,14 +1,15 @@
 """Exact and near-duplicate removal with datatrove's blocks, over all corpora at once.
 
-Of copies in several corpora, the corpus that is read first keeps its own: text before conversations, otherwise in the
-order of the recipe.
+A copy is kept in the corpus that is read first: text corpora before conversations, and otherwise in the order of the
+recipe.
 
 Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
 setting, likely above a Jaccard similarity of 0.75): text corpora only. Generated questions differ in little but their
 numbers, which MinHash's normalisation maps to one symbol, so it would fold an instruction corpus into a few samples.
 
-The last step of MinHash is one task that holds every document with a duplicate. Groups (`near_groups`) bound it: each
-has signatures, buckets and clusters of its own, and what two groups share is kept in both.
+The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
+(`assign_near_groups`) bound it: each group has signatures, buckets and clusters of its own, so a document that occurs
+in two groups is kept in both.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
     ExactDedupFilter,
@@ -30,67 +30,79 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
+from data import compat
 from data.catalogue.corpus import Unit
 from data.filters.spacy_cache import EnglishWords
 
 HIGHEST_PRIORITY = 65_535
+"""Largest priority of a document: datatrove stores it in 16 bits."""
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
-def _content(document: Document) -> str:
+def _get_text(document: Document) -> str:
+    # datatrove chooses the hash function by the return annotation.
     return document.text
 
 
 def _exact_config() -> ExactDedupConfig:
-    return ExactDedupConfig(content_getter=_content)
+    return ExactDedupConfig(content_getter=_get_text)
 
 
 def _priority(document: Document, corpora: list[str]) -> int:
-    """Higher for corpora named earlier; datatrove keeps the copy of the highest priority, which is 16 bits wide."""
+    """Return a document's priority, higher for a corpus that is read earlier; datatrove keeps the highest copy."""
     return HIGHEST_PRIORITY - corpora.index(document.metadata["corpus"])
 
 
-def exact_signature(folder: Path, corpora: list[str]) -> PipelineStep:
-    """Last block of a step: writes the hashes of this rank's documents. `corpora` are their names in reading order."""
+def make_exact_signature(folder: Path, corpora: list[str]) -> PipelineStep:
+    """Return the last block of a step, which writes the hashes of the rank's documents.
+
+    Args:
+        corpora: names of the corpora in reading order.
+    """
     config = _exact_config()
     config.document_priority = partial(_priority, corpora=corpora)
     return ExactDedupSignature(str(folder / "signatures"), config)
 
 
-def exact_find(folder: Path) -> PipelineStep:
-    """One task: which documents repeat an earlier one."""
+def make_exact_find(folder: Path) -> PipelineStep:
+    """Return the block that finds the documents whose text occurs in another one of higher priority; one task."""
     return ExactFindDedups(str(folder / "signatures"), str(folder / "duplicates"), _exact_config())
 
 
-def exact_filter(folder: Path) -> PipelineStep:
-    """Drops them; must see the documents in the order that `exact_signature` saw."""
+def make_exact_filter(folder: Path) -> PipelineStep:
+    """Return the block that drops exact duplicates; it knows a document by its position in the signature step."""
     return ExactDedupFilter(str(folder / "duplicates"), _exact_config())
 
 
-def near_groups(units: list[Unit], within: str) -> list[str]:
-    """Of every unit, the group of documents that near duplicates are sought in: `all`, its corpus, or itself."""
-    names = {
+def assign_near_groups(units: list[Unit], within: str) -> list[str]:
+    """Return the name of each unit's group, in which near duplicates are searched for.
+
+    Args:
+        within: `DataConfig.near_duplicates_within`: one group of all units, one a corpus, or one a unit.
+    """
+    name_group = {
         "all": lambda unit: "all",
         "corpus": lambda unit: unit.corpus.name,
         "shard": lambda unit: f"{unit.corpus.name}.{unit.shard:05d}",
     }
-    return [names[within](unit) for unit in units]
+    return [name_group[within](unit) for unit in units]
 
 
 class GroupSignature(MinhashDedupSignature):
-    """Writes the signatures of rank r into the folder of its group."""
+    """Writes the MinHash signatures of rank r to the folder of its group."""
 
     def __init__(self, folder: Path, groups: list[str]):
         super().__init__(str(folder), MINHASH, language=EnglishWords())
         self.folder, self.groups = folder, groups
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        self.output_folder = get_datafolder(str(self.folder / self.groups[rank] / "signatures"))
+        """Write the signatures of the rank's documents."""
+        compat.set_signature_folder(self, self.folder / self.groups[rank] / "signatures")
         super().run(data, rank, world_size)
 
 
 class EveryGroup(PipelineStep):
-    """A datatrove block of `tasks` tasks, once for every group: task t of group g is rank g * tasks + t."""
+    """Runs a datatrove block of `tasks` tasks for every group: task t of group g is rank g * tasks + t."""
 
     type = "🫂 - DEDUP"
 
@@ -100,42 +112,43 @@ class EveryGroup(PipelineStep):
         self.block, self.folders, self.tasks = block, folders, tasks
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        """Run one task of one group."""
         group, task = divmod(rank, self.tasks)
         block = self.block(self.folders[group])
-        block.stats = self.stats
+        compat.share_statistics(block, self)
         block.run(data, task, self.tasks)
 
 
-def _buckets(folder: Path) -> PipelineStep:
+def _make_group_buckets(folder: Path) -> PipelineStep:
     return MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), config=MINHASH)
 
 
-def _cluster(folder: Path) -> PipelineStep:
-    # Ranks are numbered over all groups, so the groups' lists of what to remove lie side by side.
+def _make_group_cluster(folder: Path) -> PipelineStep:
+    # Ranks are numbered over all groups, so the lists of documents to remove may share one folder.
     return MinhashDedupCluster(str(folder / "pairs"), str(folder.parent / "remove"), MINHASH)
 
 
-def near_signature(folder: Path, groups: list[str]) -> PipelineStep:
-    """Last block of a step: writes the MinHash signatures of this rank's documents."""
+def make_near_signature(folder: Path, groups: list[str]) -> PipelineStep:
+    """Return the last block of a step, which writes the MinHash signatures of the rank's documents."""
     return GroupSignature(folder, groups)
 
 
-def near_buckets(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
-    """Pairs that agree on a whole bucket. Returns the block and its number of tasks."""
-    folders = _folders(folder, groups)
-    return EveryGroup("buckets", _buckets, folders, MINHASH.num_buckets), len(folders) * MINHASH.num_buckets
+def make_near_buckets(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
+    """Return the block that finds pairs of documents that agree in all hashes of a bucket, and its number of tasks."""
+    folders = _list_folders(folder, groups)
+    return EveryGroup("buckets", _make_group_buckets, folders, MINHASH.num_buckets), len(folders) * MINHASH.num_buckets
 
 
-def near_cluster(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
-    """Clusters of pairs, all but one document of each to be removed. Returns the block and its number of tasks."""
-    folders = _folders(folder, groups)
-    return EveryGroup("clusters", _cluster, folders, 1), len(folders)
+def make_near_cluster(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
+    """Return the block that joins pairs to clusters and lists all but one document of each, and its number of tasks."""
+    folders = _list_folders(folder, groups)
+    return EveryGroup("clusters", _make_group_cluster, folders, 1), len(folders)
 
 
-def near_filter(folder: Path) -> PipelineStep:
-    """Drops them; must see the documents in the order that `near_signature` saw."""
+def make_near_filter(folder: Path) -> PipelineStep:
+    """Return the block that drops near duplicates; it knows a document by its position in the signature step."""
     return MinhashDedupFilter(str(folder / "remove"))
 
 
-def _folders(folder: Path, groups: list[str]) -> list[Path]:
+def _list_folders(folder: Path, groups: list[str]) -> list[Path]:
     return [folder / group for group in dict.fromkeys(groups)]

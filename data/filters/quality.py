@@ -1,9 +1,9 @@
-"""Repair, filters and redaction, by what kind of writing a document is.
+"""Repair, quality filters and redaction, chosen by the style of a document's writing (`Corpus.style`).
 
 Web prose gets FineWeb's sequence (arXiv 2406.17557): language, Gopher repetition, Gopher quality, C4 without its
-line-punctuation rule, FineWeb's own three rules. An encyclopedia gets language and Gopher's: the rules about lines
-judge a page's layout, which a dump has lost. Documentation keeps the rules that formulas and examples do not break by
-their nature. Code and conversations pass: these heuristics are about prose.
+line-punctuation rule, FineWeb's own three rules. An encyclopedia gets the language filter and Gopher's two: the other
+rules judge the lines of a page, and the text of a dump no longer has them. Documentation gets those of Gopher's quality
+rules that formulas and examples do not break by their nature. Code and conversations pass: the rules are about prose.
 """
 
 import importlib.metadata
@@ -19,52 +19,56 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 
 from data.catalogue.corpus import Style
+from data.compat import read_filter_parameters
 from data.config import DataConfig
-from data.filters.language import language_filter
+from data.filters.language import make_language_filter
 from data.filters.repetition import RepetitionFilter
 from data.filters.spacy_cache import EnglishWords
 
 REWRITTEN_STYLES: tuple[Style, ...] = ("prose", "encyclopedia", "documentation")
-"""An address or an odd character in code or in a tool call is what the text is about, and has to be the same in every
-turn."""
+"""Styles that repair and redaction may change. In code and tool calls an address or an unusual character is the subject
+of the text, and a conversation needs it unchanged in every turn."""
 LANGUAGE_STYLES: tuple[Style, ...] = ("prose", "encyclopedia")
+"""Styles that the language filter applies to: a classifier is unsure of code and formulas."""
 
 
 class StyleFilter(BaseFilter):
-    """Applies a datatrove filter to documents of some styles and passes the others."""
+    """Applies a datatrove filter to the documents of some styles and passes all others."""
 
     def __init__(self, inner: BaseFilter, styles: tuple[Style, ...], label: str):
-        # datatrove names a block's statistics when it is initialised.
+        # The name comes first: datatrove names a block's statistics by it in `__init__`.
         self.name = label
         super().__init__()
         self.inner = inner
         self.styles = styles
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """Return the inner filter's verdict and its reason; True for a document of another style."""
         if doc.metadata["style"] not in self.styles:
             return True
         verdict = self.inner.filter(doc)
-        # The language filter gives no reason of its own.
+        # The language filter gives no reason; the language that it found is one.
         return verdict if verdict is not False else (False, doc.metadata.pop("language", "dropped"))
 
     def description(self) -> dict:
-        """For the manifest: which block of which library, on what, with what limits."""
-        parameters = {k: v for k, v in vars(self.inner).items() if isinstance(v, int | float | str | bool | list)}
+        """Return the manifest's entry: the block, datatrove's version, the styles it applies to and its limits."""
         return {
             "label": self.name,
             "block": type(self.inner).__name__,
             "datatrove": importlib.metadata.version("datatrove"),
             "styles": list(self.styles),
-            "parameters": {k: v for k, v in sorted(parameters.items()) if not k.startswith("_")},
+            "parameters": read_filter_parameters(self.inner),
         }
 
 
-class _InProse:
-    """Of a datatrove formatter: changes documents of REWRITTEN_STYLES alone, and counts those it changed."""
+class _ProseOnly:
+    """Lets a datatrove formatter change documents of REWRITTEN_STYLES only, and counts the changed ones."""
 
     counter: str
+    """Name of the counter of changed documents in the block's statistics."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield every document, reformatted where its style allows it."""
         for document in data:
             if document.metadata["style"] in REWRITTEN_STYLES:
                 with self.track_time():
@@ -75,9 +79,11 @@ class _InProse:
             yield document
 
 
-class TextRepair(_InProse, FTFYFormatter):
-    """datatrove's repair, as FineWeb's: text decoded with the wrong encoding, HTML entities, terminal escapes, control
-    characters; line breaks become LF too. Quotes, widths and ligatures stay as they were written.
+class TextRepair(_ProseOnly, FTFYFormatter):
+    """Repairs text as FineWeb does, with datatrove's block.
+
+    It mends text that was decoded with the wrong encoding, replaces HTML entities, removes terminal escapes and control
+    characters, and makes every line break LF. Quotes, widths and ligatures stay as they were written.
     """
 
     name = "repair"
@@ -87,15 +93,16 @@ class TextRepair(_InProse, FTFYFormatter):
         super().__init__(fix_line_breaks=True)
 
 
-class PIIRedaction(_InProse, PIIFormatter):
-    """datatrove's replacement of e-mail and public IP addresses."""
+class PIIRedaction(_ProseOnly, PIIFormatter):
+    """Replaces e-mail and public IP addresses, with datatrove's block."""
 
     name = "pii"
     counter = "redacted"
 
 
-def quality_filters() -> list[StyleFilter]:
-    """Every quality filter, in the order they run; `DataConfig.filters` chooses by their labels."""
+def make_quality_filters() -> list[StyleFilter]:
+    """Return every quality filter in the order they run; `DataConfig.filters` chooses by their labels."""
+    # One instance for all filters, so that a text is split into words once.
     words = EnglishWords()
     # Examples repeat names and prompts (">>>"); the limits on symbols and letters would drop every page with formulas.
     documentation_quality = GopherQualityFilter(
@@ -112,10 +119,14 @@ def quality_filters() -> list[StyleFilter]:
     ]
 
 
-def chosen_filters(config: DataConfig, language_model: Path | None) -> list[StyleFilter]:
-    """The filters of a config, in order: language first (where its model is there), then the quality filters."""
-    chosen = [block for block in quality_filters() if block.name in config.filters]
+def make_filters(config: DataConfig, language_model: Path | None) -> list[StyleFilter]:
+    """Return the filters of a config in the order they run: language, then the quality filters.
+
+    Args:
+        language_model: fastText's model file; without it the language filter is left out.
+    """
+    chosen = [block for block in make_quality_filters() if block.name in config.filters]
     if config.languages and language_model:
-        language = language_filter(language_model, config.languages)
+        language = make_language_filter(language_model, config.languages)
         return [StyleFilter(language, LANGUAGE_STYLES, "language"), *chosen]
     return chosen

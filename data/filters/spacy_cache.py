@@ -1,95 +1,82 @@
-"""English words and sentences as datatrove splits them (spaCy's rules), without cutting the same word again and again.
+"""English words and sentences as datatrove splits them (spaCy's rules), with a cache of words that were split before.
 
 datatrove runs spaCy's pipeline on every text inside a memory zone, which forgets all words when the text ends. spaCy's
-tokenizer cuts a text at white space and each piece by its rules; here a piece is cut once and remembered. The results
-are those of spaCy on each piece alone. On a whole text spaCy also looks for emoticons across a blank, which changes a
-few words in ten thousand of code and none of the prose the tests compare.
+tokenizer splits a text at white space and each piece by its rules; here a piece is split once and remembered. The
+results are those of spaCy on each piece alone. On a whole text spaCy also looks for emoticons across a blank. That
+changes a few words in ten thousand of code, and none of the prose that the tests compare.
 """
 
 import re
 from collections.abc import Iterable
 
 from datatrove.utils.word_tokenizers import SpaCyTokenizer
-from spacy.lang.lex_attrs import is_punct
-from spacy.pipeline import Sentencizer
+
+from data import compat
 
 MAX_REMEMBERED = 1_000_000
-"""Pieces kept, some 200 bytes each; all are forgotten when there are more."""
-BREAKS_SPACY = "IS_ALPHA"
-"""A word that spaCy cannot always take; datatrove leaves it out as well."""
+"""Largest number of pieces in the cache, some 200 bytes each; a piece beyond it empties the cache."""
 _RUN = re.compile(r"\S+|\s+")
-_CLOSING = frozenset(Sentencizer.default_punct_chars)
 
 
 class EnglishWords(SpaCyTokenizer):
-    """In place of datatrove's English tokenizer: pass it where a block takes a `language`."""
+    """Splits English text as datatrove's tokenizer does; pass it where a block takes a `language`."""
 
     def __init__(self):
         super().__init__("en")
-        self._pieces: dict[str, tuple[str, ...]] = {}
+        self._words: dict[str, tuple[str, ...]] = {}
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self)
 
     def __hash__(self) -> int:
-        """datatrove remembers the last texts' words by text and tokenizer."""
+        """Return the same hash for all instances: datatrove caches a text's words by text and tokenizer."""
         return hash(type(self))
 
     def __reduce__(self) -> tuple:
-        """What is remembered stays behind when a block is sent to a worker."""
+        """Pickle without the cache, which need not travel to a worker with its block."""
         return type(self), ()
 
     def word_tokenize(self, text: str) -> list[str]:
+        """Return the words of a text."""
         pieces = text.split()
         self._learn(pieces)
-        return [word for piece in pieces for word in self._pieces[piece]]
+        return [word for piece in pieces for word in self._words[piece]]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        """Sentences as (start, end), as spaCy's sentencizer finds them: the next word after closing punctuation begins
-        one. White space beyond a single blank counts as a word, as it does in spaCy.
+        """Return the sentences as (start, end), by the rule of spaCy's sentencizer.
+
+        The next word after closing punctuation begins a sentence. White space beyond a single blank counts as a word,
+        as it does in spaCy.
         """
         self._learn(text.split())
         spans: list[tuple[int, int]] = []
         start = end = 0
         closed = False
         for run in _RUN.finditer(text):
-            at, piece = run.span()[0], run.group()
+            position, piece = run.span()[0], run.group()
             if piece.isspace():
-                # spaCy folds one blank into the word before it.
-                folded = at > 0 and piece[0] == " "
-                at, words = at + folded, (piece[folded:],) if piece[folded:] else ()
+                # spaCy keeps one blank with the word before it.
+                folded = position > 0 and piece[0] == " "
+                position, words = position + folded, (piece[folded:],) if piece[folded:] else ()
             else:
-                words = self._pieces[piece]
+                words = self._words[piece]
             for word in words:
-                closing = word in _CLOSING
-                if closed and not closing and not is_punct(word):
+                closing = word in compat.SENTENCE_ENDS
+                if closed and not closing and not compat.is_punct(word):
                     spans.append((start, end))
-                    start, closed = at, False
+                    start, closed = position, False
                 closed = closed or closing
-                at += len(word)
-                end = at
+                position += len(word)
+                end = position
         return [*spans, (start, end)] if end else spans
 
     def _learn(self, pieces: Iterable[str]) -> None:
-        """Cut the pieces that are not known yet, all in one call."""
+        """Split the pieces that are not in the cache, all in one call of spaCy."""
         distinct = dict.fromkeys(pieces)
-        if len(self._pieces) + len(distinct) > MAX_REMEMBERED:
-            self._pieces.clear()
-        unknown = [piece for piece in distinct if piece not in self._pieces]
-        cut = {piece: piece.replace(BREAKS_SPACY, "") for piece in unknown}
-        self._pieces.update((piece, ()) for piece, text in cut.items() if not text)
-        asked = [(piece, text) for piece, text in cut.items() if text]
-        # A line break is a token of its own, so nothing is cut across two pieces.
-        text = "\n".join(text for _, text in asked)
-        self.tokenizer.max_length = len(text) + 1
-        with self.tokenizer.memory_zone():
-            lines = iter(asked)
-            words: list[str] = []
-            for token in self.tokenizer.make_doc(text):
-                if token.is_space:
-                    self._pieces[next(lines)[0]] = tuple(words)
-                    words.clear()
-                else:
-                    words.append(token.text)
-            if words:
-                self._pieces[next(lines)[0]] = tuple(words)
+        if len(self._words) + len(distinct) > MAX_REMEMBERED:
+            self._words.clear()
+        texts = {piece: piece.replace(compat.UNTOKENIZABLE, "") for piece in distinct if piece not in self._words}
+        self._words.update((piece, ()) for piece, text in texts.items() if not text)
+        texts = {piece: text for piece, text in texts.items() if text}
+        found = compat.tokenize_lines(self, list(texts.values()))
+        self._words.update(zip(texts, map(tuple, found), strict=True))

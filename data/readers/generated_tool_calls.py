@@ -1,7 +1,7 @@
 """Generated tool-use conversations: functions of the standard library, called for real.
 
-Every answer is what the function returned when the sample was made. The forms are few; a stand-in for when no recorded
-conversations are to be had, not a corpus to train a product on.
+Every answer is the value that the function returned when the sample was made. The sentences have few forms: this corpus
+is the fallback where recorded conversations cannot be fetched, not one to train a product on.
 """
 
 import calendar
@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 from data.catalogue.corpus import Unit
+from data.readers.instruction_readers import TOOLS_PROMPT, make_message
 
 NUM_SAMPLES = 400
 
@@ -36,29 +37,29 @@ TOOLS: dict[str, tuple[Callable, tuple[str, ...], Callable[[random.Random], tupl
                 lambda r: (r.randint(1900, 2100), r.randint(1, 12), r.randint(1, 28)),
                 "Which weekday is {year}-{month:02}-{day:02}, counting from Monday = 0?"),
 }  # fmt: skip
-"""name -> function, parameter names, arguments drawn at random, the user's question."""
+"""Name of a tool -> (function, parameter names, a function that draws arguments at random, the user's question)."""
 
 
-def _schema(name: str) -> dict:
+def _describe_tool(name: str) -> dict:
     function, parameters, _, _ = TOOLS[name]
     description = inspect.getdoc(function).splitlines()[0]
     return {"name": name, "description": description, "parameters": list(parameters)}
 
 
 def read_generated(unit: Unit) -> Iterator[dict]:
-    """Question, call as JSON, the function's result, answer; the seed fixes them."""
+    """Yield conversations of a question, a call in JSON, the function's result and the answer, by the unit's seed."""
     rng = random.Random(unit.seed)
     for _ in range(NUM_SAMPLES):
         offered = rng.sample(sorted(TOOLS), 3)
         function, parameters, draw, question = TOOLS[offered[0]]
         arguments = dict(zip(parameters, draw(rng), strict=True))
         result = function(*arguments.values())
-        tools = [_schema(name) for name in sorted(offered)]
+        tools = [_describe_tool(name) for name in sorted(offered)]
         contents = (
-            ("system", f"You may call these functions:\n{json.dumps(tools)}"),
+            ("system", f"{TOOLS_PROMPT}\n{json.dumps(tools)}"),
             ("user", question.format(**arguments)),
             ("assistant", json.dumps({"name": offered[0], "arguments": arguments})),
             ("tool", json.dumps({"result": result})),
             ("assistant", f"The result is {json.dumps(result)}."),
         )
-        yield {"messages": [{"role": role, "content": content} for role, content in contents]}
+        yield {"messages": [make_message(role, content) for role, content in contents]}

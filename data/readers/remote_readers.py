@@ -1,32 +1,31 @@
-"""Readers of files on any fsspec address: parquet, arrow, json and jsonl, as data set hubs and mirrors serve them.
+"""Readers of parquet, arrow, json and jsonl files under any fsspec address, as data set hubs and mirrors serve them.
 
-A reader takes the columns its corpus names, in that order. `hf://` needs the hub; a mirror is the same files under
-another address (`RemoteFiles.address`).
+A reader takes the columns that its corpus names (`RemoteFiles.columns`), in the order that its docstring states. `hf://`
+needs the hub; to use a mirror of the same files, change `RemoteFiles.address`.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
 from core.errors import RefusedInput
+from core.hashing import sha256_file
 from data.catalogue.corpus import Unit
-from data.readers.instruction_readers import exchange, turn
+from data.readers.instruction_readers import ROLES_BY_SPEAKER, TOOLS_PROMPT, make_exchange, make_message
 
 ROWS_PER_BATCH = 1024
 ARROW_FILE_MAGIC = b"ARROW1"
-ROLES_OF_SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-"""ShareGPT's names of the speakers; a role that has its usual name already is left as it is."""
-TOOLS_PROMPT = "You may call these functions:"
+"""First bytes of Arrow's file format; its stream format has none."""
 
 
-def files_of(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The file system and this unit's files on it: every `shards`-th, in sorted order.
+def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    """Return the file system and the unit's files on it: every `shards`-th file of the corpus in sorted order.
 
     Raises:
         RefusedInput: no file matches the corpus's pattern.
@@ -41,21 +40,20 @@ def files_of(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     return fs, files[unit.shard :: unit.corpus.shards]
 
 
-def inputs(unit: Unit) -> list[dict]:
-    """What this unit read, for the manifest: `path`, `bytes` and a `checksum`.
+def list_inputs(unit: Unit) -> list[dict]:
+    """Return `path`, `bytes` and `checksum` of each file of the unit, for the manifest.
 
-    The checksum is sha256 where the file is local or the hub keeps one, otherwise the store's own ETag or MD5, and None
-    where the store states nothing.
+    The checksum is the SHA-256 where the file is local or the hub states it. Otherwise it is the store's ETag or MD5,
+    and None where the store states neither.
     """
-    fs, files = files_of(unit)
-    return [_identity(fs, path) for path in files]
+    fs, files = list_files(unit)
+    return [_describe_file(fs, path) for path in files]
 
 
-def _identity(fs: fsspec.AbstractFileSystem, path: str) -> dict:
+def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
     info = fs.info(path)
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        with open(path, "rb") as file:
-            checksum = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        checksum = f"sha256:{sha256_file(Path(path))}"
     elif info.get("lfs"):
         checksum = f"sha256:{info['lfs']['sha256']}"
     else:
@@ -64,35 +62,35 @@ def _identity(fs: fsspec.AbstractFileSystem, path: str) -> dict:
     return {"path": path, "bytes": info["size"], "checksum": checksum}
 
 
-def rows(unit: Unit) -> Iterator[dict]:
-    """Rows of this unit's files as dictionaries with at least the corpus's columns that the file has.
+def read_rows(unit: Unit) -> Iterator[dict]:
+    """Yield the rows of the unit's files as dictionaries, with at least those of the corpus's columns that a file has.
 
-    A jsonl line that does not parse is `{"malformed", "raw"}`.
+    A jsonl line that does not parse is `{"malformed": reason, "raw": line}`.
     """
-    fs, files = files_of(unit)
+    fs, files = list_files(unit)
     columns = unit.corpus.source.columns
     for path in files:
         if path.endswith(".parquet"):
             with fs.open(path) as file:
-                yield from _parquet_rows(file, columns)
+                yield from _read_parquet_rows(file, columns)
         elif path.endswith(".arrow"):
             with fs.open(path) as file:
-                for batch in _arrow_batches(file):
+                for batch in _read_arrow_batches(file):
                     yield from batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
         else:
             with fs.open(path, compression="infer") as file:
-                yield from _json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
+                yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
 
 
-def _parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
+def _read_parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
     table = pyarrow.parquet.ParquetFile(file)
     present = [name for name in columns if name in table.schema_arrow.names]
     for batch in table.iter_batches(ROWS_PER_BATCH, columns=present):
         yield from batch.to_pylist()
 
 
-def _arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
-    """Batches of Arrow's file format, or of its stream format, which `datasets` writes under the same suffix."""
+def _read_arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
+    """Return the batches of Arrow's file format, or of its stream format; `datasets` writes both with one suffix."""
     magic = file.read(len(ARROW_FILE_MAGIC))
     file.seek(0)
     if magic == ARROW_FILE_MAGIC:
@@ -101,20 +99,20 @@ def _arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
     return pa.ipc.open_stream(file)
 
 
-def _json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
-    """One array of rows, or a row a line."""
+def _read_json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
+    """Yield the rows of one JSON array, or of one row a line."""
     first = file.readline()
     if first.lstrip().startswith("["):
-        array = _parsed(first + file.read())
+        array = _parse_json(first + file.read())
         yield from array if isinstance(array, list) else [array]
         return
     for line in chain([first], file):
         if line.strip():
-            row = _parsed(line)
+            row = _parse_json(line)
             yield row if isinstance(row, dict) else {"malformed": "json: not an object", "raw": line}
 
 
-def _parsed(text: str) -> object:
+def _parse_json(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -122,68 +120,69 @@ def _parsed(text: str) -> object:
 
 
 def read_text(unit: Unit) -> Iterator[dict]:
-    """Documents. Columns: the text."""
+    """Yield documents. Columns: the text."""
     (text,) = unit.corpus.source.columns
-    for row in rows(unit):
+    for row in read_rows(unit):
         yield row if "malformed" in row else {"text": row.get(text)}
 
 
 def read_pairs(unit: Unit) -> Iterator[dict]:
-    """One question and one answer. Columns: question, answer."""
+    """Yield conversations of one question and one answer. Columns: question, answer."""
     question, answer = unit.corpus.source.columns
-    for row in rows(unit):
-        yield row if "malformed" in row else exchange(row.get(question), row.get(answer))
+    for row in read_rows(unit):
+        yield row if "malformed" in row else make_exchange(row.get(question), row.get(answer))
 
 
 def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
-    """Pairs whose answer was labelled unharmful; the others are set aside. Columns: question, answer, label."""
+    """Yield pairs whose answer is labelled unharmful, and reject the others. Columns: question, answer, label."""
     question, answer, label = unit.corpus.source.columns
-    for row in rows(unit):
+    for row in read_rows(unit):
         if "malformed" in row:
             yield row
         elif row.get(label) != "unharmful":
             yield {"malformed": f"{label} is {row.get(label)!r}, not 'unharmful'", "raw": json.dumps(row)}
         else:
-            yield exchange(row.get(question), row.get(answer))
+            yield make_exchange(row.get(question), row.get(answer))
 
 
 def read_messages(unit: Unit) -> Iterator[dict]:
-    """Conversations. Columns: messages ({role, content, tool_calls} or {from, value}); a system prompt, if any."""
+    """Yield conversations. Columns: messages ({role, content, tool_calls} or {from, value}), and any system prompt."""
     messages, *system = unit.corpus.source.columns
-    for row in rows(unit):
+    for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
             continue
-        before = [turn("system", row[name]) for name in system if row.get(name)]
-        yield {"messages": [*before, *map(_message, row[messages])]}
+        before = [make_message("system", row[name]) for name in system if row.get(name)]
+        yield {"messages": [*before, *map(_convert_message, row[messages])]}
 
 
 def read_prompted(unit: Unit) -> Iterator[dict]:
-    """The messages so far and the assistant's next. Columns: messages, answer."""
+    """Yield conversations of given messages and the assistant's answer to them. Columns: messages, answer."""
     messages, answer = unit.corpus.source.columns
-    for row in rows(unit):
+    for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
         else:
-            yield {"messages": [*map(_message, row[messages]), turn("assistant", row.get(answer))]}
+            yield {"messages": [*map(_convert_message, row[messages]), make_message("assistant", row.get(answer))]}
 
 
 def read_function_calls(unit: Unit) -> Iterator[dict]:
-    """One request answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
+    """Yield requests answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
     request, tools, calls = unit.corpus.source.columns
-    for row in rows(unit):
+    for row in read_rows(unit):
         if "malformed" in row:
             yield row
             continue
-        conversation = exchange(row.get(request), row.get(calls))["messages"]
-        yield {"messages": [turn("system", f"{TOOLS_PROMPT}\n{row.get(tools)}"), *conversation]}
+        conversation = make_exchange(row.get(request), row.get(calls))["messages"]
+        yield {"messages": [make_message("system", f"{TOOLS_PROMPT}\n{row.get(tools)}"), *conversation]}
 
 
-def _message(said: dict) -> dict:
-    """A message in {role, content}; the functions that a turn calls follow its words as JSON."""
-    role = said.get("role") or said.get("from")
-    content = said.get("content") if "content" in said else said.get("value")
-    if said.get("tool_calls"):
-        calls = json.dumps([call["function"] for call in said["tool_calls"]])
+def _convert_message(message: dict) -> dict:
+    """Return a message as {role, content}, with the functions that it calls appended to its content as JSON."""
+    role = message.get("role") or message.get("from")
+    content = message.get("content") if "content" in message else message.get("value")
+    if message.get("tool_calls"):
+        calls = json.dumps([call["function"] for call in message["tool_calls"]])
         content = f"{content}\n{calls}" if content else calls
-    return turn(ROLES_OF_SPEAKERS.get(role, role), content)
+    # A role that has its usual name already stays as it is.
+    return make_message(ROLES_BY_SPEAKER.get(role, role), content)

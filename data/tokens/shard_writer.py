@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,20 +11,23 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from streaming import MDSWriter
 
+from core.atomic import atomic_write, remove
+from data.catalogue.corpus import SHARDS_BY_KIND
 from data.report import shard_statistics
-from data.report.shard_statistics import Tally
+from data.report.shard_statistics import ShardStatistics
 from data.tokens import mds, tokenizer
 from data.tokens.chat import Encoder
 
 BATCH_CHARS = 1 << 20
-"""Text encoded at once: enough that calls into the tokenizer cost nothing, little enough to hold."""
+"""Text encoded at once: so much that the calls into the tokenizer cost nothing, and little enough to hold in memory."""
 
 
 class ShardWriter(PipelineStep):
-    """Tokenizes this rank's documents and writes `parts/<rank>/<destination>`, whole or not at all.
+    """Tokenizes the documents of a rank and writes its part, `parts/<rank>/<destination>`.
 
-    Beside the parts it leaves what `data.report.shard_statistics` saves. A conversation whose first answer is longer than
-    `max_conversation_tokens` goes to `too_long/<rank>.jsonl`.
+    A part appears complete or not at all. It also holds the statistics of its shards
+    (`data.report.shard_statistics.save`). A conversation whose first answer is longer than `max_conversation_tokens` is
+    rejected and written to `<too_long>/<rank>.jsonl`.
     """
 
     type = "💽 - WRITER"
@@ -42,41 +44,47 @@ class ShardWriter(PipelineStep):
         self.max_conversation_tokens = max_conversation_tokens
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        # A rank is a core: the cores are shared out between ranks, not within one.
+        """Write the part of the rank."""
+        # A rank has one core: the cores are divided between ranks, not used by threads inside of one.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         part = self.parts / f"{rank:05d}"
-        beside = self.parts / f"{rank:05d}.partial"
-        for leftover in (part, beside):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-        encoder = load_encoder(self.tokenizer_folder, tokenizer.sha256(self.tokenizer_folder))
+        # A rank that runs again was killed between its last rename and datatrove's completion marker.
+        remove(part)
+        with atomic_write(part) as partial:
+            partial.mkdir()
+            rejected = self._write_samples(data, partial)
+            self._write_rejected(rejected, rank)
+
+    def _write_samples(self, data: DocumentsPipeline, folder: Path) -> list[Document]:
+        """Write the samples and their statistics below `folder`, and return the documents that were rejected."""
+        encoder = load_encoder(self.tokenizer_folder, tokenizer.hash_tokenizer(self.tokenizer_folder))
         writers: dict[str, MDSWriter] = {}
-        tallies: dict[str, Tally] = {}
+        statistics: dict[str, ShardStatistics] = {}
         rejected = []
-        for batch in _batches(data):
+        for batch in _split_into_batches(data):
             with self.track_time():
-                for document, sample in zip(batch, self._samples(encoder, batch), strict=True):
+                for document, sample in zip(batch, self._encode(encoder, batch), strict=True):
                     if sample is None:
                         rejected.append(document)
                         continue
-                    target = mds.destination(document.metadata)
+                    target = mds.choose_destination(document.metadata)
                     if target not in writers:
-                        writers[target] = mds.writer(beside / target, document.metadata["kind"], self.shard_bytes)
-                        tallies[target] = Tally(unigrams=_unigrams(target, len(encoder.tokenizer)))
+                        writers[target] = mds.make_writer(folder / target, document.metadata["kind"], self.shard_bytes)
+                        unigrams = _make_unigram_counts(target, len(encoder.tokenizer))
+                        statistics[target] = ShardStatistics(unigrams=unigrams)
                     writers[target].write(sample)
-                    tallies[target].add(document.metadata["corpus"], document.text, sample)
+                    statistics[target].add(document.metadata["corpus"], document.text, sample)
         for writer in writers.values():
             writer.finish()
-        shard_statistics.save(tallies, beside)
-        self._set_aside(rejected, rank)
-        beside.rename(part)
+        shard_statistics.save(statistics, folder)
+        return rejected
 
-    def _samples(self, encoder: Encoder, batch: list[Document]) -> Iterator[dict[str, np.ndarray] | None]:
-        """The batch's samples in order; None for a conversation that is too long."""
+    def _encode(self, encoder: Encoder, batch: list[Document]) -> Iterator[dict[str, np.ndarray] | None]:
+        """Yield the batch's samples in order; None for a conversation that is too long."""
         texts = [document.text for document in batch if document.metadata["kind"] == "text"]
         chats = [document.metadata["messages"] for document in batch if document.metadata["kind"] == "sft"]
-        documents = iter(encoder.documents(texts))
-        conversations = iter(encoder.conversations(chats, self.max_conversation_tokens))
+        documents = iter(encoder.encode_documents(texts))
+        conversations = iter(encoder.encode_conversations(chats, self.max_conversation_tokens))
         for document in batch:
             if document.metadata["kind"] == "text":
                 yield {"tokens": next(documents)}
@@ -87,7 +95,7 @@ class ShardWriter(PipelineStep):
                     self.stat_update("shortened")
                 yield {"tokens": conversation.tokens, "loss_mask": conversation.loss_mask}
 
-    def _set_aside(self, rejected: list[Document], rank: int) -> None:
+    def _write_rejected(self, rejected: list[Document], rank: int) -> None:
         path = self.too_long / f"{rank:05d}.jsonl"
         path.unlink(missing_ok=True)
         if rejected:
@@ -99,11 +107,16 @@ class ShardWriter(PipelineStep):
 
 @lru_cache(maxsize=1)
 def load_encoder(folder: Path, sha256: str) -> Encoder:
-    """Loaded once a process, which takes a second; Ray's processes may outlive a folder's content, hence the hash."""
+    """Load the encoder of a tokenizer folder, once a process, because it takes a second.
+
+    Args:
+        sha256: `tokenizer.hash_tokenizer` of the folder. It is only part of the cache's key: Ray's processes may live
+            longer than a folder keeps its content.
+    """
     return Encoder(tokenizer.load(folder))
 
 
-def _batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
+def _split_into_batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
     batch, chars = [], 0
     for document in documents:
         batch.append(document)
@@ -115,6 +128,10 @@ def _batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
         yield batch
 
 
-def _unigrams(target: str, vocab_size: int) -> np.ndarray | None:
-    """Counted where an entropy is asked for: held-out data and conversations, not the bulk of the text."""
-    return None if target.startswith(("shards/pretrain", "shards/midtrain")) else np.zeros(vocab_size, np.int64)
+def _make_unigram_counts(target: str, vocab_size: int) -> np.ndarray | None:
+    """Return zeros, int64 [vocab], where the manifest states an entropy: held-out data and conversations.
+
+    It states none of the training text, whose counts would be most of the work; there the result is None.
+    """
+    text = tuple(f"shards/{folder}/" for folder in SHARDS_BY_KIND["text"])
+    return None if target.startswith(text) else np.zeros(vocab_size, np.int64)

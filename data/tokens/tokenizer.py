@@ -1,14 +1,14 @@
-"""Train a byte-level BPE in Llama-3's form, or take an existing tokenizer; write a Hugging Face folder either way."""
+"""Training of a byte-level BPE in Llama-3's form, and loading and saving of Hugging Face tokenizer folders."""
 
-import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from core.atomic import atomic_write
 from core.errors import RefusedInput
+from core.hashing import sha256_file
 from core.special_tokens import BOS, EOS, EOT, PAD, SPECIAL_TOKENS
 
 PRE_TOKENIZATION = "|".join(
@@ -22,7 +22,8 @@ PRE_TOKENIZATION = "|".join(
         r"\s+",
     )
 )
-"""Llama-3's (and cl100k's) split into words, digits by three, punctuation and white space."""
+"""Regular expression of Llama-3 (and cl100k) that splits text into words, groups of up to three digits, punctuation and
+white space."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -34,10 +35,10 @@ CHAT_TEMPLATE = (
 
 
 def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train on text; special tokens take the last ids, as in Llama-3.
+    """Train a byte-level BPE on texts; special tokens take the last ids, as in Llama-3.
 
     Args:
-        vocab_size: entries wanted, special tokens included; fewer come out where the text has too few distinct pairs.
+        vocab_size: number of entries, special tokens included; a text with too few distinct pairs gives fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,10 +74,10 @@ def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_existing(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder or `tokenizer.json`, and give it the chat template if it has none.
+    """Load a tokenizer folder or `tokenizer.json`, and add the chat template where it has none.
 
     Raises:
-        RefusedInput: it lacks one of the special tokens the shards need.
+        RefusedInput: it lacks one of the special tokens that the shards need.
     """
     if path.endswith(".json"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False)
@@ -96,18 +97,16 @@ def load_existing(path: str) -> PreTrainedTokenizerBase:
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the folder whole: beside, then renamed."""
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    tokenizer.save_pretrained(str(beside))
-    beside.rename(folder)
+    """Write a Hugging Face tokenizer folder, which appears complete or not at all."""
+    with atomic_write(folder) as partial:
+        tokenizer.save_pretrained(str(partial))
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """Load what `save` wrote."""
+    """Load a tokenizer that `save` wrote."""
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def sha256(folder: Path) -> str:
-    """Identity of a saved tokenizer: sha256 of its tokenizer.json."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+def hash_tokenizer(folder: Path) -> str:
+    """Return the SHA-256 of a saved tokenizer's tokenizer.json, which identifies it."""
+    return sha256_file(folder / "tokenizer.json")

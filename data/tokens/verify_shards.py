@@ -1,57 +1,60 @@
-"""Check a finished data folder, or a copy of one, against its manifest."""
+"""Verification of a finished data folder, or of a copy of one, by the hashes in its manifest."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.errors import RefusedInput
-from data.files import sha256_file
+from core.errors import DamagedData, RefusedInput
+from core.hashing import sha256_file
 
 MANIFEST = "data_manifest.json"
 
 
-def verify(folder: Path) -> dict[str, int]:
-    """Hash every index and every shard.
+def verify_shards(folder: Path) -> dict[str, int]:
+    """Hash every index and every shard of a data folder.
 
-    The manifest has the sha256 of each index.json, and that the sha256 of its shards: one file stands for all.
+    The manifest holds the SHA-256 of each index.json, which holds the SHA-256 of its shards. So the one file vouches
+    for all others.
 
     Returns:
-        `domains`, `shards` and `bytes` looked at.
+        numbers of `domains`, `shards` and `bytes` that were verified.
+
     Raises:
-        RefusedInput: a file is missing, damaged or too many; names it and the way out.
+        RefusedInput: the folder has no manifest.
+        DamagedData: a file is missing, changed or not in its index; names it and the way out.
     """
     recorded = folder / MANIFEST
     if not recorded.is_file():
         raise RefusedInput(f"{recorded} is missing: the folder is not a finished data step; run the data step again")
     manifest = json.loads(recorded.read_text())
     totals = {"domains": 0, "shards": 0, "bytes": 0}
-    for target, entry in _targets(manifest):
+    for target, entry in _list_destinations(manifest):
         index = folder / target / "index.json"
-        _check(index, entry["index_sha256"])
+        _check_hash(index, entry["index_sha256"])
         files = [shard["zip_data"] or shard["raw_data"] for shard in json.loads(index.read_text())["shards"]]
         for file in files:
-            _check(index.with_name(file["basename"]), file["hashes"]["sha256"])
+            _check_hash(index.with_name(file["basename"]), file["hashes"]["sha256"])
         unknown = {path.name for path in index.parent.iterdir()} - {file["basename"] for file in files} - {"index.json"}
         if unknown:
-            raise RefusedInput(f"{index.parent}: {sorted(unknown)} are not in index.json; remove them")
+            raise DamagedData(f"{index.parent}: {sorted(unknown)} are not in index.json; remove them")
         totals["domains"] += 1
         totals["shards"] += len(files)
         totals["bytes"] += sum(file["bytes"] for file in files)
     return totals
 
 
-def _targets(manifest: dict) -> Iterator[tuple[str, dict]]:
+def _list_destinations(manifest: dict) -> Iterator[tuple[str, dict]]:
     for top in ("shards", "heldout"):
         for stage, domains in manifest[top].items():
             for domain, entry in domains.items():
                 yield f"{top}/{stage}/{domain}", entry
 
 
-def _check(path: Path, sha256: str) -> None:
+def _check_hash(path: Path, sha256: str) -> None:
     if not path.is_file():
-        raise RefusedInput(f"{path} is missing: copy it again, or run the data step again")
+        raise DamagedData(f"{path} is missing: copy it again, or run the data step again")
     found = sha256_file(path)
     if found != sha256:
-        raise RefusedInput(
+        raise DamagedData(
             f"{path} is damaged: its sha256 is {found}, not {sha256}; copy it again, or run the data step again"
         )

@@ -5,60 +5,95 @@ targets; every token after the first is a target exactly once, conditioned on th
 `loss_mask` only the targets it marks count. Tensor shapes: B windows, T tokens, V vocabulary, N counted targets.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from streaming.base.compression import decompress
-from streaming.base.format import reader_from_json
-from streaming.base.hashing import get_hash
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import eval.hf_mobilemoe  # noqa: F401  registers MobileMoE with the Auto classes
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput, refuse_value_errors
+from core.progress import Progress
+from titan_ext.loader.shard_store import ShardStore
 
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Inputs, targets (int64) and which targets count (bool), all of one length."""
 
-_LOGITS = 1 << 29
-"""Logits held at once, in elements: bounds the windows of a batch with a large vocabulary."""
+MAX_LOGITS = 1 << 29
+"""Number of logits held at once: bounds the windows of a batch with a large vocabulary."""
+CACHE_BYTES = 1 << 28
+"""Bytes of unpacked shards kept on the disk while a domain is read; each sample is read once."""
 
 
-def documents(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of an MDS folder in their order, a shard at a time, every shard checked against its hash.
+@torch.inference_mode()
+def heldout_loss(
+    model_dir: Path, shards: Path, *, max_tokens: int, context: int, batch_size: int, progress: Progress
+) -> dict:
+    """Measure the held-out loss of a Hugging Face folder over the MDS shards of `shards/<domain>/`.
 
-    streaming's LocalDataset reads uncompressed shards only and checks nothing; StreamingDataset would leave copies,
-    decompressed, in the folder. Raises RefusedInput for a shard that is missing or damaged.
+    Args:
+        max_tokens: largest number of counted targets a domain; the first documents are taken.
+        context: targets a window, at most the model's max_position_embeddings.
+        batch_size: windows a forward pass, fewer where the logits would grow too large.
+        progress: called with the domain's name as the phase.
+
+    Returns:
+        {"loss": nats a token over all domains, "tokens", "by_domain": {domain: {"loss", "tokens"}}}; the loss of a
+        domain without targets is None.
+
+    Raises:
+        RefusedInput: the folder holds no model, there are no shards, a token is outside the vocabulary, or the context
+            is longer than the model's.
+        DamagedData: a sample's loss_mask does not have the length of its tokens.
     """
-    with tempfile.TemporaryDirectory(prefix="heldout-") as scratch:
-        for info in json.loads((folder / "index.json").read_text())["shards"]:
-            stored = info["zip_data"] or info["raw_data"]
-            path = folder / stored["basename"]
-            content = path.read_bytes() if path.exists() else b""
-            if not content or any(get_hash(name, content) != value for name, value in stored["hashes"].items()):
-                raise RefusedInput(
-                    f"heldout: {path} is missing or does not match its hash; delete {folder} and rerun data"
-                )
-            raw = Path(scratch) / info["raw_data"]["basename"]
-            raw.write_bytes(decompress(info["compression"], content) if info["zip_data"] else content)
-            reader = reader_from_json(scratch, None, info)
-            for index in range(reader.samples):
-                yield reader[index]
-            raw.unlink()
+    domains = sorted(index.parent for index in shards.glob("*/index.json"))
+    if not domains:
+        raise RefusedInput(f"heldout: no <domain>/index.json below {shards}; run the data step first")
+    model = _load_model(model_dir)
+    longest = model.config.max_position_embeddings
+    if not 1 <= context <= longest:
+        raise RefusedInput(
+            f"heldout: context {context} is not between 1 and the model's max_position_embeddings {longest}"
+        )
+    by_domain = {}
+    for done, domain in enumerate(domains):
+        progress(domain.name, done, len(domains))
+        windows = list(cut_windows(read_documents(domain), context, max_tokens))
+        _check_vocabulary(windows, domain, model.config.vocab_size)
+        by_domain[domain.name] = _measure_domain(model, windows, context, batch_size)
+    progress("heldout", len(domains), len(domains))
+    tokens = sum(domain["tokens"] for domain in by_domain.values())
+    total = sum(domain["loss"] * domain["tokens"] for domain in by_domain.values() if domain["tokens"])
+    return {"loss": total / tokens if tokens else None, "tokens": tokens, "by_domain": by_domain}
 
 
-def windows(samples: Iterable[dict[str, np.ndarray]], context: int, max_tokens: int) -> Iterator[Window]:
-    """Windows of the documents in their order, until `max_tokens` counted targets have been given."""
+def read_documents(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the samples of an MDS folder in their order; every shard's hash is checked before its first sample.
+
+    The shards are read through the store that training reads them with. Compressed shards are unpacked in a temporary
+    folder, which is removed at the end; nothing is written to `folder`.
+    """
+    with tempfile.TemporaryDirectory(prefix="heldout-") as cache:
+        store = ShardStore(folder.name, str(folder), Path(cache), CACHE_BYTES)
+        for shard, num_samples in enumerate(store.sizes):
+            for index in range(num_samples):
+                yield store.read(shard, index)
+
+
+def cut_windows(samples: Iterable[dict[str, np.ndarray]], context: int, max_tokens: int) -> Iterator[Window]:
+    """Yield windows of at most `context` targets in the order of the documents, up to `max_tokens` counted targets."""
     left = max_tokens
     for index, sample in enumerate(samples):
         tokens = sample["tokens"].astype(np.int64)
         mask = sample["loss_mask"].astype(bool) if "loss_mask" in sample else np.ones(len(tokens), bool)
         if len(mask) != len(tokens):
-            raise RefusedInput(f"heldout: sample {index} has {len(tokens)} tokens but a loss_mask of {len(mask)}")
+            raise DamagedData(
+                f"heldout: sample {index} has {len(tokens)} tokens but a loss_mask of {len(mask)}; "
+                "run the data step again"
+            )
         for start in range(0, len(tokens) - 1, context):
             targets = tokens[start + 1 : start + 1 + context]
             counted = mask[start + 1 : start + 1 + context]
@@ -70,8 +105,34 @@ def windows(samples: Iterable[dict[str, np.ndarray]], context: int, max_tokens: 
                 return
 
 
-def _batch_loss(model: PreTrainedModel, batch: list[Window]) -> float:
-    """Sum of the counted targets' losses, in nats."""
+def _load_model(model_dir: Path) -> PreTrainedModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refuse_value_errors():
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+    return model.to(device).eval()
+
+
+def _check_vocabulary(windows: list[Window], domain: Path, vocab_size: int) -> None:
+    highest = max((max(int(inputs.max()), int(targets.max())) for inputs, targets, _ in windows), default=0)
+    if highest >= vocab_size:
+        raise RefusedInput(
+            f"heldout: {domain} holds token {highest}, but the model's vocab_size is {vocab_size}; "
+            "the shards were written with another tokenizer"
+        )
+
+
+def _measure_domain(model: PreTrainedModel, windows: list[Window], context: int, batch_size: int) -> dict:
+    """Return a domain's mean loss in nats a token (None without targets) and its number of counted targets."""
+    rows = max(1, min(batch_size, MAX_LOGITS // (context * model.config.vocab_size)))
+    # By length, so that a batch holds little padding.
+    windows = sorted(windows, key=lambda window: len(window[0]))
+    total = sum(_sum_losses(model, windows[i : i + rows]) for i in range(0, len(windows), rows))
+    tokens = sum(int(counted.sum()) for _, _, counted in windows)
+    return {"loss": total / tokens if tokens else None, "tokens": tokens}
+
+
+def _sum_losses(model: PreTrainedModel, batch: list[Window]) -> float:
+    """Return the sum of the counted targets' losses, in nats."""
     longest = max(len(inputs) for inputs, _, _ in batch)
     # Padding on the right: under causal attention nothing in front of it sees it.
     padded = [[np.pad(array, (0, longest - len(array))) for array in window] for window in batch]
@@ -81,61 +142,3 @@ def _batch_loss(model: PreTrainedModel, batch: list[Window]) -> float:
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     logits_NV = logits_BTV[counted_BT].float()
     return F.cross_entropy(logits_NV, targets_BT[counted_BT], reduction="sum").item()
-
-
-def _domain_loss(model: PreTrainedModel, scored: list[Window], context: int, batch_size: int) -> dict:
-    rows = max(1, min(batch_size, _LOGITS // (context * model.config.vocab_size)))
-    # By length, so that a batch holds little padding.
-    scored = sorted(scored, key=lambda window: len(window[0]))
-    total = sum(_batch_loss(model, scored[i : i + rows]) for i in range(0, len(scored), rows))
-    tokens = sum(int(counted.sum()) for _, _, counted in scored)
-    return {"loss": total / tokens if tokens else None, "tokens": tokens}
-
-
-@torch.inference_mode()
-def heldout_loss(
-    model_dir: Path,
-    shards: Path,
-    *,
-    max_tokens: int,
-    context: int,
-    batch_size: int,
-    report: Callable[[str, int, int], None],
-) -> dict:
-    """Held-out loss of a HF folder over `shards/<domain>/` (MDS: tokens uint32, optional loss_mask uint8).
-
-    Args:
-        max_tokens: counted targets a domain at most; the first documents are taken.
-        context: targets a window, at most the model's max_position_embeddings.
-        batch_size: windows a forward pass, fewer where the logits would grow too large.
-        report: progress, as (domain, done, total).
-
-    Returns {"loss": nats a token over all domains, "tokens", "by_domain": {domain: {"loss", "tokens"}}}; a domain
-    without a target has loss None. Raises RefusedInput if there are no shards, a token is outside the vocabulary or the
-    context is longer than the model's.
-    """
-    domains = sorted(index.parent for index in shards.glob("*/index.json"))
-    if not domains:
-        raise RefusedInput(f"heldout: no <domain>/index.json below {shards}; run the data step first")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True).to(device).eval()
-    longest = model.config.max_position_embeddings
-    if not 1 <= context <= longest:
-        raise RefusedInput(
-            f"heldout: context {context} is not between 1 and the model's max_position_embeddings {longest}"
-        )
-    by_domain = {}
-    for done, domain in enumerate(domains):
-        report(domain.name, done, len(domains))
-        scored = list(windows(documents(domain), context, max_tokens))
-        highest = max((max(int(inputs.max()), int(targets.max())) for inputs, targets, _ in scored), default=0)
-        if highest >= model.config.vocab_size:
-            raise RefusedInput(
-                f"heldout: {domain} holds token {highest}, but the model's vocab_size is {model.config.vocab_size}; "
-                "the shards were written with another tokenizer"
-            )
-        by_domain[domain.name] = _domain_loss(model, scored, context, batch_size)
-    report("heldout", len(domains), len(domains))
-    tokens = sum(domain["tokens"] for domain in by_domain.values())
-    total = sum(domain["loss"] * domain["tokens"] for domain in by_domain.values() if domain["tokens"])
-    return {"loss": total / tokens if tokens else None, "tokens": tokens, "by_domain": by_domain}

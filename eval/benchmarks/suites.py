@@ -1,4 +1,4 @@
-"""The benchmarks: shots, metric, random-guess level and what has been published about each.
+"""The table of benchmarks: shots, metric, random-guess level, where the items are read, and what has been published.
 
 Source of the benchmark list, of the zero-shot tasks and of every published figure: arXiv 2605.27358 and the model
 cards of its releases. A figure that could not be found there is None. Scores are fractions here, percent in print.
@@ -6,11 +6,38 @@ cards of its releases. A figure that could not be found there is None. Scores ar
 The paper does not say which metric it reads where lm-eval offers two, nor the shots of five tasks. Our assumptions:
 length-normalised accuracy (`acc_norm`) wherever lm-eval defines it, and for the tasks that are not zero-shot the shots
 customary in the base-model literature: MMLU, NQ and TriviaQA 5, DROP 3, GSM8K 8 (chain of thought), BBH 3.
+
+How to add a benchmark: see the docstring of `eval.benchmarks`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from core.errors import RefusedInput
+from eval.benchmarks.item_readers import (
+    ReadItems,
+    read_bbh,
+    read_boolq,
+    read_drop,
+    read_gsm8k,
+    read_mmlu,
+    read_nq,
+    read_triviaqa,
+    science_reader,
+    validation_reader,
+)
+
+
+@dataclass(frozen=True)
+class ItemSource:
+    """The source of a benchmark's items."""
+
+    read: ReadItems
+    """Function that returns the items' rows; one of `eval.benchmarks.item_readers`."""
+    text_fields: tuple[str, ...]
+    """Fields whose text identifies an item: training documents that share an n-gram with it are dropped."""
+    needs_package: bool = True
+    """True where `read` opens the items package; False where lm-eval itself carries the items."""
 
 
 @dataclass(frozen=True)
@@ -18,65 +45,118 @@ class Benchmark:
     """One row of the main table."""
 
     key: str
-    """Name of the task file in eval/benchmarks/tasks and of the result file."""
+    """Name of the task file in eval/benchmarks/tasks, of the items' folder and of the result file."""
     title: str
     category: str
-    """commonsense, knowledge, science, reading or reasoning."""
+    """Group of the row: commonsense, knowledge, science, reading or reasoning."""
     shots: int
+    """Number of solved examples in the prompt."""
     metric: str
     """lm-eval's name of the reported number: metric,filter."""
     chance: float
     """Expected score of a uniform guess; 0 where the answer is generated."""
+    items: ItemSource
     published_base: float | None = None
-    """MobileMoE-S base on this task."""
+    """Published score of MobileMoE-S base."""
     note: str = ""
-    """What makes our number differ from one a stock lm-eval run gives; printed beside the result."""
+    """Difference between our number and that of a stock lm-eval run; printed beside the result."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that reports and fingerprints carry: all but the source of the items."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "items"}
 
 
 FOUNDATIONAL = (
-    Benchmark("hellaswag", "HellaSwag", "commonsense", 0, "acc_norm,none", 1 / 4, 0.589),
-    Benchmark("piqa", "PIQA", "commonsense", 0, "acc_norm,none", 1 / 2, 0.754),
-    Benchmark("siqa", "SIQA", "commonsense", 0, "acc,none", 1 / 3, 0.468),
-    Benchmark("winogrande", "WinoGrande", "commonsense", 0, "acc,none", 1 / 2, 0.586),
-    Benchmark("mmlu", "MMLU", "knowledge", 5, "acc,none", 1 / 4),
     Benchmark(
-        "nq", "NQ", "knowledge", 5, "exact_match,remove_whitespace", 0.0,
+        "hellaswag", "HellaSwag", "commonsense", 0, "acc_norm,none", 1 / 4,
+        ItemSource(validation_reader("hellaswag/none"), ("ctx", "endings")), published_base=0.589,
+    ),
+    Benchmark(
+        "piqa", "PIQA", "commonsense", 0, "acc_norm,none", 1 / 2,
+        ItemSource(validation_reader("piqa/plain_text"), ("goal", "sol1", "sol2")), published_base=0.754,
+    ),
+    Benchmark(
+        "siqa", "SIQA", "commonsense", 0, "acc,none", 1 / 3,
+        ItemSource(
+            validation_reader("social_i_qa/none"), ("context", "question", "answerA", "answerB", "answerC")
+        ),
+        published_base=0.468,
+    ),
+    Benchmark(
+        "winogrande", "WinoGrande", "commonsense", 0, "acc,none", 1 / 2,
+        ItemSource(validation_reader("winogrande/winogrande_xl"), ("sentence", "option1", "option2")),
+        published_base=0.586,
+    ),
+    Benchmark("mmlu", "MMLU", "knowledge", 5, "acc,none", 1 / 4, ItemSource(read_mmlu, ("question", "choices"))),
+    Benchmark(
+        "nq", "NQ", "knowledge", 5, "exact_match,remove_whitespace", 0.0, ItemSource(read_nq, ("question", "answer")),
         note="Few-shot examples: the five training questions of the OLMES prompt, in a fixed order.",
     ),
     Benchmark(
         "triviaqa", "TriviaQA", "knowledge", 5, "exact_match,remove_whitespace", 0.0,
+        ItemSource(read_triviaqa, ("question", "answer")),
         note="The 7,993 questions of the Wikipedia part of the validation split; few-shot examples are drawn from the "
         "same split, never the question asked.",
     ),
-    Benchmark("arc_easy", "ARC-Easy", "science", 0, "acc_norm,none", 1 / 4, 0.739),
-    Benchmark("arc_challenge", "ARC-Challenge", "science", 0, "acc_norm,none", 1 / 4),
-    Benchmark("openbookqa", "OpenBookQA", "science", 0, "acc_norm,none", 1 / 4, 0.346),
     Benchmark(
-        "boolq", "BoolQ", "reading", 0, "acc,none", 1 / 2, 0.602,
+        "arc_easy", "ARC-Easy", "science", 0, "acc_norm,none", 1 / 4,
+        ItemSource(science_reader("arc_easy", "question"), ("question", "choices")), published_base=0.739,
+    ),
+    Benchmark(
+        "arc_challenge", "ARC-Challenge", "science", 0, "acc_norm,none", 1 / 4,
+        ItemSource(science_reader("arc_challenge", "question"), ("question", "choices")),
+    ),
+    Benchmark(
+        "openbookqa", "OpenBookQA", "science", 0, "acc_norm,none", 1 / 4,
+        ItemSource(science_reader("openbookqa", "question_stem"), ("question_stem", "choices")), published_base=0.346,
+    ),
+    Benchmark(
+        "boolq", "BoolQ", "reading", 0, "acc,none", 1 / 2, ItemSource(read_boolq, ("passage", "question")),
+        published_base=0.602,
         note="62% of the answers are yes: a model that always says yes is above the random-guess level.",
     ),
     Benchmark(
-        "drop", "DROP", "reading", 3, "f1,none", 0.0,
+        "drop", "DROP", "reading", 3, "f1,none", 0.0, ItemSource(read_drop, ("passage", "question", "answers")),
         note="1,000 questions of the validation split. lm-eval's own few-shot examples print the answer's field names "
         "instead of the answer; ours print the answer, and a blank line ends a generation.",
     ),
     Benchmark(
         "gsm8k", "GSM8K", "reasoning", 8, "exact_match,strict-match", 0.0,
+        ItemSource(read_gsm8k, ("question", "answer")),
         note="Chain of thought with the eight standard examples (lm-eval's gsm8k_cot).",
     ),
     Benchmark(
         "bbh", "BBH", "reasoning", 2, "exact_match,none", 0.0,
+        ItemSource(read_bbh, ("input", "target"), needs_package=False),
         note="SMOKE TEST, NOT A SCORE: the items are lm-eval's 81 few-shot exemplars (27 tasks, 3 each), every one "
         "asked with the two others as examples. The customary setting is 6,511 items and 3 shots.",
     ),
 )  # fmt: skip
+"""The 14 benchmarks of the paper's main table, in its order."""
 
 SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL}
+"""Suites by the name that a recipe's `evaluation.suite` and `mobilemoe eval --suite` take."""
+
+
+def get_suite(name: str) -> tuple[Benchmark, ...]:
+    """Return the benchmarks of a suite.
+
+    Raises:
+        RefusedInput: there is no suite of that name; the message lists those there are.
+    """
+    if name not in SUITES:
+        raise RefusedInput(f"evaluation.suite: {name!r} is not a suite; choose one of {', '.join(sorted(SUITES))}")
+    return SUITES[name]
+
+
+def list_benchmarks() -> list[Benchmark]:
+    """Return the benchmarks of all suites, each once."""
+    return list({benchmark.key: benchmark for suite in SUITES.values() for benchmark in suite}.values())
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """Average over the 14 benchmarks, in points; None where not published."""
+    """Average over the 14 benchmarks, in points (percent); None where not published."""
 
     base: float | None = None
     sft: float | None = None
@@ -95,11 +175,4 @@ PUBLISHED_AVERAGES: dict[str, PublishedModel] = {
     "Gemma 3 270M": PublishedModel(33.5),
 }
 PUBLISHED_QAT_COST: dict[str, float] = {"MobileMoE-S": -2.7, "MobileMoE-M": -2.8, "MobileMoE-L": -2.3}
-"""Points the average of the 14 loses from BF16 SFT to INT4 QAT."""
-
-
-def suite(name: str) -> tuple[Benchmark, ...]:
-    """The benchmarks of a suite. ValueError names the suites there are."""
-    if name not in SUITES:
-        raise RefusedInput(f"evaluation.suite: {name!r} is not a suite; choose one of {', '.join(sorted(SUITES))}")
-    return SUITES[name]
+"""Change of the average over the 14 from BF16 SFT to INT4 QAT, in points."""

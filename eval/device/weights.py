@@ -9,7 +9,7 @@ from core.errors import RefusedInput
 from eval.export.hf import open_tensors, read_config
 from eval.export.int4 import quantize_int4, quantize_tensors, stored_scales, with_quantization
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, packed_tensors, unpack_int4
-from eval.hf_mobilemoe.configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig, quantization_of
+from eval.hf_mobilemoe.configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig, describe_quantization
 
 DENSE_GROUP_SIZE = 32
 
@@ -24,7 +24,7 @@ class DeviceWeights:
         tensors: the checkpoint's tensors, as `checkpoint_shapes(config)` has them.
         config: with `quantization` if the tensors are INT4.
         scales: of an unquantized checkpoint that lies on an INT4 grid, by the names of the INT4 one.
-        layout: what an unquantized checkpoint is rounded to (`quantization_of`); groups of 32 inputs if not given.
+        layout: what an unquantized checkpoint is rounded to (`describe_quantization`); groups of 32 by default.
         expert_group_size: values along the input dimension that share a scale in the experts; None: as the rest.
 
     Raises:
@@ -41,7 +41,7 @@ class DeviceWeights:
     ):
         self.config = config
         self.is_int4 = config.quantization is not None
-        quantization = config.quantization or layout or quantization_of(DENSE_GROUP_SIZE, "in")
+        quantization = config.quantization or layout or describe_quantization(DENSE_GROUP_SIZE, "in")
         self.expert_group_size = expert_group_size or quantization.get("expert_group_size", quantization["group_size"])
         check_fused_op(config, quantization, self.expert_group_size)
         self._tensors, self._scales = tensors, scales
@@ -85,7 +85,7 @@ def open_folder(folder: Path, expert_group_size: int | None = None) -> DeviceWei
     tensors = open_tensors(folder, config)
     scales = None
     if config.quantization is None:
-        scales = stored_scales(folder, with_quantization(config, quantization_of(DENSE_GROUP_SIZE, "in")))
+        scales = stored_scales(folder, with_quantization(config, describe_quantization(DENSE_GROUP_SIZE, "in")))
     return DeviceWeights(tensors, config, scales, expert_group_size=expert_group_size)
 
 

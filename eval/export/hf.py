@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput
 from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_dtype, check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from eval.hf_mobilemoe.loading_mobilemoe import open_file, read_index, without_tied_head
+from eval.hf_mobilemoe.loading_mobilemoe import open_file, read_index, remove_tied_head
 from titan_ext.config import ModelDims
 
 CHECKSUMS = "SHA256SUMS"
@@ -221,7 +221,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         shards = {Path(folder) / name: open_file(Path(folder) / name, expected) for name, expected in files.items()}
         self._files = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
         self._shards = {name: shards[path] for name, path in self._files.items()}
-        self._shards = without_tied_head(self._shards, self.__getitem__, folder)
+        self._shards = remove_tied_head(self._shards, self.__getitem__, folder)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._shards[name].get_tensor(name)
@@ -299,9 +299,9 @@ def verify_checksums(folder: Path) -> int:
         expected, name = line.split("  ", 1)
         path = Path(folder) / name
         if not path.is_file():
-            raise RefusedInput(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+            raise DamagedData(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
         if (found := _sha256(path)) != expected:
-            raise RefusedInput(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+            raise DamagedData(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
     return len(lines)
 
 

@@ -26,7 +26,7 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import (
     kept_in_float32,
     packed_tensors,
 )
-from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig, quantization_of
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig, describe_quantization
 from titan_ext.config import ModelDims
 
 SCALES_FILE = "int4/scales.safetensors"
@@ -104,13 +104,13 @@ def quantize_state_dict(
 ) -> dict[str, torch.Tensor]:
     """`quantize_tensors` over a whole state dict; `expert_group_axis` is "in" or "out"."""
     check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, with_quantization(config, None), "the state dict")
-    config = with_quantization(config, quantization_of(group_size, expert_group_axis))
+    config = with_quantization(config, describe_quantization(group_size, expert_group_axis))
     return dict(quantize_tensors(tensors.items(), config))
 
 
 def layout_of(export: ExportConfig) -> dict[str, Any]:
     """config.json's `quantization` of what `export` asks for."""
-    return quantization_of(export.group_size, export.expert_group_axis, export.expert_group_size)
+    return describe_quantization(export.group_size, export.expert_group_axis, export.expert_group_size)
 
 
 def with_quantization(config: MobileMoEConfig, quantization: dict | None) -> MobileMoEConfig:

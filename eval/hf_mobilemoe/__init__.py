@@ -1,6 +1,7 @@
-"""MobileMoE for transformers; importing this package registers it with the Auto classes.
+"""MobileMoE for transformers. Importing this package registers it with the Auto classes.
 
-The five modules beside this file are self-contained: `eval.export.hf` copies them into every exported folder.
+The five modules beside this file depend on no other module of this project: the exporter copies them into every
+exported folder.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

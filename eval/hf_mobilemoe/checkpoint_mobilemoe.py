@@ -1,4 +1,4 @@
-"""The tensors of a MobileMoE checkpoint: names, shapes, and the INT4 layout; travels inside every exported folder."""
+"""The tensors of a MobileMoE checkpoint: names, shapes and the INT4 layout; a copy is in every exported folder."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,7 +8,7 @@ from .configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig
 
 
 def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized checkpoint and its shape, in the order of the network."""
+    """Return every tensor of an unquantized checkpoint and its shape, in the order of the network."""
     d, f, shared = config.hidden_size, config.intermediate_size, config.intermediate_size_mlp
     experts, n_q = config.num_local_experts, config.num_attention_heads * config.head_dim
     n_kv = config.num_key_value_heads * config.head_dim
@@ -34,12 +34,12 @@ def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def kept_in_float32(name: str) -> bool:
-    """Whether a tensor is float32 whatever the model's dtype: the router's weight and the expert bias."""
+    """Return whether a tensor is float32 whatever the model's dtype: the router's weight and the expert bias."""
     return name.endswith(("feed_forward.router.weight", "feed_forward.expert_bias"))
 
 
 class PackedTensor:
-    """How one quantized weight lies in an INT4 file.
+    """The layout of one quantized weight in an INT4 file.
 
     `qweight_name` is uint8 with the weight's shape halved along `dim` (two values a byte, low nibble first, two's
     complement), `scale_name` float16 with the shape divided by `group_size` along `dim`.
@@ -66,14 +66,16 @@ class PackedTensor:
             )
 
     def divided_shape(self, divisor: int) -> tuple[int, ...]:
+        """Return the weight's shape with `dim` divided."""
         return tuple(n // divisor if i == self.dim else n for i, n in enumerate(self.shape))
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the packed values and of their scales, by name."""
         return {self.qweight_name: self.divided_shape(2), self.scale_name: self.divided_shape(self.group_size)}
 
 
 def packed_tensors(config: MobileMoEConfig, quantization: Mapping) -> dict[str, PackedTensor]:
-    """The weights an INT4 file holds packed: all linears, experts and the embedding; not router, bias or norms."""
+    """Return the weights that an INT4 file holds packed: linears, experts and embedding; not router, bias or norms."""
     return {
         name: PackedTensor(name, shape, quantization)
         for name, shape in tensor_shapes(config).items()
@@ -82,7 +84,7 @@ def packed_tensors(config: MobileMoEConfig, quantization: Mapping) -> dict[str, 
 
 
 def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint `config` describes: `tensor_shapes`, packed where it has `quantization`."""
+    """Return the shapes of the checkpoint that `config` describes: packed ones where it has `quantization`."""
     if config.quantization is None:
         return tensor_shapes(config)
     packed = packed_tensors(config, config.quantization)
@@ -93,7 +95,7 @@ def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig, where: str) -> None:
-    """Compare a checkpoint's names and shapes with what `config` asks for; ValueError naming the first ten faults."""
+    """Compare a checkpoint's names and shapes with those of `config`; ValueError naming the first ten differences."""
     expected = checkpoint_shapes(config)
     faults = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
     faults += [f"{n} {list(s)} is not a tensor of this model" for n, s in found.items() if n not in expected]
@@ -108,20 +110,20 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig,
 
 
 def check_dtype(name: str, dtype: torch.dtype, where: object) -> None:
-    """ValueError unless a stored tensor is uint8 for packed values, float16 for scales, else a floating-point one."""
+    """Raise ValueError unless packed values are uint8, scales float16, and any other tensor a floating-point one."""
     wanted = {"qweight": torch.uint8, "scale": torch.float16}.get(name.replace(".", "_").rsplit("_", 1)[-1])
     if dtype != wanted if wanted else not dtype.is_floating_point:
         raise ValueError(f"{where}: {name} has dtype {dtype}, expected {wanted or 'a floating-point one'}")
 
 
 def unpack_int4(packed: torch.Tensor, dim: int) -> torch.Tensor:
-    """uint8, two's-complement nibbles along `dim` with the low one first -> int8 in -8..7, `dim` doubled."""
+    """Unpack uint8 (two's-complement nibbles along `dim`, the low one first) to int8 in -8..7 with `dim` doubled."""
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=dim + 1).flatten(dim, dim + 1)
     return (nibbles.to(torch.int8) ^ 8) - 8
 
 
 def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:
-    """int8 values and their scales, one for `group_size` values along `dim` -> float32 q * scale, which is exact."""
+    """Return q * scale in float32, which is exact; a scale belongs to `group_size` values along `dim`."""
     groups = q.unflatten(dim, (-1, group_size)).float() * scale.float().unsqueeze(dim + 1)
     return groups.flatten(dim, dim + 1)
 
@@ -129,12 +131,12 @@ def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, dim: int, group_size: 
 def dequantize_tensors(
     tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an INT4 checkpoint as those of an unquantized one, one by one.
+    """Yield the tensors of an INT4 checkpoint as those of an unquantized one, one by one.
 
     Args:
-        tensors: names and layout as `check_tensors` wants them, each asked for once; `config.quantization` must be
-            there.
-        dtype: of the result, except the router's weight and the expert bias, which are float32.
+        tensors: tensors that `check_tensors` accepts; each is read once.
+        config: configuration that has `quantization`.
+        dtype: dtype of the result, except the router's weight and the expert bias, which are float32.
 
     Raises:
         ValueError: a tensor has a wrong dtype.
@@ -154,6 +156,6 @@ def dequantize_tensors(
 def dequantize_state_dict(
     tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """`dequantize_tensors`, all at once; ValueError also for a tensor that is missing, superfluous or misshaped."""
+    """Return `dequantize_tensors` at once; ValueError also for a tensor that is missing, superfluous or misshaped."""
     check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config, "the INT4 checkpoint")
     return dict(dequantize_tensors(tensors, config, dtype))

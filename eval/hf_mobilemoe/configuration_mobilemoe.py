@@ -1,4 +1,4 @@
-"""Configuration of MobileMoE (arXiv 2605.27358) for transformers; travels inside every exported folder."""
+"""Configuration of MobileMoE (arXiv 2605.27358) for transformers; a copy of this file is in every exported folder."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ _FIXED = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
-"""What is not variable in this architecture: the keys are in the released config.json, another value is refused."""
+"""Keys of the released config.json that do not vary in this architecture; another value is refused."""
 
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp", "num_hidden_layers",
@@ -28,7 +28,8 @@ _COUNTS = (
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
 
 REQUIRED_KEYS = ("model_type", *_COUNTS, *_NUMBERS, "rope_scaling")
-"""What a config.json must say: flavor S's value would be a guess, and most of them change no tensor's shape."""
+"""Keys that every config.json must have. Flavor S's value would be a guess, and most keys change no tensor's shape, so
+that a wrong guess would load and compute something else."""
 
 _QUANTIZATION_FIXED = {
     "format": INT4_FORMAT,
@@ -54,8 +55,8 @@ class MobileMoEConfig(PretrainedConfig):
 
     The defaults are flavor S. `intermediate_size` is the hidden width of one routed expert, `intermediate_size_mlp`
     that of the shared one. `rope_scaling` is None or the llama3 type, named by `rope_type` or `type`. `quantization`
-    is None or the description of an INT4 checkpoint (see `quantization_of`); it describes the files, a loaded model no
-    longer carries it.
+    is None or the description of an INT4 checkpoint (see `describe_quantization`). It describes the files: a loaded
+    model no longer has it.
 
     Raises:
         ValueError: a value the architecture does not allow; the message names the key and the rule.
@@ -123,7 +124,7 @@ class MobileMoEConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As transformers' own, from what a config.json says; ValueError naming file and key for one it lacks."""
+        """Build the configuration from a config.json's content; ValueError naming file and key for one it lacks."""
         where = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
         if missing := [key for key in REQUIRED_KEYS if key not in config_dict]:
             raise ValueError(f"{where} lacks {', '.join(missing)}; a MobileMoE's states them")
@@ -137,7 +138,7 @@ class MobileMoEConfig(PretrainedConfig):
             raise ValueError(f"{where}: {error}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As transformers' own, with the released key that it leaves out for having its own default value."""
+        """Return transformers' own dict, with a released key that it omits because the value is its default."""
         return super().to_diff_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
 
     def _check_numbers(self) -> None:
@@ -199,10 +200,19 @@ def _check_rope_scaling(scaling: Any) -> None:
         )
 
 
-def quantization_of(group_size: int, expert_group_axis: str, expert_group_size: int | None = None) -> dict[str, Any]:
-    """config.json's `quantization` of an INT4 folder; `expert_group_axis` is "in" or "out" (ValueError otherwise).
+def describe_quantization(
+    group_size: int, expert_group_axis: str, expert_group_size: int | None = None
+) -> dict[str, Any]:
+    """Return config.json's `quantization` of an INT4 folder.
 
-    `expert_group_size`, which released checkpoints do not have, is written where the experts' groups differ.
+    Args:
+        group_size: number of weights that share a scale.
+        expert_group_axis: "in" or "out", the grouped axis of the routed experts.
+        expert_group_size: `group_size` of the routed experts. Released checkpoints do not have the key; it is written
+            only where it differs.
+
+    Raises:
+        ValueError: `expert_group_axis` is neither.
     """
     if expert_group_axis not in EXPERT_GROUP_AXES:
         raise ValueError(f"expert_group_axis is {expert_group_axis!r}; choose one of {sorted(EXPERT_GROUP_AXES)}")

@@ -1,5 +1,6 @@
-"""What `from_pretrained` finds in a folder or hub repository; travels inside every exported folder."""
+"""Files that `from_pretrained` reads, in a folder or hub repository; a copy of this module is in every export."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,28 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from .checkpoint_mobilemoe import check_dtype, dequantize_state_dict, kept_in_float32
 from .configuration_mobilemoe import MobileMoEConfig
 
+# transformers names that are private or undocumented, in this package. The code ships inside artifacts, so a compat
+# module of the project cannot hold them. The tests that fail when one changes are in tests/eval/test_hf_mobilemoe.py
+# unless said otherwise:
+#   check_model_inputs, _can_record_outputs: test_hidden_states_and_attentions_are_recorded
+#   ALL_ATTENTION_FUNCTIONS, config._attn_implementation, _supports_sdpa: test_logits_equal_the_loops
+#   _keep_in_fp32_modules_strict: test_router_and_bias_stay_float32_under_bfloat16
+#   _init_weights, _tied_weights_keys: test_untrained_model_is_initialized
+#   cached_file(_raise_exceptions_for_missing_entries), load_state_dict: test_save_pretrained_round_trip
+#   _no_split_modules, accelerate's module._hf_hook: test_layers_on_disk_compute_the_same
+#   _from_config: test_packed_weights_give_the_same_numbers in tests/eval/test_int4.py
+
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+"""Options of `from_pretrained` that say where files come from. Every `hub` argument below is a dict of them."""
 
 
-def config_of(
+def read_config(
     name_or_path: str | None, config: MobileMoEConfig | str | None, hub: dict, kwargs: dict
 ) -> MobileMoEConfig:
-    """The one given, or the folder's, changed by those of `kwargs` that are its fields; they are taken out."""
+    """Return `config`, or the folder's configuration changed by those `kwargs` that are its fields.
+
+    The fields are removed from `kwargs`.
+    """
     if isinstance(config, MobileMoEConfig):
         return config
     keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
@@ -33,8 +49,10 @@ def config_of(
     return config
 
 
-def tensors_of(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors by a causal model's names; on the meta device where transformers reads them itself.
+def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors by a causal model's names.
+
+    Unquantized tensors are on the meta device, because transformers reads their values itself.
 
     Raises:
         ValueError: a file or the index is damaged, a dtype is wrong, or the head is not the embedding.
@@ -42,16 +60,16 @@ def tensors_of(where: str, state_dict: dict | None, config: MobileMoEConfig, hub
     if state_dict is None:
         device = "meta" if config.quantization is None else "cpu"
         found, opened = {}, {}
-        for path, expected in checkpoint_files(where, hub).items():
+        for path, expected in find_checkpoint_files(where, hub).items():
             file = open_file(path, expected)
             tensors = load_state_dict(path, map_location=device)
             for name, tensor in tensors.items():
                 check_dtype(name, tensor.dtype, path)
             found |= tensors
             opened |= dict.fromkeys(tensors, file)
-        found = without_tied_head(found, lambda name: opened[name].get_tensor(name), where)
+        found = remove_tied_head(found, lambda name: opened[name].get_tensor(name), where)
     elif config.quantization is None:
-        found = without_tied_head(state_dict, state_dict.__getitem__, where)
+        found = remove_tied_head(state_dict, state_dict.__getitem__, where)
     else:
         raise ValueError("state_dict cannot be packed: pass it through dequantize_state_dict and drop quantization")
     if any(name.startswith("model.") for name in found):
@@ -59,8 +77,8 @@ def tensors_of(where: str, state_dict: dict | None, config: MobileMoEConfig, hub
     return {f"model.{name}": tensor for name, tensor in found.items()}  # saved from MobileMoEModel
 
 
-def generation_config_of(cls: type, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
-    """The one given, or the folder's; transformers does not look for it where it gets no folder's name."""
+def load_generation_config(cls: type, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
+    """Return `kwargs["generation_config"]`, or the folder's; transformers looks for none when it gets no folder."""
     if "generation_config" in kwargs:
         return kwargs["generation_config"]
     if cls.can_generate() and _has_file(where, GENERATION_CONFIG_NAME, hub):
@@ -68,23 +86,37 @@ def generation_config_of(cls: type, where: str, hub: dict, kwargs: dict) -> Gene
     return None
 
 
-def dtype_of(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
-    """The dtype asked for; float32 if none is."""
+def choose_dtype(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
+    """Return the dtype that the options ask for, float32 without one."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     dtype = config.dtype if dtype == "auto" else dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
 
 
-def dequantized(where: str, packed: dict, config: MobileMoEConfig, kwargs: dict) -> dict[str, torch.Tensor]:
-    """An INT4 checkpoint's tensors in the dtype asked for; ValueError where they are to lie on disk."""
+def dequantize_checkpoint(
+    cls: type, where: str, packed: dict, config: MobileMoEConfig, hub: dict, kwargs: dict
+) -> dict[str, Any]:
+    """Return the options for transformers' `from_pretrained` that load an INT4 checkpoint as an unquantized one.
+
+    They are `kwargs` with the tensors in the dtype asked for, the configuration without `quantization`, and the
+    folder's generation config.
+
+    Raises:
+        ValueError: the tensors are not those that `config` describes, or a device map puts some on the disk.
+    """
     device_map = kwargs.get("device_map")
     if isinstance(device_map, dict) and "disk" in device_map.values():
         raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
-    return dequantize_state_dict(packed, config, dtype_of(kwargs, config))
+    options = kwargs | {"state_dict": dequantize_state_dict(packed, config, choose_dtype(kwargs, config))}
+    if (generation_config := load_generation_config(cls, where, hub, kwargs)) is not None:
+        options["generation_config"] = generation_config
+    options["config"] = copy.deepcopy(config)
+    options["config"].quantization = None
+    return options
 
 
 def keep_float32_on_disk(loaded: Any) -> Any:
-    """What `from_pretrained` gave, its router and expert bias float32 also where they lie on disk.
+    """Keep router and expert bias float32 where they lie on disk, and return `from_pretrained`'s result.
 
     transformers notes the model's dtype for every tensor that it leaves in its file, and each call rounds to it.
     """
@@ -96,15 +128,22 @@ def keep_float32_on_disk(loaded: Any) -> Any:
     return loaded
 
 
+def record_source(loaded: Any, where: str) -> Any:
+    """Note in a model where its checkpoint came from, and return `from_pretrained`'s result."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = where
+    return loaded
+
+
 def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
     return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
 
 
-def checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
-    """Paths of the safetensors files of a folder or hub repository, each with the tensors that an index puts there.
+def find_checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
+    """Return the safetensors files of a folder or hub repository, each with the tensors that an index puts there.
 
     Raises:
-        OSError: there are none.
+        OSError: there is no safetensors file.
         ValueError: the index is damaged.
     """
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
@@ -116,7 +155,7 @@ def checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
 
 
 def read_index(path: str | Path) -> dict[str, list[str]]:
-    """File name -> its tensors, as a model.safetensors.index.json says; ValueError naming `path` if it does not."""
+    """Return file name -> its tensors from a model.safetensors.index.json; ValueError naming it if it is damaged."""
     try:
         weight_map = json.loads(Path(path).read_text())["weight_map"]
         files: dict[str, list[str]] = {file: [] for file in sorted(weight_map.values())}
@@ -128,8 +167,8 @@ def read_index(path: str | Path) -> dict[str, list[str]]:
 
 
 def open_file(path: str | Path, expected: Sequence[str]) -> Any:
-    """An open safetensors file that holds the `expected` tensors; ValueError naming it and them if it does not."""
-    content = f"; its index expects {_few(expected)} in it" if expected else ""
+    """Open a safetensors file; ValueError if it is missing, damaged or lacks one of the `expected` tensors."""
+    content = f"; its index expects {_join_names(expected)} in it" if expected else ""
     try:
         file = safe_open(path, framework="pt")
     except FileNotFoundError as error:
@@ -137,25 +176,30 @@ def open_file(path: str | Path, expected: Sequence[str]) -> Any:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again{content}") from error
     if absent := sorted(set(expected) - set(file.keys())):
-        raise ValueError(f"{path} lacks {_few(absent)}, which its index expects in it; copy the whole folder again")
+        raise ValueError(
+            f"{path} lacks {_join_names(absent)}, which its index expects in it; copy the whole folder again"
+        )
     return file
 
 
-def _few(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def without_tied_head(found: dict[str, Any], read: Callable[[str], torch.Tensor], where: object) -> dict[str, Any]:
-    """`found` without an output projection that is the embedding bit for bit; ValueError naming both if it is not.
+def remove_tied_head(found: dict[str, Any], read: Callable[[str], torch.Tensor], where: object) -> dict[str, Any]:
+    """Return `found` without an output projection that is the embedding bit for bit.
 
     Args:
         found: anything by tensor name.
-        read: gives the tensor of a name.
+        read: function that returns the tensor of a name.
+
+    Raises:
+        ValueError: the output projection differs from the embedding.
     """
     kept = dict(found)
     for head in [name for name in found if name.startswith("lm_head.")]:
         embedding = head.replace("lm_head.", "model.embed_tokens.", 1)
-        if embedding in found and not _same_bits(read(head), read(embedding)):
+        if embedding in found and not _have_same_bits(read(head), read(embedding)):
             raise ValueError(
                 f"{where}: {head} differs from {embedding}; MobileMoE's output projection is its embedding"
             )
@@ -164,6 +208,6 @@ def without_tied_head(found: dict[str, Any], read: Callable[[str], torch.Tensor]
     return kept
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     a, b = a.detach().contiguous(), b.detach().contiguous()
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

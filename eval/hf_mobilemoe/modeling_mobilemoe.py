@@ -1,15 +1,14 @@
-"""MobileMoE (arXiv 2605.27358) for transformers 4.57; travels inside every exported folder.
+"""MobileMoE (arXiv 2605.27358) for transformers 4.57; a copy of this file is in every exported folder.
 
-Loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
+It loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
 they are loaded, or with `keep_int4=True` when they are used: q * scale is exact in float32 and rounded once in
-bfloat16. Activations are NOT quantized here, while the device and quantization-aware training round them to INT8 per
-token: this model is the weight-only reading.
+bfloat16. Only weights are quantized here. The device and quantization-aware training also round activations, to INT8
+per token.
 
 Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
 E experts, K experts a token, F hidden width of an expert.
 """
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -29,20 +28,22 @@ from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
 from .loading_mobilemoe import (
     HUB_OPTIONS,
-    config_of,
-    dequantized,
-    generation_config_of,
+    dequantize_checkpoint,
     keep_float32_on_disk,
-    tensors_of,
+    load_tensors,
+    read_config,
+    record_source,
 )
-from .packed_mobilemoe import packed_model
+from .packed_mobilemoe import build_packed_model
+
+# loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that hold them.
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
-    """cos + i sin of every position and channel pair, complex64 [B, L, C/2], with llama3-type scaling.
+    """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2], with Llama 3.1's scaling.
 
-    Computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
-    The scaling: Llama 3.1's; where low_freq_factor equals high_freq_factor there is no band to interpolate in.
+    It is computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
+    Where low_freq_factor equals high_freq_factor there is no band to interpolate in.
     """
     pair = torch.arange(0, config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
     freqs = 1.0 / config.rope_theta ** (pair / config.head_dim)
@@ -56,7 +57,7 @@ def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> tor
 
 
 def apply_rotary(x_BLHC: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring channels (2i, 2i+1) as one complex number; float32."""
+    """Rotate neighbouring channels (2i, 2i+1) as one complex number; the result is float32."""
     pairs = torch.view_as_complex(x_BLHC.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary[:, :, None]).flatten(-2)
 
@@ -70,7 +71,7 @@ def eager_attention_forward(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over [B, heads, length, C] with an additive mask, softmax in float32."""
+    """Return attention's output [B, L, H, C] and weights for [B, heads, length, C] inputs; the mask is additive."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -101,6 +102,7 @@ class MobileMoEAttention(nn.Module):
         cache_position: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output [B, L, D] and, with eager attention, the weights [B, H, L, keys]."""
         head_dim = self.config.head_dim
         q_BLHC, k_BLNC, v_BLNC = (
             p(x_BLD).unflatten(-1, (-1, head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
@@ -120,7 +122,7 @@ class MobileMoEAttention(nn.Module):
 
 
 class MobileMoEMLP(nn.Module):
-    """SwiGLU: the shared expert."""
+    """The shared expert, a SwiGLU network."""
 
     def __init__(self, config: MobileMoEConfig) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class MobileMoEMLP(nn.Module):
 
 
 class MobileMoEExperts(nn.Module):
-    """The routed SwiGLU experts as two tensors [E, in, out], gate columns before up columns."""
+    """The routed SwiGLU experts as two tensors [E, in, out]; gate columns come before up columns."""
 
     def __init__(self, config: MobileMoEConfig) -> None:
         super().__init__()
@@ -156,9 +158,9 @@ class MobileMoEExperts(nn.Module):
 
 
 class MobileMoERouter(nn.Linear):
-    """Scores [T, E] of the experts, float32 whatever the model's dtype, and under autocast too.
+    """Linear layer that scores the experts [T, E], in float32 whatever the model's dtype, and under autocast too.
 
-    Its weight is read here and nowhere else: accelerate brings weights from disk when their module is called.
+    Its weight is read here and nowhere else: accelerate loads weights from disk when their module is called.
     """
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -180,7 +182,7 @@ class MobileMoEFeedForward(nn.Module):
         self.shared_expert = MobileMoEMLP(config)
 
     def route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts [T, K] and their float32 weights: chosen with the bias, weighted without it."""
+        """Return each token's experts [T, K] and their float32 weights: chosen with the bias, weighted without it."""
         scores_TE = self.router(x_TD)
         experts_TK = (scores_TE + self.expert_bias.float()).topk(self.top_k, dim=-1).indices
         chosen_TK = scores_TE.gather(1, experts_TK)
@@ -192,6 +194,8 @@ class MobileMoEFeedForward(nn.Module):
 
 
 class MobileMoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind an RMSNorm and beside a residual connection."""
+
     def __init__(self, config: MobileMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = MobileMoEAttention(config, layer_idx)
@@ -205,6 +209,8 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class MobileMoEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization, which both models share."""
+
     config_class = MobileMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -227,51 +233,42 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, keep_int4=False, **kwargs
     ):
-        """As transformers' own, with three differences.
+        """Load a model as transformers does, with three differences.
 
-        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused (ValueError naming
-        tensor and expectation) instead of being completed with random weights. A checkpoint whose config.json has
-        `quantization` is dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key,
-        so that saving it writes what it is. With `keep_int4` the weights stay packed, which takes a quarter of the
-        memory of bfloat16 and longer a token (`packed_mobilemoe`); of the other options it takes `dtype`,
-        `attn_implementation` and `generation_config`.
+        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused instead of being
+        completed with random weights. A checkpoint whose config.json has `quantization` is dequantized to `dtype`
+        (float32 by default); the loaded model's config no longer has the key, so that saving it writes what it is.
+        With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and more time a token
+        (`packed_mobilemoe`); the other options it allows are `dtype`, `attn_implementation` and `generation_config`.
+
+        Raises:
+            ValueError: the configuration or a tensor is not that of a MobileMoE; the message names it.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        config = config_of(pretrained_model_name_or_path, config, hub, kwargs)
+        config = read_config(pretrained_model_name_or_path, config, hub, kwargs)
         where = str(pretrained_model_name_or_path or "the state dict")
-        found = tensors_of(where, state_dict, config, hub)
+        found = load_tensors(where, state_dict, config, hub)
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)
         if keep_int4:
-            return packed_model(cls, where, found, config, hub, **kwargs)
+            return build_packed_model(cls, where, found, config, hub, **kwargs)
         if config.quantization is None:
             options = {"config": config, "state_dict": state_dict} | kwargs
             return keep_float32_on_disk(super().from_pretrained(pretrained_model_name_or_path, *model_args, **options))
-        return cls._from_int4(where, found, config, hub, *model_args, **kwargs)
+        options = dequantize_checkpoint(cls, where, found, config, hub, kwargs)
+        # Without a folder's name, which would make transformers read the packed files.
+        return record_source(super().from_pretrained(None, *model_args, **options), where)
 
     def save_pretrained(self, *args, **kwargs):
-        """As transformers' own; ValueError for packed weights, whose folder is there already."""
+        """Save the model as transformers does; ValueError for packed weights, whose folder exists already."""
         if self.config.quantization is not None:
             raise ValueError(f"the weights are packed (keep_int4): copy the folder they come from, {self.name_or_path}")
         return super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """As transformers' own; ValueError for packed weights, of which no row can be added."""
+        """Resize the embedding as transformers does; ValueError for packed weights, which take no more rows."""
         if self.config.quantization is not None:
             raise ValueError("the embedding is packed (keep_int4): load the model without keep_int4 to resize it")
         return super().resize_token_embeddings(*args, **kwargs)
-
-    @classmethod
-    def _from_int4(cls, where: str, packed: dict, config: MobileMoEConfig, hub: dict, *model_args, **kwargs):
-        tensors = dequantized(where, packed, config, kwargs)
-        config = copy.deepcopy(config)
-        config.quantization = None
-        # Without a folder's name, which would make transformers read the packed files.
-        if (generation_config := generation_config_of(cls, where, hub, kwargs)) is not None:
-            kwargs["generation_config"] = generation_config
-        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config.name_or_path = where
-        return loaded
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):
@@ -297,12 +294,13 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         cache_position: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, L, D] of `input_ids` [B, L] (or `inputs_embeds`).
+        """Return the hidden states [B, L, D] of `input_ids` [B, L] or `inputs_embeds` [B, L, D].
 
-        `attention_mask`: [B, past + L] with 0 for padding on either side, or a 4-D mask that is used as it is
-        (or {"full_attention": that}).
-        Packed documents: `position_ids` that restart at 0, no `attention_mask`, no past; then a document sees only
-        itself (with "sdpa", "eager" and "flex_attention").
+        Args:
+            attention_mask: [B, past + L] with 0 for padding on either side, or a 4-D mask that is used as it is (or
+                {"full_attention": that}).
+            position_ids: [B, L]. Positions that restart at 0, without `attention_mask` and without a past, mark packed
+                documents: a document sees only itself (with "sdpa", "eager" and "flex_attention").
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -367,10 +365,12 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, L, vocab_size] in the model's dtype; arguments as `MobileMoEModel.forward`.
+        """Return logits [B, L, vocab_size] in the model's dtype; see `MobileMoEModel.forward` for the other arguments.
 
-        `labels` [B, L] adds the mean cross-entropy in nats of predicting label t + 1 at position t, -100 ignored.
-        `logits_to_keep` n > 0 gives the last n positions only.
+        Args:
+            labels: [B, L]; adds the mean cross-entropy in nats of predicting label t + 1 at position t; -100 is
+                ignored.
+            logits_to_keep: number of last positions to return; 0 returns all.
         """
         outputs = self.model(
             input_ids=input_ids,

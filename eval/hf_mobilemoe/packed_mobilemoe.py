@@ -1,7 +1,7 @@
 """MobileMoE with its INT4 weights kept packed: each is dequantized when it is used and dropped again.
 
-Travels inside every exported folder. The numbers are those of a model dequantized when it is loaded; memory holds the
-packed weights, and floats of one matrix, of one expert or of a slice of the vocabulary at a time.
+The numbers are those of a model that is dequantized when it is loaded. Memory holds the packed weights, and the floats
+of one matrix, of one expert or of a slice of the vocabulary at a time. A copy of this file is in every exported folder.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from torch import nn
 
 from .checkpoint_mobilemoe import PackedTensor, dequantize_int4, kept_in_float32, packed_tensors, unpack_int4
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import dtype_of, generation_config_of
+from .loading_mobilemoe import choose_dtype, load_generation_config, record_source
 
 HEAD_ROWS = 1 << 14
-"""Rows of the output projection that are floats at once."""
+"""Number of rows of the output projection that are dequantized at once."""
 
 
 class PackedWeight(nn.Module):
-    """One INT4 weight; an index into its first dimension gives floats. `PackedTensor` says how it lies."""
+    """One INT4 weight; an index into its first dimension gives floats. `PackedTensor` describes its layout."""
 
     def __init__(self, packed: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("scale", tensors[packed.scale_name])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Casting a model changes the dtype of the floats this gives; the packed numbers move as they are."""
+        """Apply a cast or move: a cast changes the dtype of the floats; the packed numbers only move."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         self.qweight = fn(self.qweight)
         self.scale = fn(self.scale.view(torch.int16)).view(torch.float16)
@@ -44,23 +44,27 @@ class PackedWeight(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Linear without bias; a long output in slices."""
+    """Linear layer without bias; a long output is computed in slices."""
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T, [..., in] -> [..., out]."""
         starts = range(0, len(self.weight), HEAD_ROWS)
         return torch.cat([F.linear(x, self.weight[start : start + HEAD_ROWS]) for start in starts], dim=-1)
 
 
 class PackedEmbedding(nn.Module):
+    """Embedding whose rows are dequantized when they are looked up."""
+
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `ids`, [...] -> [..., D]."""
         return self.weight[ids]
 
 
@@ -68,7 +72,8 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
     """Put an INT4 checkpoint's tensors into a model on the meta device whose config has `quantization`.
 
     Args:
-        prefix: what the checkpoint's names have before the model's: "" for a causal model, "model." for its decoder.
+        prefix: part that the checkpoint's names have before the model's: "" for a causal model, "model." for its
+            decoder.
     """
     packed = packed_tensors(model.config, model.config.quantization)
     rest = {
@@ -92,18 +97,18 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
     model.requires_grad_(False)
 
 
-def packed_model(
+def build_packed_model(
     cls: type, where: str, packed: Mapping[str, torch.Tensor], config: MobileMoEConfig, hub: dict, **kwargs
 ) -> nn.Module:
-    """`cls.from_pretrained(where, keep_int4=True)`, of the checkpoint's tensors.
+    """Build the model of `cls.from_pretrained(where, keep_int4=True)` from the checkpoint's tensors.
 
     Raises:
         ValueError: the checkpoint is not quantized, or `kwargs` has an option that packed weights do not take.
     """
     if config.quantization is None:
         raise ValueError(f"keep_int4: {where} is not quantized; leave the option out")
-    dtype = dtype_of(kwargs, config)
-    generation_config = generation_config_of(cls, where, hub, kwargs)
+    dtype = choose_dtype(kwargs, config)
+    generation_config = load_generation_config(cls, where, hub, kwargs)
     attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
     # The last two are what the Auto classes pass on.
     taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
@@ -114,5 +119,4 @@ def packed_model(
     fill_packed(model, packed, "" if cls.can_generate() else "model.", dtype)
     if generation_config is not None:
         model.generation_config = generation_config
-    model.name_or_path = model.config.name_or_path = where
-    return model.eval()
+    return record_source(model, where).eval()

@@ -1,4 +1,4 @@
-"""The report's pictures, each one matplotlib Figure -> one PNG."""
+"""The report's pictures: each function draws one matplotlib Figure and writes one PNG."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ BF16, INT4, REFERENCE, INK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
 STYLE = {"linewidth": 1.6, "solid_capstyle": "round"}
 
 
-def _figure(width: float, height: float) -> Figure:
+def _make_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _tidy(axes, title: str) -> None:
+def _style_axes(axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c4c8ce")
@@ -23,22 +23,22 @@ def _tidy(axes, title: str) -> None:
     axes.yaxis.label.set(size=9, color="#555b63")
 
 
-def loss_curves(stages: list[dict], path: Path) -> None:
-    """One panel a stage: training loss, held-out loss, and the entropy of the unigram distribution as a line.
+def draw_loss_curves(stages: list[dict], path: Path) -> None:
+    """Draw one panel a stage: training loss, held-out loss, and the entropy of the unigram distribution as a line.
 
     A stage has title, metrics and heldout (lists of records with step and loss, nats a token) and unigram_entropy.
     """
-    figure = _figure(11, 6)
+    figure = _make_figure(11, 6)
     for axes, stage in zip(figure.subplots(2, 2).flat, stages, strict=True):
-        _tidy(axes, stage["title"])
+        _style_axes(axes, stage["title"])
         axes.set_xlabel("step")
         axes.set_ylabel("nats / token")
         if not stage["metrics"]:
             axes.text(0.5, 0.5, "not run yet", ha="center", va="center", color=REFERENCE, transform=axes.transAxes)
             continue
-        axes.plot(*_series(stage["metrics"], "loss"), color=BF16, label="training", **STYLE)
+        axes.plot(*_get_series(stage["metrics"], "loss"), color=BF16, label="training", **STYLE)
         if stage["heldout"]:
-            axes.plot(*_series(stage["heldout"], "loss"), color=INT4, marker="o", ms=4, label="held-out", **STYLE)
+            axes.plot(*_get_series(stage["heldout"], "loss"), color=INT4, marker="o", ms=4, label="held-out", **STYLE)
         if stage["unigram_entropy"] is not None:
             axes.axhline(stage["unigram_entropy"], color=REFERENCE, ls="--", lw=1.1, label="unigram entropy")
         axes.legend(frameon=False, fontsize=8.5)
@@ -47,17 +47,17 @@ def loss_curves(stages: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def _series(records: list[dict], key: str) -> tuple[list, list]:
+def _get_series(records: list[dict], key: str) -> tuple[list, list]:
     return [record["step"] for record in records], [record[key] for record in records]
 
 
-def expert_load(stages: list[dict], path: Path) -> None:
-    """Heat map of the latest load a layer and expert (1 = an even share), and the imbalance over all steps.
+def draw_expert_load(stages: list[dict], path: Path) -> None:
+    """Draw a heat map of the latest load by layer and expert (1 = an even share), and the imbalance over all steps.
 
     A stage has title and expert_load: records with step and layers of load (share a routed expert) and max_over_mean.
     """
     stages = [stage for stage in stages if stage["expert_load"]]
-    figure = _figure(11, 3.6)
+    figure = _make_figure(11, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     last = stages[-1]["expert_load"][-1]
     load_LE = np.array([layer["load"] for layer in last["layers"]])
@@ -68,7 +68,7 @@ def expert_load(stages: list[dict], path: Path) -> None:
     bar.set_label("load / even share", fontsize=8.5, color="#555b63", labelpad=6)
     bar.ax.tick_params(labelsize=8, colors="#555b63")
     bar.outline.set_visible(False)
-    _tidy(left, f"Load of the routed experts, {stages[-1]['short']} step {last['step']}")
+    _style_axes(left, f"Load of the routed experts, {stages[-1]['short']} step {last['step']}")
     left.set(xlabel="expert", ylabel="layer")
     left.yaxis.get_major_locator().set_params(integer=True)
     left.xaxis.get_major_locator().set_params(integer=True)
@@ -90,13 +90,13 @@ def expert_load(stages: list[dict], path: Path) -> None:
     right.axhline(1.0, color=REFERENCE, ls="--", lw=1)
     right.set(xlabel="step, all stages", ylabel="largest / mean load")
     right.legend(frameon=False, fontsize=8.5)
-    _tidy(right, "Imbalance (1 = even)")
+    _style_axes(right, "Imbalance (1 = even)")
     figure.savefig(path)
 
 
-def benchmarks(rows: list[dict], path: Path) -> None:
-    """Scores with two standard errors, beside the random-guess level and the published base model."""
-    figure = _figure(11, 0.36 * len(rows) + 1.1)
+def draw_benchmarks(rows: list[dict], path: Path) -> None:
+    """Draw scores with two standard errors, beside the random-guess level and the published base model."""
+    figure = _make_figure(11, 0.36 * len(rows) + 1.1)
     axes = figure.subplots()
     positions = np.arange(len(rows))[::-1]
     axes.hlines(positions, 0, 100, color="#eceef1", lw=0.8, zorder=0)
@@ -118,5 +118,5 @@ def benchmarks(rows: list[dict], path: Path) -> None:
     axes.set_yticks(positions, [f"{row['title']}  ({row['shots']})" for row in rows])
     axes.set(xlim=(-2, 100), xlabel="score, percent (number of examples in the prompt in brackets)")
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
-    _tidy(axes, "Benchmarks")
+    _style_axes(axes, "Benchmarks")
     figure.savefig(path)

@@ -1,0 +1,34 @@
+"""The subcommands of `mobilemoe`, a file each: the dataclass of its arguments and the function that does the work.
+
+This table is the only list of them. A command's file imports torch, Ray and other slow modules inside its functions,
+after its input has been accepted, so that help and refusals come at once.
+"""
+
+from pipelines.commands import (
+    evaluate,
+    export,
+    fetch,
+    import_model,
+    info,
+    profile,
+    publish,
+    recipes,
+    report,
+    run,
+    status,
+)
+from pipelines.commands.command import Command
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(run.Run, run.run, run.parse),
+    "status": Command(status.Status, status.show_status),
+    "report": Command(report.Report, report.rewrite_report),
+    "recipes": Command(recipes.Recipes, recipes.list_recipes),
+    "info": Command(info.Info, info.show_info, info.parse),
+    "eval": Command(evaluate.Eval, evaluate.evaluate),
+    "export": Command(export.Export, export.export),
+    "import": Command(import_model.Import, import_model.import_model),
+    "profile": Command(profile.Profile, profile.profile),
+    "publish": Command(publish.Publish, publish.publish),
+    "fetch": Command(fetch.Fetch, fetch.fetch),
+}

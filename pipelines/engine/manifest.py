@@ -1,54 +1,34 @@
 """The run folder's record: recipe, versions, and every step's state, fingerprint, times and error.
 
-`manifest.json` is replaced whole at every change, so a reader never sees half of one. One driver at a time works on a
-run folder: it holds a lock on `.lock` that the operating system drops with the process, however it dies.
+`manifest.json` is replaced atomically at every change, so a reader never sees half of it.
 """
 
-import fcntl
 import json
-import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from core.errors import RefusedInput
+from core.atomic import write_json
 from pipelines.recipe import Recipe, to_dict
 
 LIBRARIES = (
     "torch", "torchtitan", "torchao", "executorch", "ray", "mosaicml-streaming", "datatrove", "lm-eval",
     "transformers", "tokenizers", "numpy",
 )  # fmt: skip
-LOCK_PATIENCE_SECONDS = 1.0
-"""A reader of the lock (`mobilemoe status`) holds it for microseconds; a driver waits that out."""
+"""Distributions whose versions the manifest records: those whose code can change a result."""
 
 
-class RunLocked(RefusedInput):
-    """Another driver is running this run folder."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file whole: written beside, flushed to the disk, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, whole seconds."""
+def current_time() -> str:
+    """Return the time in UTC as ISO 8601 with whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Manifest:
-    """`manifest.json` of one run folder; every method that changes it writes it."""
+    """`manifest.json` of one run folder. Every method that changes it also writes it."""
 
     def __init__(self, run: Path):
         self.path = run / "manifest.json"
@@ -57,50 +37,59 @@ class Manifest:
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
 
     def describe(self, recipe: Recipe) -> None:
-        """Record what this run is made of, as of now."""
+        """Record the recipe, library versions, commit and host that the run has from now on."""
         self.content |= {
             "recipe": to_dict(recipe),
             "versions": {name: version(name) for name in LIBRARIES},
-            "git_commit": git_commit(),
+            "git_commit": find_git_commit(),
             "host": socket.gethostname(),
         }
-        self.content.setdefault("created", now())
+        self.content.setdefault("created", current_time())
         self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_json(self.path, self.content)
 
     def step(self, name: str) -> dict[str, Any]:
-        """The entry of a step: at least {"state"}; pending where it never started."""
+        """Return the entry of a step. It has at least the key "state", which is pending if the step never started."""
         return self.content["steps"].get(name, {"state": "pending"})
 
     def start(self, name: str, record: dict[str, Any]) -> None:
-        """A step begins: `record` holds its fingerprint, identity, config and inputs."""
+        """Record that a step begins.
+
+        Args:
+            record: version, fingerprint, identity, config and inputs of the step.
+        """
         self.content["steps"][name] = record | {
-            "state": "running", "started": now(), "started_unix": time.time(), "host": socket.gethostname(),
+            "state": "running", "started": current_time(), "started_unix": time.time(), "host": socket.gethostname(),
         }  # fmt: skip
         self.save()
 
     def finish(self, name: str, state: str, **facts: Any) -> None:
-        """A step ends as done, failed or interrupted; `facts` are its result or its error."""
+        """Record that a step ended.
+
+        Args:
+            state: done, failed or interrupted.
+            facts: the step's identity and result, or its error.
+        """
         entry = self.content["steps"][name]
         entry |= {
             "state": state,
-            "finished": now(),
+            "finished": current_time(),
             "seconds": round(time.time() - entry.pop("started_unix"), 1),
         } | facts
         self.save()
 
     def forget(self, names: list[str]) -> None:
-        """Drop the entries of steps that are to be computed anew."""
+        """Remove the entries of steps that are to be computed anew."""
         for name in names:
             self.content["steps"].pop(name, None)
         self.save()
 
 
-def git_commit() -> str | None:
-    """Commit of the source tree, with "-dirty" for uncommitted changes; None where it is no git checkout."""
+def find_git_commit() -> str | None:
+    """Return the commit of the source tree, with "-dirty" for uncommitted changes; None outside of a git checkout."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -108,42 +97,3 @@ def git_commit() -> str | None:
     except FileNotFoundError:  # git is not installed
         return None
     return done.stdout.strip() or None
-
-
-@contextmanager
-def driver_lock(run: Path) -> Iterator[None]:
-    """Hold the run folder for this driver.
-
-    Raises:
-        RunLocked: another driver holds it; names its process and host.
-    """
-    with (run / ".lock").open("a+") as file:
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-        while not _try_lock(file.fileno(), fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise RunLocked(
-                    f"{run}: another driver, {file.read().strip()}, is running this run; wait for it or stop it"
-                )
-            time.sleep(0.05)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def running_driver(run: Path) -> str | None:
-    """ "pid N on host H" of the driver that holds the run folder now; None where there is none."""
-    path = run / ".lock"
-    if not path.exists():
-        return None
-    with path.open() as file:
-        return None if _try_lock(file.fileno(), fcntl.LOCK_SH) else file.read().strip()
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

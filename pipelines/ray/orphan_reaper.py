@@ -1,9 +1,13 @@
-"""Ends what a driver leaves behind: a small process of its own that outlives the driver and cleans up after it.
+"""The orphan reaper: a small process that outlives the driver and ends the processes that the driver left behind.
 
-The kernel kills the processes that Ray started for a driver with it, and Ray's workers leave when their raylet has
-gone. A worker that was only starting at that moment waits for a raylet that never comes: this is who ends it.
+When a driver is killed, the kernel kills the processes that Ray started for it, and Ray's workers exit when they lose
+their raylet. A worker that was just starting at that moment waits for ever for a raylet that is gone. The reaper ends
+it, and removes Ray's temporary folder.
 
-    python -m pipelines.ray.orphan_reaper MARKER FOLDER      ends when its standard input does, so when the driver does
+    python -m pipelines.ray.orphan_reaper MARKER FOLDER
+
+It waits for the end of its standard input, which is a pipe that only the driver holds: the kernel closes the pipe when
+the driver dies, however it dies.
 """
 
 import os
@@ -14,38 +18,43 @@ from pathlib import Path
 
 import psutil
 
-MARKER = "MOBILEMOE_RUN"
-"""Environment variable that every process started for a run inherits: `RUN#DRIVER`."""
+MARKER_VARIABLE = "MOBILEMOE_RUN"
+"""Environment variable `RUN#DRIVER` that every process started for a run inherits."""
 PATIENCE_SECONDS = 3.0
-"""What leaves by itself does so within this time."""
+"""Time that processes get to exit by themselves before they are killed."""
 
 
-def marker(run: Path) -> str:
-    """Value of the variable for processes of this driver."""
-    return f"{run}#{os.getpid()}.{time.time_ns()}"
+def make_marker(run: Path) -> str:
+    """Return the value of the variable for the processes of this driver."""
+    return f"{run_prefix(run)}{os.getpid()}.{time.time_ns()}"
 
 
-def processes_of(prefix: str) -> list[psutil.Process]:
-    """Processes whose marker starts so, without this one: `RUN#` finds those of every driver of a run."""
+def run_prefix(run: Path) -> str:
+    """Return the beginning of the markers of all drivers of a run."""
+    return f"{run}#"
+
+
+def find_processes(prefix: str) -> list[psutil.Process]:
+    """Return the running processes whose marker begins with `prefix`, except this one."""
     found, own = [], os.getpid()
     for process in psutil.process_iter():
         try:
-            marked = process.pid != own and process.environ().get(MARKER, "").startswith(prefix)
+            marked = process.pid != own and process.environ().get(MARKER_VARIABLE, "").startswith(prefix)
             if marked and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or another user's
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended since, or belongs to another user
             continue
     return found
 
 
-def end_processes_of(prefix: str) -> None:
-    """Wait for them to leave, end those that stay.
+def end_processes(prefix: str) -> None:
+    """Wait until the marked processes have exited, and kill those that have not after PATIENCE_SECONDS.
 
     Raises:
-        RuntimeError: some cannot be ended.
+        RuntimeError: a process survives its SIGKILL.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while (left := processes_of(prefix)) and time.monotonic() < deadline:
+    while (left := find_processes(prefix)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in left:
         process.kill()
@@ -54,10 +63,10 @@ def end_processes_of(prefix: str) -> None:
         raise RuntimeError(f"processes {[p.pid for p in alive]} of {prefix} do not end; end them by hand")
 
 
-def main(value: str, folder: Path) -> None:
+def main(marker: str, folder: Path) -> None:
     """Wait for the driver's end, then end its processes and remove its temporary folder."""
     sys.stdin.read()
-    end_processes_of(value)
+    end_processes(marker)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,15 +1,15 @@
 """`l`: MobileMoE-L (5.3B parameters, 922M active) with the published schedule.
 
-Needs a tokenizer, hub access and GPUs: `pipelines.recipes.published.needs`, printed by `mobilemoe recipes`.
+It needs a tokenizer, access to the hub and GPUs; `mobilemoe recipes` prints the details.
 """
 
 from pipelines.recipe import Recipe
-from pipelines.recipes.published import published
+from pipelines.recipes.published import build_published
 
 WORLD_SIZE = 256
-"""Assumed; the paper does not state its number of GPUs."""
+"""Number of GPUs. Assumed: the paper does not state it."""
 
 
 def recipe() -> Recipe:
-    """MobileMoE-L: 5.3B parameters, 922M active."""
-    return published("L", WORLD_SIZE)
+    """Return the recipe of MobileMoE-L: 5.3B parameters, 922M active."""
+    return build_published("L", WORLD_SIZE)

@@ -1,15 +1,15 @@
 """`m`: MobileMoE-M (2.8B parameters, 528M active) with the published schedule.
 
-Needs a tokenizer, hub access and GPUs: `pipelines.recipes.published.needs`, printed by `mobilemoe recipes`.
+It needs a tokenizer, access to the hub and GPUs; `mobilemoe recipes` prints the details.
 """
 
 from pipelines.recipe import Recipe
-from pipelines.recipes.published import published
+from pipelines.recipes.published import build_published
 
 WORLD_SIZE = 128
-"""Assumed; the paper does not state its number of GPUs."""
+"""Number of GPUs. Assumed: the paper does not state it."""
 
 
 def recipe() -> Recipe:
-    """MobileMoE-M: 2.8B parameters, 528M active."""
-    return published("M", WORLD_SIZE)
+    """Return the recipe of MobileMoE-M: 2.8B parameters, 528M active."""
+    return build_published("M", WORLD_SIZE)

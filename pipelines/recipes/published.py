@@ -14,9 +14,9 @@ from titan_ext.memory import estimate_memory
 from titan_ext.training.schedules import published_stages
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
-"""Every open corpus of the published families that commercial use allows; name `natural-reasoning`, `tulu-3` and
-`wildguardmix` in `data.corpora` beside them, with `data.commercial_only` False, where your use allows them. The shares
-of the domains are the stages' mixtures."""
+"""Names of all open corpora of the published families whose licences allow commercial use. If your use allows
+`natural-reasoning`, `tulu-3` and `wildguardmix`, name them in `data.corpora` too and set `data.commercial_only` to False.
+The shares of the domains are the stages' mixtures."""
 NEEDS = """\
 --data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3's special tokens
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
@@ -25,15 +25,15 @@ up to {gigabytes} GB of memory a GPU, estimated without recomputation; the defau
 a run folder (--out) that all nodes see"""
 
 
-def needs(recipe: Recipe) -> str:
-    """What the user has to bring."""
+def describe_needs(recipe: Recipe) -> str:
+    """Return the requirements that the user must provide, one a line."""
     peaks = [estimate_memory(recipe.model, stage, recipe.parallel).peak for _, stage in recipe.stages.items()]
     gigabytes = math.ceil(max(peaks) / 1e9)
     return NEEDS.format(gpus=recipe.parallel.world_size, gigabytes=gigabytes, corpora=", ".join(CORPORA))
 
 
-def published(flavor: str, world_size: int) -> Recipe:
-    """The recipe of one flavor (S, M or L) on `world_size` GPUs."""
+def build_published(flavor: str, world_size: int) -> Recipe:
+    """Return the recipe of one flavor (S, M or L) on `world_size` GPUs."""
     return Recipe(
         name=flavor.lower(),
         model=FLAVORS[flavor],

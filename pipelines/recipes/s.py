@@ -1,15 +1,15 @@
 """`s`: MobileMoE-S (1.3B parameters, 272M active) with the published schedule.
 
-Needs a tokenizer, hub access and GPUs: `pipelines.recipes.published.needs`, printed by `mobilemoe recipes`.
+It needs a tokenizer, access to the hub and GPUs; `mobilemoe recipes` prints the details.
 """
 
 from pipelines.recipe import Recipe
-from pipelines.recipes.published import published
+from pipelines.recipes.published import build_published
 
 WORLD_SIZE = 64
-"""Assumed; the paper does not state its number of GPUs."""
+"""Number of GPUs. Assumed: the paper does not state it."""
 
 
 def recipe() -> Recipe:
-    """MobileMoE-S: 1.3B parameters, 272M active."""
-    return published("S", WORLD_SIZE)
+    """Return the recipe of MobileMoE-S: 1.3B parameters, 272M active."""
+    return build_published("S", WORLD_SIZE)

@@ -9,7 +9,7 @@ from titan_ext.training.schedules import tiny_stages
 
 
 def recipe() -> Recipe:
-    """A tiny model through all four stages on two gloo processes."""
+    """Return the recipe of a tiny model that goes through all four stages on two gloo processes."""
     return Recipe(
         name="smoke",
         model=FLAVORS["tiny"],

@@ -19,6 +19,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> planted.Preparation:
             packages={},
             benchmark_texts=benchmark_texts,
             out=out,
-            report=lambda *args: reports.append(args),
+            progress=lambda *args: reports.append(args),
         )
     return planted.Preparation(planted.CONFIG, benchmark_texts, source, out, manifest, reports)

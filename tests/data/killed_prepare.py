@@ -1,10 +1,10 @@
-"""Prepare one folder in processes that end badly, one after the other, and print what each left behind (JSON).
+"""Prepare one folder in processes that are ended one after the other, and print the state each one left (JSON).
 
     python -m tests.data.killed_prepare SOURCE BENCHMARK_TEXTS OUT
 
-First no file may grow beyond 4 kB, which is what a disk without room does to a process, without filling one. Then the
-process dies by SIGKILL when a phase is reported done, as in a node crash. The processes and their workers are forked
-from this one, to import the libraries once and not seven times.
+The first process may write no file of more than 4 kB, which has the effect of a full disk. The others are killed by
+SIGKILL when a phase is reported done, as in a crash of the node. The processes and their workers are forked from this
+one, so that the libraries are imported once and not seven times.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from data import execution
 from data.catalogue import corpora
 from data.pipeline import prepare
-from data.tokens import shard_writer  # noqa: F401  what the workers would import
+from data.tokens import shard_writer  # noqa: F401 imports what the workers need
 from tests.data import planted
 
 FORK = multiprocessing.get_context("fork")
@@ -31,11 +31,11 @@ def end_badly(benchmark_texts: Path, out: Path, last_phase: str, max_file_bytes:
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
-    def report(phase: str, done: int, total: int) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
         if phase == last_phase and done >= 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prepare(planted.CONFIG, packages={}, benchmark_texts=benchmark_texts, out=out, report=report)
+    prepare(planted.CONFIG, packages={}, benchmark_texts=benchmark_texts, out=out, progress=progress)
 
 
 def main(source: Path, benchmark_texts: Path, out: Path) -> None:

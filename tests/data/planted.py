@@ -1,4 +1,4 @@
-"""Inputs of a small real preparation: planted files beside corpora of the installed packages, and no registry."""
+"""Inputs of a small real preparation: planted files and corpora of installed packages, without a registry."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ LINKS = ("of the", "near a", "with that", "and the", "to have a", "beside the", 
 
 
 def page(number: int) -> str:
-    """Prose that passes the web filters: random sentences, so that no two pages share much."""
+    """Return prose that passes the web filters: random sentences, so that no two pages share much."""
     rng = random.Random(number)
     lines = []
     for _ in range(12):
@@ -38,7 +38,7 @@ def page(number: int) -> str:
 
 
 def planted_rows() -> list[str]:
-    """jsonl lines: pages, an exact duplicate, a near duplicate, a contaminated page and three malformed rows."""
+    """Return jsonl lines: pages, an exact duplicate, a near duplicate, a contaminated page and three malformed rows."""
     pages = [page(number) for number in range(NUM_PAGES)]
     near = pages[7].replace("The ", "Our ", 1)
     contaminated = pages[11] + "\n" + BENCHMARK_ITEM.replace(",", " -") + " altogether."
@@ -47,7 +47,7 @@ def planted_rows() -> list[str]:
 
 
 def mirror_rows() -> list[str]:
-    """jsonl lines of a second corpus: a page of the first, one nearly so, an address, and pages of its own."""
+    """Return jsonl lines of a second corpus: copy and near copy of pages of the first, an address, and other pages."""
     near = page(21).replace("The ", "Our ", 1)
     address = page(NUM_PAGES) + "\nWrite to the teacher at jane.doe@company.com with the letter."
     texts = [page(20), near, address, *(page(number) for number in range(NUM_PAGES + 1, NUM_PAGES + 10))]
@@ -56,7 +56,7 @@ def mirror_rows() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What a test may want of the run."""
+    """Inputs and results of the small preparation."""
 
     config: DataConfig
     benchmark_texts: Path
@@ -67,7 +67,7 @@ class Preparation:
 
 
 def planted_corpora(source: Path) -> dict[str, Corpus]:
-    """To be added to the catalogue."""
+    """Return the planted corpora, by name, as entries of the catalogue."""
     planted = Corpus(
         "planted", "web", "text", "prose", "test", RemoteFiles(str(source), "*.jsonl"), remote_readers.read_text,
         text_bytes=100_000, shards=2,
@@ -79,13 +79,13 @@ def planted_corpora(source: Path) -> dict[str, Corpus]:
 
 
 def plant(patch: pytest.MonkeyPatch, source: Path) -> None:
-    """Add them to the catalogue."""
+    """Add the planted corpora to the catalogue."""
     for name, corpus in planted_corpora(source).items():
         patch.setitem(CATALOGUE, name, corpus)
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path]:
-    """The planted corpus in two files, and the benchmark texts."""
+    """Write the planted corpora and the benchmark texts; return their paths."""
     source = folder / "planted"
     source.mkdir()
     rows = planted_rows()

@@ -29,15 +29,15 @@ TEXTS = [
 
 @pytest.mark.parametrize(("within", "kept"), [("all", 4), ("corpus", 5), ("shard", 6)])
 def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
-    groups = dedup.near_groups(UNITS, within)
+    groups = dedup.assign_near_groups(UNITS, within)
     documents = [[Document(text=text, id=str(i)) for i, text in enumerate(texts)] for texts in TEXTS]
     for rank, found in enumerate(documents):
-        dedup.near_signature(tmp_path, groups).run(found, rank, len(UNITS))
-    for block, tasks in (dedup.near_buckets(tmp_path, groups), dedup.near_cluster(tmp_path, groups)):
+        dedup.make_near_signature(tmp_path, groups).run(found, rank, len(UNITS))
+    for block, tasks in (dedup.make_near_buckets(tmp_path, groups), dedup.make_near_cluster(tmp_path, groups)):
         for rank in range(tasks):
             block.run(None, rank, tasks)
     left = [
-        [document.text for document in dedup.near_filter(tmp_path).run(found, rank, len(UNITS))]
+        [document.text for document in dedup.make_near_filter(tmp_path).run(found, rank, len(UNITS))]
         for rank, found in enumerate(documents)
     ]
     assert sum(map(len, left)) == kept

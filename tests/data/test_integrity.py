@@ -11,10 +11,11 @@ import pytest
 from datatrove.data import Document
 from filelock import FileLock
 
+from core.errors import DamagedData, RefusedInput
 from data.pipeline import prepare
 from data.tokens import mds
 from data.tokens.shard_writer import ShardWriter
-from data.tokens.verify_shards import verify
+from data.tokens.verify_shards import verify_shards
 from tests.data.planted import CONFIG, Preparation, page, plant
 
 
@@ -25,7 +26,7 @@ def copy(prepared, tmp_path) -> Path:
 
 
 def test_a_finished_folder_and_its_copy_verify(prepared: Preparation, copy: Path):
-    found = verify(copy)
+    found = verify_shards(copy)
     entries = [e for top in ("shards", "heldout") for s in prepared.manifest[top].values() for e in s.values()]
     assert found["domains"] == len(entries)
     assert found["shards"] == sum(entry["shards"] for entry in entries)
@@ -42,25 +43,25 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(("damage", "said"), [(flip, "is damaged"), (Path.unlink, "is missing")])
 def test_a_changed_or_missing_file_is_named(copy, name, damage, said):
     damage(copy / "shards/pretrain/web" / name)
-    with pytest.raises(ValueError, match=rf"shards/pretrain/web/{name} {said}"):
-        verify(copy)
+    with pytest.raises(DamagedData, match=rf"shards/pretrain/web/{name} {said}"):
+        verify_shards(copy)
 
 
 def test_a_file_too_many_and_a_folder_without_manifest_are_refused(copy):
     (copy / "shards/sft/tool_use/shard.00099.mds.zstd").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"shard\.00099.* are not in index\.json"):
-        verify(copy)
+    with pytest.raises(DamagedData, match=r"shard\.00099.* are not in index\.json"):
+        verify_shards(copy)
     (copy / "data_manifest.json").unlink()
-    with pytest.raises(ValueError, match="not a finished data step"):
-        verify(copy)
+    with pytest.raises(RefusedInput, match="not a finished data step"):
+        verify_shards(copy)
 
 
 def test_a_second_writer_of_one_folder_is_refused_and_disturbs_nothing(prepared, tmp_path, monkeypatch):
     plant(monkeypatch, prepared.source)
     out = tmp_path / "out"
     out.mkdir()
-    with FileLock(out / ".lock"), pytest.raises(ValueError, match="is being written by another process"):
-        prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=lambda *_: None)
+    with FileLock(out / ".lock"), pytest.raises(RefusedInput, match="is being written by another process"):
+        prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, progress=lambda *_: None)
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 

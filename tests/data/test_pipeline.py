@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from data.pipeline import prepare
 from data.tokens import mds
-from data.tokens.verify_shards import verify
+from data.tokens.verify_shards import verify_shards
 from tests.data.planted import CONFIG, NUM_PAGES, Preparation, plant
 
 REPOSITORY = Path(__file__).parents[2]
@@ -177,24 +177,24 @@ def test_a_full_disk_and_two_kills_change_nothing(prepared, tmp_path, monkeypatc
     marker = out / "work" / "logs" / "1-read-and-filter" / "completions" / "00000"
     seen = {end["first_step_done_at"] for end in killed}
 
-    def report(phase, done, total):
+    def progress(phase, done, total):
         if marker.exists():
             seen.add(marker.stat().st_mtime_ns)
 
-    manifest = prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, report=report)
+    manifest = prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, progress=progress)
     assert manifest == prepared.manifest
     assert len(seen) == 1  # the first step was not run again
     assert not list(out.rglob("*.partial")) and not (out / ".lock").exists()
     for index in prepared.out.rglob("index.json"):
         assert (out / index.relative_to(prepared.out)).read_text() == index.read_text()
-    verify(out)
+    verify_shards(out)
 
 
 def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
     plant(monkeypatch, prepared.source)
     before = (prepared.out / "data_manifest.json").stat().st_mtime_ns
     again = prepare(
-        CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=prepared.out, report=lambda *_: None
+        CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=prepared.out, progress=lambda *_: None
     )
     assert again == prepared.manifest
     assert (prepared.out / "data_manifest.json").stat().st_mtime_ns == before
@@ -203,7 +203,7 @@ def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
 def test_interrupted_join_goes_on(tmp_path):
     parts = tmp_path / "parts"
     for rank in range(3):
-        with mds.writer(parts / f"{rank:05d}" / "shards/sft/math", "sft", 1 << 20) as writer:
+        with mds.make_writer(parts / f"{rank:05d}" / "shards/sft/math", "sft", 1 << 20) as writer:
             for value in range(rank + 1):
                 tokens = np.arange(value + 3, dtype=np.uint32)
                 writer.write({"tokens": tokens, "loss_mask": (tokens % 2).astype(np.uint8)})

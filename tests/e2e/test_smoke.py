@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.export.hf import verify_checksums
-from pipelines.steps.graph import STEPS
+from pipelines.steps import STEPS
 
 pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy
 
@@ -85,7 +85,7 @@ class Driver:
         return self.log.read_text()
 
 
-def steps_of(run: Path) -> dict:
+def read_steps(run: Path) -> dict:
     path = run / "manifest.json"
     return json.loads(path.read_text())["steps"] if path.exists() else {}
 
@@ -108,9 +108,9 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
-        seen.append(steps_of(run))
+        seen.append(read_steps(run))
     text = Driver(run, folder / "driver_last.log").finish()
-    seen.append(steps_of(run))
+    seen.append(read_steps(run))
     return run, seen, text
 
 
@@ -178,4 +178,4 @@ def test_the_same_command_again_does_nothing(finished, tmp_path):
     text = Driver(run, tmp_path / "again.log").finish(timeout=200)
     assert text.count(": skip (up to date)") == len(STEPS)
     assert "dashboard" not in text, "no Ray is started for nothing"
-    assert steps_of(run) == seen[-1]
+    assert read_steps(run) == seen[-1]

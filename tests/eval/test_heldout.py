@@ -1,5 +1,7 @@
 """Held-out loss against transformers' own loss, one document at a time."""
 
+import tempfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,12 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.benchmarks.heldout import documents, heldout_loss, windows
+from core.errors import DamagedData, RefusedInput
+from core.progress import ignore_progress
+from core.samples import SFT_COLUMNS, SHARD_HASH, TEXT_COLUMNS
+from eval.benchmarks.heldout import cut_windows, heldout_loss, read_documents
 
 VOCAB = 50
-
-
-def silent(phase, done, total):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-def write(folder, samples, masked=False):
-    columns = {"tokens": "ndarray:uint32"} | ({"loss_mask": "ndarray:uint8"} if masked else {})
-    with MDSWriter(out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=500) as writer:
+def write(folder, samples, masked=False, compression="zstd"):
+    options = {"compression": compression, "hashes": [SHARD_HASH], "size_limit": 500}
+    with MDSWriter(out=str(folder), columns=SFT_COLUMNS if masked else TEXT_COLUMNS, **options) as writer:
         for sample in samples:
             writer.write(sample)
 
@@ -67,7 +68,7 @@ def test_loss_is_that_of_the_documents_alone(tmp_path, model_dir, masked):
     by_domain = {"web": some_documents(1, [5, 33, 64, 2, 17], masked), "code": some_documents(2, [40, 9], masked)}
     for domain, samples in by_domain.items():
         write(tmp_path / domain, samples, masked)
-    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=64, batch_size=3, report=silent)
+    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=64, batch_size=3, progress=ignore_progress)
     sums = {domain: reference(model_dir, samples) for domain, samples in by_domain.items()}
     for domain, (total, count) in sums.items():
         assert result["by_domain"][domain]["tokens"] == count
@@ -79,7 +80,7 @@ def test_loss_is_that_of_the_documents_alone(tmp_path, model_dir, masked):
 def test_a_document_longer_than_the_context_is_scored_in_windows(tmp_path, model_dir):
     tokens = some_documents(3, [41])[0]["tokens"]
     write(tmp_path / "web", [{"tokens": tokens}])
-    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, report=silent)
+    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, progress=ignore_progress)
     pieces = [{"tokens": tokens[start : start + 17]} for start in (0, 16, 32)]
     total, count = reference(model_dir, pieces)
     assert (result["tokens"], count) == (40, 40)
@@ -89,7 +90,8 @@ def test_a_document_longer_than_the_context_is_scored_in_windows(tmp_path, model
 def test_batch_size_changes_nothing(tmp_path, model_dir):
     write(tmp_path / "web", some_documents(4, [3, 30, 12, 50, 8, 8]))
     losses = [
-        heldout_loss(model_dir, tmp_path, max_tokens=90, context=32, batch_size=size, report=silent) for size in (1, 5)
+        heldout_loss(model_dir, tmp_path, max_tokens=90, context=32, batch_size=size, progress=ignore_progress)
+        for size in (1, 5)
     ]
     assert losses[0]["tokens"] == losses[1]["tokens"] == 90
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-5)
@@ -102,34 +104,44 @@ def test_batch_size_changes_nothing(tmp_path, model_dir):
 )
 def test_windows_give_every_target_once_in_order_up_to_the_limit(lengths, context, max_tokens):
     samples = some_documents(0, lengths)
-    given_targets = [int(t) for _, targets, counted in windows(samples, context, max_tokens) for t in targets[counted]]
+    given_targets = [
+        int(t) for _, targets, counted in cut_windows(samples, context, max_tokens) for t in targets[counted]
+    ]
     all_targets = [int(t) for sample in samples for t in sample["tokens"][1:]]
     assert given_targets == all_targets[:max_tokens]
-    assert all(len(inputs) <= context for inputs, _, _ in windows(samples, context, max_tokens))
+    assert all(len(inputs) <= context for inputs, _, _ in cut_windows(samples, context, max_tokens))
 
 
-def test_documents_come_back_from_compressed_shards_and_leave_nothing_behind(tmp_path):
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_documents_come_back_in_order_and_leave_nothing_behind(tmp_path, monkeypatch, compression):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     samples = some_documents(5, [100] * 9)
-    write(tmp_path / "web", samples)
+    write(tmp_path / "web", samples, compression=compression)
     before = sorted(path.name for path in (tmp_path / "web").iterdir())
     assert len(before) > 3, "several shards"
-    read = [sample["tokens"] for sample in documents(tmp_path / "web")]
+    read = [sample["tokens"] for sample in read_documents(tmp_path / "web")]
+    assert list(scratch.iterdir()) == []
+    next(read_documents(tmp_path / "web"))
+    assert list(scratch.iterdir()) == [], "also where the reader stops early"
     assert all(np.array_equal(a, b["tokens"]) for a, b in zip(read, samples, strict=True))
     assert sorted(path.name for path in (tmp_path / "web").iterdir()) == before
 
 
-def test_a_damaged_shard_is_refused(tmp_path, model_dir):
-    write(tmp_path / "web", some_documents(6, [100] * 4))
-    shard = next((tmp_path / "web").glob("*.zstd"))
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_a_damaged_shard_is_named(tmp_path, model_dir, compression):
+    write(tmp_path / "web", some_documents(6, [100] * 4), compression=compression)
+    shard = next((tmp_path / "web").glob("shard.*"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{shard.name} is missing or does not match its hash"):
-        heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, report=silent)
+    with pytest.raises((ValueError, DamagedData), match=f"{shard.name} is damaged"):
+        heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, progress=ignore_progress)
 
 
 def test_bad_input_is_refused(tmp_path, model_dir):
-    arguments = dict(max_tokens=100, batch_size=2, report=silent)
+    arguments = dict(max_tokens=100, batch_size=2, progress=ignore_progress)
     with pytest.raises(ValueError, match=r"no <domain>/index\.json"):
         heldout_loss(model_dir, tmp_path, context=16, **arguments)
     write(tmp_path / "web", [{"tokens": np.array([1, VOCAB, 2], np.uint32)}])
@@ -137,3 +149,12 @@ def test_bad_input_is_refused(tmp_path, model_dir):
         heldout_loss(model_dir, tmp_path, context=16, **arguments)
     with pytest.raises(ValueError, match="max_position_embeddings 64"):
         heldout_loss(model_dir, tmp_path, context=65, **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
+    with pytest.raises(RefusedInput, match=r"config\.json lacks vocab_size"):
+        heldout_loss(tmp_path, tmp_path, context=16, **arguments)
+
+
+def test_a_mask_of_another_length_is_damage():
+    sample = {"tokens": np.arange(5, dtype=np.uint32), "loss_mask": np.ones(4, np.uint8)}
+    with pytest.raises(DamagedData, match="sample 0 has 5 tokens but a loss_mask of 4"):
+        list(cut_windows([sample], 16, 100))

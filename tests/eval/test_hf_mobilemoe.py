@@ -380,3 +380,15 @@ def test_the_released_spellings_are_read(tmp_path):
     read = read_config(tmp_path)
     assert dims_from_config(read) == DIMS and read.layer_types == ["full_attention"] * DIMS.n_layers
     assert str(tmp_path) not in json.dumps(read.to_diff_dict())
+
+
+def test_hidden_states_and_attentions_are_recorded(model, tokens):
+    """By transformers' check_model_inputs: the embeddings, every layer's output, and the weights of its attention."""
+    model.set_attn_implementation("eager")
+    try:
+        out = model(tokens[:, :9], output_hidden_states=True, output_attentions=True)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 9, DIMS.d_model)] * (DIMS.n_layers + 1)
+    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(tokens[:, :9]))
+    assert [tuple(a.shape) for a in out.attentions] == [(2, DIMS.n_heads, 9, 9)] * DIMS.n_layers

@@ -19,10 +19,11 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from pipelines.cli import main
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
-from tests.titan_ext.launch import train, write_data
+from tests.titan_ext.stage_data import write_data
 from tests.titan_ext.test_training import STAGE, lines
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.training.stage_spec import StageRun
+from titan_ext.training.launch import run_ranks
+from titan_ext.training.stage_spec import StageSpec
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,8 @@ def test_a_stage_starts_from_it(bf16, tmp_path):
     parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="float32")
     heldout = []
     for name, checkpoint in (("imported", tmp_path / "dcp"), ("random", None)):
-        run = StageRun("sft", DIMS, stage, parallel, data, tmp_path / name, initial_checkpoint=checkpoint, seed=0)
-        train(run, tmp_path / f"scratch_{name}")
+        run = StageSpec("sft", DIMS, stage, parallel, data, tmp_path / name, initial_checkpoint=checkpoint, seed=0)
+        run_ranks(run, tmp_path / f"scratch_{name}")
         heldout.append(lines(run.out, "heldout.jsonl")[-1]["loss"])
     assert abs(heldout[0] - heldout[1]) > 0.5, "weights of 0.3 predict worse than those of the initialisation"
 

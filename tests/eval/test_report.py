@@ -1,4 +1,4 @@
-"""The report of a whole, a half and an empty run folder."""
+"""The report of a finished, an unfinished and an empty run folder."""
 
 import json
 import math
@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from eval.benchmarks.suites import FOUNDATIONAL
-from eval.report.run_report import averages, chance_sentence, verdict, write_report
-
-STAGES = ("1_pretrain", "2_midtrain", "3_sft", "4_qat")
+from core.stages import STAGE_FOLDERS, STAGES
+from eval.benchmarks.suites import FOUNDATIONAL, SUITES
+from eval.report.collect import average_scores, compare_with_chance, describe_chance
+from eval.report.run_report import write_report
 
 
 def put(path, content):
@@ -35,7 +35,7 @@ def layer(step, index, n_experts=16):
 
 
 def make_stage(run, number, start, end, steps=120, interval=4):
-    folder = run / "stages" / STAGES[number]
+    folder = run / STAGE_FOLDERS[STAGES[number]]
     losses = [(s, end + (start - end) * math.exp(-s / 35)) for s in range(1, steps + 1, interval)]
     put_lines(
         folder / "metrics.jsonl",
@@ -170,6 +170,15 @@ def test_an_unfinished_run_shows_what_is_missing(tmp_path):
     assert "Missing from this run so far" in html and "not run yet" in html
 
 
+def test_the_table_is_that_of_the_runs_suite(tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "short", FOUNDATIONAL[:2])
+    put(tmp_path / "manifest.json", {"recipe": {"evaluation": {"suite": "short"}}})
+    results = write_report(tmp_path)
+    assert [row["key"] for row in results["benchmarks"]] == ["hellaswag", "piqa"]
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert "**Mean of the 2** | | | | | | – |" in markdown and "BoolQ" not in markdown
+
+
 def test_an_empty_run_gets_a_report_and_a_wrong_path_does_not(tmp_path):
     results = write_report(tmp_path)
     assert len(results["missing"]) == 4 + 2 + 5 + 3
@@ -200,11 +209,11 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path):
         (0.5, None, 0.5, None),
     ],
 )
-def test_verdict(value, stderr, chance, expected):
-    assert verdict(value, stderr, chance) == expected
+def test_a_score_within_two_standard_errors_is_chance(value, stderr, chance, expected):
+    assert compare_with_chance(value, stderr, chance) == expected
 
 
 def test_an_average_needs_every_benchmark():
     rows = [{"title": str(i), "sft_bf16": {"value": i / 10, "verdict": None}, "int4": None} for i in range(3)]
-    assert averages(rows) == {"sft_bf16": pytest.approx(0.1), "int4": None}
-    assert chance_sentence(rows, "int4") == "QAT, INT4: no benchmark has been scored yet."
+    assert average_scores(rows) == {"sft_bf16": pytest.approx(0.1), "int4": None}
+    assert describe_chance(rows, "int4") == "QAT, INT4: no benchmark has been scored yet."

@@ -1,4 +1,4 @@
-"""What the test gangs run; a module of its own, so that Ray's workers import it like any step function."""
+"""Functions for the gangs of the tests, in a module of their own: Ray's workers import it as they do the steps."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A driver with a gang that trains for ever; says `training` once both ranks do. Killed by test_ray_runner."""
+"""A driver with a gang that trains for ever; says `training` once both ranks do. Killed by test_ray."""
 
 import sys
 import threading

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
-from pipelines import cli
-from pipelines.cli import Run, main
-from pipelines.engine.manifest import Manifest, driver_lock
-from pipelines.progress import line, read_status
+from pipelines.cli import main
+from pipelines.commands.run import parse as parse_run
+from pipelines.display import format_line
+from pipelines.engine.manifest import Manifest
+from pipelines.engine.run_lock import lock_run
 from pipelines.recipes import RECIPES
-from pipelines.steps.graph import STEPS
+from pipelines.status import read_status
+from pipelines.steps import STEPS
 
 
 def run(*arguments):
@@ -25,7 +27,7 @@ def run(*arguments):
 
 
 def parse(*overrides):
-    return cli._parse(Run, overrides, "run smoke", Run(recipe=RECIPES["smoke"].build())).recipe
+    return parse_run(["smoke", *overrides]).recipe
 
 
 def test_overrides_reach_every_kind_of_leaf():
@@ -133,21 +135,21 @@ def test_status_of_a_killed_run(begun, capsys):
 
 
 def test_status_while_a_driver_is_at_work(begun):
-    with driver_lock(begun):
+    with lock_run(begun):
         status = read_status(begun)
     step = status.steps[STEPS.index("pretrain")]
     assert (step.state, step.done, step.total, step.tokens, step.loss) == ("running", 60, 240, 245_760, 6.5)
     assert step.seconds_left == 180 * 16 * 256 / 4096
     assert status.driver.startswith("pid ")
-    assert line(status) == (
+    assert format_line(status) == (
         "step 4 of 10  pretrain  training 60/240 (25%)  245,760 tokens  loss 6.5000  4,096 tokens/s  0:03:00 left"
     )
 
 
 def test_second_driver_is_refused_and_told_of_the_first(begun, capsys):
     held = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time, pathlib; from pipelines.engine.manifest import driver_lock\n"
-         "with driver_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(begun)],
+        [sys.executable, "-c", "import sys, time, pathlib; from pipelines.engine.run_lock import lock_run\n"
+         "with lock_run(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(begun)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert held.stdout.readline() == "held\n"
@@ -155,6 +157,6 @@ def test_second_driver_is_refused_and_told_of_the_first(begun, capsys):
     assert f"another driver, pid {held.pid} on host" in capsys.readouterr().err
     held.kill()
     held.wait()
-    with driver_lock(begun):
+    with lock_run(begun):
         assert read_status(begun).driver.startswith("pid ")
     assert read_status(begun).driver is None

@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_recipes import change
 
+from core.stages import STAGES
 from eval.export.dimensions import config_from_dims
 from eval.export.hf import read_config, write_hf_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from pipelines.ray.cluster import Cluster
 from pipelines.recipe import ClusterConfig
-from pipelines.steps import graph
-from pipelines.validate import find_problems
+from pipelines.steps.context import Context
+from pipelines.steps.export import export_models
+from pipelines.steps.train import train_stage
+from pipelines.validation.validate_recipe import find_problems
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
-from tests.titan_ext.launch import write_data
+from tests.pipelines.test_recipes import change
+from tests.titan_ext.stage_data import write_data
 from titan_ext.config import FLAVORS, QATConfig
-from titan_ext.training.schedules import STAGES
 
 
 @pytest.fixture
@@ -45,9 +47,9 @@ def test_qat_alone_trains_the_released_model(smoke, released, tmp_path):
     recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), model=DIMS, initial_model=str(released))
     recipe = replace(recipe, stages=replace(recipe.stages, qat=qat), cluster=ClusterConfig(max_failures=0))
     with Cluster(recipe.cluster, run, world_size=2) as cluster:
-        context = graph.Context(recipe, run, cluster, print)
-        left = [graph.train(context, name)["checkpoint"] for name in STAGES]
-        graph.export(context)
+        context = Context(recipe, run, cluster, print)
+        left = [train_stage(context, name)["checkpoint"] for name in STAGES]
+        export_models(context)
     assert left == ["stages/0_initial"] * 3 + ["stages/4_qat/checkpoint/step-2"]
     assert [path.name for path in sorted(run.glob("stages/*"))] == ["0_initial", "4_qat"]
     given, sft = (load_file(folder / "model.safetensors") for folder in (released, run / "artifacts/bf16"))

@@ -5,10 +5,11 @@ import threading
 
 import pytest
 
+from core.atomic import write_json
 from data.catalogue.corpora import Requirement
-from pipelines.engine.manifest import Manifest, write_json
+from pipelines.engine.manifest import Manifest
 from pipelines.engine.progress_file import ProgressFile
-from pipelines.steps.package_cache import fetch
+from pipelines.steps.package_cache import download_packages
 
 
 def test_reader_never_sees_half_a_file(tmp_path):
@@ -57,7 +58,7 @@ def test_package_the_registry_lacks_is_a_missing_key(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     said = []
     wanted = {"here": Requirement("here==1.0", sdist=False), "absent": Requirement("absent==1.0", sdist=True)}
-    assert fetch(wanted, said.append) == {"here": cached}
+    assert download_packages(wanted, said.append) == {"here": cached}
     assert len(said) == 1 and "absent==1.0 could not be fetched: ERROR: No matching distribution" in said[0]
     assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == ["here-1.0"]
 

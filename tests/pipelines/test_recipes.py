@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from data.catalogue.open_corpora import OPEN_CORPORA
-from data.validate_config import check, estimate_bytes
+from data.validate_config import estimate_bytes, validate_config
 from pipelines.preflight import check_disk, estimate_disk
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
-from pipelines.validate import InvalidRecipe, find_problems, tokenizer_size, validate
+from pipelines.validation.input_rules import read_tokenizer_size
+from pipelines.validation.problems import InvalidRecipe
+from pipelines.validation.validate_recipe import find_problems, validate_recipe
 from titan_ext.config import FLAVORS, ParallelConfig, QATConfig
 from titan_ext.model_stats import count_parameters
 
@@ -33,7 +35,7 @@ def test_smoke_validates(smoke):
 def test_published_recipes_validate_once_they_have_a_tokenizer(name, llama3_tokenizer):
     recipe = RECIPES[name].build()
     assert [problem.field for problem in find_problems(recipe)] == ["data.tokenizer.train_vocab_size"]
-    validate(with_tokenizer(recipe, llama3_tokenizer))
+    validate_recipe(with_tokenizer(recipe, llama3_tokenizer))
     assert "--data.tokenizer.path" in RECIPES[name].needs
 
 
@@ -136,20 +138,20 @@ def test_refusals_of_a_pipeline(in_a_pipeline, changes, field, words):
 def test_all_problems_come_in_one_error(smoke):
     broken = change(change(change(smoke, "model.top_k", 99), "stages.sft.steps", 0), "evaluation.suite", "x")
     with pytest.raises(InvalidRecipe) as refused:
-        validate(broken)
+        validate_recipe(broken)
     fields = {problem.field for problem in refused.value.problems}
     assert {"model.top_k", "stages.sft.steps", "evaluation.suite"} <= fields
     assert all(field in str(refused.value) for field in fields)
 
 
 def test_tokenizer_size_counts_added_tokens(llama3_tokenizer):
-    assert tokenizer_size(llama3_tokenizer) == tokenizer_size(llama3_tokenizer.parent) == 128_256
+    assert read_tokenizer_size(llama3_tokenizer) == read_tokenizer_size(llama3_tokenizer.parent) == 128_256
 
 
 def test_tokenizer_that_is_none_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"data\.tokenizer\.path.*no Hugging Face tokenizer"):
-        tokenizer_size(tmp_path)
+        read_tokenizer_size(tmp_path)
 
 
 def test_disk_check_refuses_with_numbers(smoke, tmp_path, monkeypatch):
@@ -185,6 +187,6 @@ def test_published_recipes_name_the_catalogue_but_for_non_commercial_sets(name):
     assert config.commercial_only
     assert all(corpus in RECIPES[name].needs for corpus in config.corpora)
     with pytest.raises(ValueError, match=r"natural-reasoning.*non-commercial"):
-        check(replace(config, corpora=(*config.corpora, "natural-reasoning")))
+        validate_config(replace(config, corpora=(*config.corpora, "natural-reasoning")))
     # The web alone is 22.6 TB of text, of which compressed copies and shards lie on disk at once.
     assert 40e12 < estimate_bytes(config) < 60e12

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from data.execution import Runner
+from data.execution import StepRunner
 from tests.data.test_execution import Touch
 from tests.slurm.test_sbatch import ROOT, needs_slurm, slurm  # noqa: F401  the fixture
 
@@ -17,7 +17,7 @@ def test_failed_rank_is_raised_and_run_again_through_slurm(slurm, tmp_path_facto
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path_factory.mktemp("array")
-    runner = Runner("slurm", 2, folder / "logs", lambda *_: None)
+    runner = StepRunner("slurm", 2, folder / "logs", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[1\] of 3 did not complete"):
         runner.run("touch", [Touch(folder, killed=False)], 3)
     (folder / "repaired").touch()

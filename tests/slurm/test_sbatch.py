@@ -67,7 +67,7 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "slurm").exists()
 
 
-def processes_of(job: str) -> list[str]:
+def find_processes(job: str) -> list[str]:
     """Command lines of every process on this machine that a Slurm job started: they inherit its id."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -130,7 +130,7 @@ class Slurm:
         return (self.work / f"{job}.log").read_text()
 
     def assert_nothing_left(self, job: str) -> None:
-        assert processes_of(job) == []
+        assert find_processes(job) == []
         assert list(Path("/tmp").glob(f"mobilemoe-slurm-{job}-*")) == []
         assert list(self.work.glob(".mobilemoe-*")) == []
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.titan_ext.launch import start_server
 from tests.titan_ext.stage_of_shards import write_stage
+from titan_ext.training.launch import start_fork_server
 
-start_server()  # collected before any test runs
+# Before any test of the data step starts the process's one fork server without torchtitan.
+start_fork_server(preload=["data.readers.corpus_reader", "data.filters.quality", "data.tokens.shard_writer"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""Object stores of this machine: each context gives a folder's files an address that streaming downloads from."""
+"""Object stores that run on this machine: each context serves a folder's files at an address for streaming."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +14,19 @@ import boto3
 import google.auth
 import huggingface_hub
 import pytest
-from gcp_storage_emulator.server import create_server
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from moto.server import ThreadedMotoServer
+
+GS_SERVER = """
+import sys
+from gcp_storage_emulator.server import create_server
+
+server = create_server("127.0.0.1", 0, in_memory=True)
+server.start()
+print(server._api._httpd.server_address[1], flush=True)
+sys.stdin.read()  # until the parent ends
+"""
 
 
 class Store(NamedTuple):
@@ -26,13 +37,13 @@ class Store(NamedTuple):
     delete: callable
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager
 def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """moto's server."""
+    """Serve the folder through moto's S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
@@ -50,7 +61,7 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
         def delete(name: str) -> None:
             client.delete_object(Bucket="bucket", Key=f"run/{name}")
 
-        for name, content in files_of(folder).items():
+        for name, content in read_files(folder).items():
             put(name, content)
         yield Store("s3://bucket/run", put, delete)
     finally:
@@ -59,12 +70,16 @@ def s3(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @contextmanager
 def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here."""
-    server = create_server("127.0.0.1", 0, in_memory=True)
-    server.start()
+    """gcp-storage-emulator. It has no accounts: what Google's own client would be told by the machine is said here.
+
+    It runs in a process of its own: pyarrow 26 holds the interpreter's lock while it opens a file of GcsFileSystem, so
+    a server in a thread of this process would never answer.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-c", GS_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
-        address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
-        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{int(server.stdout.readline())}")
         patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
         patch.setattr(google.auth, "default", lambda *args, **kwargs: (AnonymousCredentials(), "test"))
         bucket = storage.Client(project="test", credentials=AnonymousCredentials()).create_bucket("bucket")
@@ -75,17 +90,18 @@ def gs(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
         def delete(name: str) -> None:
             bucket.blob(f"run/{name}").delete()
 
-        for name, content in files_of(folder).items():
+        for name, content in read_files(folder).items():
             put(name, content)
         yield Store("gs://bucket/run", put, delete)
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 @contextmanager
 def hf(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """What hf_hub_download asks of a hub: HEAD and GET of resolve/, with the headers it needs."""
-    files = files_of(folder)
+    """Serve the folder as a hub does for hf_hub_download: HEAD and GET of resolve/, with the headers it needs."""
+    files = read_files(folder)
     prefix = "/datasets/org/name/resolve/main/run/"
 
     class Handler(BaseHTTPRequestHandler):
@@ -112,7 +128,7 @@ def hf(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
     try:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        # The hub's address is read from the environment when the library is imported, which has happened.
+        # The library reads the hub's address from the environment at import, which has happened already.
         patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         patch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield Store("hf://datasets/org/name/run", files.__setitem__, files.pop)

@@ -1,4 +1,4 @@
-"""MobileMoE in plain PyTorch, token by token and expert by expert: what the tests compare the torchtitan model with.
+"""MobileMoE in plain PyTorch, token by token and expert by expert. The tests compare the torchtitan model with it.
 
 Written from the model's description (arXiv 2605.27358 and the released configuration), not from the code under test.
 """
@@ -15,7 +15,11 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rope_frequencies(dims: ModelDims) -> list[float]:
-    """llama3 scaling with equal low and high frequency factors: long wavelengths are divided, short ones kept."""
+    """Return the angle a position of each pair of a head, in radians, [head_dim / 2].
+
+    This is llama3 scaling with equal low and high frequency factors: frequencies of long wavelengths are divided by the
+    factor, the others stay.
+    """
     scaling = dims.rope_scaling
     frequencies = []
     for k in range(dims.head_dim // 2):
@@ -42,7 +46,7 @@ def swiglu(x, gate, up, down):
 
 
 def moe(x, w: dict, dims: ModelDims) -> torch.Tensor:
-    """One token [d_model] through router, chosen experts and the shared expert; w by released names."""
+    """Return the MoE layer's output for one token [d_model]; `w` has the layer's weights by released name."""
     scores = torch.sigmoid(w["feed_forward.router.weight"] @ x)
     chosen = (scores + w["feed_forward.expert_bias"]).topk(dims.top_k).indices
     weights = scores[chosen] / (scores[chosen].sum() + 1e-20) * dims.route_scale
@@ -55,7 +59,7 @@ def moe(x, w: dict, dims: ModelDims) -> torch.Tensor:
 
 
 def attention(x_LD, w: dict, dims: ModelDims) -> torch.Tensor:
-    """One document [L, d_model] through causal grouped-query attention."""
+    """Return the output [L, d_model] of causal grouped-query attention for one document."""
     frequencies = rope_frequencies(dims)
     heads = {}
     for name, count in (("q", dims.n_heads), ("k", dims.n_kv_heads), ("v", dims.n_kv_heads)):
@@ -80,7 +84,7 @@ def attention(x_LD, w: dict, dims: ModelDims) -> torch.Tensor:
 
 
 def logits(tokens: list[int], tensors: dict[str, torch.Tensor], dims: ModelDims) -> torch.Tensor:
-    """Logits [L, vocab] of one document under weights by released names, in the weights' precision."""
+    """Return the logits [L, vocab] of one document, computed in the precision of `tensors` (by released name)."""
     embedding = tensors["model.embed_tokens.weight"]
     x_LD = embedding[tokens]
     for i in range(dims.n_layers):

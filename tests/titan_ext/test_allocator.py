@@ -1,4 +1,4 @@
-"""What a process holds after large blocks came and went, under tcmalloc and glibc, each in a process of its own."""
+"""Memory of a process after large blocks were freed, under tcmalloc and glibc, each in a process of its own."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ print(grown_mb, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 NEEDED_MB = 120 + 2 + 250
 """The block of 90 fits where that of 120 was."""
 MOST_FAULTS = 1000
-"""Of the 64,000 pages of the last block."""
+"""Largest number of page faults of the last block, which has 64,000 pages."""
 
 needs_tcmalloc = pytest.mark.skipif(find_library("tcmalloc_minimal") is None, reason="libtcmalloc-minimal4 is missing")
 
@@ -51,7 +51,7 @@ def nothing_preloaded(monkeypatch):
 
 
 def peak_and_faults(environment: dict[str, str], *words: str) -> tuple[int, int]:
-    """Megabytes by which the process grew at most, and page faults of the last block."""
+    """Return the megabytes by which the process grew at most, and the page faults of the last block."""
     command = [sys.executable, "-c", BLOCKS, *words]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_tcmalloc_in_one_piece_uses_what_was_written_to_before():
 
 @needs_tcmalloc
 def test_tcmalloc_as_it_is_prefers_what_is_left_of_its_growth():
-    """When this fails, `_grow_in_one_piece` can go."""
+    """When this fails, `_reserve_addresses` can go."""
     assert peak_and_faults(allocator_environment())[0] >= NEEDED_MB + 80
 
 

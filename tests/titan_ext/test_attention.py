@@ -1,4 +1,4 @@
-"""Attention over packed documents against softmax written out, document by document, values and gradients."""
+"""DocumentAttention against a plain loop over documents and heads: values and gradients."""
 
 import pytest
 import torch
@@ -8,8 +8,11 @@ from titan_ext.mobilemoe.attention import QUERY_BLOCK, SHORT_DOCUMENT, DocumentA
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """q [rows, heads, width], k and v [rows, kv heads, width] of documents one after another."""
+def attend_by_loops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Return causal attention [rows, heads, width] of documents that stand one after another.
+
+    q is [rows, heads, width], k and v are [rows, kv heads, width]; `lengths` are those of the documents, in rows.
+    """
     outs, begin = [], 0
     for length in lengths:
         rows = slice(begin, begin + length)
@@ -40,7 +43,7 @@ def test_documents_of_any_length(rows):
     q, k, v = (torch.randn(sum(lengths), heads, WIDTH, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS))
     batch = (x.unflatten(0, (2, -1)) for x in (q, k, v))
     ours = DocumentAttention.Config().build()(*batch, attention_masks=lengths, scale=None, enable_gqa=True)
-    theirs = written_out(q, k, v, lengths)
+    theirs = attend_by_loops(q, k, v, lengths)
     torch.testing.assert_close(ours.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
     up = torch.randn_like(theirs)
     for mine, other in zip(
@@ -54,5 +57,5 @@ def test_bfloat16_stays_near_float32():
     q, k, v = (torch.randn(300, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
     attention = DocumentAttention.Config().build()
     ours = attention(*(x.bfloat16()[None] for x in (q, k, v)), attention_masks=[300])[0].float()
-    theirs = written_out(q, k, v, [300])
+    theirs = attend_by_loops(q, k, v, [300])
     assert (ours - theirs).norm() < 0.01 * theirs.norm()

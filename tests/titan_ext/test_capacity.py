@@ -21,7 +21,10 @@ def build_moe(capacity_factor: float | None):
 
 
 def plain_moe(moe, x_BLD: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, int]:
-    """Expert by expert: the `capacity` tokens with the highest weights; also the number of choices dropped."""
+    """Return the layer's output [B, L, D] and the number of dropped choices, computed expert by expert.
+
+    An expert takes the `capacity` tokens with the highest weights; None: all tokens.
+    """
     x_TD = x_BLD.flatten(0, 1)
     scores_TE = torch.sigmoid(x_TD @ moe.router.gate.weight.T)
     chosen_TK = (scores_TE + moe.expert_bias_E).topk(DIMS.top_k, dim=-1).indices

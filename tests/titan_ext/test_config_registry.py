@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.titan_ext.launch import write_data
+from core.stages import STAGES
+from tests.titan_ext.stage_data import write_data
 from titan_ext import config_registry
 from titan_ext.config import FLAVORS
-from titan_ext.training.schedules import STAGES, published_stages
+from titan_ext.training.schedules import published_stages
 
 ROOT = str(Path(config_registry.__file__).parents[1])
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--standalone"]

@@ -18,11 +18,12 @@ from torch.distributed.pipelining.stage import PipelineStage
 from torchtitan.config.configs import CommConfig
 from torchtitan.trainer import Trainer
 
-from tests.titan_ext.launch import train, write_data
+from tests.titan_ext.stage_data import write_data
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.training.launch import run_ranks
 from titan_ext.training.schedules import published_stages
-from titan_ext.training.stage_spec import StageRun
-from titan_ext.training.train import stage_config
+from titan_ext.training.stage_spec import StageSpec
+from titan_ext.training.train import build_stage_config
 from titan_ext.training.trainer import StageTrainer
 
 DIMS = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=1024)
@@ -54,28 +55,28 @@ STAGE = dataclasses.replace(
 )
 
 
-def build_trainer(run: StageRun) -> StageTrainer:
+def build_trainer(spec: StageSpec) -> StageTrainer:
     os.environ["NGPU"] = os.environ["WORLD_SIZE"]  # where torchtitan looks for the size of a fake world
-    config = stage_config(run)
+    config = build_stage_config(spec)
     config.comm = CommConfig(mode="fake_backend")
-    config.parallelism.spmd_backend = run.name
+    config.parallelism.spmd_backend = spec.name
     config.compile.backend = "aot_eager"
-    parallel = run.parallel
+    parallel = spec.parallel
     config.debug.spmd_typechecking = (
-        run.name == "spmd_types" and parallel.pipeline_parallel == 1 and not parallel.compile
+        spec.name == "spmd_types" and parallel.pipeline_parallel == 1 and not parallel.compile
     )
     config.checkpoint.enable = config.validator.enable = False
     return config.build()
 
 
-def go_both_ways(run: StageRun) -> None:
-    trainer = build_trainer(run)
+def go_both_ways(spec: StageSpec) -> None:
+    trainer = build_trainer(spec)
     experts = trainer.model_parts[0].layers["0"].moe.routed_experts.inner_experts
 
     def note_experts(module: torch.nn.Module, inputs: tuple) -> None:
-        (run.out / "experts").write_text(str(len(inputs[1])))
+        (spec.out / "experts").write_text(str(len(inputs[1])))
 
-    if not run.parallel.compile:  # no file can be written out of a graph
+    if not spec.parallel.compile:  # no file can be written out of a graph
         experts.register_forward_pre_hook(note_experts)
     inputs, labels = next(iter(trainer.dataloader))
     loss = Trainer.forward_backward_step(
@@ -103,8 +104,8 @@ def tell_shapes(stage: PipelineStage) -> None:
     )
 
 
-def go_both_ways_in_a_pipeline(run: StageRun) -> None:
-    trainer = build_trainer(run)
+def go_both_ways_in_a_pipeline(spec: StageSpec) -> None:
+    trainer = build_trainer(spec)
     schedule = trainer.pp_schedule
     for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
         tell_shapes(stage)
@@ -113,13 +114,14 @@ def go_both_ways_in_a_pipeline(run: StageRun) -> None:
         trainer,
         input_dict=[dict(inputs) for inputs, _ in micro_batches],
         labels=[labels for _, labels in micro_batches],
-        global_valid_tokens=torch.tensor(run.stage.global_batch_size * SEQ_LEN),
+        global_valid_tokens=torch.tensor(spec.stage.global_batch_size * SEQ_LEN),
     )
-    trainer.tied_stages.give_gradient_to_owner()
+    trainer.tied_embedding.reduce_tied_grad()
     assert_gradients(trainer)
     trainer.optimizers.step()
+    trainer.tied_embedding.sync_tied_weight()
     layers = [int(i) for part in trainer.model_parts for i in part.layers]
-    (run.out.parent / f"layers_{os.environ['RANK']}").write_text(json.dumps(layers))
+    (spec.out.parent / f"layers_{os.environ['RANK']}").write_text(json.dumps(layers))
     trainer.close()
     dist.destroy_process_group()
 
@@ -131,17 +133,17 @@ def test_published_stages_build_and_step(layout, backend, data, tmp_path):
         pytest.skip("this backend does context parallelism with flex attention only, which has no backward on the CPU")
     stage = dataclasses.replace(STAGE, global_batch_size=2048)
     parallel = ParallelConfig(precision="bfloat16", **layout)
-    run = StageRun(backend, DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
-    train(run, tmp_path / "scratch", go_both_ways, ranks=[0])
-    assert int((run.out / "experts").read_text()) == DIMS.n_experts // parallel.expert_parallel
+    spec = StageSpec(backend, DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
+    run_ranks(spec, tmp_path / "scratch", go_both_ways, ranks=[0])
+    assert int((spec.out / "experts").read_text()) == DIMS.n_experts // parallel.expert_parallel
 
 
 def test_published_stages_compile(data, tmp_path):
-    """As on a GPU: a block is one graph under `spmd_types`, recomputed selectively; without the type checker."""
+    """A block is one graph under `spmd_types`, recomputed selectively, as on a GPU; the type checker is off."""
     stage = dataclasses.replace(STAGE, global_batch_size=2048)
     parallel = ParallelConfig(world_size=64, expert_parallel=4, compile=True, activation_checkpoint="selective")
-    run = StageRun("spmd_types", DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
-    train(run, tmp_path / "scratch", go_both_ways, ranks=[0])
+    spec = StageSpec("spmd_types", DIMS, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
+    run_ranks(spec, tmp_path / "scratch", go_both_ways, ranks=[0])
 
 
 @pytest.mark.parametrize("backend", ["partial_dtensor", "spmd_types"])
@@ -149,8 +151,8 @@ def test_published_stages_compile(data, tmp_path):
 def test_first_and_last_stage_of_a_pipeline_build_and_step(layout, backend, data, tmp_path):
     parallel = ParallelConfig(precision="bfloat16", **layout)
     stage = dataclasses.replace(STAGE, global_batch_size=4 * parallel.data_parallel)
-    run = StageRun(backend, NARROW, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
+    spec = StageSpec(backend, NARROW, stage, parallel, data, tmp_path / "stage", initial_checkpoint=None, seed=0)
     ranks = [0, parallel.world_size - 1]
-    train(run, tmp_path / "scratch", go_both_ways_in_a_pipeline, ranks=ranks)
+    run_ranks(spec, tmp_path / "scratch", go_both_ways_in_a_pipeline, ranks=ranks)
     first, last = (json.loads((tmp_path / f"layers_{rank}").read_text()) for rank in ranks)
     assert 0 in first and NARROW.n_layers - 1 in last and not set(first) & set(last)

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.titan_ext.launch import different_tensors, entries, train, whole_tensors, write_data
+from tests.titan_ext.stage_data import find_differences, list_entries, load_tensors, write_data
 from tests.titan_ext.test_training import DIMS as TWO_LAYERS
 from tests.titan_ext.test_training import STAGE, lines
 from titan_ext.config import ParallelConfig, QATConfig
-from titan_ext.training.stage_spec import StageRun, final_checkpoint
-from titan_ext.training.train import build_trainer, stage_config
+from titan_ext.training.launch import run_ranks
+from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
+from titan_ext.training.train import build_stage_config, build_trainer
 
 DIMS = dataclasses.replace(TWO_LAYERS, n_layers=4)
 PIPELINE = {"world_size": 2, "pipeline_parallel": 2}
@@ -42,20 +43,20 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), DIMS.vocab_size)
 
 
-def stage_run(data: Path, out: Path, layout: dict, **changes) -> StageRun:
+def stage_spec(data: Path, out: Path, layout: dict, **changes) -> StageSpec:
     stage = dataclasses.replace(
         STAGE, steps=STEPS, local_batch_size=1, checkpoint_interval=STEPS // 2, heldout_interval=STEPS // 2,
         router_z_loss=1.0,  # so much that its gradient, were it missing, would be seen
     )  # fmt: skip
     stage = dataclasses.replace(stage, **changes)
     parallel = ParallelConfig(precision="float32", **layout)
-    return StageRun("pretrain", DIMS, stage, parallel, data, out, initial_checkpoint=None, seed=0)
+    return StageSpec("pretrain", DIMS, stage, parallel, data, out, initial_checkpoint=None, seed=0)
 
 
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one") / "stage"
-    train(stage_run(data, out, {"world_size": 1}), out.parent / "scratch")
+    run_ranks(stage_spec(data, out, {"world_size": 1}), out.parent / "scratch")
     return out
 
 
@@ -77,15 +78,15 @@ def assert_same_numbers(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def pipeline(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pipeline") / "stage"
-    train(stage_run(data, out, PIPELINE), out.parent / "scratch")
+    run_ranks(stage_spec(data, out, PIPELINE), out.parent / "scratch")
     return out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layout_gives_the_numbers_of_one_process(layout, data, one_process, tmp_path):
-    run = stage_run(data, tmp_path / "stage", layout)
-    train(run, tmp_path / "scratch")
-    assert_same_numbers(one_process, run.out)
+    spec = stage_spec(data, tmp_path / "stage", layout)
+    run_ranks(spec, tmp_path / "scratch")
+    assert_same_numbers(one_process, spec.out)
 
 
 def test_drop_and_pad_drops_the_same_on_two_ranks(data, tmp_path):
@@ -93,47 +94,47 @@ def test_drop_and_pad_drops_the_same_on_two_ranks(data, tmp_path):
     layouts = [{"world_size": 1}] + [
         {"world_size": 2, degree: 2} for degree in ("expert_parallel", "pipeline_parallel")
     ]
-    runs = [stage_run(data, tmp_path / str(i), layout, capacity_factor=1.0) for i, layout in enumerate(layouts)]
-    for run in runs:
-        train(run, run.out.with_name(f"scratch{run.out.name}"))
-        assert_same_numbers(runs[0].out, run.out)
-    assert all(line["dropped"] > 0.01 for line in lines(runs[0].out, "metrics.jsonl"))
+    specs = [stage_spec(data, tmp_path / str(i), layout, capacity_factor=1.0) for i, layout in enumerate(layouts)]
+    for spec in specs:
+        run_ranks(spec, spec.out.with_name(f"scratch{spec.out.name}"))
+        assert_same_numbers(specs[0].out, spec.out)
+    assert all(line["dropped"] > 0.01 for line in lines(specs[0].out, "metrics.jsonl"))
 
 
 def test_qat_in_a_pipeline_gives_the_numbers_of_one_process(data, tmp_path):
     """Embedding and output projection round their copies of one matrix; a tolerance as in test_distillation.py."""
     layouts = [{"world_size": 1}, INTERLEAVED]
-    runs = [
-        stage_run(data, tmp_path / str(i), layout, shards="sft", qat=QATConfig(group_size=32))
+    specs = [
+        stage_spec(data, tmp_path / str(i), layout, shards="sft", qat=QATConfig(group_size=32))
         for i, layout in enumerate(layouts)
     ]
-    for run in runs:
-        train(run, run.out.with_name(f"scratch{run.out.name}"))
-    one, two = (lines(run.out, "metrics.jsonl") for run in runs)
+    for spec in specs:
+        run_ranks(spec, spec.out.with_name(f"scratch{spec.out.name}"))
+    one, two = (lines(spec.out, "metrics.jsonl") for spec in specs)
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 1e-2)):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=tolerance), key
 
 
 def test_a_pipeline_gives_the_numbers_of_one_process_and_goes_on_bitwise(pipeline, one_process, data, tmp_path):
     assert_same_numbers(one_process, pipeline)
-    run = stage_run(data, tmp_path / "stage", PIPELINE)
-    shutil.copytree(pipeline / f"checkpoint/step-{STEPS // 2}", run.out / f"checkpoint/step-{STEPS // 2}")
-    train(run, tmp_path / "scratch")
+    spec = stage_spec(data, tmp_path / "stage", PIPELINE)
+    shutil.copytree(pipeline / f"checkpoint/step-{STEPS // 2}", spec.out / f"checkpoint/step-{STEPS // 2}")
+    run_ranks(spec, tmp_path / "scratch")
     keys = ("step", "tokens", "loss", "grad_norm", "router_z")
-    resumed, whole = lines(run.out, "metrics.jsonl"), lines(pipeline, "metrics.jsonl")
+    resumed, whole = lines(spec.out, "metrics.jsonl"), lines(pipeline, "metrics.jsonl")
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole[STEPS // 2 :]]
-    assert different_tensors(*(final_checkpoint(out, STEPS) for out in (run.out, pipeline))) == []
+    assert find_differences(*(find_final_checkpoint(out, STEPS) for out in (spec.out, pipeline))) == []
 
 
 def test_a_schedule_with_both_ends_on_one_rank_is_refused(data, tmp_path):
-    config = stage_config(stage_run(data, tmp_path / "stage", PIPELINE))
+    config = build_stage_config(stage_spec(data, tmp_path / "stage", PIPELINE))
     parallelism = dataclasses.replace(config.parallelism, pipeline_parallel_schedule="ZBVZeroBubble")
     with pytest.raises(ValueError, match="choose one of 1F1B, Interleaved1F1B"):
         dataclasses.replace(config, parallelism=parallelism)
 
 
 def test_a_pipeline_without_a_split_is_refused(data, tmp_path):
-    config = stage_config(stage_run(data, tmp_path / "stage", PIPELINE))
+    config = build_stage_config(stage_spec(data, tmp_path / "stage", PIPELINE))
     parallelism = dataclasses.replace(config.parallelism, module_fqns_per_model_part=None)
     with pytest.raises(ValueError, match="module_fqns_per_model_part is not set: torchtitan's own split may leave"):
         dataclasses.replace(config, parallelism=parallelism)
@@ -141,15 +142,15 @@ def test_a_pipeline_without_a_split_is_refused(data, tmp_path):
 
 def test_a_pipeline_starts_with_the_weights_of_one_process(data, tmp_path):
     layouts = [{"world_size": 1}, INTERLEAVED | {"world_size": 4}]
-    runs = [stage_run(data, tmp_path / str(i), layout) for i, layout in enumerate(layouts)]
-    for run in runs:
-        train(run, run.out.with_name(f"scratch{run.out.name}"), save_again)
-    assert different_tensors(*(final_checkpoint(run.out, 1) for run in runs)) == []
+    specs = [stage_spec(data, tmp_path / str(i), layout) for i, layout in enumerate(layouts)]
+    for spec in specs:
+        run_ranks(spec, spec.out.with_name(f"scratch{spec.out.name}"), save_again)
+    assert find_differences(*(find_final_checkpoint(spec.out, 1) for spec in specs)) == []
 
 
-def save_again(run: StageRun) -> None:
+def save_again(spec: StageSpec) -> None:
     """Load the newest checkpoint of the stage under this layout and write it as the next step, untrained."""
-    trainer = build_trainer(run)
+    trainer = build_trainer(spec)
     trainer.checkpointer.load(step=-1)
     trainer.step += 1
     trainer.checkpointer.save(trainer.step, last_step=True)
@@ -166,25 +167,25 @@ def save_again(run: StageRun) -> None:
     ids=["ep 2 to 4 to 1", "fsdp 2 to 1 to tp 2"],
 )
 def test_checkpoints_load_under_other_layouts_bitwise(chain, data, tmp_path):
-    run = stage_run(data, tmp_path / "stage", chain[0])
-    train(run, tmp_path / "scratch")
-    assert_layouts_read(chain[1:], run, tmp_path)
+    spec = stage_spec(data, tmp_path / "stage", chain[0])
+    run_ranks(spec, tmp_path / "scratch")
+    assert_layouts_read(chain[1:], spec, tmp_path)
 
 
 def test_checkpoints_go_from_a_pipeline_and_back_bitwise(pipeline, data, tmp_path):
     chain = [{"world_size": 1}, INTERLEAVED | {"world_size": 4}]
-    assert_layouts_read(chain, stage_run(data, pipeline, PIPELINE), tmp_path)
+    assert_layouts_read(chain, stage_spec(data, pipeline, PIPELINE), tmp_path)
 
 
-def assert_layouts_read(chain: list[dict], run: StageRun, folder: Path) -> None:
+def assert_layouts_read(chain: list[dict], spec: StageSpec, folder: Path) -> None:
     """Each layout loads what the one before wrote, and writes the same again: the same keys with the same bits."""
-    before = final_checkpoint(run.out, STEPS)
-    names = whole_tensors(before).keys()
+    before = find_final_checkpoint(spec.out, STEPS)
+    names = load_tensors(before).keys()
     assert any("exp_avg_sq" in name for name in names) and any("w1_EFD" in name for name in names)
     for number, layout in enumerate(chain, 1):
-        other = stage_run(run.data, folder / f"stage{number}", layout)
-        shutil.copytree(run.out / "checkpoint", other.out / "checkpoint")
-        train(other, folder / f"scratch{number}", save_again)
-        run = other
-        after = final_checkpoint(run.out, STEPS + number)
-        assert different_tensors(before, after) == [] and entries(before) == entries(after)
+        other = stage_spec(spec.data, folder / f"stage{number}", layout)
+        shutil.copytree(spec.out / "checkpoint", other.out / "checkpoint")
+        run_ranks(other, folder / f"scratch{number}", save_again)
+        spec = other
+        after = find_final_checkpoint(spec.out, STEPS + number)
+        assert find_differences(before, after) == [] and list_entries(before) == list_entries(after)

@@ -8,7 +8,7 @@ import torch
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig
 from titan_ext.memory import activation_bytes_per_token, estimate_memory
 from titan_ext.mobilemoe import model_config
-from titan_ext.model_stats import count_parameters, layers_of_stages
+from titan_ext.model_stats import count_parameters, split_layers
 from titan_ext.training.schedules import published_stages
 
 B, L = 2, 1024
@@ -82,7 +82,7 @@ def test_a_pipelines_first_rank_holds_its_layers_and_all_micro_batches_under_way
     whole = estimate_memory(dims, stage, ParallelConfig(world_size=1))
     parts = estimate_memory(dims, stage, ParallelConfig(world_size=4, pipeline_parallel=4))
     count = count_parameters(dims)
-    assert layers_of_stages(dims, 4) == [8] * 4
+    assert split_layers(dims, 4) == [8] * 4
     assert parts.parameters == pytest.approx(4 * (count.embedding + (count.total - count.embedding) / 4), rel=1e-3)
     assert parts.activations == whole.activations, "a quarter of the layers, four micro-batches"
     assert parts.logits == 0, "they are the last rank's"

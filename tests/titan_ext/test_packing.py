@@ -1,4 +1,4 @@
-"""Lanes and packing against a plain packer that goes token by token, and against the rules themselves."""
+"""Lanes and packing against a plain packer that goes token by token, and against the rules of packing."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,16 +8,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from core.errors import RefusedInput
 from titan_ext.loader.domain import Document, EpochOrder
-from titan_ext.loader.packing import IGNORE_INDEX, Lane, LaneState, fill, head_starts
+from titan_ext.loader.packing import IGNORE_INDEX, Lane, LaneState, compute_initial_deficits, write_sequence
 
 PAD = 7
-STRIDE = 1000  # token i of document n is n * STRIDE + i + STRIDE: every token says where it comes from
+STRIDE = 1000  # token i of document n is (n + 1) * STRIDE + i, so a token shows which document it is from
 
 
 @dataclass
 class ListDomain:
-    """Documents in memory, in their order."""
+    """A domain of documents in memory, which always come in the same order."""
 
     name: str
     documents: list[Document]
@@ -28,10 +29,10 @@ class ListDomain:
 
     @property
     def mean_tokens(self) -> float:
-        """As the real one's: from sizes with some bytes of header, so never 0."""
+        """Return the mean length, never 0: Domain's is never 0 either, as sizes in bytes include a header."""
         return 1 + float(np.mean([len(d.tokens) for d in self.documents]))
 
-    def document(self, number: int) -> Document:
+    def read_document(self, number: int) -> Document:
         return self.documents[number % len(self.documents)]
 
 
@@ -48,30 +49,29 @@ def make_domains(lengths_by_domain, masks=None):
     return domains
 
 
-def make_lane(domains, seq_len, weights=None, index=0, num_lanes=1, once=False, state=None):
+def make_lane(domains, seq_len, weights=None, index=0, num_lanes=1, single_pass=False, state=None):
     zeros = [0] * len(domains)
     state = state or LaneState(draws=list(zeros), tokens=list(zeros))
     weights = weights or [1 / len(domains)] * len(domains)
-    return Lane(
-        index, num_lanes, domains, weights, seq_len, once, head_starts(domains, weights, num_lanes)[index], state
-    )
+    deficits = compute_initial_deficits(domains, weights, num_lanes)[index]
+    return Lane(index, num_lanes, domains, weights, seq_len, single_pass, deficits, state)
 
 
 def rows(lane, count=None):
-    """(input, positions, labels) of the next `count` sequences, or of all of them."""
+    """Return (input, positions, labels) of the next `count` sequences, or of all of them."""
     result = []
     while count is None or len(result) < count:
         segments = lane.next_sequence()
         if not segments:
             break
         row = np.full((3, lane.seq_len), -1, np.int64)
-        fill(segments, row[0], row[1], row[2], PAD)
+        write_sequence(segments, row[0], row[1], row[2], PAD)
         result.append(row)
     return result
 
 
 def reference_pack(documents, seq_len):
-    """One pass over `documents`, in plain Python: rows of (input, position, label) triples."""
+    """Pack one pass over `documents` in plain Python: rows of (input, position, label) triples."""
     done, row = [], []
 
     def close():
@@ -113,7 +113,7 @@ masks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=2
 @given(lengths=lengths, seq_len=st.integers(2, 16))
 def test_text_is_packed_as_the_reference_packs_it(lengths, seq_len):
     (domain,) = make_domains([lengths])
-    packed = rows(make_lane([domain], seq_len, once=True))
+    packed = rows(make_lane([domain], seq_len, single_pass=True))
     expected = [np.array([r[0], r[1], r[2]]) for r in reference_pack(domain.documents, seq_len)]
     np.testing.assert_array_equal(np.array(packed), np.array(expected))
 
@@ -122,7 +122,7 @@ def test_text_is_packed_as_the_reference_packs_it(lengths, seq_len):
 @given(lengths=lengths, masks=masks, seq_len=st.integers(2, 16))
 def test_conversations_are_packed_as_the_reference_packs_them(lengths, masks, seq_len):
     (domain,) = make_domains([lengths], [masks])
-    packed = rows(make_lane([domain], seq_len, once=True))
+    packed = rows(make_lane([domain], seq_len, single_pass=True))
     np.testing.assert_array_equal(np.array(packed), np.array(reference_pack(domain.documents, seq_len)))
 
 
@@ -153,17 +153,17 @@ def test_shares_stay_within_a_document_of_the_mixture(lengths, shares, index):
     weights = [share / sum(shares[: len(domains)]) for share in shares[: len(domains)]]
     lane = make_lane(domains, 16, weights, index=index, num_lanes=8)
     longest = max(max(item) for item in lengths)
-    slack = longest + max(map(abs, lane.head_start))
+    slack = longest + max(map(abs, lane.initial_deficits))
     for _ in range(200):
         lane.next_sequence()
         ahead = np.array(lane.state.tokens) - np.array(weights) * sum(lane.state.tokens)
         assert ahead.max() <= slack
-        # What one domain lacks the others are ahead.
+        # The deficit of one domain is the surplus of the others.
         assert ahead.min() >= -slack * (len(domains) - 1)
 
 
 def test_every_batch_is_close_to_the_mixture_from_the_first_on():
-    """Lanes that began alike would go through the domains in step: a batch of one domain, then a batch of another."""
+    """Without initial deficits all lanes draw from the same domain at the same time, and a batch holds one domain."""
     rng = np.random.default_rng(0)
     domains = make_domains([rng.integers(mean // 2, mean * 2, 200) for mean in (30, 60, 30, 15)])
     weights = [0.6, 0.2, 0.1, 0.1]
@@ -177,15 +177,15 @@ def test_every_batch_is_close_to_the_mixture_from_the_first_on():
         before = tokens_D
 
 
-def of_second_lane(lengths):
-    """What lane 1 of 2 draws: of an even number of documents in their order, every other one."""
+def draws_of_second_lane(lengths):
+    """Return what lane 1 of 2 draws: every other one of an even number of documents, else all of them."""
     return lengths if len(lengths) % 2 else lengths[1::2]
 
 
 @settings(max_examples=30)
 @example(lengths=[0, 2], conversations=False, cut=0)
 @given(
-    lengths=lengths.filter(lambda item: max(of_second_lane(item)) > 1), conversations=st.booleans(),
+    lengths=lengths.filter(lambda item: max(draws_of_second_lane(item)) > 1), conversations=st.booleans(),
     cut=st.integers(0, 12),
 )  # fmt: skip
 def test_a_lane_resumes_from_its_state_at_any_sequence(lengths, conversations, cut):
@@ -201,7 +201,7 @@ def test_a_lane_resumes_from_its_state_at_any_sequence(lengths, conversations, c
 
 def test_what_is_truncated_skipped_and_padded_is_counted():
     domains = make_domains([[12, 4, 6, 1]], [[[1], [0], [1], [1]]])
-    lane = make_lane(domains, 8, once=True)
+    lane = make_lane(domains, 8, single_pass=True)
     packed = rows(lane)
     assert lane.state.truncated == 1  # 11 pairs in 8 positions
     assert lane.state.skipped == 2  # no target, and no pair at all
@@ -214,7 +214,7 @@ def test_what_is_truncated_skipped_and_padded_is_counted():
 
 def test_a_domain_without_any_target_is_refused_instead_of_searched_for_ever():
     lane = make_lane(make_domains([[5, 6]], [[[0], [0]]]), 8)
-    with pytest.raises(ValueError, match="domain0"):
+    with pytest.raises(RefusedInput, match="domain0"):
         lane.next_sequence()
 
 

@@ -14,7 +14,7 @@ from torchao.quantization.quant_primitives import (
 )
 
 from titan_ext.config import FLAVORS, QATConfig
-from titan_ext.cpu.adaptations import COMPILED_ELEMENTS
+from titan_ext.cpu.kernels import COMPILED_ELEMENTS
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.qat import (
     QATEmbedding,

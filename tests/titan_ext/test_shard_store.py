@@ -1,5 +1,6 @@
-"""What the store of shards promises beyond damage: the tokenizer, fetching ahead, full disks, repeats."""
+"""ShardStore beyond damaged shards: other tokenizers, fetching ahead, full disks, repeated epochs, light imports."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -15,16 +16,16 @@ from tokenizers import Tokenizer, models
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from data.tokens import mds
+from core.errors import DamagedData, RefusedInput
+from core.samples import VOCABULARY_KEY, hash_vocabulary
 from tests.titan_ext.stage_of_shards import MIXTURE, G, build, sequences, write_domain
-from titan_ext.loader.shard_store import VOCABULARY_KEY
-from titan_ext.loader.streaming_loader import StreamingLoader, vocabulary_sha256
+from titan_ext.loader.streaming_loader import StreamingLoader
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def tokenizer(folder, words: list[str]) -> HuggingFaceTokenizer:
-    """As torchtitan hands it to the loader."""
+    """Make a tokenizer of the class that torchtitan gives to the loader."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
     return HuggingFaceTokenizer(tokenizer_path=str(folder))
@@ -34,7 +35,7 @@ def write_stage(root, vocabulary: dict[str, int] | None):
     write_domain(root / "web", [[1, 2, 3]] * 4)
     if vocabulary is not None:
         index = root / "web/index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {VOCABULARY_KEY: vocabulary_sha256(vocabulary)}))
+        index.write_text(json.dumps(json.loads(index.read_text()) | {VOCABULARY_KEY: hash_vocabulary(vocabulary)}))
     return str(root)
 
 
@@ -50,7 +51,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
     other = tokenizer(tmp_path / "other", ["a", "b", "d", "c"])
     shards = write_stage(tmp_path / "stage", own.get_vocab())
     assert next(iter(load(shards, tmp_path / "cache", own)))
-    with pytest.raises(ValueError, match=r"shards of \['web'\] were written with another tokenizer.*hf_assets_path"):
+    with pytest.raises(RefusedInput, match=r"shards of \['web'\] were written with another tokenizer.*hf_assets_path"):
         load(shards, tmp_path / "cache", other)
 
 
@@ -60,11 +61,12 @@ def test_shards_that_do_not_say_and_loaders_without_tokenizer_pass(tmp_path):
     assert load(write_stage(tmp_path / "said", {"x": 0}), tmp_path / "cache", None)
 
 
-def test_data_step_and_loader_mean_the_same_by_a_vocabulary():
+def test_the_hash_of_a_vocabulary_depends_on_the_ids_alone():
     vocabulary = {"Ġthe": 1, "é": 0, "<|eot_id|>": 2, "\t": 3}
-    assert vocabulary_sha256(vocabulary) == mds.vocabulary_sha256(vocabulary)
-    assert vocabulary_sha256(vocabulary) != vocabulary_sha256(vocabulary | {"é": 3, "\t": 0})
-    assert VOCABULARY_KEY == mds.VOCABULARY_KEY
+    assert hash_vocabulary(vocabulary) == hash_vocabulary(dict(reversed(vocabulary.items())))
+    assert hash_vocabulary(vocabulary) != hash_vocabulary(vocabulary | {"é": 3, "\t": 0})
+    by_hand = b"0\t\xc3\xa9\n1\t\xc4\xa0the\n2\t<|eot_id|>\n3\t\t\n"
+    assert hash_vocabulary(vocabulary) == hashlib.sha256(by_hand).hexdigest()
 
 
 def test_shards_are_fetched_ahead_of_their_documents(stage, tmp_path):
@@ -118,7 +120,7 @@ def test_an_index_that_miscounts_a_shard_is_refused(tmp_path):
     content = json.loads(index.read_text())
     content["shards"][0]["samples"] += 1
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"shard\.00000"):
+    with pytest.raises(DamagedData, match=r"shard\.00000"):
         sequences([build(tmp_path / "s", tmp_path / "cache", mixture={"web": 1.0})], 2 * G)
 
 
@@ -129,3 +131,10 @@ def test_a_process_that_ends_while_shards_are_prepared_ends_well(tmp_path):
     script = [sys.executable, "-m", "tests.titan_ext.end_while_prefetching", tmp_path / "s", tmp_path / "caches", "3"]
     ended = subprocess.run(list(map(str, script)), cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert ended.stdout == "{0: 3}\n", ended.stderr
+
+
+def test_reading_shards_needs_no_training_stack():
+    """A program that only reads shards, as the held-out loss does, must not wait for the import of torchtitan."""
+    script = "import sys, titan_ext.loader.domain; print(sorted({'torchtitan', 'torchao'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"

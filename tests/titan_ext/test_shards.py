@@ -1,4 +1,4 @@
-"""Shards that are damaged, cached by several processes, or left by a killed one; checkpoints of several ranks."""
+"""Damaged shards, a cache that several processes share or a killed one left, and checkpoints of several ranks."""
 
 import json
 import multiprocessing
@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
+from core.errors import DamagedData, RefusedInput
 from tests.titan_ext.stage_of_shards import (
     DOCUMENTS,
     G,
@@ -41,7 +42,7 @@ def test_a_damaged_source_is_refused_by_name(tmp_path, damage, compression):
     write_stage(tmp_path / "s", compression=compression)
     (shard,) = (tmp_path / "s/math").glob("shard.00001.mds*")
     damage(shard)
-    with pytest.raises(ValueError, match=f"math/{shard.name} is damaged"):
+    with pytest.raises(DamagedData, match=f"math/{shard.name} is damaged"):
         sequences([build(tmp_path / "s", tmp_path / "cache")], 20 * G)
 
 
@@ -85,7 +86,7 @@ def test_the_cache_stays_within_its_limit(stage, cache, tmp_path):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks of a clean process: the imports once, none of pytest's threads."""
+    """Fork workers from a clean process, which has done the imports once and has none of pytest's threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["titan_ext.loader.streaming_loader"])
     return context
@@ -156,7 +157,7 @@ def test_a_dcp_checkpoint_of_two_ranks_resumes_on_one_and_on_four(processes, sta
         for loader in loaders:
             dcp.load({"dataloader": loader}, checkpoint_id=folder, no_dist=True)
         np.testing.assert_array_equal(sequences(loaders, 2 * G // world), expected)
-    with pytest.raises(ValueError, match="seed: 3 in the checkpoint, 5 now"):
+    with pytest.raises(RefusedInput, match="seed: 3 in the checkpoint, 5 now"):
         dcp.load({"dataloader": build(stage, cache, seed=5)}, checkpoint_id=folder, no_dist=True)
     with pytest.raises(CheckpointException, match="lane_00000_of_00016"):
         dcp.load({"dataloader": build(stage, cache, global_batch_size=16)}, checkpoint_id=folder, no_dist=True)

@@ -1,4 +1,4 @@
-"""StreamingLoader over real MDS folders: order on any number of ranks, mixture, resume, refusals."""
+"""StreamingLoader over real MDS folders: order on any number of ranks, mixture, resume, refused input."""
 
 import shutil
 from itertools import islice
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from streaming import MDSWriter, Stream
-from streaming.base.world import World
 
+from core.errors import RefusedInput
 from tests.titan_ext.stage_of_shards import (
     DOCUMENTS,
     MIXTURE,
@@ -20,11 +20,12 @@ from tests.titan_ext.stage_of_shards import (
     sequences,
     write_domain,
 )
+from titan_ext.compat import load_shard_readers
 from titan_ext.loader.packing import IGNORE_INDEX
 
 
-def merged_state(loaders):
-    """What torch.distributed.checkpoint makes of the ranks' states."""
+def merge_states(loaders):
+    """Merge the states of the ranks as torch.distributed.checkpoint does."""
     return {key: value for loader in loaders for key, value in loader.state_dict().items()}
 
 
@@ -63,7 +64,7 @@ def test_resume_on_another_number_of_ranks(stage, cache, before, after):
         sequences(old, steps * G // before)
         new = [build(stage, cache, r, after) for r in range(after)]
         for loader in new:
-            loader.load_state_dict(merged_state(old))
+            loader.load_state_dict(merge_states(old))
         np.testing.assert_array_equal(sequences(new, 2 * G // after), expected[steps * G : (steps + 2) * G])
 
 
@@ -76,7 +77,7 @@ def test_state_within_a_step_resumes_on_ranks_that_fit_it_only(stage, cache):
     for other in pair:
         other.load_state_dict(loader.state_dict())
     np.testing.assert_array_equal(sequences(pair, 3), expected[2:8])
-    with pytest.raises(ValueError, match="between two steps"):
+    with pytest.raises(RefusedInput, match="between two steps"):
         four.load_state_dict(loader.state_dict())
 
 
@@ -110,7 +111,7 @@ def test_a_finite_pass_has_every_document_once_and_ends_on_all_ranks_together(st
     taken = np.concatenate([rank[i] for i in range(len(batches[0])) for rank in batches])
     tokens = taken[:, 0][taken[:, 2] != IGNORE_INDEX]
     assert len(set(tokens)) == len(tokens) == sum(loaders[0].statistics()["tokens"].values())
-    documents = {name: documents_of(stage / name) for name in DOCUMENTS}
+    documents = {name: read_documents(stage / name) for name in DOCUMENTS}
     assert set(tokens) == {t for domain in documents.values() for document in domain for t in document[:-1]}
     # The same sequences, in the same order, as one rank has; only the last batch's padding differs.
     one = sequences([build(stage, cache, infinite=False, mixture={})], len(taken) - 2 * world)
@@ -119,13 +120,13 @@ def test_a_finite_pass_has_every_document_once_and_ends_on_all_ranks_together(st
     np.testing.assert_array_equal(again, batches[0])
 
 
-def documents_of(folder):
-    """Straight from streaming's reader."""
+def read_documents(folder):
+    """Return the documents of a folder through streaming's own reader."""
     copy = folder.parent.parent / f"copy-{folder.name}"
     stream = Stream(remote=str(folder), local=str(copy), validate_hash="xxh64", keep_zip=False, download_retry=1,
                     download_timeout=10)  # fmt: skip
     documents = []
-    for reader in stream.get_shards(World(1, 1, 1, 0), False):
+    for reader in load_shard_readers(stream):
         stream.prepare_shard(reader)
         documents += [reader.get_item(i)["tokens"].tolist() for i in range(len(reader))]
     return documents
@@ -169,7 +170,7 @@ def test_conversations_are_whole_and_only_their_answers_are_targets(tmp_path):
     assert statistics["truncated"] == 1 and statistics["skipped"] == 1 and 0 < statistics["padding"] < 1
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- refused input --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,37 +183,41 @@ def test_conversations_are_whole_and_only_their_answers_are_targets(tmp_path):
         ({"global_batch_size": 6, "world": 2, "batch": 2}, "global_batch_size is 6.*multiple of .*= 4"),
         ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"seq_len": 1}, "seq_len is 1"),
-        ({"rank": 2, "world": 2}, "dp_rank is 2"),
         ({"cache_bytes": 0}, "cache_bytes is 0"),
     ],
 )
 def test_bad_configuration_is_refused(stage, cache, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RefusedInput, match=message):
         build(stage, cache, **change)
+
+
+def test_a_rank_outside_of_its_world_is_an_error_of_the_program(stage, cache):
+    with pytest.raises(AssertionError, match="2"):
+        build(stage, cache, rank=2, world=2)
 
 
 def test_bad_folders_are_refused(stage, tmp_path):
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"no folder with an index.json"):
+    with pytest.raises(RefusedInput, match=r"no folder with an index.json"):
         build(tmp_path / "nothing", cache, mixture={})
-    with pytest.raises(ValueError, match="never written to"):
+    with pytest.raises(RefusedInput, match="never written to"):
         build(stage, stage / "cache")
     write_domain(tmp_path / "s/empty", [])
-    with pytest.raises(ValueError, match=r"'empty'.*no documents"):
+    with pytest.raises(RefusedInput, match=r"'empty'.*no documents"):
         build(tmp_path / "s", cache, mixture={"empty": 1.0})
     write_domain(tmp_path / "t/web", [[1, 2, 3]], hashes=["sha1"])
-    with pytest.raises(ValueError, match="no xxh64"):
+    with pytest.raises(RefusedInput, match="no xxh64"):
         build(tmp_path / "t", cache, mixture={"web": 1.0})
     with MDSWriter(out=str(tmp_path / "u/web"), columns={"text": "str"}, hashes=["xxh64"]) as writer:
         writer.write({"text": "a"})
-    with pytest.raises(ValueError, match="columns"):
+    with pytest.raises(RefusedInput, match="columns"):
         build(tmp_path / "u", cache, mixture={"web": 1.0})
     shutil.copytree(stage, tmp_path / "v")
     (tmp_path / "v/math/index.json").unlink()
-    with pytest.raises(ValueError, match=r"math.*present: \['code', 'web'\]"):
+    with pytest.raises(RefusedInput, match=r"math.*present: \['code', 'web'\]"):
         build(tmp_path / "v", cache)
     (tmp_path / "v/math/index.json").write_text('{"version": 2, "sha')
-    with pytest.raises(ValueError, match=r"index.json is damaged"):
+    with pytest.raises(RefusedInput, match=r"index.json is damaged"):
         build(tmp_path / "v", cache)
 
 
@@ -229,7 +234,7 @@ def test_bad_folders_are_refused(stage, tmp_path):
 def test_a_state_of_another_run_is_refused(stage, cache, change, named):
     loader = build(stage, cache)
     sequences([loader], 1)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(RefusedInput, match=named):
         build(stage, cache, **change).load_state_dict(loader.state_dict())
 
 
@@ -238,14 +243,14 @@ def test_a_state_of_other_data_is_refused(stage, cache, tmp_path):
     shutil.copytree(stage, tmp_path / "new")
     shutil.rmtree(tmp_path / "new/math")
     write_domain(tmp_path / "new/math", [[1, 2, 3]] * 5)
-    with pytest.raises(ValueError, match=r"shards: .*math"):
+    with pytest.raises(RefusedInput, match=r"shards: .*math"):
         build(tmp_path / "new", cache).load_state_dict(state)
 
 
 def test_a_state_that_lacks_lanes_is_refused(stage, cache):
     loaders = [build(stage, cache, r, 2) for r in range(2)]
     sequences(loaders, G // 2)
-    with pytest.raises(ValueError, match="lane_00001_of_00008"):
+    with pytest.raises(RefusedInput, match="lane_00001_of_00008"):
         build(stage, cache).load_state_dict(loaders[0].state_dict())
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.export.checkpoint import read_checkpoint
-from tests.titan_ext.launch import different_tensors, start_ranks, train, write_data
+from tests.titan_ext.stage_data import find_differences, write_data
 from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
-from titan_ext.training.stage_spec import StageRun, final_checkpoint
-from titan_ext.training.train import stage_config
+from titan_ext.training.launch import run_ranks, start_ranks
+from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
+from titan_ext.training.train import build_stage_config
 
 DIMS = ModelDims(
     d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=64, n_experts=8,
@@ -34,10 +35,10 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), DIMS.vocab_size)
 
 
-def stage_run(data: Path, out: Path, world_size: int, **changes) -> StageRun:
+def stage_spec(data: Path, out: Path, world_size: int, **changes) -> StageSpec:
     parallel = ParallelConfig(world_size=world_size, expert_parallel=world_size, precision="float32")
-    run = StageRun("pretrain", DIMS, STAGE, parallel, data, out, initial_checkpoint=None, seed=0)
-    return dataclasses.replace(run, **changes)
+    spec = StageSpec("pretrain", DIMS, STAGE, parallel, data, out, initial_checkpoint=None, seed=0)
+    return dataclasses.replace(spec, **changes)
 
 
 def lines(out: Path, name: str) -> list[dict]:
@@ -47,14 +48,14 @@ def lines(out: Path, name: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one") / "stage"
-    train(stage_run(data, out, world_size=1), out.parent / "scratch")
+    run_ranks(stage_spec(data, out, world_size=1), out.parent / "scratch")
     return out
 
 
 @pytest.fixture(scope="module")
 def two_processes(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two") / "stage"
-    train(stage_run(data, out, world_size=2), out.parent / "scratch")
+    run_ranks(stage_spec(data, out, world_size=2), out.parent / "scratch")
     return out
 
 
@@ -91,18 +92,18 @@ def test_tensorboard_has_the_router_of_every_layer(one_process):
 @pytest.mark.parametrize("recomputed", ["selective", "full"])
 def test_recomputed_activations_change_no_number(recomputed, data, one_process, tmp_path):
     parallel = ParallelConfig(world_size=1, precision="float32", activation_checkpoint=recomputed)
-    run = stage_run(data, tmp_path / "stage", world_size=1, parallel=parallel)
-    train(run, tmp_path / "scratch")
+    spec = stage_spec(data, tmp_path / "stage", world_size=1, parallel=parallel)
+    run_ranks(spec, tmp_path / "scratch")
     keys = ("loss", "grad_norm", "router_z", "dropped")
-    assert [[line[key] for key in keys] for line in lines(run.out, "metrics.jsonl")] == [
+    assert [[line[key] for key in keys] for line in lines(spec.out, "metrics.jsonl")] == [
         pytest.approx([line[key] for key in keys], rel=1e-5) for line in lines(one_process, "metrics.jsonl")
     ]
-    loads = [lines(out, "expert_load.jsonl") for out in (run.out, one_process)]
+    loads = [lines(out, "expert_load.jsonl") for out in (spec.out, one_process)]
     assert [layer["load"] for layer in loads[0][-1]["layers"]] == [layer["load"] for layer in loads[1][-1]["layers"]]
 
 
-def save_as_hugging_face(run: StageRun) -> None:
-    config = stage_config(run)
+def save_as_hugging_face(spec: StageSpec) -> None:
+    config = build_stage_config(spec)
     config.checkpoint.last_save_in_hf = config.checkpoint.last_save_model_only = True
     trainer = config.build()
     trainer.checkpointer.load(step=-1)
@@ -112,11 +113,11 @@ def save_as_hugging_face(run: StageRun) -> None:
 
 
 def test_torchtitans_hugging_face_checkpoint_is_the_exporters(data, two_processes, tmp_path):
-    run = stage_run(data, tmp_path / "stage", world_size=2)
-    before = final_checkpoint(two_processes, STAGE.steps)
-    shutil.copytree(before, run.out / "checkpoint" / before.name)
-    train(run, tmp_path / "scratch", save_as_hugging_face)
-    files = (run.out / f"checkpoint/step-{STAGE.steps + 1}").glob("*.safetensors")
+    spec = stage_spec(data, tmp_path / "stage", world_size=2)
+    before = find_final_checkpoint(two_processes, STAGE.steps)
+    shutil.copytree(before, spec.out / "checkpoint" / before.name)
+    run_ranks(spec, tmp_path / "scratch", save_as_hugging_face)
+    files = (spec.out / f"checkpoint/step-{STAGE.steps + 1}").glob("*.safetensors")
     written = {name: tensor for file in files for name, tensor in load_file(file).items()}
     expected = read_checkpoint(before, DIMS)
     assert written.keys() == expected.keys()
@@ -133,9 +134,9 @@ def test_padding_and_repeats_are_reported(one_process):
 
 
 def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
-    run = stage_run(data, tmp_path / "stage", world_size=2)
-    processes = start_ranks(run, tmp_path / "scratch")
-    metrics = run.out / "metrics.jsonl"
+    spec = stage_spec(data, tmp_path / "stage", world_size=2)
+    processes = start_ranks(spec, tmp_path / "scratch")
+    metrics = spec.out / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 11):
         assert time.monotonic() < deadline, (tmp_path / "scratch/rank_0.log").read_text()[-2000:]
@@ -144,57 +145,57 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
     for process in processes:
         process.kill()
         process.join()
-    train(run, tmp_path / "scratch")
-    assert "step-8" in (run.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
+    run_ranks(spec, tmp_path / "scratch")
+    assert "step-8" in (spec.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "router_z")
-    resumed, whole = lines(run.out, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
+    resumed, whole = lines(spec.out, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole]
-    ends = [final_checkpoint(out, STAGE.steps) for out in (run.out, two_processes)]
-    assert different_tensors(*ends) == []
+    ends = [find_final_checkpoint(out, STAGE.steps) for out in (spec.out, two_processes)]
+    assert find_differences(*ends) == []
 
 
 def test_two_runs_from_one_seed_are_equal_bitwise(data, tmp_path):
-    """In bfloat16 with drop-and-pad, the numerics of the text stages; another seed gives other weights."""
+    """Training runs in bfloat16 with drop-and-pad, as in the text stages; another seed gives other weights."""
     stage = dataclasses.replace(STAGE, steps=5, checkpoint_interval=5, heldout_interval=5, capacity_factor=1.5)
     parallel = ParallelConfig(world_size=2, expert_parallel=2, precision="bfloat16", deterministic=True)
     ends = []
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
-        run = stage_run(data, tmp_path / name, world_size=2, stage=stage, parallel=parallel, seed=seed)
-        train(run, tmp_path / f"scratch_{name}")
-        ends.append(final_checkpoint(run.out, 5))
-    assert different_tensors(*ends[:2]) == []
-    assert different_tensors(ends[0], ends[2]) != []
+        spec = stage_spec(data, tmp_path / name, world_size=2, stage=stage, parallel=parallel, seed=seed)
+        run_ranks(spec, tmp_path / f"scratch_{name}")
+        ends.append(find_final_checkpoint(spec.out, 5))
+    assert find_differences(*ends[:2]) == []
+    assert find_differences(ends[0], ends[2]) != []
 
 
 def test_qat_stage_starts_from_the_parent_on_another_layout(data, two_processes, tmp_path):
-    parent = final_checkpoint(two_processes, STAGE.steps)
+    parent = find_final_checkpoint(two_processes, STAGE.steps)
     stage = dataclasses.replace(
         STAGE, steps=2, shards="sft", learning_rate=1e-9, weight_decay=0.0, qat=QATConfig(group_size=32)
     )
-    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage, initial_checkpoint=parent, name="qat")
-    train(run, tmp_path / "scratch")
+    spec = stage_spec(data, tmp_path / "stage", world_size=1, stage=stage, initial_checkpoint=parent, name="qat")
+    run_ranks(spec, tmp_path / "scratch")
     name = "layers.1.moe.routed_experts.inner_experts.w1_EFD"
     weights = []
-    for checkpoint in (parent, final_checkpoint(run.out, 2)):
+    for checkpoint in (parent, find_final_checkpoint(spec.out, 2)):
         state = {name: torch.empty(DIMS.n_experts, DIMS.expert_hidden, DIMS.d_model)}
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
         weights.append(state[name])
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
-    assert lines(run.out, "metrics.jsonl")[0]["loss"] < 6
+    assert lines(spec.out, "metrics.jsonl")[0]["loss"] < 6
 
 
 def test_unfinished_stage_has_no_final_checkpoint(two_processes):
     with pytest.raises(ValueError, match="step-21: no finished checkpoint"):
-        final_checkpoint(two_processes, 21)
+        find_final_checkpoint(two_processes, 21)
 
 
 def test_numbers_that_are_not_finite_stop_the_stage_before_the_update(data, tmp_path):
     stage = dataclasses.replace(STAGE, learning_rate=1e30, checkpoint_interval=1)
-    run = stage_run(data, tmp_path / "stage", world_size=1, stage=stage)
-    with pytest.raises(AssertionError, match="not finite, so the parameters were not updated"):
-        train(run, tmp_path / "scratch")
-    steps = [line["step"] for line in lines(run.out, "metrics.jsonl")]
-    checkpoints = sorted(int(path.name.removeprefix("step-")) for path in (run.out / "checkpoint").glob("step-*"))
+    spec = stage_spec(data, tmp_path / "stage", world_size=1, stage=stage)
+    with pytest.raises(RuntimeError, match="not finite, so the parameters were not updated"):
+        run_ranks(spec, tmp_path / "scratch")
+    steps = [line["step"] for line in lines(spec.out, "metrics.jsonl")]
+    checkpoints = sorted(int(path.name.removeprefix("step-")) for path in (spec.out / "checkpoint").glob("step-*"))
     assert 1 <= max(checkpoints) == max(steps) < STAGE.steps, "neither logged nor saved after the last good step"
 
 
@@ -202,19 +203,19 @@ def test_skipped_steps_are_logged_and_leave_the_weights_alone(data, tmp_path):
     """With a threshold below every deviation, each step above the mean is a spike; both ranks of a pipeline say so."""
     stage = dataclasses.replace(STAGE, steps=44, checkpoint_interval=100, learning_rate=1e-4, skip_spikes_sigma=1e-3)
     parallel = ParallelConfig(world_size=2, pipeline_parallel=2, precision="float32")
-    run = stage_run(data, tmp_path / "stage", world_size=2, stage=stage, parallel=parallel)
-    train(run, tmp_path / "scratch")
-    skipped = [line["skipped_steps"] for line in lines(run.out, "metrics.jsonl")]
+    spec = stage_spec(data, tmp_path / "stage", world_size=2, stage=stage, parallel=parallel)
+    run_ranks(spec, tmp_path / "scratch")
+    skipped = [line["skipped_steps"] for line in lines(spec.out, "metrics.jsonl")]
     assert skipped[:32] == [0] * 32 and 0 < skipped[-1] <= 12
     choices = STAGE.global_batch_size * STAGE.seq_len * DIMS.top_k
-    for layer in (layer for line in lines(run.out, "expert_load.jsonl") for layer in line["layers"]):
+    for layer in (layer for line in lines(spec.out, "expert_load.jsonl") for layer in line["layers"]):
         counts = [share * choices for share in layer["load"]]
         assert sum(counts) == pytest.approx(choices, abs=0.1), "a skipped step's choices are counted as well"
         assert counts == pytest.approx([round(count) for count in counts], abs=2e-3), "and no other step's with them"
-    logs = [(run.out / f"logs/rank_{rank}.log").read_text() for rank in range(2)]
+    logs = [(spec.out / f"logs/rank_{rank}.log").read_text() for rank in range(2)]
     assert [log.count(" is skipped: ") for log in logs] == [skipped[-1]] * 2
     state = {f"optimizer.state.{name}.weight.step": torch.zeros(()) for name in ("tok_embeddings", "norm")}
     weights = {f"{name}.weight": torch.empty(DIMS.vocab_size, DIMS.d_model) for name in ("tok_embeddings", "lm_head")}
-    dcp.load(checkpoint := state | weights, checkpoint_id=final_checkpoint(run.out, 44), no_dist=True)
+    dcp.load(checkpoint := state | weights, checkpoint_id=find_final_checkpoint(spec.out, 44), no_dist=True)
     assert [checkpoint[name] for name in state] == [44 - skipped[-1]] * 2
     assert torch.equal(*(checkpoint[name] for name in weights))

@@ -1,8 +1,8 @@
-"""Memory allocation where training runs on the CPU.
+"""Memory allocation where training runs on the CPU (9 in titan_ext/cpu/__init__.py). Imports no torch.
 
-Every layer takes and frees blocks of up to hundreds of MB. glibc gives large ones back to the system, and faulting
-them in again takes a good part of a step; told to keep them, its heap fragments. tcmalloc keeps them with less of
-either, but has to be there when a process starts. docs/benchmarks.md has the figures.
+Every layer allocates and frees blocks of up to hundreds of MB. glibc returns large blocks to the system, and faulting
+them in again takes a good part of a step. When it is told to keep them, its heap fragments. tcmalloc keeps them with
+less of either, but it must be preloaded when the process starts. docs/benchmarks.md has the figures.
 """
 
 import ctypes
@@ -10,15 +10,15 @@ import ctypes.util
 import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
-_MOST_ADDRESSES = 64 << 30
-"""tcmalloc's table of pages takes a thousandth of the addresses it has."""
+_MAX_RESERVED_BYTES = 64 << 30
+"""Most address space to reserve. tcmalloc's page table takes a thousandth of the address space it has."""
 
 
 def allocator_environment() -> dict[str, str]:
-    """What a process that is going to train on the CPU should start with: tcmalloc preloaded, if this machine has it.
+    """Return the environment variables for a process that will train on the CPU: tcmalloc preloaded.
 
-    Told to give nothing back to the system. Empty where it is not installed, or where a library is preloaded already,
-    which may be another allocator.
+    The variables also tell tcmalloc to return nothing to the system. The result is empty where tcmalloc is not
+    installed, and where a library is preloaded already, which may be another allocator.
     """
     library = ctypes.util.find_library("tcmalloc_minimal")
     if library is None or "LD_PRELOAD" in os.environ:
@@ -27,27 +27,29 @@ def allocator_environment() -> dict[str, str]:
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator keep what is freed for the next allocation: glibc's, and tcmalloc, which does, in one piece.
+    """Make the allocator keep freed memory for the next allocation.
 
-    Without effect on another allocator. To be called before the first large allocation.
+    glibc stops returning memory to the system. tcmalloc does so already; it reserves its address space in one piece.
+    Another allocator stays as it is. Call this before the first large allocation.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "tc_malloc"):
-        _grow_in_one_piece(libc)
+        _reserve_addresses(libc)
     elif hasattr(libc, "mallopt"):
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             libc.mallopt(parameter, value)
 
 
-def _grow_in_one_piece(tcmalloc: ctypes.CDLL) -> None:
-    """Take addresses, not memory, for most of the machine's memory, as Linux refuses all, and leave them to tcmalloc.
+def _reserve_addresses(tcmalloc: ctypes.CDLL) -> None:
+    """Reserve address space, not memory, for nine tenths of the machine's memory, and give it to tcmalloc.
 
-    tcmalloc takes the smallest free block that fits. What is left over where it grew is such a block, and it goes
-    before a larger one whose pages were written to already, so the process grows. With all addresses free from the
-    start, the block that nothing was written to is the largest and goes last. Where the system refuses, it stays as it
-    was.
+    tcmalloc takes the smallest free block that fits. When it has to grow, the rest of the new piece is a free block
+    that was never written to. tcmalloc prefers it to a larger block whose pages are in memory already, so the process
+    grows. With all addresses reserved from the start, the block that was never written to is the largest one and is
+    taken last. Linux refuses to reserve all of the memory, therefore nine tenths. Where it refuses those too, tcmalloc
+    stays as it was.
     """
     tcmalloc.tc_malloc.restype, tcmalloc.tc_malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     tcmalloc.tc_free.restype, tcmalloc.tc_free.argtypes = None, (ctypes.c_void_p,)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    tcmalloc.tc_free(tcmalloc.tc_malloc(min(memory * 9 // 10, _MOST_ADDRESSES)))
+    tcmalloc.tc_free(tcmalloc.tc_malloc(min(memory * 9 // 10, _MAX_RESERVED_BYTES)))

@@ -1,9 +1,12 @@
-"""Lanes: the unit a stream of packed sequences is cut into, so that its order does not depend on the number of ranks.
+"""Lanes, which pack documents into sequences in an order that does not depend on the number of ranks.
 
-A global batch of G sequences is G lanes; lane j fills the j-th sequence of every batch from documents of its own. Its
-k-th draw from domain d is document j + k*G of that domain's endless order (`shards.Domain.document`), so lanes never
-meet, no document comes twice in an epoch, and a lane needs to know nothing of the others. Ranks own lanes; a lane's
-whole state is a few integers.
+A lane is the stream of all sequences at one row of the global batch. A global batch of G sequences has G lanes, and
+lane j packs sequence j of every batch. Its k-th draw from a domain is document j + k*G of that domain's endless order
+(`titan_ext.loader.domain.Domain.read_document`). So two lanes never draw the same document, no document comes twice in
+an epoch, and a lane needs no information about the others. Each rank runs some of the lanes. The state of a lane is a
+few integers.
+
+Shape legend: L tokens of a sequence.
 """
 
 import math
@@ -19,31 +22,36 @@ from core.errors import RefusedInput
 from titan_ext.loader.domain import Document, Domain
 
 IGNORE_INDEX = -100
+"""Label of a position that has no part in the loss, as in torch.nn.functional.cross_entropy."""
 
 
 @dataclass
 class LaneState:
-    """Where a lane stands; lists are by domain. Enough to go on at the next unseen token."""
+    """The state from which a lane resumes at the next unseen token. The lists have one entry for each domain.
+
+    The document that a lane packs at the moment is called open.
+    """
 
     draws: list[int]
-    """Documents drawn."""
+    """Number of documents drawn."""
     tokens: list[int]
-    """Positions filled."""
+    """Number of positions filled."""
     domain: int = -1
-    """Domain of the open document (its last draw); -1: none is open."""
+    """Domain of the open document, which is the last one drawn from it; -1: no document is open."""
     offset: int = 0
-    """Pairs of the open document already placed."""
+    """Number of pairs of the open document that are packed already."""
     sequences: int = 0
+    """Number of sequences packed."""
     padding: int = 0
-    """Positions filled with padding."""
+    """Number of positions filled with padding."""
     truncated: int = 0
-    """Conversations longer than a sequence, cut at its end."""
+    """Number of conversations that were cut at the end of a sequence, because they are longer than one."""
     skipped: int = 0
-    """Documents of fewer than two tokens and conversations without a target in reach."""
+    """Number of documents skipped: fewer than two tokens, or a conversation without a target in its first L pairs."""
 
 
 class Segment(NamedTuple):
-    """Pairs [begin, end) of a document, as they stand in a sequence."""
+    """A part of a sequence: the (input, label) pairs [begin, end) of one document."""
 
     document: Document
     begin: int
@@ -52,21 +60,25 @@ class Segment(NamedTuple):
 
 @dataclass
 class Lane:
-    """Packs documents into sequences of `seq_len`; see the module's docstring.
+    """Packs documents into sequences of `seq_len` tokens; see the module's docstring.
 
-    The next document comes from the domain furthest behind its share: argmax of weight_d * total - tokens_d plus the
-    lane's head start. With `once`, a domain whose documents are used up drops out, and the lane ends when all have.
+    The next document is drawn from the domain with the largest deficit: weight_d * total - tokens_d plus the lane's
+    initial deficit, where total is the number of positions filled so far. With `single_pass`, a domain whose documents
+    are used up is left out, and the lane ends when all domains are used up.
     """
 
     index: int
+    """Number of this lane, j."""
     num_lanes: int
+    """Number of all lanes, G."""
     domains: Sequence[Domain]
     weights: Sequence[float]
-    """Share of the tokens by domain, sums to 1."""
+    """Share of the tokens by domain; sums to 1."""
     seq_len: int
-    once: bool
-    head_start: Sequence[float]
-    """Tokens by domain, see `head_starts`."""
+    single_pass: bool
+    """Draw every document once; otherwise go through the documents again and again."""
+    initial_deficits: Sequence[float]
+    """Number of tokens by domain, from `compute_initial_deficits`."""
     state: LaneState
     _document: Document | None = field(default=None, init=False, repr=False)
 
@@ -74,31 +86,38 @@ class Lane:
         self.state = deepcopy(self.state)
 
     def next_sequence(self) -> list[Segment]:
-        """Segments of the next sequence, in order; what they leave free is padding. Empty: the lane has ended."""
+        """Return the segments of the next sequence in their order, or an empty list when the lane has ended.
+
+        The positions after the last segment are padding.
+
+        Raises:
+            RefusedInput: a domain has documents, but none with a target.
+            DamagedData: a shard is damaged and cannot be fetched again.
+        """
         segments: list[Segment] = []
-        room = self.seq_len
-        while room and (document := self._open_document()) is not None:
-            segment = self._cut(document, room)
+        free = self.seq_len
+        while free and (document := self._open_document()) is not None:
+            segment = self._cut_segment(document, free)
             if segment is None:
                 break
             segments.append(segment)
-            room -= segment.end - segment.begin
+            free -= segment.end - segment.begin
         if segments:
             self.state.sequences += 1
-            self.state.padding += room
+            self.state.padding += free
         return segments
 
-    def _cut(self, document: Document, room: int) -> Segment | None:
-        """The part of the open document that goes into the `room` left; None: it waits for the next sequence."""
+    def _cut_segment(self, document: Document, free: int) -> Segment | None:
+        """Return the part of the open document for the `free` positions; None: it begins the next sequence instead."""
         state = self.state
         begin = state.offset
         if document.loss_mask is None:
-            end = min(document.num_pairs, begin + room)
+            end = min(document.num_pairs, begin + free)
             closes = end == document.num_pairs
         else:
-            # An answer cut off from its question would be trained on without it: conversations stay whole.
+            # Conversations are never split over two sequences: the model would train on an answer without its question.
             end, closes = min(document.num_pairs, self.seq_len), True
-            if end > room:
+            if end > free:
                 return None
             state.truncated += document.num_pairs > self.seq_len
         state.tokens[state.domain] += end - begin
@@ -108,62 +127,73 @@ class Lane:
         return Segment(document, begin, end)
 
     def _open_document(self) -> Document | None:
-        if self.state.domain >= 0 and self._document is None:  # resumed within a document
-            self._document = self._drawn(self.state.domain)
-        barren = 0
+        """Return the open document, or draw the next one that has a target; None: the lane has ended."""
+        if self.state.domain >= 0 and self._document is None:  # the lane was resumed within a document
+            self._document = self._read_last_draw(self.state.domain)
+        skipped_in_a_row = 0
         while self._document is None:
-            choice = self._furthest_behind()
+            choice = self._choose_domain()
             if choice is None:
                 return None
             self.state.draws[choice] += 1
-            document = self._drawn(choice)
+            document = self._read_last_draw(choice)
             if self._has_target(document):
                 self._document, self.state.domain = document, choice
                 break
             self.state.skipped += 1
-            barren += 1
-            if not self.once and barren > 1000 + self.domains[choice].num_documents:
+            skipped_in_a_row += 1
+            # A skipped document fills no position, so the same domain is chosen again: without a limit, for ever.
+            if not self.single_pass and skipped_in_a_row > 1000 + self.domains[choice].num_documents:
                 raise RefusedInput(
-                    f"domain {self.domains[choice].name!r}: none of {barren} documents drawn in a row has a token to "
-                    f"train on within {self.seq_len} positions; check the domain's loss_mask, or raise seq_len"
+                    f"domain {self.domains[choice].name!r}: none of {skipped_in_a_row} documents drawn in a row has a "
+                    f"token to train on within {self.seq_len} positions; check the domain's loss_mask, or raise seq_len"
                 )
         return self._document
 
-    def _drawn(self, domain: int) -> Document:
-        """The last document drawn from `domain`."""
-        return self.domains[domain].document(self.index + (self.state.draws[domain] - 1) * self.num_lanes)
+    def _read_last_draw(self, domain: int) -> Document:
+        """Return the document drawn last from `domain`."""
+        return self.domains[domain].read_document(self.index + (self.state.draws[domain] - 1) * self.num_lanes)
 
-    def _furthest_behind(self) -> int | None:
+    def _choose_domain(self) -> int | None:
+        """Return the domain with the largest deficit; None: a single pass has used up all documents."""
         tokens = self.state.tokens
         total = sum(tokens)
         best, best_deficit = None, -math.inf
         for d, domain in enumerate(self.domains):
-            if self.once and self.index + self.state.draws[d] * self.num_lanes >= domain.num_documents:
+            if self.single_pass and self.index + self.state.draws[d] * self.num_lanes >= domain.num_documents:
                 continue
-            deficit = self.weights[d] * total - tokens[d] + self.head_start[d]
+            deficit = self.weights[d] * total - tokens[d] + self.initial_deficits[d]
             if deficit > best_deficit:
                 best, best_deficit = d, deficit
         return best
 
     def _has_target(self, document: Document) -> bool:
+        """Return whether one of the document's first L pairs counts in the loss."""
         if document.loss_mask is None:
             return document.num_pairs > 0
         return bool(document.loss_mask[1 : self.seq_len + 1].any())
 
 
-def fill(
+def write_sequence(
     segments: Sequence[Segment],
     input_L: NDArray[np.int64],
     positions_L: NDArray[np.int64],
     labels_L: NDArray[np.int64],
     pad_token_id: int,
 ) -> None:
-    """Write one sequence (all arrays int64 [L], overwritten) from its segments.
+    """Write one sequence into the three arrays, from its segments.
 
-    Positions count from 0 in every segment, also in one that continues a text of the sequence before: attention cannot
-    reach back there, so to the model it is the beginning of a document, and torchtitan tells documents apart by
-    position 0. Labels are IGNORE_INDEX where the loss mask of the label's token is 0. The padding is a document of its
-    own.
+    Positions count from 0 in every segment, because torchtitan takes position 0 for the start of a document. This holds
+    also for a segment that continues a text of the sequence before: attention cannot reach back there, so for the model
+    a new document begins. Labels are IGNORE_INDEX where the loss mask of the label's token is 0. The padding is a
+    document of its own.
+
+    Args:
+        segments: parts of documents, from `Lane.next_sequence`.
+        input_L: receives the token ids.
+        positions_L: receives each token's position in its segment.
+        labels_L: receives the next token's id, or IGNORE_INDEX.
+        pad_token_id: token id of the padding.
     """
     at = 0
     for (tokens, loss_mask), begin, end in (
@@ -181,23 +211,23 @@ def fill(
     positions_L[at:] = np.arange(len(positions_L) - at)
 
 
-def head_starts(domains: Sequence[Domain], weights: Sequence[float], num_lanes: int) -> list[list[float]]:
-    """By lane and domain: how many tokens the domain is behind its share when the lane begins.
+def compute_initial_deficits(domains: Sequence[Domain], weights: Sequence[float], num_lanes: int) -> list[list[float]]:
+    """Return by lane and domain how many tokens the domain is below its share when the lane begins.
 
-    Lanes that all began at zero would go through the mixture in step: a first batch of web only, a second of math. So
-    each begins at another point of one imagined past, with the document drawn there. In that past every document has
-    its domain's mean length, and the points are spread over the time the rarest domain takes to come round. Lane 0
-    begins at zero.
+    Lanes that all began with deficits of 0 would draw the same domains at the same time: one batch would hold only web,
+    the next one only math. So each lane begins at another point of a simulated run of one lane. In the simulation every
+    document has its domain's mean length. The lanes' points are spread evenly over one cycle, the number of tokens from
+    one document of the rarest domain to the next. Lane 0 begins with deficits of 0.
     """
     means = [domain.mean_tokens for domain in domains]
     cycle = max(mean / weight for mean, weight in zip(means, weights, strict=True))
     tokens, total = [0.0] * len(domains), 0.0
-    starts: list[list[float]] = []
-    while len(starts) < num_lanes:
-        behind = [weight * total - t for weight, t in zip(weights, tokens, strict=True)]
-        d = behind.index(max(behind))
+    initial_deficits: list[list[float]] = []
+    while len(initial_deficits) < num_lanes:
+        deficits = [weight * total - t for weight, t in zip(weights, tokens, strict=True)]
+        d = deficits.index(max(deficits))
         tokens[d] += means[d]
         total += means[d]
-        while len(starts) < num_lanes and cycle * len(starts) / num_lanes < total:
-            starts.append(behind)
-    return starts
+        while len(initial_deficits) < num_lanes and cycle * len(initial_deficits) / num_lanes < total:
+            initial_deficits.append(deficits)
+    return initial_deficits

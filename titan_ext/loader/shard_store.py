@@ -1,15 +1,17 @@
-"""The shards of one MDS folder, local or remote: fetched ahead, unpacked in a cache, hashed before their first use.
+"""The shards of one MDS folder, local or remote: fetched ahead, decompressed into a cache, hashed before first use.
 
-Shard files, download and decompression are mosaicml-streaming's (`Stream`, `MDSReader`); `StreamingDataset` is not
-used, so there is no shared memory a killed run could leave behind. What streaming leaves open is closed here:
+mosaicml-streaming's `Stream` and `MDSReader` download, decompress and read the shards. Its `StreamingDataset` is not
+used, because it keeps state in shared memory that a killed run leaves behind. This module adds three things:
 
-- It validates a shard only while fetching it. Here every raw shard is hashed against index.json before its first use
-  in a process, and a bad copy in the cache is fetched again.
-- It decompresses beside the source. Here compressed shards are unpacked in a cache folder named after the index's
-  hash, so a source is never written to, two data sets never mix, and the processes of a machine share one copy (and
-  one page cache).
-- Its cache takes no account of processes that prepare the same shard at once: here they take a file lock, which also
-  keeps others from making room with a shard that is being fetched.
+- streaming validates a shard only while it fetches it. This module hashes every raw shard against index.json before
+  its first use in a process, and fetches a damaged copy in the cache again.
+- streaming decompresses a shard beside its source. This module decompresses into a cache folder named after the
+  index's hash. So it never writes to a source, two data sets never mix in one folder, and all processes of a machine
+  share one copy (and one page cache).
+- streaming does not expect two processes to prepare the same shard at once. Here they take a file lock. The lock also
+  keeps other processes from deleting a shard that is being fetched.
+
+It imports no torchtitan, so that a program that only reads shards starts fast.
 """
 
 import contextlib
@@ -32,56 +34,66 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream
-from streaming.base.format.mds import MDSReader
-from streaming.base.storage import CloudDownloader
-from streaming.base.world import World
 
-from core.errors import RefusedInput
+from core import atomic
+from core.errors import DamagedData, RefusedInput
+from core.samples import SFT_COLUMNS, SHARD_HASH, VOCABULARY_KEY
+from titan_ext.compat import download_file, load_shard_readers
 
 log = logging.getLogger(__name__)
 
-HASH = "xxh64"
-COLUMNS = {"tokens": "ndarray:uint32", "loss_mask": "ndarray:uint8"}
-VOCABULARY_KEY = "vocabulary_sha256"
-"""Key of index.json: what the token ids mean (`vocabulary_sha256` of streaming_loader)."""
 CACHE_SUFFIX = ".shardcache"
+"""Ending of the name of a domain's cache folder."""
 NUM_LOCKS = 64
 NUM_WORKERS = 4
-"""Threads of a process that fetch, unpack and hash shards ahead of the loader, over all its domains."""
-DOWNLOAD_SECONDS = 600
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Number of threads in a process that prepare shards ahead of the loader, over all its domains."""
+DOWNLOAD_TIMEOUT = 600
+"""Time limit for the download of one shard, in seconds."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardStore:
-    """Samples of one MDS folder by shard and index.
-
-    `source` is a folder or an address streaming can download from; `cache` is where unpacked shards live, those longest
-    unused dropped beyond `cache_bytes`. Raises RefusedInput for a folder that cannot be trained on: no index.json, not
-    the sample schema {tokens: uint32[, loss_mask: uint8]}, no hashes.
+    """Reads the samples of one MDS folder by shard and index.
 
     Attributes:
-        fingerprint: hash of index.json.
-        vocabulary: what index.json says its token ids mean; None where it does not say.
-        sizes: int64 [S], samples a shard.
-        num_bytes: uncompressed size of all shards.
+        source: folder or address of the shards.
+        fingerprint: first 16 hexadecimal digits of the SHA-256 of index.json.
+        vocabulary: `core.samples.hash_vocabulary` of the tokenizer that made the tokens, from index.json; None where
+            index.json does not state it.
+        sizes: int64 [S], number of samples in each shard.
+        num_bytes: uncompressed size of all shards, in bytes.
     """
 
     def __init__(self, name: str, source: str, cache: Path, cache_bytes: int):
+        """Read the folder's index.json.
+
+        Args:
+            name: name of the domain; it begins the name of its cache folder.
+            source: a folder, or an address that streaming can download from.
+            cache: folder for decompressed shards; several processes may share it. Uncompressed local shards are read
+                in place.
+            cache_bytes: limit for the raw shards in `cache`, in bytes. The shards not used for the longest time are
+                deleted first.
+
+        Raises:
+            RefusedInput: the folder cannot be read as training data: it has no index.json, other columns than
+                {tokens: uint32[, loss_mask: uint8]}, or no hashes.
+            OSError: the disk of `cache` is full.
+        """
         self.source = source
         self._cache, self._cache_bytes = cache, cache_bytes
         content = _read_index(source)
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         index = _parse_index(source, content)
-        self.vocabulary = index.get(VOCABULARY_KEY)
+        self.vocabulary: str | None = index.get(VOCABULARY_KEY)
         self._in_place = not is_remote(source) and not any(shard["zip_data"] for shard in index["shards"])
         if self._in_place:
             self._local = source
         else:
             self._local = str(cache / f"{name}-{self.fingerprint}{CACHE_SUFFIX}")
-            _write_whole(Path(self._local) / "index.json", content)
+            _write_index(Path(self._local) / "index.json", content)
         self._streams = threading.local()
-        # A world of one: the index is in place, so no process has to wait for another.
-        self._readers: list[MDSReader] = self._stream().get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)
+        self._readers = load_shard_readers(self._thread_stream())
         self.sizes: NDArray[np.int64] = np.array([reader.samples for reader in self._readers], np.int64)
         self.num_bytes = sum(reader.raw_data.bytes for reader in self._readers)
         self._verified: set[int] = set()
@@ -89,137 +101,153 @@ class ShardStore:
 
     @property
     def column_names(self) -> list[str]:
-        """`tokens`, and `loss_mask` for conversations."""
+        """Names of a sample's columns: `tokens`, and `loss_mask` for conversations."""
         return self._readers[0].column_names
 
     def path(self, shard: int) -> Path:
-        """Where the raw shard lies, or will."""
+        """Return the path of the raw shard; the file need not be there yet."""
         return Path(self._local) / self._readers[shard].raw_data.basename
 
-    def read(self, shard: int, index: int) -> dict:
-        """Sample `index` of a shard; ValueError where the shard is damaged and cannot be fetched again."""
+    def read(self, shard: int, index: int) -> dict[str, NDArray]:
+        """Return one sample, by column: `tokens` uint32 [n] and, for conversations, `loss_mask` uint8 [n].
+
+        Raises:
+            DamagedData: the shard is damaged or missing and cannot be fetched again.
+            OSError: the disk of the cache is full.
+        """
         while True:
             try:
                 self._prepare(shard)
                 return self._readers[shard].get_item(index)
-            except FileNotFoundError:  # this or another process made room in the cache since: fetch it again
+            except FileNotFoundError:
+                # This or another process has deleted the shard to stay within `cache_bytes`: fetch it again.
                 self._verified.discard(shard)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Have the shards prepared by the process's workers, unless the cache is too small to hold them for long."""
+        """Start to prepare the shards in the worker threads. Do nothing if they would fill the cache.
+
+        A shard is deleted again soon where the prefetched ones take more than a quarter of `cache_bytes`.
+        """
         shards = [shard for shard in shards if shard not in self._verified]
         if 4 * sum(self._readers[shard].raw_data.bytes for shard in shards) <= self._cache_bytes:
             for shard in shards:
-                _workers().submit(self._prepare_ahead, shard)
+                _worker_pool().submit(self._prepare_ahead, shard)
 
     def _prepare_ahead(self, shard: int) -> None:
-        if _is_ending():
+        if _is_process_ending():
             return
         try:
             self._prepare(shard)
         except Exception as error:
-            # It shows again, and is raised, when the shard is read.
+            # The same error is raised to the caller when the shard is read.
             log.warning("a shard could not be fetched ahead: %s", error)
 
-    def _stream(self) -> Stream:
-        """This thread's: its downloader is not made for several."""
+    def _thread_stream(self) -> Stream:
+        """Return the calling thread's stream. A stream's downloader cannot be shared between threads."""
         if not hasattr(self._streams, "stream"):
             self._streams.stream = Stream(
                 remote=None if self._in_place else self.source,
                 local=self._local,
                 download_retry=2,
-                download_timeout=DOWNLOAD_SECONDS,
-                validate_hash=HASH,
+                download_timeout=DOWNLOAD_TIMEOUT,
+                validate_hash=SHARD_HASH,
                 keep_zip=False,
             )
         return self._streams.stream
 
     def _prepare(self, shard: int) -> None:
-        """Have the raw shard in place, its hash checked in this process."""
+        """Put the raw shard in its place, and check its hash once in this process."""
         with self._locks[shard % NUM_LOCKS]:
             if shard in self._verified:
                 return
-            if _is_ending():
+            if _is_process_ending():
                 raise RuntimeError(f"shard {self.path(shard)} is not prepared: the process is ending")
             if not self._is_intact(shard):
                 if self._in_place:
-                    raise RefusedInput(
-                        f"shard {self.path(shard)} is damaged or missing: its {HASH} is not the one in index.json. "
-                        "Restore the file from where it was written, or run the data step again"
+                    raise DamagedData(
+                        f"shard {self.path(shard)} is damaged or missing: its {SHARD_HASH} is not the one in "
+                        "index.json. Restore the file from where it was written, or run the data step again"
                     )
                 self._fetch(shard)
             if not self._in_place:
-                os.utime(self.path(shard))  # recently used: last to be dropped
+                os.utime(self.path(shard))  # the time of last use, by which `_evict_shards` chooses
             self._verified.add(shard)
 
     def _fetch(self, shard: int) -> None:
+        """Download and decompress a shard into the cache."""
         reader, path = self._readers[shard], self.path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
-            if self._is_intact(shard):  # another process was first
+        with _lock_shard(path):
+            if self._is_intact(shard):  # another process has fetched it meanwhile
                 return
-            _make_room(self._cache, self._cache_bytes - reader.raw_data.bytes, keep=path)
-            # streaming trusts what is there, also what a killed process left: begin with nothing.
+            _evict_shards(self._cache, self._cache_bytes - reader.raw_data.bytes, keep=path)
+            # streaming takes any file that is there for a complete one, also what a killed process left behind.
             files = [path, *([path.with_name(reader.zip_data.basename)] if reader.zip_data else [])]
             leftovers = [*files, *(file.with_name(f"{file.name}.tmp") for file in files)]
             for leftover in leftovers:
                 leftover.unlink(missing_ok=True)
             try:
-                self._stream().prepare_shard(reader)
-            except Exception as error:  # every store has exceptions of its own
+                self._thread_stream().prepare_shard(reader)
+            except Exception as error:  # each store's client has exception types of its own
                 for leftover in leftovers:
                     leftover.unlink(missing_ok=True)
-                raise self._explain(shard, error) from error
+                raise self._explain_fetch_error(shard, error) from error
             if not self._is_intact(shard):
-                raise RefusedInput(f"shard {path} does not have the {HASH} that {self.source}/index.json states")
+                raise DamagedData(
+                    f"shard {path} does not have the {SHARD_HASH} that {self.source}/index.json states. Restore the "
+                    "folder from where it was written, or run the data step again"
+                )
 
-    def _explain(self, shard: int, error: Exception) -> Exception:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return _no_room(self.path(shard), error)
+    def _explain_fetch_error(self, shard: int, error: Exception) -> Exception:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            return _explain_full_disk(self.path(shard), error)
         file = self._readers[shard].zip_data or self._readers[shard].raw_data
-        return ValueError(
+        return DamagedData(
             f"shard {self.source}/{file.basename} is damaged, missing or out of reach at its source "
             f"({type(error).__name__}: {error}). Restore the file, or run the data step again"
         )
 
     def _is_intact(self, shard: int) -> bool:
+        """Return whether the raw shard is there with the hash and the number of samples that index.json states."""
         try:
             data = self.path(shard).read_bytes()
         except FileNotFoundError:
             return False
         reader = self._readers[shard]
-        # An MDS file begins with its number of samples, which also shows an index that counts others.
+        # An MDS file begins with its number of samples as a 32-bit integer. Comparing it finds an index.json that
+        # states another number.
         counted = int.from_bytes(data[:4], "little") == reader.samples
-        return counted and xxhash.xxh64(data).hexdigest() == reader.raw_data.hashes[HASH]
+        return counted and xxhash.xxh64(data).hexdigest() == reader.raw_data.hashes[SHARD_HASH]
 
 
 @functools.cache
-def _workers() -> ThreadPoolExecutor:
-    """The process's threads that prepare shards ahead.
+def _worker_pool() -> ThreadPoolExecutor:
+    """Return the process's pool of threads that prepare shards ahead.
 
-    Not daemons: the interpreter would cut those off within native code, which can abort the process. It waits for an
-    executor's threads, and `_is_ending` keeps that short: the shards they are at and no further one.
+    They are not daemon threads. The interpreter stops daemon threads inside native code when it ends, which can abort
+    the process. It waits for the threads of an executor instead, and `_is_process_ending` keeps that wait short: each
+    thread finishes the shard it works on and begins no other.
     """
     return ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="shard-worker")
 
 
-def _is_ending() -> bool:
-    """Whether the program has come to its end and only its threads are left."""
+def _is_process_ending() -> bool:
+    """Return whether the main thread has ended and the interpreter only waits for the other threads."""
     return not threading.main_thread().is_alive()
 
 
 def is_remote(source: str) -> bool:
-    """Whether `source` is an address (s3://, gs://, hf://, ...) and not a path of this machine."""
+    """Return whether `source` is an address (s3://, gs://, hf://, ...) and not a path of this machine."""
     return bool(urlparse(source).scheme)
 
 
 def default_cache() -> Path:
-    """Where unpacked shards go unless a folder is named: the user's part of the machine's temporary directory."""
+    """Return the cache folder for when none is named: one for each user below the machine's temporary directory."""
     return Path(tempfile.gettempdir()) / f"mobilemoe-shards-{os.getuid()}"
 
 
 def _read_index(source: str) -> bytes:
-    """index.json as it is at the source now; never a cached one, which may belong to an older data set."""
+    """Return index.json as it is at the source now. A cached one may belong to an older data set."""
     if not is_remote(source):
         path = Path(source) / "index.json"
         if not path.is_file():
@@ -228,8 +256,8 @@ def _read_index(source: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "index.json"
         try:
-            CloudDownloader.direct_download(f"{source}/index.json", str(local))
-        except Exception as error:  # every store has exceptions of its own
+            download_file(f"{source}/index.json", local)
+        except Exception as error:  # each store's client has exception types of its own
             raise RefusedInput(
                 f"{source}/index.json is missing or out of reach ({type(error).__name__}: {error}): a domain is a "
                 "folder written by MDSWriter; check the address and the credentials"
@@ -249,42 +277,44 @@ def _parse_index(source: str, content: bytes) -> dict:
 
 def _check_shard(source: str, shard: dict) -> None:
     columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-    if "tokens" not in columns or any(COLUMNS.get(name) != encoding for name, encoding in columns.items()):
+    if "tokens" not in columns or any(SFT_COLUMNS.get(name) != encoding for name, encoding in columns.items()):
         raise RefusedInput(
-            f"{source}: samples have the columns {columns}, not {COLUMNS} (loss_mask for conversations only)"
+            f"{source}: samples have the columns {columns}, not {SFT_COLUMNS} (loss_mask for conversations only)"
         )
-    if any(HASH not in file["hashes"] for file in (shard["raw_data"], shard["zip_data"]) if file):
-        raise RefusedInput(f"{source}: index.json has no {HASH} of its shards; write them with hashes=['{HASH}']")
+    if any(SHARD_HASH not in file["hashes"] for file in (shard["raw_data"], shard["zip_data"]) if file):
+        raise RefusedInput(
+            f"{source}: index.json has no {SHARD_HASH} of its shards; write them with hashes=['{SHARD_HASH}']"
+        )
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees all of it or the file of before, also with several writers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and path.read_bytes() == data:
+def _write_index(path: Path, content: bytes) -> None:
+    """Write index.json into the cache, unless it is there already. Several processes may do it at once."""
+    if path.is_file() and path.read_bytes() == content:
         return
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".index-", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-        except OSError as error:
-            Path(file.name).unlink()
-            raise _no_room(path, error) from error
-    os.replace(file.name, path)
+    try:
+        atomic.write_bytes(path, content)
+    except OSError as error:
+        if error.errno in DISK_FULL_ERRNOS:
+            raise _explain_full_disk(path, error) from error
+        raise
 
 
-def _no_room(path: Path, error: OSError) -> OSError:
+def _explain_full_disk(path: Path, error: OSError) -> OSError:
     return OSError(
         error.errno, f"cannot write {path} ({error}). Make room there, or name another folder as the loader's `local`"
     )
 
 
-def _make_room(cache: Path, limit: int, keep: Path) -> None:
-    """Delete the raw shards longest unused until `limit` bytes are left. A reader that loses one fetches it again."""
+def _evict_shards(cache: Path, limit: int, keep: Path) -> None:
+    """Delete the raw shards not used for the longest time until the cache holds at most `limit` bytes.
+
+    A process that still needs a deleted shard fetches it again.
+    """
     files = []
     for path in cache.glob(f"*{CACHE_SUFFIX}/*.mds"):
         try:
             stat = path.stat()
-        except FileNotFoundError:  # another process is making room too
+        except FileNotFoundError:  # another process deletes shards too
             continue
         files.append((stat.st_mtime_ns, stat.st_size, path))
     excess = sum(size for _, size, _ in files) - limit
@@ -293,11 +323,14 @@ def _make_room(cache: Path, limit: int, keep: Path) -> None:
             break
         if path == keep:
             continue
-        with contextlib.suppress(Timeout), _lock(path, timeout=0):  # locked: another process is fetching it
+        with contextlib.suppress(Timeout), _lock_shard(path, timeout=0):  # locked: another process is fetching it
             path.unlink(missing_ok=True)
             excess -= size
 
 
-def _lock(path: Path, timeout: float = -1) -> FileLock:
-    """Held by whoever writes or deletes the shard at `path`; a few lock files serve all shards of a folder."""
+def _lock_shard(path: Path, timeout: float = -1) -> FileLock:
+    """Return the file lock to hold while the shard at `path` is written or deleted.
+
+    A few lock files serve all shards of a folder. The kernel releases them when a process is killed.
+    """
     return FileLock(path.parent / f".lock-{zlib.crc32(path.name.encode()) % NUM_LOCKS}", timeout=timeout)

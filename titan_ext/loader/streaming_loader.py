@@ -1,13 +1,14 @@
 """torchtitan dataloader over MDS shards: token-exact mixture, packed documents, the same order on any number of ranks.
 
-A document goes shard (titan_ext/loader/domain.py) -> lane (titan_ext/loader/packing.py) -> micro-batch (here). Shape legend: B
-sequences of a micro-batch (torchtitan's local batch), L tokens of a sequence; G sequences of a global batch, R data-
-parallel ranks.
+`titan_ext.loader.domain` reads the documents out of the shards, a lane of `titan_ext.loader.packing` packs them into
+sequences, and this module puts the sequences together into micro-batches. A lane is the stream of all sequences at one
+row of the global batch.
+
+Shape legend: B sequences of a micro-batch (torchtitan's local batch), L tokens of a sequence, G sequences of a global
+batch, R data-parallel ranks.
 """
 
-import hashlib
 import json
-import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,53 +24,56 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from core.errors import RefusedInput
+from titan_ext.loader.config_checks import check_batch_shape, check_cache, check_domains, check_mixture, check_tokenizer
 from titan_ext.loader.domain import Domain, list_domains
-from titan_ext.loader.packing import Lane, LaneState, Segment, fill, head_starts
-from titan_ext.loader.shard_store import VOCABULARY_KEY, default_cache, is_remote
+from titan_ext.loader.packing import Lane, LaneState, Segment, compute_initial_deficits, write_sequence
+from titan_ext.loader.shard_store import default_cache, is_remote
 
 PREFETCH_BATCHES = 4
-"""Micro-batches prepared ahead of the training loop."""
+"""Number of micro-batches prepared ahead of the training loop."""
 
 
 class _Batch(NamedTuple):
     inputs: dict[str, torch.Tensor]
     labels_BL: torch.Tensor
     states: dict[int, LaneState]
-    """By lane: where it stands after this batch."""
+    """Lane -> its state after this batch."""
 
 
 class StreamingLoader(BaseDataLoader):
-    """Yields ({"input": int64 [B, L], "positions": int64 [B, L]}, labels int64 [B, L], -100 where nothing is
-    predicted).
+    """The loader yields ({"input": int64 [B, L], "positions": int64 [B, L]}, labels int64 [B, L]).
 
-    Micro-batch a of a step on rank r holds the sequences (a * R + r) * B ... + B - 1 of the global batch, so the
+    Labels are -100 where the position has no part in the loss.
+
+    Micro-batch a of a step on rank r holds the B sequences from number (a * R + r) * B on of the global batch. So the
     global batch, in the order micro-batch, rank, row, is the same for every R and B. With `infinite=False` every
-    document comes once; the last micro-batch is filled up with sequences of padding, and all ranks stop after the same
-    number of micro-batches.
+    document comes once. The last micro-batch is then filled up with sequences of padding, and all ranks stop after the
+    same number of micro-batches.
 
-    `iter()` goes on after the last batch taken, and what was prefetched beyond it is prepared again; after the end of a
-    finite pass it starts over. Only the newest iterator may be used.
+    `iter()` continues after the last batch taken; batches that were prefetched beyond it are prepared again. After the
+    end of a finite pass it begins the next pass. Only the newest iterator may be used.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         shards: str
-        """Folder or address of a stage: one MDS folder a domain."""
+        """Folder or address of a stage, with one MDS folder for each domain."""
         local: str = ""
-        """Cache folder for shards that are remote or compressed; empty: a folder under the machine's temporary
+        """Cache folder for shards that are remote or compressed. Empty: a folder below the machine's temporary
         directory.
         """
         mixture: dict[str, float] = field(default_factory=dict)
-        """Domain -> share of the tokens, sums to 1. Empty: all domains of a local folder by their size."""
+        """Domain -> share of the tokens; the shares sum to 1. Empty: all domains of a local folder by their size."""
         global_batch_size: Annotated[int, tyro.conf.Suppress] = 0
-        """G: sequences a step over all ranks. The trainer sets it from the training config."""
+        """Number of sequences a step over all ranks, G. The trainer sets it from the training config."""
         seed: int = 0
-        """Of the order of documents."""
+        """Seed of the order of documents."""
         pad_token_id: int
         infinite: bool = True
-        """Go through the documents again and again; otherwise one pass."""
+        """Go through the documents again and again; otherwise make one pass."""
         cache_bytes: int = 64 << 30
-        """Raw shards kept in `local`, over all domains; those longest unused are dropped beyond it."""
+        """Limit for the raw shards in `local`, over all domains, in bytes. The shards not used for the longest time are
+        deleted first."""
 
     def __init__(
         self,
@@ -82,38 +86,55 @@ class StreamingLoader(BaseDataLoader):
         tokenizer: BaseTokenizer | None = None,
         snapshot_every_n_steps: int | None = None,
     ):
-        """`tokenizer` is compared with the one that made the shards; `snapshot_every_n_steps` is what torchtitan hands
-        every loader, but the state is exact at every batch. Raises RefusedInput for what cannot be trained on, naming the
-        field.
+        """Open the domains and check the configuration.
+
+        Args:
+            config: the loader's configuration.
+            dp_world_size: number of data-parallel ranks, R.
+            dp_rank: this rank, from 0 to R - 1.
+            seq_len: tokens of a sequence, L.
+            local_batch_size: sequences of a micro-batch, B.
+            tokenizer: tokenizer of the run; it must be the one that made the shards. None: it is not checked.
+            snapshot_every_n_steps: ignored. torchtitan gives it to every loader, but this loader's state is exact after
+                every batch.
+
+        Raises:
+            RefusedInput: the configuration or the shards cannot be trained on; the message names the field.
         """
-        _check_shape(config, dp_world_size, dp_rank, seq_len, local_batch_size)
+        assert 0 <= dp_rank < dp_world_size, (dp_rank, dp_world_size)
+        check_batch_shape(config.global_batch_size, dp_world_size, local_batch_size, seq_len)
+        check_cache(config.local, config.cache_bytes, config.shards)
         self._config = config
         self._dp_world_size, self._dp_rank, self._seq_len, self._local_batch_size = (
             dp_world_size, dp_rank, seq_len, local_batch_size,
         )  # fmt: skip
         self._domains = _open_domains(config)
-        _check_tokenizer(self._domains, tokenizer)
-        self._mixture = _mixture(config, self._domains)
-        # One pass is one lane dealt to all ranks: they then agree on its end without talking to each other.
+        check_tokenizer(self._domains, tokenizer)
+        self._mixture = _resolve_mixture(config, self._domains)
+        # A finite pass has one lane, which every rank packs. So all ranks agree on its end without communication.
         self._num_lanes = config.global_batch_size if config.infinite else 1
         self._packer = _new_packer()
         self._rewind()
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         self._end_iteration()
-        return self._batches(self._packer)
+        return self._iterate(self._packer)
 
     def state_dict(self) -> dict[str, Any]:
-        """One entry a lane of this rank, and two that all ranks share: torch.distributed.checkpoint merges them by
-        key, and a run on another number of ranks asks for the lanes it then has.
+        """Return the state after the last batch taken.
+
+        It has one entry for each lane of this rank, and two entries that are the same on all ranks.
+        torch.distributed.checkpoint merges the entries of all ranks by their keys. A run on another number of ranks
+        loads the entries of its own lanes.
         """
-        lanes = {self._lane_key(j): json.dumps(asdict(self._states[j])) for j in self._own_lanes()}
-        return {"sequences": self._sequences, "identity": json.dumps(self._identity()), **lanes}
+        lanes = {self._name_lane(j): json.dumps(asdict(self._states[j])) for j in self._list_own_lanes()}
+        return {"sequences": self._sequences, "identity": json.dumps(self._describe_order()), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; an empty one is the beginning.
+        """Continue where `state_dict` was taken; an empty one means the beginning.
 
-        Raises RefusedInput where it belongs to other data or another batch shape, naming what differs.
+        Raises:
+            RefusedInput: the state belongs to other data or another batch shape; the message names the difference.
         """
         self._end_iteration()
         self._rewind()
@@ -128,20 +149,24 @@ class StreamingLoader(BaseDataLoader):
                 "cannot begin there. Resume with the ranks and local_batch_size of before, or from a checkpoint "
                 "between two steps"
             )
-        missing = [key for key in map(self._lane_key, self._own_lanes()) if key not in state_dict]
+        missing = [key for key in map(self._name_lane, self._list_own_lanes()) if key not in state_dict]
         if missing:
             raise RefusedInput(f"the loader's state lacks {missing[0]}: merge the states of all ranks it was taken on")
         self._sequences = state_dict["sequences"]
-        for j in self._own_lanes():
-            self._states[j] = LaneState(**json.loads(state_dict[self._lane_key(j)]))
+        for j in self._list_own_lanes():
+            self._states[j] = LaneState(**json.loads(state_dict[self._name_lane(j)]))
 
     def statistics(self) -> dict[str, Any]:
-        """What this rank's lanes have yielded so far, over resumes; in a finite pass what all ranks have.
+        """Count what this rank's lanes have yielded since the first step of the stage, resumes included.
 
-        {"sequences", "padding" (share of positions), "truncated", "skipped" (documents), and by domain "tokens"
-        (positions) and "epochs" (documents drawn, over all lanes at this rank's rate, per documents there are)}.
+        In a finite pass the counts are those of all ranks, because every rank packs the only lane.
+
+        Returns:
+            {"sequences", "padding": share of the positions, "truncated" and "skipped": documents, "tokens": {domain:
+            positions}, "epochs": {domain: documents drawn by all lanes, estimated from this rank's, divided by the
+            domain's number of documents}}.
         """
-        states = [self._states[j] for j in self._own_lanes()]
+        states = [self._states[j] for j in self._list_own_lanes()]
         total = Counter()
         for state in states:
             total.update(
@@ -161,23 +186,26 @@ class StreamingLoader(BaseDataLoader):
         }
 
     def _rewind(self) -> None:
-        """State of the batches handed out: there are none."""
+        """Set the state to the beginning: no batch was taken."""
         zeros = [0] * len(self._domains)
         self._sequences, self._ended = 0, False
-        self._states = {j: LaneState(draws=list(zeros), tokens=list(zeros)) for j in self._own_lanes()}
+        self._states = {j: LaneState(draws=list(zeros), tokens=list(zeros)) for j in self._list_own_lanes()}
 
-    def _own_lanes(self) -> list[int]:
+    def _list_own_lanes(self) -> list[int]:
+        """Return the numbers of the lanes that this rank packs."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         if not self._config.infinite:
             return [0]
         return [j for j in range(self._num_lanes) if j // B % R == r]
 
-    def _lane_key(self, lane: int) -> str:
-        # With their number in the name, a checkpoint of another global batch size is refused by DCP with a telling key.
+    def _name_lane(self, lane: int) -> str:
+        """Return the key of a lane's entry in the state."""
+        # DCP refuses a checkpoint of another global batch size with a missing key. The number of lanes in the key makes
+        # that message clear.
         return f"lane_{lane:05d}_of_{self._num_lanes:05d}"
 
-    def _identity(self) -> dict[str, Any]:
-        """All that the order of the sequences depends on."""
+    def _describe_order(self) -> dict[str, Any]:
+        """Return all settings that the order of the sequences depends on. A state is valid for the same ones only."""
         return {
             "seed": self._config.seed,
             "seq_len": self._seq_len,
@@ -188,7 +216,7 @@ class StreamingLoader(BaseDataLoader):
         }
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
-        own = self._identity()
+        own = self._describe_order()
         differing = [
             f"{name}: {saved.get(name)} in the checkpoint, {own[name]} now"
             for name in own
@@ -203,20 +231,21 @@ class StreamingLoader(BaseDataLoader):
             )
 
     def _end_iteration(self) -> None:
-        """The iterator there is, if any, is over, and the batches prepared for it are forgotten."""
+        """End the present iterator, if there is one, and drop the batches that were prepared for it."""
         self._packer.shutdown(wait=False, cancel_futures=True)
         self._packer = _new_packer()
 
-    def _batches(self, packer: ThreadPoolExecutor) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def _iterate(self, packer: ThreadPoolExecutor) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Yield batches that the thread of `packer` prepares, until the pass ends or `packer` is replaced."""
         if self._ended:
             self._rewind()
-        once, weights = not self._config.infinite, list(self._mixture.values())
-        starts = head_starts(self._domains, weights, self._num_lanes)
+        single_pass, weights = not self._config.infinite, list(self._mixture.values())
+        deficits = compute_initial_deficits(self._domains, weights, self._num_lanes)
         lanes = {
-            j: Lane(j, self._num_lanes, self._domains, weights, self._seq_len, once, starts[j], state)
+            j: Lane(j, self._num_lanes, self._domains, weights, self._seq_len, single_pass, deficits[j], state)
             for j, state in self._states.items()
         }
-        source = self._pack_once(lanes) if once else self._pack_endlessly(lanes, self._sequences)
+        source = self._pack_single_pass(lanes[0]) if single_pass else self._pack_endlessly(lanes, self._sequences)
         ahead: deque[Future[_Batch | None]] = deque()
         try:
             while True:
@@ -228,6 +257,8 @@ class StreamingLoader(BaseDataLoader):
                 if batch is None:
                     self._ended = True
                     return
+                # The state moves when a batch is taken and not when it is packed, so a checkpoint never skips the
+                # batches that are still waiting.
                 self._sequences += self._dp_world_size * self._local_batch_size
                 self._states.update(batch.states)
                 yield batch.inputs, batch.labels_BL
@@ -235,111 +266,53 @@ class StreamingLoader(BaseDataLoader):
             packer.shutdown(wait=False, cancel_futures=True)
 
     def _pack_endlessly(self, lanes: dict[int, Lane], sequences: int) -> Iterator[_Batch]:
+        """Yield micro-batches without end, of which `sequences` sequences (over all ranks) have been yielded before."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             first = sequences % self._num_lanes + r * B
             rows = [lanes[j].next_sequence() for j in range(first, first + B)]
-            yield self._batch(rows, {j: deepcopy(lanes[j].state) for j in range(first, first + B)})
+            yield self._make_batch(rows, {j: deepcopy(lanes[j].state) for j in range(first, first + B)})
             sequences += R * B
 
-    def _pack_once(self, lanes: dict[int, Lane]) -> Iterator[_Batch]:
+    def _pack_single_pass(self, lane: Lane) -> Iterator[_Batch]:
+        """Yield this rank's micro-batches of one pass. Every rank packs all sequences and keeps its own."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
-            rows = [lanes[0].next_sequence() for _ in range(R * B)]
+            rows = [lane.next_sequence() for _ in range(R * B)]
             if not rows[0]:
                 return
-            yield self._batch(rows[r * B : (r + 1) * B], {0: deepcopy(lanes[0].state)})
+            yield self._make_batch(rows[r * B : (r + 1) * B], {0: deepcopy(lane.state)})
 
-    def _batch(self, rows: list[list[Segment]], states: dict[int, LaneState]) -> _Batch:
+    def _make_batch(self, rows: list[list[Segment]], states: dict[int, LaneState]) -> _Batch:
         input_BL, positions_BL, labels_BL = np.empty((3, self._local_batch_size, self._seq_len), np.int64)
         for b, segments in enumerate(rows):
-            fill(segments, input_BL[b], positions_BL[b], labels_BL[b], self._config.pad_token_id)
+            write_sequence(segments, input_BL[b], positions_BL[b], labels_BL[b], self._config.pad_token_id)
         inputs = {"input": torch.from_numpy(input_BL), "positions": torch.from_numpy(positions_BL)}
         return _Batch(inputs, torch.from_numpy(labels_BL), states)
 
 
 def _new_packer() -> ThreadPoolExecutor:
-    """The thread that packs ahead; the interpreter waits for it (`titan_ext.loader.shard_store._workers` says why)."""
+    """Return an executor with the one thread that packs batches ahead.
+
+    It is an executor's thread and no daemon for the reason given in `titan_ext.loader.shard_store._worker_pool`.
+    """
     return ThreadPoolExecutor(1, thread_name_prefix="streaming-loader")
 
 
-def _check_shape(config: StreamingLoader.Config, world_size: int, rank: int, seq_len: int, batch_size: int) -> None:
-    if seq_len < 2:
-        raise RefusedInput(f"seq_len is {seq_len}; a packed sequence has at least 2 tokens")
-    if not 0 <= rank < world_size:
-        raise RefusedInput(f"dp_rank is {rank}; with dp_world_size {world_size} it lies in [0, {world_size})")
-    if batch_size < 1 or config.global_batch_size < 1 or config.global_batch_size % (world_size * batch_size):
-        raise RefusedInput(
-            f"global_batch_size is {config.global_batch_size}; it must be a positive multiple of dp_world_size "
-            f"{world_size} x local_batch_size {batch_size} = {world_size * batch_size}"
-        )
-    if config.cache_bytes < 1:
-        raise RefusedInput(f"cache_bytes is {config.cache_bytes}; it must be positive, at least a few shards")
-    if config.local and Path(config.local).resolve().is_relative_to(Path(config.shards).resolve()):
-        raise RefusedInput(
-            f"local ({config.local}) lies in shards ({config.shards}), which is never written to: name another"
-        )
-
-
 def _open_domains(config: StreamingLoader.Config) -> list[Domain]:
-    """The domains of the mixture, or all there are, by name."""
-    _check_mixture(config)
-    if is_remote(config.shards):
-        if not config.mixture:
-            raise RefusedInput(
-                f"mixture is empty, and {config.shards} is no local folder whose domains could be listed"
-            )
-    else:
-        present = list_domains(config.shards)
-        if not present:
-            raise RefusedInput(
-                f"shards is {config.shards!r}, which has no folder with an index.json: is it a stage folder?"
-            )
-        absent = sorted(set(config.mixture) - set(present))
-        if absent:
-            raise RefusedInput(f"mixture names {absent}, no MDS folders of {config.shards}; present: {present}")
+    """Return the domains of the mixture, or all domains of the folder, sorted by name."""
+    check_mixture(config.mixture)
+    names = sorted(config.mixture) if is_remote(config.shards) else list_domains(config.shards)
+    check_domains(config.shards, config.mixture, names)
     cache = Path(config.local) if config.local else default_cache()
     return [
         Domain(name, f"{config.shards.rstrip('/')}/{name}", cache, seed=config.seed, cache_bytes=config.cache_bytes)
-        for name in sorted(config.mixture or present)
+        for name in sorted(config.mixture or names)
     ]
 
 
-def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
-    """What token ids mean, as one hash: sha256 of `id<TAB>token<LF>` in the order of the ids, UTF-8.
-
-    The data step writes the same into index.json, under VOCABULARY_KEY.
-    """
-    lines = (f"{index}\t{token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _check_tokenizer(domains: list[Domain], tokenizer: BaseTokenizer | None) -> None:
-    """Refuse shards of another tokenizer: their ids would be trained as other words, and nothing would show it."""
-    stated = {domain.name: domain.store.vocabulary for domain in domains if domain.store.vocabulary}
-    if tokenizer is None or not stated:
-        return
-    given = vocabulary_sha256(tokenizer.get_vocab())
-    other = {name: vocabulary for name, vocabulary in stated.items() if vocabulary != given}
-    if other:
-        raise RefusedInput(
-            f"the shards of {sorted(other)} were written with another tokenizer: {VOCABULARY_KEY} in their index.json "
-            f"is {sorted(set(other.values()))}, that of the tokenizer given here {given}. Name the tokenizer folder of "
-            "the data step as hf_assets_path, or write the shards again with this one"
-        )
-
-
-def _check_mixture(config: StreamingLoader.Config) -> None:
-    bad = {name: share for name, share in config.mixture.items() if not share > 0}
-    if bad:
-        raise RefusedInput(f"mixture has shares that are not positive: {bad}; leave those domains out")
-    total = math.fsum(config.mixture.values())
-    if config.mixture and not abs(total - 1) <= 1e-6:
-        raise RefusedInput(f"mixture sums to {total:.9g}, not to 1: {config.mixture}")
-
-
-def _mixture(config: StreamingLoader.Config, domains: list[Domain]) -> dict[str, float]:
-    """Share by domain, in the order of `domains`."""
+def _resolve_mixture(config: StreamingLoader.Config, domains: list[Domain]) -> dict[str, float]:
+    """Return the share of each domain, in the order of `domains`; without a mixture by the domains' size in bytes."""
     if config.mixture:
         return {domain.name: config.mixture[domain.name] for domain in domains}
     total = sum(domain.num_bytes for domain in domains)

@@ -1,5 +1,8 @@
 """Attention of MobileMoE: GQA, interleaved RoPE, then RMS normalisation of q and k without weights.
 
+`Attention` is the layer. `DocumentAttention` computes its attention on the CPU, where flex attention has no backward
+pass and varlen does not run.
+
 Shape suffixes: B batch, L sequence, D model dimension, N heads, K heads of keys and values, G = N / K, H head
 dimension, M queries of a block, S keys they can see.
 """
@@ -9,19 +12,20 @@ from dataclasses import dataclass
 import spmd_types as spmd
 import torch
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.module import Module
 
+from titan_ext.compat import all_gather_tensor, all_gather_tensor_autograd
 
-def document_mask(positions_BL: torch.Tensor) -> torch.Tensor:
-    """Causal mask inside packed documents.
 
-    A position of 0 starts a document; the same rule as torchtitan's flex and varlen masks.
+def mask_documents(positions_BL: torch.Tensor) -> torch.Tensor:
+    """Return the causal mask of packed documents, which do not attend to each other.
+
+    A position of 0 starts a document, which is also the rule of torchtitan's flex and varlen masks.
 
     Args:
-        positions_BL: int, position of every token in its document.
+        positions_BL: int64, position of every token in its document.
 
     Returns:
         bool [B, 1, L, L], True where the query (row) may attend to the key (column).
@@ -33,20 +37,29 @@ def document_mask(positions_BL: torch.Tensor) -> torch.Tensor:
     return (same_document_BLL & causal_LL)[:, None]
 
 
-def document_mask_of_rank(positions_BL: torch.Tensor, cp_mesh: DeviceMesh) -> torch.Tensor:
-    """`document_mask` of a sequence that the ranks of `cp_mesh` share: the rows of this rank's L positions.
+def mask_rank_documents(positions_BL: torch.Tensor, cp_mesh: DeviceMesh) -> torch.Tensor:
+    """Return this rank's rows of `mask_documents` for sequences that are split over the ranks of `cp_mesh`.
+
+    A collective: every rank of the mesh must call it.
+
+    Args:
+        positions_BL: int64, positions of this rank's part of the sequences, L tokens each.
+        cp_mesh: mesh of context parallelism; rank i has part i of every sequence.
 
     Returns:
         bool [B, 1, L, L * ranks].
     """
     L, rank = positions_BL.shape[1], cp_mesh.get_local_rank()
-    whole_BL = all_gather_tensor(positions_BL, 1, cp_mesh)
-    return document_mask(whole_BL)[:, :, rank * L : (rank + 1) * L]
+    all_positions_BS = all_gather_tensor(positions_BL, 1, cp_mesh)
+    return mask_documents(all_positions_BS)[:, :, rank * L : (rank + 1) * L]
 
 
-def document_lengths(positions_BL: torch.Tensor) -> list[int]:
-    """Tokens of every document of a batch, row after row; a position of 0 and the start of a row start one."""
-    with spmd.no_typecheck():  # a list of this rank's own lengths
+def measure_documents(positions_BL: torch.Tensor) -> list[int]:
+    """Return the number of tokens of every document in a batch, row after row.
+
+    A document starts at every position of 0 and at the start of every row.
+    """
+    with spmd.no_typecheck():  # the result is a list of this rank's own, so torchtitan's type checker cannot follow it
         starts_BL = positions_BL == 0
         starts_BL[:, 0] = True
         starts = starts_BL.flatten().nonzero().flatten()
@@ -54,11 +67,11 @@ def document_lengths(positions_BL: torch.Tensor) -> list[int]:
 
 
 class DocumentAttention(Module):
-    """Causal scaled dot-product attention, document by document: the CPU's stand-in for flex and varlen.
+    """Causal scaled dot-product attention, one document at a time. The CPU uses it in place of flex and varlen.
 
-    torchtitan's own ScaledDotProductAttention is causal only, so packed documents would see each other. One call a
-    document costs a fraction of one call under a mask, which computes what the mask then hides; short documents are
-    not worth the flash kernel either.
+    torchtitan's own ScaledDotProductAttention is causal only, so packed documents would attend to each other. One call
+    for each document costs a fraction of one call under a mask, because that call also computes all products which the
+    mask then hides.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -79,11 +92,15 @@ class DocumentAttention(Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """Attention within the documents whose lengths are given (`document_lengths`; None: every row is one).
+        """Return the attention's output [B, L, N, H].
 
-        Under context parallelism a mask instead (`document_mask_of_rank`), for a document may lie on several ranks.
+        Args:
+            attention_masks: lengths of the documents, from `measure_documents`; None: every row is one document. Under
+                context parallelism, where a document may lie on several ranks, the mask from `mask_rank_documents`.
+            scale: factor of the scores; None: 1 / sqrt(H).
+            enable_gqa: ignored; torchtitan passes it, and the heads of keys and values are always grouped.
         """
-        if self.cp_mesh is not None:  # keys and values of the whole sequence, for this rank's queries
+        if self.cp_mesh is not None:  # this rank's queries attend to the keys and values of all ranks
             k_BLNH, v_BLNH = (all_gather_tensor_autograd(x, 1, self.cp_mesh) for x in (k_BLNH, v_BLNH))
             return _attend(q_BLNH, k_BLNH, v_BLNH, scale, mask=attention_masks)
         B, L = q_BLNH.shape[:2]
@@ -102,23 +119,26 @@ def _attend_causally(
 
 
 SHORT_DOCUMENT = 512
-"""Up to this length `_attend_in_blocks`: the shorter a document, the more it gains on PyTorch's flash kernel for the
-CPU; at 2,048 tokens it gains nothing."""
+"""Number of tokens up to which a document goes through `_attend_in_blocks`. The shorter a document is, the faster that
+is than PyTorch's flash kernel for the CPU; at 2,048 tokens it is not faster."""
 QUERY_BLOCK = 128
+"""Number of queries in a block of `_attend_in_blocks`."""
 LENGTH_MULTIPLE = 64
-"""Lengths are filled up to it, or oneDNN would prepare its kernels for every length anew (titan_ext/cpu/adaptations.py, 10)."""
+"""Documents are padded to a multiple of it, because oneDNN prepares its kernels anew for every length (10 in
+titan_ext/cpu)."""
 
 
 def _attend_in_blocks(
     q_BLNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """Causal attention as plain products, a block of queries against the keys before its end.
+    """Compute causal attention as matrix products: each block of queries with the keys up to the block's end.
 
-    Half of the products under one causal mask over all queries, and unlike the flash kernel's large enough for
-    oneDNN. Keeps the probabilities for the backward pass, which is why it is for short documents.
+    This takes about half of the products that one causal mask over all queries takes. The products are also large
+    enough for oneDNN to be fast, which the flash kernel's are not. Autograd keeps all probabilities for the backward
+    pass, so the function is for short documents.
     """
     L, K, G = q_BLNH.shape[1], k_BLKH.shape[2], q_BLNH.shape[2] // k_BLKH.shape[2]
-    if L % LENGTH_MULTIPLE:  # causality hides the added keys, and the added queries are cut off below
+    if L % LENGTH_MULTIPLE:  # no query attends to the added keys, which come later; added queries are cut off below
         q_BLNH, k_BLKH, v_BLKH = (
             F.pad(x, (0, 0, 0, 0, 0, -L % LENGTH_MULTIPLE)) for x in (q_BLNH, k_BLKH, v_BLKH)
         )  # fmt: skip
@@ -143,7 +163,7 @@ def _attend(
     scale: float | None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PyTorch's kernel, under a mask or causally."""
+    """Compute attention with PyTorch's kernel, under `mask` (bool [B, 1, L, S]) or, without one, causally."""
     q_BNLH, k_BKLH, v_BKLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
     out_BNLH = F.scaled_dot_product_attention(
         q_BNLH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -152,11 +172,12 @@ def _attend(
 
 
 class Attention(GQAttention):
-    """GQA whose q and k are normalised after RoPE, by RMS over the head dimension, without learned weights."""
+    """Grouped-query attention that normalises q and k after RoPE: RMS over the head dimension, no learned weights."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(GQAttention.Config):
         norm_eps: float = 1e-5
+        """Added to the mean square, so that the root is never 0."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -168,6 +189,12 @@ class Attention(GQAttention):
         attention_masks: object,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Return the layer's output [B, L, D] for x [B, L, D].
+
+        Args:
+            attention_masks: what the inner attention takes: flex's or varlen's mask, or `DocumentAttention`'s lengths.
+            positions: int64 [B, L], position of every token in its document; None: from 0 to L - 1.
+        """
         q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)
         q_BLNH, k_BLNH = self.rope(q_BLNH, k_BLNH, positions)
         q_BLNH = F.rms_norm(q_BLNH, (self.head_dim,), eps=self.norm_eps)

@@ -1,4 +1,11 @@
-"""Expert load, imbalance, drops and router statistics of every MoE layer, for TensorBoard and the metrics files."""
+"""Statistics of every MoE layer for TensorBoard and the metrics files: expert load, dropped tokens, router entropy, z.
+
+The forward pass only adds to counters on this rank: torchtitan's `tokens_per_expert_E`, the router gate's `token_sums`
+and the experts' `num_dropped`. `collect` reduces them over all ranks when metrics are logged. This keeps collectives
+and waits for the device out of the training step.
+
+Shape suffixes: E experts, L layers of the whole model, S statistics of a layer.
+"""
 
 import math
 
@@ -11,21 +18,23 @@ from torchtitan.distributed import ParallelDims
 from titan_ext.dtensor import local
 
 
-def _moe_layers(model_parts: list[nn.Module]) -> dict[int, nn.Module]:
-    """By their number in the whole model, of which a pipeline's stage has a part."""
+def _find_moe_layers(model_parts: list[nn.Module]) -> dict[int, nn.Module]:
+    """Return this rank's MoE layers by their number in the whole model. A pipeline's stage has a part of them."""
     return {int(i): block.moe for part in model_parts for i, block in part.layers.items()}
 
 
 def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
-    """Keep the token counts that torchtitan's load-balancing hook clears at every step, until metrics are logged."""
+    """Call `record_load` before every optimizer step.
 
+    Register it before `titan_ext.mobilemoe.expert_bias.register_expert_bias_update`, which clears the counts.
+    """
     optimizers.register_step_pre_hook(lambda *args, **kwargs: record_load(model_parts))
 
 
 @torch.no_grad()
 def record_load(model_parts: list[nn.Module]) -> None:
-    """Add the token counts of this rank's step to those that the metrics are taken of."""
-    for moe in _moe_layers(model_parts).values():
+    """Add the step's token counts of this rank to the counts that the next `collect` reads."""
+    for moe in _find_moe_layers(model_parts).values():
         counts_E = local(moe.tokens_per_expert_E)
         recorded_E = getattr(moe, "recorded_load_E", None)
         moe.recorded_load_E = counts_E.clone() if recorded_E is None else recorded_E + counts_E
@@ -33,33 +42,36 @@ def record_load(model_parts: list[nn.Module]) -> None:
 
 @torch.no_grad()
 def clear_load(model_parts: list[nn.Module]) -> None:
-    """Forget the token counts that the next update of the expert bias would be made of."""
-    for moe in _moe_layers(model_parts).values():
+    """Set the token counts that the next update of the expert bias reads to zero."""
+    for moe in _find_moe_layers(model_parts).values():
         local(moe.tokens_per_expert_E).zero_()
 
 
 def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[list[dict], dict[str, float]]:
-    """Reduce and clear what was recorded since the last call. A collective: every rank must call it.
+    """Reduce the counters over all ranks, clear them and return the statistics since the last call.
+
+    A collective: every rank must call it.
 
     Returns:
-        For every layer its load (share of the routed tokens an expert was chosen by), max/mean, entropy of the load in
-        nats and its maximum, experts without a token, share of the choices that were dropped, entropy of the router's
-        normalised scores (nats a token); and over all layers: z, the mean over tokens of logsumexp(logits)^2 summed
-        over layers, and the dropped share.
+        A record for every layer, and the values over all layers. A record has "load" (each expert's share of the
+        choices), "max_over_mean" (of the load), "entropy" and "max_entropy" (of the load, in nats), "dead" (number of
+        experts without a token), "dropped" (share of the choices) and "router_entropy" (of the router's normalised
+        scores, mean over tokens, in nats). The values are "router_z", the mean over tokens of logsumexp(logits)^2,
+        summed over the layers, and "dropped", the mean over the layers.
     """
-    layers = _moe_layers(model_parts)
+    layers = _find_moe_layers(model_parts)
     config = model_parts[0].config
-    rows = {i: _statistics(moe).double() for i, moe in layers.items()}
-    elsewhere_S = torch.zeros_like(next(iter(rows.values())))
-    sums_LS = torch.stack([rows.get(i, elsewhere_S) for i in range(len(config.layers))])
-    for group in _groups(parallel_dims):
+    rows = {i: _read_counters(moe).double() for i, moe in layers.items()}
+    zeros_S = torch.zeros_like(next(iter(rows.values())))  # this rank's part of a layer on another pipeline stage
+    sums_LS = torch.stack([rows.get(i, zeros_S) for i in range(len(config.layers))])
+    for group in _list_groups(parallel_dims):
         dist.all_reduce(sums_LS, group=group)
     for moe in layers.values():
         moe.recorded_load_E = None
         moe.router.gate.token_sums.zero_()
-        _num_dropped(moe).zero_()
+        _find_dropped_counter(moe).zero_()
     top_k = config.layers[0].moe.router.top_k
-    records = [_layer_record(row_S, top_k) for row_S in sums_LS.cpu()]
+    records = [_make_record(row_S, top_k) for row_S in sums_LS.cpu()]
     means = {
         "router_z": sum(record.pop("z") for record in records),
         "dropped": sum(record["dropped"] for record in records) / len(records),
@@ -67,30 +79,32 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
     return records, means
 
 
-def _groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
-    """The groups whose ranks see different tokens, or have different layers."""
+def _list_groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
+    """Return the groups to reduce over: those whose ranks have different tokens or different layers."""
     meshes = [parallel_dims.get_optional_mesh(name) for name in ("loss", "pp")]
-    if parallel_dims.ep_enabled and parallel_dims.tp_enabled:  # torchtitan then spreads the tokens over both
+    if parallel_dims.ep_enabled and parallel_dims.tp_enabled:  # torchtitan then splits the tokens over both
         meshes.append(parallel_dims.get_mesh("tp"))
     return [mesh.get_group() for mesh in meshes if mesh is not None]
 
 
-def _statistics(moe: nn.Module) -> torch.Tensor:
-    return torch.cat([_load(moe), local(moe.router.gate.token_sums), _num_dropped(moe)[None]])
+def _read_counters(moe: nn.Module) -> torch.Tensor:
+    """Return one layer's counters [S]: E token counts, number of tokens, sums of z^2 and entropy, dropped choices."""
+    return torch.cat([_read_load(moe), local(moe.router.gate.token_sums), _find_dropped_counter(moe)[None]])
 
 
-def _load(moe: nn.Module) -> torch.Tensor:
+def _read_load(moe: nn.Module) -> torch.Tensor:
     recorded_E = getattr(moe, "recorded_load_E", None)  # None before the first step
     return torch.zeros_like(local(moe.tokens_per_expert_E)) if recorded_E is None else recorded_E
 
 
-def _num_dropped(moe: nn.Module) -> torch.Tensor:
+def _find_dropped_counter(moe: nn.Module) -> torch.Tensor:
+    """Return the layer's counter of dropped choices itself, not a copy; a new zero for a dropless layer."""
     dropped = getattr(moe.routed_experts, "num_dropped", None)  # a dropless layer has no such counter
     return torch.zeros((), device=moe.router.gate.token_sums.device) if dropped is None else local(dropped)
 
 
-def _layer_record(sums_S: torch.Tensor, top_k: int) -> dict:
-    """One layer's statistics of [E token counts, tokens, sum of z^2, sum of entropy, dropped choices]."""
+def _make_record(sums_S: torch.Tensor, top_k: int) -> dict:
+    """Return one layer's record for `collect` from its counters, which `_read_counters` lists."""
     counts_E, (num_tokens, z_squares, entropy, dropped) = sums_S[:-4], sums_S[-4:].tolist()
     share_E = counts_E / counts_E.sum().clamp(min=1)
     return {

@@ -7,12 +7,12 @@ import torch.nn as nn
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
-from titan_ext.cpu import adaptations
-from titan_ext.mobilemoe.attention import DocumentAttention, document_lengths, document_mask_of_rank
+from titan_ext.cpu.device import IS_CPU
+from titan_ext.mobilemoe.attention import DocumentAttention, mask_rank_documents, measure_documents
 
 
 class MobileMoEBlock(TransformerBlock):
-    """Pre-norm attention, then pre-norm MoE, both residual."""
+    """One decoder layer: pre-norm attention, then pre-norm MoE, each added to the residual stream."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TransformerBlock.Config):
@@ -36,14 +36,15 @@ class MobileMoEBlock(TransformerBlock):
 
 
 class MobileMoEModel(Decoder):
-    """Decoder with tied embeddings; see `titan_ext.mobilemoe.model_config` for how dimensions become a Config."""
+    """The decoder, with tied embeddings. `titan_ext.mobilemoe.model_config` makes its Config from dimensions."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
         seed: int | None = None
-        """Of the initial weights, where stages of a pipeline draw them; set from the training config."""
+        """Seed of the initial weights under pipeline parallelism, set from the training config; None otherwise."""
 
         def update_from_config(self, *, config, **kwargs) -> None:
+            """Set what depends on the Trainer.Config `config`; torchtitan calls it before the model is built."""
             from titan_ext.mobilemoe.sharding import set_mobilemoe_sharding_config
 
             parallelism = config.parallelism
@@ -63,26 +64,30 @@ class MobileMoEModel(Decoder):
                 layer.moe.router.gate.num_tokens_per_step = training.global_batch_size * training.seq_len
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            """Return the parameters and the FLOPs of a token's forward and backward pass, for torchtitan's MFU."""
             attention = self.layers[0].attention
             nparams, flops = get_moe_model_nparams_and_flops(
                 self, model, attention.n_heads, 2 * attention.head_dim, seq_len
             )
+            # An untied pipeline has the embedding twice, but it is one parameter of the model.
             return nparams - (0 if self.enable_weight_tying else self.vocab_size * self.dim), flops
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Initial weights; a pipeline's stage on the CPU draws what the other stages hold as well, in their order.
+        """Draw the initial weights.
 
-        Together the stages then start where one process does. torchtitan gives each stage another seed.
+        Under pipeline parallelism on the CPU, every stage also draws the numbers of the other stages, in the order of
+        the whole model. So all stages together start from the same weights as one process. On a GPU, torchtitan gives
+        each stage another seed.
         """
-        if self.enable_weight_tying or self.config.seed is None or not adaptations.IS_CPU:
+        if self.enable_weight_tying or self.config.seed is None or not IS_CPU:
             super().init_states(buffer_device=buffer_device)
             return
         torch.manual_seed(self.config.seed)
         for i, config in enumerate(self.config.layers):
-            with torch.device("meta"):  # a layer of another stage: it draws its numbers and holds none
+            with torch.device("meta"):  # a layer of another stage draws its numbers but allocates no weights
                 layer = self.layers[str(i)] if str(i) in self.layers else config.build()
             layer.init_states(buffer_device=buffer_device)
-        for module in (self.norm, self.tok_embeddings, self.lm_head):  # of the last two, a stage has one at most
+        for module in (self.norm, self.tok_embeddings, self.lm_head):  # a stage has at most one of the last two
             if module is not None:
                 module.init_states(buffer_device=buffer_device)
 
@@ -92,12 +97,18 @@ class MobileMoEModel(Decoder):
         positions: torch.Tensor | None = None,
         attention_masks: object = None,
     ) -> torch.Tensor:
-        """Logits [B, L, vocab] of `tokens` int64 [B, L]; `positions` restart at 0 with every packed document."""
+        """Return the logits [B, L, vocab].
+
+        Args:
+            tokens: int64 [B, L].
+            positions: int64 [B, L], position of every token in its document: 0 where a packed document starts.
+            attention_masks: flex's or varlen's mask from the trainer; `DocumentAttention` gets what it needs here.
+        """
         if positions is not None and isinstance(self.config.first_attention.inner_attention, DocumentAttention.Config):
-            # The trainer builds masks for flex and varlen only.
+            # torchtitan's trainer builds masks for flex and varlen only.
             cp_mesh = next(iter(self.layers.values())).attention.inner_attention.cp_mesh
             if cp_mesh is None:
-                attention_masks = document_lengths(positions)
+                attention_masks = measure_documents(positions)
             else:
-                attention_masks = document_mask_of_rank(positions, cp_mesh)
+                attention_masks = mask_rank_documents(positions, cp_mesh)
         return super().forward(tokens, positions, attention_masks)

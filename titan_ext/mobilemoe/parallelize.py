@@ -1,4 +1,4 @@
-"""Applies expert, tensor and data parallelism, activation checkpointing and compile to a MobileMoE."""
+"""Expert, tensor, context and data parallelism, activation checkpointing and compile for a MobileMoE."""
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -10,7 +10,8 @@ from torchtitan.distributed.context_parallel import apply_cp_to_forward
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder, get_fsdp_reshard_after_forward_policy
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
 
-from titan_ext.cpu import adaptations
+from titan_ext import compat
+from titan_ext.cpu.fsdp import adapt_reductions, copy_gathered_inputs
 from titan_ext.mobilemoe.attention import DocumentAttention
 from titan_ext.mobilemoe.model import MobileMoEModel
 
@@ -25,9 +26,13 @@ def parallelize_mobilemoe(
     ac_config: ActivationCheckpointingConfig | None,
     dump_folder: str,
 ) -> MobileMoEModel:
-    """Parallelize `model` in place, on the meta device, in the order torchtitan's models use."""
-    whole_mesh = parallelism.spmd_backend in ("full_dtensor", "spmd_types")
-    if whole_mesh:
+    """Parallelize `model` in place and return it. It is on the meta device; torchtitan allocates its weights later.
+
+    The order is that of torchtitan's own models: activation checkpointing wraps the blocks, compile traces what is
+    wrapped, and FSDP comes last, because its hooks must stay outside of the compiled graphs.
+    """
+    one_mesh = parallelism.spmd_backend in ("full_dtensor", "spmd_types")
+    if one_mesh:  # every parameter is a DTensor over all axes of the mesh, also those of data and context parallelism
         validate_config(parallel_dims, model)
         model.parallelize(parallel_dims)
     else:
@@ -36,14 +41,15 @@ def parallelize_mobilemoe(
         if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
             model.parallelize(parallel_dims)
             for block in model.layers.values():
-                adaptations.keep_gradients_of_gathered_inputs(block.moe.routed_experts)
+                copy_gathered_inputs(block.moe.routed_experts)
 
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
 
-    dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _data_parallel_meshes(parallel_dims, whole_mesh)
+    dp_mesh, dp_mesh_dims, edp_mesh, edp_mesh_dims = _find_data_parallel_meshes(parallel_dims, one_mesh)
+    # The router's gate first: its weight and gradient stay float32, so it needs a policy of its own.
     for block in model.layers.values():
         fully_shard(
             block.moe.router.gate,
@@ -69,30 +75,25 @@ def parallelize_mobilemoe(
         enable_symm_mem=parallelism.enable_fsdp_symm_mem,
     )
     for block in model.layers.values():
-        _gather_with_block(block.moe.router.gate, block)
-    adaptations.adapt_reductions(model)
+        _gather_router_with_block(block.moe.router.gate, block)
+    adapt_reductions(model)
     return model
 
 
-def _gather_with_block(gate: FSDPModule, block: FSDPModule) -> None:
-    """Let the block's hooks gather the router's weight and reduce its gradient, and take the gate's own hooks away.
+def _gather_router_with_block(gate: FSDPModule, block: FSDPModule) -> None:
+    """Make the block's hooks gather the router's weight and reduce its gradient, and remove the gate's own hooks.
 
-    The weight is a group of parameters of its own because it stays float32, in the forward pass and in its gradient,
-    where the rest is cast to `mixed_precision_param`, and FSDP2 has one policy a group. It must not be a unit of its
-    own, though: hooks inside of a block end the one graph that a compiled block is, and torchtitan's prefetching under
-    expert parallelism, which names blocks alone, would miss it. A block has several groups anyway where its experts
-    lie on another mesh, so FSDP2 runs any number; only `fully_shard` offers no way to say another policy for one.
+    The weight stays float32 in the forward pass and in its gradient, while the rest is cast to
+    `mixed_precision_param`. FSDP2 has one policy a parameter group, so the weight is a group of its own. It must not be
+    a unit of its own, for two reasons: hooks inside of a block break the one graph of a compiled block, and
+    torchtitan's prefetching under expert parallelism names blocks only, so it would miss the gate. A block has several
+    groups anyway where its experts lie on another mesh, so FSDP2 handles any number of groups.
     """
-    of_gate, of_block = gate._get_fsdp_state(), block._get_fsdp_state()
-    for group in of_gate._fsdp_param_groups:
-        group.modules = of_block._modules  # by which FSDP2 knows the groups that it prefetches together
-    of_block._fsdp_param_groups.extend(of_gate._fsdp_param_groups)
-    of_gate._fsdp_param_groups.clear()
-    of_gate._pre_forward_hook_handle.remove()
-    of_gate._post_forward_hook_handle.remove()
+    compat.move_param_groups(gate, block)
 
 
 def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) -> None:
+    """Split the attention's sequences over the ranks of context parallelism."""
     attentions = [block.attention.inner_attention for block in model.layers.values()]
     cp_mesh = parallel_dims.get_mesh("cp")
     if not isinstance(attentions[0], DocumentAttention):
@@ -102,9 +103,9 @@ def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) 
         attention.cp_mesh = cp_mesh
 
 
-def _data_parallel_meshes(parallel_dims: ParallelDims, whole_mesh: bool) -> tuple:
-    """The FSDP mesh of the dense parameters and that of the routed experts, each with its data-parallel dims."""
-    if whole_mesh:
+def _find_data_parallel_meshes(parallel_dims: ParallelDims, one_mesh: bool) -> tuple:
+    """Return the FSDP meshes of the dense parameters and of the routed experts, each with its data-parallel dims."""
+    if one_mesh:
         return (*resolve_fsdp_mesh(parallel_dims), *resolve_sparse_fsdp_mesh(parallel_dims))
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     dp_mesh = parallel_dims.get_mesh([*replicate, "fsdp"])

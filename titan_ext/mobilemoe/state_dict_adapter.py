@@ -1,7 +1,9 @@
-"""Between torchtitan's parameter names and the released MobileMoE checkpoint names.
+"""Conversion between torchtitan's parameter names and the names of the released MobileMoE checkpoints.
 
-Experts are stored [E, in, out] there, gate and up concatenated (gate first); ours are [E, out, in]. RoPE is interleaved
-on both sides, so q and k need no permutation. The embedding is tied and stored once.
+A released checkpoint stores experts as [E, in, out] with gate and up concatenated (gate first); torchtitan has them as
+[E, out, in]. Both use interleaved RoPE, so q and k need no permutation. The embedding is tied and stored once.
+
+Shape suffixes: E experts, D model dimension, F expert hidden width.
 """
 
 import re
@@ -31,10 +33,17 @@ _EXPERTS = "moe.routed_experts.inner_experts."
 
 
 class MobileMoEStateDictAdapter(StateDictAdapter):
-    """Renames and re-lays tensors; every value keeps its dtype. Unknown names are an error on both ways."""
+    """Renames, transposes and concatenates tensors; every value and dtype stays the same."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """torchtitan names -> released names. Takes and gives the model's tensors only, no optimizer state."""
+        """Return the tensors under their released names.
+
+        Args:
+            state_dict: the model's tensors by torchtitan name, without optimizer state.
+
+        Raises:
+            RefusedInput: a name belongs to no MobileMoE.
+        """
         hf: dict[str, Any] = {}
         for name, value in state_dict.items():
             if name == "lm_head.weight":  # tied with tok_embeddings.weight
@@ -51,14 +60,21 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
                 gate_up_ED2F = torch.cat([value.transpose(1, 2), up_EFD.transpose(1, 2)], dim=-1)
                 hf[prefix + "feed_forward.experts.gate_up_proj"] = gate_up_ED2F
             elif rest == _EXPERTS + "w2_EDF":
-                # torchtitan hands what comes from here to safetensors, which takes contiguous tensors only.
+                # torchtitan writes the result with safetensors, which takes contiguous tensors only.
                 hf[prefix + "feed_forward.experts.down_proj"] = value.transpose(1, 2).contiguous()
             elif rest != _EXPERTS + "w3_EFD":
                 raise RefusedInput(f"{name}: no such parameter in a MobileMoE; the state dict is of another model")
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Released names -> torchtitan names; takes a part of a checkpoint as well, experts' gate and up together."""
+        """Return the tensors under their torchtitan names.
+
+        Args:
+            hf_state_dict: tensors by released name; a part of a checkpoint is accepted too.
+
+        Raises:
+            RefusedInput: a name belongs to no released MobileMoE checkpoint.
+        """
         top = {hf: name for name, hf in _TOP.items()}
         layer = {hf: name for name, hf in _LAYER.items()}
         state_dict: dict[str, Any] = {}
@@ -83,7 +99,11 @@ class MobileMoEStateDictAdapter(StateDictAdapter):
         return state_dict
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
-        """Reader of a bf16 folder; INT4 folders are converted to bf16 first (eval/export/int4.py)."""
+        """Return a reader of a folder with unquantized weights.
+
+        Raises:
+            RefusedInput: `from_quantized` is set. INT4 folders are converted to bf16 first (eval/export/int4.py).
+        """
         if from_quantized:
             raise RefusedInput(f"{path}: convert the INT4 checkpoint to bf16 before loading it for training")
         return HuggingFaceStorageReader(path)

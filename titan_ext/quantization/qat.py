@@ -28,7 +28,7 @@ from torchtitan.models.common import Embedding, Linear
 
 from core.errors import RefusedInput
 from titan_ext.config import QATConfig
-from titan_ext.cpu import adaptations
+from titan_ext.cpu.kernels import fuse_if_large
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.moe import Experts, RouterGate
 
@@ -60,7 +60,7 @@ def fake_quantize_weight(weight: torch.Tensor, group_size: int, axis: int = -1) 
     return _StraightThrough.apply(weight, rounded)
 
 
-@adaptations.fuse_if_large
+@fuse_if_large
 def _round_to_grid(weight: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
     block_size = [1] * weight.dim()
     block_size[axis] = group_size
@@ -114,7 +114,7 @@ def fake_quantize_activation(x: torch.Tensor) -> torch.Tensor:
     return _StraightThrough.apply(x, rounded)
 
 
-@adaptations.fuse_if_large
+@fuse_if_large
 def _round_tokens(x: torch.Tensor) -> torch.Tensor:
     """torchao's asymmetric grid, written out: its quantize_affine branches on the number of tokens.
 
@@ -177,7 +177,7 @@ class QATExperts(Experts):
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
 
-    def product_input(self, x: torch.Tensor) -> torch.Tensor:
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize_activation(x)
 
 

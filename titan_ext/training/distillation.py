@@ -1,13 +1,17 @@
 """Self-distillation in QAT: the model that the stage starts from, not quantized, teaches the quantized one.
 
-    loss = (1 - w) cross entropy + w KL(teacher || student), per token that is trained on
+    loss = (1 - w) cross entropy + w KL(teacher || student), per trained token
 
-Up to the teacher's entropy, a constant, this is the cross entropy against (1 - w) label + w teacher's distribution.
-Loss and gradient keep their size whatever w is, and with them learning rate, clipping and the guard against spikes.
+Up to the teacher's entropy, which is a constant, this is the cross entropy against the distribution
+(1 - w) label + w teacher. Loss and gradient keep their size whatever w is, so learning rate, clipping and spike guard
+need no change.
 
 Shape suffixes: B batch, L sequence, D model dimension, V vocabulary.
 """
 
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,31 +21,38 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.checkpointer.base import ModelWrapper
-from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss
+from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
+from titan_ext import compat
 from titan_ext.mobilemoe.model import MobileMoEModel
+from titan_ext.training.callbacks import Callback
+from titan_ext.training.metrics import sum_over_ranks
 
 
 class DistilledCrossEntropy(CrossEntropyLoss):
-    """Cross entropy in value; in its gradient also the divergence from the teacher, which is returned as a metric.
+    """Loss whose value is the cross entropy and whose gradient also has the divergence from the teacher.
 
-    The value is the cross entropy alone, so that the logged loss compares with other stages and with held-out loss.
-    Without `teacher_hidden` (validation) it is torchtitan's CrossEntropyLoss.
+    The divergence is returned as a metric. The value is the cross entropy alone, so that the logged loss compares with
+    other stages and with held-out loss. Without `teacher_hidden` (validation) it is torchtitan's CrossEntropyLoss.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
         weight: float = 0.0
-        """w above, from 0 to 1."""
+        """Weight w of the divergence in the loss, from 0 to 1."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         super().__init__(config, compile_config=compile_config)
-        self.weight = config.weight
-        self.teacher_head: torch.nn.Module | None = None
+        self._weight = config.weight
+        self._teacher_head: torch.nn.Module | None = None
+
+    def set_teacher_head(self, head: torch.nn.Module) -> None:
+        """Set the teacher's output projection. Call it before the first loss with `teacher_hidden`."""
+        self._teacher_head = head
 
     def __call__(
         self,
@@ -51,17 +62,25 @@ class DistilledCrossEntropy(CrossEntropyLoss):
         teacher_hidden: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of a chunk; `teacher_hidden` is what the teacher's output projection takes, [B, L, D]."""
+        """Return loss and metrics of a chunk.
+
+        Args:
+            pred: the student's logits [B, L, V].
+            labels: int64 [B, L]; IGNORE_INDEX where nothing is trained.
+            global_valid_tokens: number of trained tokens of the step over all ranks.
+            teacher_hidden: input of the teacher's output projection [B, L, D]; None for the cross entropy alone.
+        """
         cross_entropy, metrics = super().__call__(pred, labels, global_valid_tokens, **kwargs)
         if teacher_hidden is None:
             return cross_entropy, metrics
-        assert self.teacher_head is not None and global_valid_tokens is not None
+        assert self._teacher_head is not None and global_valid_tokens is not None
         with torch.no_grad():
-            teacher_BLV = self.teacher_head(teacher_hidden)
+            teacher_BLV = self._teacher_head(teacher_hidden)
         is_type_checking = spmd.is_type_checking()
-        with spmd.no_typecheck():  # as torchtitan divides: its types do not know a quotient by a plain number
+        # torchtitan divides in the same way: the type checker does not know a quotient by a plain number.
+        with spmd.no_typecheck():
             kl = kl_divergence(pred, teacher_BLV, labels) / global_valid_tokens
-            mixed = (1 - self.weight) * cross_entropy + self.weight * kl
+            mixed = (1 - self._weight) * cross_entropy + self._weight * kl
             loss, kl = mixed + (cross_entropy - mixed).detach(), kl.detach()
             if is_type_checking:
                 for value in (loss, kl):
@@ -70,19 +89,21 @@ class DistilledCrossEntropy(CrossEntropyLoss):
 
 
 def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats of the distributions of these logits, summed over tokens that have a label."""
+    """Return KL(teacher || student) in nats of the distributions of these logits, summed over labelled tokens."""
     log_student_BLV, log_teacher_BLV = (F.log_softmax(x.float(), dim=-1) for x in (student_BLV, teacher_BLV))
     kl_BL = F.kl_div(log_student_BLV, log_teacher_BLV, log_target=True, reduction="none").sum(-1)
     return (kl_BL * (labels_BL != IGNORE_INDEX)).sum()
 
 
 class Teacher:
-    """The unquantized model in the student's layout, frozen; its weights are those the stage starts from.
+    """Frozen unquantized model in the student's layout.
 
-    They are read from that checkpoint at every start, also of a stage that resumes, and are never saved.
+    Its weights are those that the stage starts from. They are read from that checkpoint at every start, also when the
+    stage resumes, and are never saved.
     """
 
     def __init__(self, model: MobileMoEModel.Config, config: Trainer.Config, parallel_dims: ParallelDims):
+        model = copy.deepcopy(model)  # update_from_config writes the layout into it
         model.update_from_config(config=config)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             built = model.build()
@@ -99,7 +120,7 @@ class Teacher:
         with torch.no_grad():
             self.model.init_weights(buffer_device=torch.device(utils.device_type))
         self.model.requires_grad_(False).eval()
-        self.model._skip_lm_head = True
+        compat.return_hidden_states(self.model)
 
     def load(self, checkpoint: str) -> None:
         """Read the weights of a DCP step folder, written under any layout."""
@@ -109,11 +130,80 @@ class Teacher:
         wrapper.load_state_dict(state)
 
     @torch.no_grad()
-    def hidden(self, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """What the output projection takes, [B, L, D]; arguments as the student's forward."""
+    def compute_hidden(self, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the input of the output projection, [B, L, D]; the arguments are those of the student's forward."""
         return self.model(inputs, **kwargs)
 
     def reshard(self) -> None:
-        """Give the gathered output projection, which is the embedding, back until the next micro-batch."""
+        """Free the gathered output projection, which is the embedding, until the next micro-batch."""
         if isinstance(self.model.lm_head, FSDPModule):
             self.model.lm_head.reshard()
+
+
+class Distillation(Callback):
+    """Runs the teacher before the student in every micro-batch and reports their divergence.
+
+    Attributes:
+        divergences: KL of every micro-batch of the current step, this rank's part of the mean in nats a token.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        checkpoint: str,
+        *,
+        student: torch.nn.Module,
+        loss_fn: ChunkedLossWrapper,
+        train_context: Callable[[], AbstractContextManager[None]],
+        parallel_dims: ParallelDims,
+    ):
+        """Connect teacher and student.
+
+        Args:
+            checkpoint: DCP step folder of the teacher's weights.
+            loss_fn: torchtitan's wrapper around a DistilledCrossEntropy.
+            train_context: makes the context of forward and backward passes (Trainer.train_context).
+        """
+        self.teacher = teacher
+        self.divergences: list[torch.Tensor] = []
+        self._checkpoint = checkpoint
+        self._student = student
+        self._loss_fn = loss_fn
+        self._train_context = train_context
+        self._parallel_dims = parallel_dims
+        self._step_divergence = torch.zeros(())
+        loss_fn.loss_fn.set_teacher_head(teacher.model.lm_head)
+
+    def before_first_step(self) -> None:
+        """Load the teacher's weights."""
+        self.teacher.load(self._checkpoint)
+
+    def forward_backward(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor,
+        extra_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return this rank's part of a micro-batch's mean loss, with gradients computed.
+
+        torchtitan's trainer calls it in place of its own forward and backward pass (Trainer.fwd_bwd_fn).
+        """
+        with self._train_context():
+            teacher_hidden = self.teacher.compute_hidden(inputs, **extra_kwargs)
+            hidden = self._student(inputs, **extra_kwargs)
+            loss, metrics = self._loss_fn(hidden, labels, global_valid_tokens, teacher_hidden=teacher_hidden)
+            self.teacher.reshard()
+            with spmd.no_typecheck():
+                loss.backward()
+        self.divergences.append(metrics["kl_mean"])
+        return loss
+
+    def after_backward(self) -> None:
+        """Sum the divergences of the step's micro-batches."""
+        self._step_divergence = torch.stack(self.divergences).sum()
+        self.divergences.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the last step's KL(teacher || student), nats a token over all ranks."""
+        return {"distillation/kl": sum_over_ranks(self._step_divergence, self._parallel_dims)}

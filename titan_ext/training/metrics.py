@@ -1,12 +1,12 @@
 """Training metrics as TensorBoard scalars (torchtitan's) and as JSON lines that the driver and the report read.
 
-Files in the stage folder, written by one rank: metrics.jsonl, heldout.jsonl, expert_load.jsonl, data.jsonl. After a
-resume the lines of steps that are trained again are dropped, so each step stands once.
+Rank 0 writes these files in the stage folder: metrics.jsonl, heldout.jsonl, expert_load.jsonl, data.jsonl. After a
+resume the lines of steps that are trained again are removed, so every step has one line.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,54 +15,77 @@ import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
+from core.atomic import write_text
 from titan_ext.mobilemoe import load_metrics
-from titan_ext.mobilemoe.tied_embedding_pp import of_last_stage
+from titan_ext.mobilemoe.tied_embedding_pp import broadcast_from_last_stage
+from titan_ext.training.callbacks import Callback
 
 FILES = ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl", "data.jsonl")
 LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
 
 
+def sum_over_ranks(part: torch.Tensor, parallel_dims: ParallelDims) -> float:
+    """Return the sum of a one-element tensor over the ranks that train on different tokens. A collective."""
+    loss_mesh = parallel_dims.get_optional_mesh("loss")
+    return float(part) if loss_mesh is None else dist_utils.dist_sum(part, loss_mesh)
+
+
 class StageMetrics(MetricsProcessor):
-    """torchtitan's metrics plus loss, expert load and router z a step as JSON lines."""
+    """torchtitan's metrics, and beside them loss, expert load and router z of a step as JSON lines."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         pass
 
-    def __init__(self, config: Config, *, parallel_dims, dump_folder: str = "./outputs", **kwargs):
+    def __init__(self, config: Config, *, parallel_dims: ParallelDims, dump_folder: str = "./outputs", **kwargs):
         super().__init__(config, parallel_dims=parallel_dims, dump_folder=dump_folder, **kwargs)
-        self.folder = Path(dump_folder)
-        self.started = time.perf_counter()
-        self.tokens_per_step = 0
-        """Tokens of one optimizer step over all ranks; set by the trainer."""
-        self.last_step = 0
-        """Logged whatever `log_freq` is, so that the files end with the stage; set by the trainer."""
-        self.last_logged_step = 0
-        self.num_skipped = 0
-        self.kl: float | None = None
-        """Nats a token by which the student is from its teacher, over all ranks; None without a teacher."""
-        self.data_statistics: Callable[[], dict[str, Any]] = dict
-        """What the loader has handed out on this rank: padding, repeats, tokens by domain."""
+        self._folder = Path(dump_folder)
+        self._start_time = time.perf_counter()
+        self._tokens_per_step = 0
+        self._last_step = 0
+        self._last_logged_step = 0
+        self._callbacks: Sequence[Callback] = ()
+        self._read_data_statistics: Callable[[], dict[str, Any]] = dict
+
+    def start_stage(
+        self,
+        *,
+        first_step: int,
+        last_step: int,
+        tokens_per_step: int,
+        callbacks: Sequence[Callback],
+        read_data_statistics: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Prepare to log from `first_step` on, and remove the lines of this and later steps from the files.
+
+        Such lines are later than the checkpoint that the stage resumes from.
+
+        Args:
+            last_step: step that is logged whatever `log_freq` is, so that the files end with the stage.
+            tokens_per_step: number of tokens of an optimizer step over all ranks.
+            callbacks: objects whose `metrics()` are logged.
+            read_data_statistics: returns padding, repeats and tokens by domain of the batches this rank has taken.
+        """
+        self._last_logged_step = first_step - 1
+        self._last_step = last_step
+        self._tokens_per_step = tokens_per_step
+        self._callbacks = callbacks
+        self._read_data_statistics = read_data_statistics
+        if dist.get_rank() == 0:
+            for name in FILES:
+                _keep_steps_before(first_step, self._folder / name)
+
+    def is_last_step(self, step: int) -> bool:
+        """Return whether the stage ends with this step."""
+        return step == self._last_step
 
     def should_log(self, step: int) -> bool:
-        return super().should_log(step) or step == self.last_step
-
-    def start_after(self, step: int) -> None:
-        """Training begins at `step` + 1: drop what was written of later steps, after the checkpoint resumed from."""
-        self.last_logged_step = step
-        if dist.get_rank() != 0:
-            return
-        for name in FILES:
-            path = self.folder / name
-            if not path.exists():
-                continue
-            # A kill can cut the last line short; such a line is later than the checkpoint as well.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            beside = path.with_suffix(".partial")
-            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-            beside.replace(path)
+        """Return whether to log: every `log_freq` steps (torchtitan), and the last step."""
+        return super().should_log(step) or self.is_last_step(step)
 
     def log(
         self,
@@ -72,23 +95,15 @@ class StageMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        steps, self.last_logged_step = step - self.last_logged_step, step
+        """Log a step. A collective: every rank must call it."""
+        steps, self._last_logged_step = step - self._last_logged_step, step
         layers, means = load_metrics.collect(self.model_parts, self.parallel_dims)
-        scalars = {
-            "moe/router_z": means["router_z"],
-            "moe/dropped": means["dropped"],
-            "skipped_steps": self.num_skipped,
-        }
-        distillation = {} if self.kl is None else {"kl": self.kl}
-        scalars |= {f"distillation/{key}": value for key, value in distillation.items()}
-        for i, layer in enumerate(layers):
-            scalars |= {f"moe/layer_{i}/{key}": layer[key] for key in LAYER_SCALARS}
-        data = self.data_statistics()
-        scalars |= {f"data/{key}": value for key, value in data.items() if not isinstance(value, dict)}
-        scalars |= {f"data/epochs/{domain}": epochs for domain, epochs in data.get("epochs", {}).items()}
+        reported = {tag: value for callback in self._callbacks for tag, value in callback.metrics().items()}
+        data = self._read_data_statistics()
         seconds = time.perf_counter() - self.time_last_log
+        scalars = {"moe/router_z": means["router_z"], "moe/dropped": means["dropped"], **reported}
+        scalars |= _name_layer_scalars(layers) | _name_data_scalars(data)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **scalars})
-        learning_rate = next(value for key, value in extra_metrics.items() if key.startswith("lr"))
         self._append(
             "metrics.jsonl",
             {
@@ -96,29 +111,47 @@ class StageMetrics(MetricsProcessor):
                 "tokens": int(extra_metrics["n_tokens_seen"]),
                 "loss": global_avg_loss,
                 "grad_norm": grad_norm,
-                "lr": learning_rate,
-                "tokens_per_second": steps * self.tokens_per_step / seconds,
+                "lr": next(value for key, value in extra_metrics.items() if key.startswith("lr")),
+                "tokens_per_second": steps * self._tokens_per_step / seconds,
                 "router_z": means["router_z"],
                 "dropped": means["dropped"],
-                "skipped_steps": self.num_skipped,
-                **distillation,
-                "seconds": time.perf_counter() - self.started,
+                **{tag.rpartition("/")[2]: value for tag, value in reported.items()},
+                "seconds": time.perf_counter() - self._start_time,
             },
         )
         self._append("expert_load.jsonl", {"step": step, "layers": layers})
         self._append("data.jsonl", {"step": step, **data})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        here = torch.tensor(loss, dtype=torch.float64, device=utils.device_type)
-        loss = float(of_last_stage(here, self.parallel_dims))
+        """Log the held-out loss, nats a token. A collective: only the last stage of a pipeline knows the loss."""
+        own_loss = torch.tensor(loss, dtype=torch.float64, device=utils.device_type)
+        loss = float(broadcast_from_last_stage(own_loss, self.parallel_dims))
         super().log_validation(loss, step, extra_metrics)
         self._append("heldout.jsonl", {"step": step, "loss": loss})
 
     def _append(self, name: str, record: dict) -> None:
         if dist.get_rank() != 0:
             return
-        with (self.folder / name).open("a") as file:
+        with (self._folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _keep_steps_before(first_step: int, path: Path) -> None:
+    """Remove the lines of `first_step` and later steps from a file of JSON lines, if it exists."""
+    if not path.exists():
+        return
+    # A killed process can leave a last line that is cut short. Its step is later than the checkpoint as well.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    write_text(path, "".join(line for line in lines if json.loads(line)["step"] < first_step))
+
+
+def _name_layer_scalars(layers: list[dict]) -> dict[str, float]:
+    return {f"moe/layer_{i}/{key}": layer[key] for i, layer in enumerate(layers) for key in LAYER_SCALARS}
+
+
+def _name_data_scalars(data: dict[str, Any]) -> dict[str, float]:
+    scalars = {f"data/{key}": value for key, value in data.items() if not isinstance(value, dict)}
+    return scalars | {f"data/epochs/{domain}": epochs for domain, epochs in data.get("epochs", {}).items()}
 
 
 class HeldoutValidator(Validator):
@@ -128,8 +161,7 @@ class HeldoutValidator(Validator):
     class Config(Validator.Config):
         pass
 
-    last_step = 0
-    """Set by the trainer."""
-
     def should_validate(self, step: int) -> bool:
-        return step % self.config.freq == 0 or step == self.last_step
+        """Return whether the held-out loss is measured after this step."""
+        assert isinstance(self.metrics_processor, StageMetrics)
+        return step % self.config.freq == 0 or self.metrics_processor.is_last_step(step)

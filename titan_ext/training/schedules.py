@@ -1,4 +1,6 @@
-"""The four stages as data: the published schedule and its miniature for `tiny`.
+"""Values of the four stages: the published schedule, and its miniature for the flavor `tiny`.
+
+Curves are torchtitan's: titan_ext/training/trainer_config.py hands them warm-up, decay and last learning rate.
 
 Published (arXiv 2605.27358, training table): tokens 6T / 500B / 126B / 21B, contexts 2,048 / 8,192 / 8,192 / 8,192,
 learning rates 4e-4 / 4e-5 / 4e-6 / 4e-6, cosine except mid-training's linear, the mixtures, router z-loss 1e-4, expert
@@ -9,8 +11,6 @@ steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight
 
 from titan_ext.config import QATConfig, StageConfig
 
-STAGES = ("pretrain", "midtrain", "sft", "qat")
-"""In the order they run."""
 PRETRAIN_TOKENS, MIDTRAIN_TOKENS, SFT_TOKENS, QAT_TOKENS = 6e12, 500e9, 126e9, 21e9
 PRETRAIN_MIXTURE = {"web": 0.62, "math": 0.116, "code": 0.10, "knowledge": 0.10, "science": 0.064}
 MIDTRAIN_MIXTURE = {"web": 0.09, "knowledge": 0.32, "code": 0.22, "math": 0.21, "science": 0.16}
@@ -19,17 +19,18 @@ SFT_MIXTURE = {
     "reasoning": 0.011,
 }  # fmt: skip
 TINY_SFT_MIXTURE = {"math": 0.32, "chat": 0.26, "code": 0.22, "tool_use": 0.10, "reasoning": 0.10}
-"""Over the domains of the conversations that Python packages carry."""
+"""Shares of the domains of the conversations that Python packages contain."""
 CAPACITY_FACTOR = 1.5
+"""Room of an expert in multiples of its balanced share of the tokens, in the text stages."""
 
 
 def steps_for(tokens: float, seq_len: int, global_batch_size: int) -> int:
-    """Optimizer steps that train on `tokens` tokens, rounded up."""
+    """Return the number of optimizer steps that train on `tokens` tokens, rounded up."""
     return -int(-tokens // (seq_len * global_batch_size))
 
 
 def published_stages() -> dict[str, StageConfig]:
-    """The schedule of S, M and L: name -> stage."""
+    """Return the schedule of S, M and L: name -> stage."""
 
     def stage(tokens: float, seq_len: int, batch: int, local_batch: int, **kwargs) -> StageConfig:
         return StageConfig(
@@ -55,12 +56,12 @@ def published_stages() -> dict[str, StageConfig]:
 
 
 def tiny_stages() -> dict[str, StageConfig]:
-    """The published schedule scaled down to minutes on two cores: name -> stage.
+    """Return the published schedule scaled down to minutes on two cores: name -> stage.
 
-    The same mixtures, dispatch, contexts growing from pre-training to mid-training, learning rates falling from stage
-    to stage (though not by the published powers of ten, which would train nothing in so few steps), and the expert bias
-    moving by 1e-2 a step instead of 1e-3: with so few steps, routing that collapses at the start would otherwise still
-    be uneven at the end.
+    Mixtures and dispatch are the published ones. The context grows from pre-training to mid-training, and the learning
+    rate falls from stage to stage, though not by the published powers of ten, which would train nothing in so few
+    steps. The expert bias moves by 1e-2 a step instead of 1e-3. Otherwise routing that collapses at the start would
+    still be uneven after so few steps.
     """
     long_context = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}
     text = {"capacity_factor": CAPACITY_FACTOR}

@@ -1,4 +1,4 @@
-"""Decides before every optimizer step whether it may happen: never on numbers that are not finite, not on a spike.
+"""Decides before every optimizer step whether the update is safe: no update on non-finite numbers or on a spike.
 
 A spike is a loss or a gradient norm more than `sigma` standard deviations above the mean of the last `WINDOW` steps.
 Skipped steps enter the window as well, so training goes on at a level that has changed for good.
@@ -9,28 +9,30 @@ from typing import Any
 
 import torch
 
+from titan_ext.training.callbacks import Callback
+
 WINDOW = 128
-"""Steps that mean and deviation are taken over."""
+"""Number of steps that mean and standard deviation are taken over."""
 MIN_HISTORY = 32
-"""Steps seen before any is skipped."""
+"""Number of steps that must have been seen before one is skipped."""
 
 
-class UpdateGuard:
-    """Loss and gradient norm of the last steps, and what they say of the next one.
+class SpikeGuard(Callback):
+    """Keeps loss and gradient norm of the last steps and compares every new step with them.
 
     Attributes:
-        num_skipped: steps skipped since the stage began.
+        num_skipped: number of steps skipped since the stage began.
     """
 
     def __init__(self, sigma: float | None):
-        """`sigma` None skips nothing; numbers that are not finite are refused all the same."""
+        """Create a guard without history. With `sigma` None it skips nothing, but still stops on non-finite numbers."""
         self.sigma = sigma
         self.num_skipped = 0
         self._seen = 0
         self._history_2W = torch.zeros(2, WINDOW, dtype=torch.float64)
 
-    def admit(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Take note of a step's loss and gradient norm; None if it may be taken, or why it is to be skipped.
+    def check_update(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Record a step's loss and gradient norm; return why it is skipped, or None if the update may happen.
 
         Raises:
             RuntimeError: one of the two is not finite; nothing was updated.
@@ -43,21 +45,25 @@ class UpdateGuard:
         reasons = [
             f"{name} {value:.4g} is over {limit:.4g}"
             for name, value, row_W in zip(("loss", "gradient norm"), (loss, grad_norm), self._history_2W, strict=True)
-            if value > (limit := self._limit(row_W))
+            if value > (limit := self._compute_limit(row_W))
         ]
         self._history_2W[:, self._seen % WINDOW] = torch.tensor([loss, grad_norm], dtype=torch.float64)
         self._seen += 1
         self.num_skipped += bool(reasons)
         return f"{' and '.join(reasons)} ({self.sigma} sigma above the mean)" if reasons else None
 
-    def _limit(self, row_W: torch.Tensor) -> float:
+    def _compute_limit(self, row_W: torch.Tensor) -> float:
         if self.sigma is None or self._seen < MIN_HISTORY:
             return math.inf
         known = row_W[: min(self._seen, WINDOW)]
         return float(known.mean() + self.sigma * known.std())
 
+    def metrics(self) -> dict[str, float]:
+        """Return the number of skipped steps."""
+        return {"skipped_steps": self.num_skipped}
+
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint, so that a resumed stage decides as the uninterrupted one would."""
+        """Return the state for the checkpoint: a resumed stage decides as the uninterrupted one would."""
         return {
             "num_skipped": torch.tensor(self.num_skipped),
             "seen": torch.tensor(self._seen),
@@ -65,6 +71,7 @@ class UpdateGuard:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.num_skipped = int(state_dict["num_skipped"])
         self._seen = int(state_dict["seen"])
         self._history_2W = state_dict["history"].clone()

@@ -1,4 +1,7 @@
-"""One stage of one run, as the driver hands it to its workers. Imports no torch: the scheduler reads it at once."""
+"""Describes one stage of one run; the driver sends the description to its workers.
+
+It imports no torch: Ray's scheduler unpickles it in processes that must start fast.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +11,26 @@ from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """What to train, on what, from where and into which folder."""
+class StageSpec:
+    """Model, schedule, layout, data and folders of one stage."""
 
     name: str
+    """Name of the stage; torchtitan's logs show it as the flavor."""
     model: ModelDims
     stage: StageConfig
     parallel: ParallelConfig
     data: Path
-    """Finished data step: tokenizer/, shards/, heldout/."""
+    """Folder of the finished data step: tokenizer/, shards/, heldout/."""
     out: Path
+    """Folder of the stage: checkpoints, metrics and logs are written there."""
     initial_checkpoint: Path | None
-    """DCP step folder that the stage starts from; None for pre-training."""
+    """DCP step folder that the stage starts from; None starts from random weights."""
     seed: int
+    """Seed of initial weights and order of documents."""
 
 
-def final_checkpoint(out: Path, steps: int) -> Path:
-    """The DCP folder a finished stage left.
+def find_final_checkpoint(out: Path, steps: int) -> Path:
+    """Return the DCP folder that a finished stage of `steps` steps wrote in its folder `out`.
 
     Raises:
         RefusedInput: there is none; the stage is not finished.

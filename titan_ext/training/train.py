@@ -1,30 +1,27 @@
-"""Runs one stage on one rank; the launcher (Ray, torchrun) starts it once a rank with the usual environment."""
+"""Runs one stage on one rank. The launcher (Ray, titan_ext/training/launch.py) starts it once a rank."""
 
 import logging
 import os
 from pathlib import Path
 
+import torch.distributed as dist
+from torchtitan.tools.logging import init_logger, logger
+
 from core.errors import RefusedInput
-from titan_ext.cpu import adaptations
-
-adaptations.apply()
-
-import torch.distributed as dist  # noqa: E402
-from torchtitan.tools.logging import init_logger, logger  # noqa: E402
-
-from titan_ext.training.stage_spec import StageRun  # noqa: E402
-from titan_ext.training.trainer import StageTrainer  # noqa: E402
-from titan_ext.training.trainer_config import trainer_config  # noqa: E402
+from core.stages import heldout_folder
+from titan_ext.training.stage_spec import StageSpec
+from titan_ext.training.trainer import StageTrainer
+from titan_ext.training.trainer_config import build_trainer_config
 
 
-def run_stage(run: StageRun) -> None:
-    """Train the stage to its last step on this rank; resumes from `run.out`/checkpoint where there is one.
+def run_stage(spec: StageSpec) -> None:
+    """Train the stage to its last step on this rank; resume from `spec.out`/checkpoint where there is one.
 
     Raises:
-        RuntimeError: loss or gradient are not finite; the parameters were not updated with them.
-        And what `build_trainer` raises.
+        RuntimeError: loss or gradient norm is not finite; the parameters were not updated with them.
+        RefusedInput: see `build_trainer`.
     """
-    trainer = build_trainer(run)
+    trainer = build_trainer(spec)
     try:
         trainer.train()
     finally:
@@ -32,38 +29,42 @@ def run_stage(run: StageRun) -> None:
     dist.destroy_process_group()
 
 
-def build_trainer(run: StageRun) -> StageTrainer:
-    """This rank's trainer of a stage, nothing loaded and no step taken yet.
+def build_trainer(spec: StageSpec) -> StageTrainer:
+    """Build this rank's trainer of a stage. It has loaded no checkpoint and trained no step.
 
-    Needs RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be in the environment.
 
     Raises:
         RefusedInput: shards, tokenizer or layout do not fit the stage.
     """
-    run.out.mkdir(parents=True, exist_ok=True)
-    _log_to_file(run.out / "logs" / f"rank_{os.environ['RANK']}.log")
-    return stage_config(run).build()
+    spec.out.mkdir(parents=True, exist_ok=True)
+    _log_to_file(spec.out / "logs" / f"rank_{os.environ['RANK']}.log")
+    return build_stage_config(spec).build()
 
 
-def stage_config(run: StageRun) -> StageTrainer.Config:
-    """The trainer's configuration of a stage; ValueError where tokenizer or held-out shards are missing."""
-    heldout = run.data / "heldout" / ("sft" if run.stage.shards == "sft" else "pretrain")
-    return trainer_config(
-        model=run.model,
-        stage=run.stage,
-        parallel=run.parallel,
-        shards=str(run.data / "shards" / run.stage.shards),
-        heldout=str(heldout),
-        tokenizer=str(run.data / "tokenizer"),
-        out=str(run.out),
-        seed=run.seed,
-        flavor=run.name,
-        initial_checkpoint=str(run.initial_checkpoint.absolute()) if run.initial_checkpoint else None,
-        pad_token_id=_pad_token_id(run.data / "tokenizer"),
+def build_stage_config(spec: StageSpec) -> StageTrainer.Config:
+    """Build the trainer's configuration of a stage.
+
+    Raises:
+        RefusedInput: the tokenizer has no pad token, or held-out shards are missing.
+    """
+    shards = spec.stage.shards
+    return build_trainer_config(
+        model=spec.model,
+        stage=spec.stage,
+        parallel=spec.parallel,
+        shards=str(spec.data / "shards" / shards),
+        heldout=str(spec.data / "heldout" / heldout_folder(shards)),
+        tokenizer=str(spec.data / "tokenizer"),
+        out=str(spec.out),
+        seed=spec.seed,
+        flavor=spec.name,
+        initial_checkpoint=str(spec.initial_checkpoint.absolute()) if spec.initial_checkpoint else None,
+        pad_token_id=_read_pad_token_id(spec.data / "tokenizer"),
     )
 
 
-def _pad_token_id(tokenizer: Path) -> int:
+def _read_pad_token_id(tokenizer: Path) -> int:
     from transformers import AutoTokenizer
 
     pad = AutoTokenizer.from_pretrained(tokenizer).pad_token_id

@@ -1,13 +1,11 @@
-"""torchtitan's Trainer with this project's stage metrics and a guard before every update."""
+"""torchtitan's Trainer with one callback a concern, and a check before every update that may skip it."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import spmd_types as spmd
 import torch
-import torch.distributed as dist
-import torchtitan.trainer
 import tyro
 from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import utils as dist_utils
@@ -15,43 +13,28 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from core.errors import RefusedInput
-from titan_ext.cpu import adaptations
 from titan_ext.loader.streaming_loader import StreamingLoader
-from titan_ext.mobilemoe.load_metrics import clear_load, record_load
 from titan_ext.mobilemoe.model import MobileMoEModel
-from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedStages, of_last_stage
-from titan_ext.training.distillation import Teacher
-from titan_ext.training.metrics import StageMetrics
-from titan_ext.training.spike_guard import UpdateGuard
+from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedEmbedding, broadcast_from_last_stage
+from titan_ext.training.callbacks import Callback, SkippedLoadCallback, TiedEmbeddingCallback
+from titan_ext.training.distillation import Distillation, Teacher
+from titan_ext.training.metrics import StageMetrics, sum_over_ranks
+from titan_ext.training.optimizers import SkippableOptimizers
+from titan_ext.training.spike_guard import SpikeGuard
 
-torchtitan.trainer.time = adaptations.TRAINER_CLOCK
-
-
-class _GuardedOptimizers:
-    """The trainer's optimizers, whose step does nothing when the trainer says so."""
-
-    def __init__(self, trainer: "StageTrainer", optimizers: Any):
-        self._trainer, self._optimizers = trainer, optimizers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizers, name)
-
-    def step(self) -> None:
-        if self._trainer.skip_reason is None:
-            self._optimizers.step()
-            if self._trainer.tied_stages is not None:
-                self._trainer.tied_stages.take_values_from_owner()
-        else:
-            # In the metrics, but not in the next update of the expert bias, whose hook clears them after a step taken.
-            record_load(self._trainer.model_parts)
-            clear_load(self._trainer.model_parts)
+_GUARD_STATE = "guard"
+"""Key of the spike guard's state in checkpoints."""
 
 
 class StageTrainer(Trainer):
     """Trains one stage; resumes from the newest checkpoint in its folder, as torchtitan does.
 
     torchtitan looks at the loss only when it logs, after the update. Here loss and gradient norm of every step are
-    known before it (`titan_ext.training.spike_guard`), at the price of a second gradient norm and one wait for the device.
+    known before the update, so that a callback can skip it. The price is a second gradient norm and one wait for the
+    device.
+
+    Attributes:
+        callbacks: the concerns beside torchtitan's training loop; titan_ext/training/callbacks.py has their hooks.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -59,7 +42,8 @@ class StageTrainer(Trainer):
         skip_spikes_sigma: float | None = None
         """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps'."""
         teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
-        """Unquantized model whose distribution QAT follows; needs checkpoint.initial_load_path and a loss that asks."""
+        """Unquantized model whose distribution QAT follows. It needs checkpoint.initial_load_path and a loss of class
+        DistilledCrossEntropy."""
 
         def __post_init__(self) -> None:
             Trainer.Config.__post_init__(self)
@@ -82,85 +66,68 @@ class StageTrainer(Trainer):
                 )
 
     def __init__(self, config: Config):
-        self.guard = UpdateGuard(config.skip_spikes_sigma)  # the checkpointer asks for its state from the start
-        if config.teacher is not None and config.checkpoint.initial_load_path is None:
-            raise RefusedInput(
-                "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
-                "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
-            )
+        _check_teacher_checkpoint(config)
         _check_expert_ranks(config.parallelism)
-        for loader in (config.dataloader, config.validator.dataloader):
-            if isinstance(loader, StreamingLoader.Config):
-                loader.global_batch_size = config.training.global_batch_size
-        super().__init__(config)
-        training = config.training
-        self.metrics_processor.tokens_per_step = training.global_batch_size * training.seq_len
-        self.metrics_processor.last_step = training.steps
-        if config.validator.enable:
-            self.validator.last_step = training.steps
-        self.teacher: Teacher | None = None
-        if config.teacher is not None:
-            self.teacher = Teacher(config.teacher, config, self.parallel_dims)
-            self.loss_fn.loss_fn.teacher_head = self.teacher.model.lm_head
-        self.optimizers = _GuardedOptimizers(self, self.optimizers)
-        self.tied_stages: TiedStages | None = None
+        super().__init__(_set_global_batch_size(config))
+        assert isinstance(self.optimizers, SkippableOptimizers) and isinstance(self.metrics_processor, StageMetrics)
+        self._has_started = False
+        self._micro_batch_losses: list[torch.Tensor] = []
+        self.spike_guard = SpikeGuard(config.skip_spikes_sigma)
+        self.callbacks: list[Callback] = [self.spike_guard, SkippedLoadCallback(self.model_parts)]
         if self.parallel_dims.pp_enabled:
-            self.tied_stages = TiedStages(self.model_parts, self.parallel_dims)
-        self.started = False
-        self.skip_reason: str | None = None
-        self.losses: list[torch.Tensor] = []
-        self.divergences: list[torch.Tensor] = []
-
-    def train(self) -> None:
-        if self.teacher is not None:
-            self.teacher.load(self.config.checkpoint.initial_load_path)
-        super().train()
-        if adaptations.IS_CPU:
-            dist.barrier()
+            self.tied_embedding = TiedEmbedding(self.model_parts, self.parallel_dims)
+            self.callbacks.append(TiedEmbeddingCallback(self.tied_embedding))
+        if config.teacher is not None:
+            self.distillation = Distillation(
+                Teacher(config.teacher, self.config, self.parallel_dims),
+                config.checkpoint.initial_load_path,
+                student=self.model_parts[0],
+                loss_fn=self.loss_fn,
+                train_context=self.train_context,
+                parallel_dims=self.parallel_dims,
+            )
+            self.callbacks.append(self.distillation)
+            self.fwd_bwd_fn = self.distillation.forward_backward
 
     def train_step(self, data_iterator) -> None:
-        assert isinstance(self.metrics_processor, StageMetrics)
-        if not self.started:
-            # Only here is it known at which step the loaded checkpoint left off.
-            self.metrics_processor.start_after(self.step - 1)
-            self.metrics_processor.data_statistics = self.dataloader.statistics
-            if self.tied_stages is not None:  # of initial weights, or of a checkpoint that anyone may have written
-                self.tied_stages.take_values_from_owner()
-            self.started = True
+        """Train one optimizer step: torchtitan's, with the callbacks' hooks."""
+        if not self._has_started:
+            self._start()
         super().train_step(data_iterator)
+        if self.optimizers.skip_reason is None:
+            for callback in self.callbacks:
+                callback.after_update()
+
+    def _start(self) -> None:
+        """Start metrics and callbacks. The checkpoint is loaded only now, so `self.step` is the first to be trained."""
+        training = self.config.training
+        self.metrics_processor.start_stage(
+            first_step=self.step,
+            last_step=training.steps,
+            tokens_per_step=training.global_batch_size * training.seq_len,
+            callbacks=self.callbacks,
+            read_data_statistics=self.dataloader.statistics,
+        )
+        for callback in self.callbacks:
+            callback.before_first_step()
+        self._has_started = True
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
-        loss = of_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
-        self.losses.append(loss.detach().clone())
-        if len(self.losses) == self.gradient_accumulation_steps:
-            if self.tied_stages is not None:
-                self.tied_stages.give_gradient_to_owner()
-            self._judge_step(torch.stack(self.losses).sum())
-            self.losses.clear()
+        """Return the loss of a micro-batch (in a pipeline of all); after the last one, decide about the update."""
+        loss = broadcast_from_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
+        self._micro_batch_losses.append(loss.detach().clone())
+        if len(self._micro_batch_losses) == self.gradient_accumulation_steps:
+            self._check_update(torch.stack(self._micro_batch_losses).sum())
+            self._micro_batch_losses.clear()
         return loss
 
-    def _forward_backward_body(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        global_valid_tokens: torch.Tensor,
-        extra_kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """torchtitan's, with the teacher's forward pass before the student's."""
-        if self.teacher is None:
-            return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
-        with self.train_context():
-            teacher_hidden = self.teacher.hidden(inputs, **extra_kwargs)
-            hidden = self.model_parts[0](inputs, **extra_kwargs)
-            loss, metrics = self.loss_fn(hidden, labels, global_valid_tokens, teacher_hidden=teacher_hidden)
-            self.teacher.reshard()
-            with spmd.no_typecheck():
-                loss.backward()
-        self.divergences.append(metrics["kl_mean"])
-        return loss
+    def _check_update(self, loss: torch.Tensor) -> None:
+        """Ask the callbacks whether to skip the update, with all gradients computed and none clipped.
 
-    def _judge_step(self, loss: torch.Tensor) -> None:
-        """With all gradients there and none clipped: may this step be taken? Every rank comes to the same answer."""
+        Every rank comes to the same decision: loss and gradient norm are reduced over all ranks.
+        """
+        for callback in self.callbacks:
+            callback.after_backward()
         grad_norm = dist_utils.clip_grad_norm_(
             [p for part in self.model_parts for p in part.parameters()],
             max_norm=float("inf"),
@@ -168,25 +135,42 @@ class StageTrainer(Trainer):
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        self.skip_reason = self.guard.admit(self.step, self._over_ranks(loss), float(grad_norm))
-        if self.teacher is not None:
-            self.metrics_processor.kl = self._over_ranks(torch.stack(self.divergences).sum())
-            self.divergences.clear()
-        self.metrics_processor.num_skipped = self.guard.num_skipped
-        if self.skip_reason is not None:
-            logger.warning(f"step {self.step} is skipped: {self.skip_reason}")
-
-    def _over_ranks(self, part: torch.Tensor) -> float:
-        """The sum of what every rank's tokens contribute."""
-        loss_mesh = self.parallel_dims.get_optional_mesh("loss")
-        return float(part) if loss_mesh is None else dist_utils.dist_sum(part, loss_mesh)
+        mean_loss, grad_norm = sum_over_ranks(loss, self.parallel_dims), float(grad_norm)
+        answers = [callback.check_update(self.step, mean_loss, grad_norm) for callback in self.callbacks]
+        self.optimizers.skip_reason = " and ".join(filter(None, answers)) or None
+        if self.optimizers.skip_reason is not None:
+            logger.warning(f"step {self.step} is skipped: {self.optimizers.skip_reason}")
+            for callback in self.callbacks:
+                callback.before_skipped_update()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"guard": self.guard.state_dict()}
+        """Return torchtitan's state of the trainer and the spike guard's."""
+        return super().state_dict() | {_GUARD_STATE: self.spike_guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        self.guard.load_state_dict(state_dict["guard"])
+        self.spike_guard.load_state_dict(state_dict[_GUARD_STATE])
+
+
+def _set_global_batch_size(config: StageTrainer.Config) -> StageTrainer.Config:
+    """Return a copy whose loaders know the global batch, which the command line may have changed."""
+
+    def set_in(loader):
+        if not isinstance(loader, StreamingLoader.Config):
+            return loader
+        return dataclasses.replace(loader, global_batch_size=config.training.global_batch_size)
+
+    validator = dataclasses.replace(config.validator, dataloader=set_in(config.validator.dataloader))
+    return dataclasses.replace(config, dataloader=set_in(config.dataloader), validator=validator)
+
+
+def _check_teacher_checkpoint(config: StageTrainer.Config) -> None:
+    if config.teacher is not None and config.checkpoint.initial_load_path is None:
+        raise RefusedInput(
+            "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
+            "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
+        )
 
 
 def _check_expert_ranks(parallelism: ParallelismConfig) -> None:

@@ -1,35 +1,33 @@
-"""From what a recipe says of a stage to torchtitan's Trainer.Config."""
+"""Translates a stage of a recipe to torchtitan's Trainer.Config."""
 
 from itertools import islice
 from pathlib import Path
 
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import CommConfig, DebugConfig
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC, SelectiveAC
+
 from core.errors import RefusedInput
-from titan_ext.cpu import adaptations
-
-adaptations.apply()
-
-from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss  # noqa: E402
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw  # noqa: E402
-from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
-from torchtitan.config.configs import CommConfig, DebugConfig  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC, SelectiveAC  # noqa: E402
-
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig  # noqa: E402
-from titan_ext.loader.streaming_loader import StreamingLoader  # noqa: E402
-from titan_ext.memory import LOSS_CHUNKS  # noqa: E402
-from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec  # noqa: E402
-from titan_ext.model_stats import layers_of_stages  # noqa: E402
-from titan_ext.quantization.qat import convert_to_qat  # noqa: E402
-from titan_ext.training.distillation import DistilledCrossEntropy  # noqa: E402
-from titan_ext.training.metrics import HeldoutValidator, StageMetrics  # noqa: E402
-from titan_ext.training.trainer import StageTrainer  # noqa: E402
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, IS_CPU, SPMD_BACKEND
+from titan_ext.loader.streaming_loader import StreamingLoader
+from titan_ext.memory import LOSS_CHUNKS
+from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec
+from titan_ext.model_stats import split_layers
+from titan_ext.quantization.qat import convert_to_qat
+from titan_ext.training.distillation import DistilledCrossEntropy
+from titan_ext.training.metrics import HeldoutValidator, StageMetrics
+from titan_ext.training.optimizers import SkippableOptimizers
+from titan_ext.training.trainer import StageTrainer
 
 CHECKPOINTS_KEPT = 2
-"""torchtitan's minimum: the last one may be in the middle of being written."""
+"""Number of newest checkpoints to keep. torchtitan allows no fewer: the newest may still be being written."""
 
 
-def trainer_config(
+def build_trainer_config(
     *,
     model: ModelDims,
     stage: StageConfig,
@@ -43,20 +41,22 @@ def trainer_config(
     initial_checkpoint: str | None = None,
     pad_token_id: int = 0,
 ) -> StageTrainer.Config:
-    """The complete training configuration of one stage.
+    """Build the complete training configuration of one stage.
 
     Args:
-        shards, heldout: folders (or, for shards, a remote address) with one MDS folder a domain; no held-out folder, no
-            validation.
+        shards: folder or remote address with one MDS folder a domain.
+        heldout: folder with one MDS folder a domain; None measures no held-out loss.
         tokenizer: Hugging Face tokenizer folder.
-        out: the stage's folder: checkpoints, TensorBoard and metrics go there.
+        out: the stage's folder, for checkpoints, TensorBoard and metrics.
+        seed: seed of initial weights and order of documents.
+        flavor: name of the model in torchtitan's logs.
         initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
             holds a checkpoint already.
-        pad_token_id: token that fills sequences which no further conversation fits.
+        pad_token_id: token that fills the rest of a sequence that no further conversation fits into.
 
     Raises:
-        RefusedInput: QAT under tensor parallelism, a teacher or fewer layers than stages in a pipeline, or no held-out
-            shards of any domain.
+        RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
+            held-out shards of any domain.
     """
     if stage.qat is not None and parallel.tensor_parallel > 1:
         raise RefusedInput(
@@ -69,7 +69,11 @@ def trainer_config(
         dump_folder=out,
         loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
         teacher=_plain_model_config(model, stage) if _distills(stage) else None,
-        optimizer=default_adamw(lr=stage.learning_rate, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay),
+        # Before every update StageTrainer asks its callbacks (spike_guard.py); the optimizers skip it if one says so.
+        # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
+        optimizer=_optimizer_config(stage),
+        # The learning-rate schedule is torchtitan's (components/optimizer/lr_scheduler.py): linear warm-up, then decay
+        # by `decay_type` down to `min_lr_factor` at the last step. The values of every stage are in schedules.py.
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=stage.warmup_steps, decay_type=stage.schedule, min_lr_factor=stage.min_lr_factor
         ),
@@ -79,30 +83,10 @@ def trainer_config(
             seed=seed,
             pad_token_id=pad_token_id,
         ),
-        training=TrainingConfig(
-            local_batch_size=_sequences_at_once(stage, parallel),
-            global_batch_size=stage.global_batch_size,
-            seq_len=stage.seq_len,
-            max_norm=stage.max_grad_norm,
-            steps=stage.steps,
-            mixed_precision_param=parallel.precision,
-            # Expert parallelism over all-to-all synchronises with the host, which CUDA graphs forbid.
-            disable_cuda_graphs=True,
-        ),
-        parallelism=ParallelismConfig(
-            data_parallel_replicate_degree=parallel.data_parallel_replicate,
-            expert_parallel_degree=parallel.expert_parallel,
-            tensor_parallel_degree=parallel.tensor_parallel,
-            context_parallel_degree=parallel.context_parallel,
-            context_parallel_load_balancer=adaptations.CONTEXT_PARALLEL_LOAD_BALANCER,
-            pipeline_parallel_degree=parallel.pipeline_parallel,
-            pipeline_parallel_schedule=parallel.pipeline_schedule,
-            pipeline_parallel_microbatch_size=stage.local_batch_size if parallel.pipeline_parallel > 1 else 1,
-            module_fqns_per_model_part=_modules_of_stages(model, parallel),
-            spmd_backend=adaptations.SPMD_BACKEND,
-        ),
-        # By default on a GPU alone: on the CPU neither pays at the sizes trained there.
-        compile=CompileConfig(enable=not adaptations.IS_CPU if parallel.compile is None else parallel.compile),
+        training=_training_config(stage, parallel),
+        parallelism=_parallelism_config(model, stage, parallel),
+        # On a GPU only, unless the recipe says otherwise: on the CPU it does not pay at the sizes trained there.
+        compile=CompileConfig(enable=not IS_CPU if parallel.compile is None else parallel.compile),
         activation_checkpoint=_activation_checkpoint(parallel),
         checkpoint=CheckpointManager.Config(
             enable=True,
@@ -124,23 +108,56 @@ def trainer_config(
     )
 
 
+def _training_config(stage: StageConfig, parallel: ParallelConfig) -> TrainingConfig:
+    return TrainingConfig(
+        local_batch_size=_local_batch_size(stage, parallel),
+        global_batch_size=stage.global_batch_size,
+        seq_len=stage.seq_len,
+        max_norm=stage.max_grad_norm,
+        steps=stage.steps,
+        mixed_precision_param=parallel.precision,
+        # Expert parallelism over all-to-all synchronises with the host, which CUDA graphs forbid.
+        disable_cuda_graphs=True,
+    )
+
+
+def _parallelism_config(model: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> ParallelismConfig:
+    return ParallelismConfig(
+        data_parallel_replicate_degree=parallel.data_parallel_replicate,
+        expert_parallel_degree=parallel.expert_parallel,
+        tensor_parallel_degree=parallel.tensor_parallel,
+        context_parallel_degree=parallel.context_parallel,
+        context_parallel_load_balancer=CONTEXT_PARALLEL_LOAD_BALANCER,
+        pipeline_parallel_degree=parallel.pipeline_parallel,
+        pipeline_parallel_schedule=parallel.pipeline_schedule,
+        pipeline_parallel_microbatch_size=stage.local_batch_size if parallel.pipeline_parallel > 1 else 1,
+        module_fqns_per_model_part=_split_modules(model, parallel),
+        spmd_backend=SPMD_BACKEND,
+    )
+
+
+def _optimizer_config(stage: StageConfig) -> SkippableOptimizers.Config:
+    adamw = default_adamw(lr=stage.learning_rate, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
+    return SkippableOptimizers.Config(param_groups=adamw.param_groups)
+
+
 def _activation_checkpoint(parallel: ParallelConfig) -> ActivationCheckpointingConfig | None:
-    chosen = parallel.activation_checkpoint or ("none" if adaptations.IS_CPU else "selective")
+    chosen = parallel.activation_checkpoint or ("none" if IS_CPU else "selective")
     return {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[chosen]
 
 
-def _sequences_at_once(stage: StageConfig, parallel: ParallelConfig) -> int:
-    """What torchtitan calls the local batch: with a pipeline all micro-batches of a step, so that it drains once."""
+def _local_batch_size(stage: StageConfig, parallel: ParallelConfig) -> int:
+    """Return torchtitan's local batch: in a pipeline all micro-batches of a step, so that it drains once a step."""
     if parallel.pipeline_parallel == 1:
         return stage.local_batch_size
     return stage.global_batch_size // parallel.data_parallel
 
 
-def _modules_of_stages(model: ModelDims, parallel: ParallelConfig) -> list[list[str]] | None:
+def _split_modules(model: ModelDims, parallel: ParallelConfig) -> list[list[str]] | None:
     if parallel.pipeline_parallel == 1:
         return None
     layers = iter(range(model.n_layers))
-    stages = [[f"layers.{i}" for i in islice(layers, n)] for n in layers_of_stages(model, parallel.pipeline_stages)]
+    stages = [[f"layers.{i}" for i in islice(layers, n)] for n in split_layers(model, parallel.pipeline_stages)]
     return [["tok_embeddings", *stages[0]], *stages[1:-1], [*stages[-1], "norm", "lm_head"]]
 
 
@@ -176,21 +193,21 @@ def _heldout_config(
     return HeldoutValidator.Config(
         enable=True,
         freq=stage.heldout_interval,
-        # In micro-batches of all ranks, so that every layout measures on the same sequences.
+        # torchtitan counts micro-batches of all ranks. Every layout measures on the same sequences.
         steps=stage.heldout_batches
         * stage.global_batch_size
-        // (_sequences_at_once(stage, parallel) * parallel.data_parallel),
+        // (_local_batch_size(stage, parallel) * parallel.data_parallel),
         dataloader=StreamingLoader.Config(
             shards=heldout,
-            mixture=_shares_present(stage.mixture, Path(heldout)),
+            mixture=_select_heldout_domains(stage.mixture, Path(heldout)),
             seed=seed,
             pad_token_id=pad_token_id,
         ),
     )
 
 
-def _shares_present(mixture: dict[str, float], folder: Path) -> dict[str, float]:
-    """The stage's mixture over the domains that have held-out documents, scaled to 1."""
+def _select_heldout_domains(mixture: dict[str, float], folder: Path) -> dict[str, float]:
+    """Return the mixture over the domains that have held-out documents, scaled to a sum of 1."""
     present = {domain: share for domain, share in mixture.items() if (folder / domain / "index.json").exists()}
     if not present:
         raise RefusedInput(f"{folder}: no held-out shards of any of {sorted(mixture)}; run the data step again")

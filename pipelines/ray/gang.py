@@ -1,0 +1,128 @@
+"""A gang: `world_size` Ray workers that run one function as the ranks of a process group, as under torchrun.
+
+Ray Train's own TorchConfig calls init_process_group, and so does torchtitan's Trainer. The backend here therefore only
+sets the environment that torchrun would set, and leaves the process group to the Trainer.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+
+from pipelines.compat import DataParallelTrainer, find_free_address
+from pipelines.ray.worker_log import redirect_output
+
+
+@dataclass
+class EnvironmentConfig(BackendConfig):
+    """Configuration of the Ray Train backend that sets environment variables and starts no process group."""
+
+    variables: dict[str, str]
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """Return the backend that reads this configuration."""
+        return EnvironmentBackend
+
+
+class EnvironmentBackend(Backend):
+    """The backend gives every worker the variables of torchrun.
+
+    These are RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+    """
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: EnvironmentConfig) -> None:
+        """Choose the rendezvous address on rank 0's node. Ray calls this when the workers have started."""
+        address, port = worker_group.execute_single(0, find_free_address)
+        rendezvous = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        worker_group.execute(_set_variables, rendezvous | backend_config.variables)
+
+    def on_training_start(self, worker_group: Any, backend_config: EnvironmentConfig) -> None:
+        """Set the ranks. Ray knows them only from this call on."""
+        worker_group.execute(_set_ranks)
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def _set_ranks() -> None:
+    context = ray.train.get_context()
+    os.environ.update(
+        RANK=str(context.get_world_rank()), WORLD_SIZE=str(context.get_world_size()),
+        LOCAL_RANK=str(context.get_local_rank()), LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+        NODE_RANK=str(context.get_node_rank()),
+    )  # fmt: skip
+
+
+class RankFailed(RuntimeError):
+    """A rank's exception as text, because the exception itself may not survive pickling."""
+
+
+def build_trainer(
+    fn: Callable[[Any], None],
+    argument: Any,
+    *,
+    name: str,
+    logs: Path,
+    environment: dict[str, str],
+    worker_environment: dict[str, str],
+    scaling: ray.train.ScalingConfig,
+    max_failures: int,
+) -> DataParallelTrainer:
+    """Return a Ray Train trainer whose `fit()` runs `fn(argument)` on every rank.
+
+    Args:
+        name: name of the log files below `logs`.
+        environment: variables that each worker sets before `fn` is called.
+        worker_environment: variables that each worker's process is started with, for what must be known at its start.
+        max_failures: restarts of the whole gang.
+    """
+    return DataParallelTrainer(
+        _run_rank,
+        train_loop_config={"fn": fn, "argument": argument, "log": str(logs / name)},
+        backend_config=EnvironmentConfig(environment),
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(logs / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=[FailureLog(logs / f"{name}.failures.log")],
+            worker_runtime_env={"env_vars": worker_environment},
+        ),
+    )
+
+
+def _run_rank(config: dict[str, Any]) -> None:
+    with redirect_output(Path(f"{config['log']}.rank{os.environ['RANK']}.log")):
+        try:
+            config["fn"](config["argument"])
+        except Exception:
+            text = traceback.format_exc()
+            print(text, flush=True)
+            raise RankFailed(text) from None
+
+
+class FailureLog(ray.train.UserCallback):
+    """A callback that appends every failure of a gang to a file, also those that a restart mends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Append the failures. Ray's controller calls this when workers died or raised."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}\n{describe_failures(worker_exceptions)}\n")
+
+
+def describe_failures(failures: dict[int, Exception]) -> str:
+    """Return the rank and the original traceback of every failed rank."""
+    return "\n".join(f"rank {rank}: {str(error).strip()}" for rank, error in sorted(failures.items()))

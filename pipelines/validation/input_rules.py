@@ -1,0 +1,138 @@
+"""Rules for what a run reads (data, tokenizer, initial model), its evaluation, its export and its cluster."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core.errors import RefusedInput
+from eval.config import ExportConfig
+from pipelines.recipe import Recipe
+from pipelines.validation.problems import Problem, find_nonpositive
+from titan_ext.config import StageConfig
+
+
+def find_start_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of the start: every stage trains, or the first ones pass on an initial model."""
+    passes_on = bool(recipe.initial_model)
+    for name, stage in recipe.stages.items():
+        passes_on = passes_on and stage.steps == 0 and name != "qat"
+        if stage.steps <= 0 and not passes_on:
+            rule = "must be above 0; only the first stages, and never qat, may pass on an initial_model with 0 steps"
+            yield Problem(f"stages.{name}.steps", stage.steps, rule, "set a positive number, or --initial-model FOLDER")
+    if recipe.initial_model:
+        yield from _find_initial_model_problems(Path(recipe.initial_model), recipe)
+
+
+def _find_initial_model_problems(folder: Path, recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of an initial model: it fits the recipe's dimensions and brings its tokenizer."""
+    if not recipe.data.tokenizer.path:
+        rule = "a model that is trained already knows the tokens of its own tokenizer"
+        yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
+    from eval.export.dimensions import dims_from_config
+    from eval.export.hf import read_config
+
+    try:
+        found = dataclasses.asdict(dims_from_config(read_config(folder)))
+    except ValueError as error:  # RefusedInput, or transformers' complaint about a config.json of the user
+        yield Problem("initial_model", str(folder), str(error), "give a folder in the released format")
+        return
+    for name, wanted in dataclasses.asdict(recipe.model).items():
+        if found[name] != wanted:
+            rule = f"initial_model {folder} has {found[name]!r}"
+            yield Problem(f"model.{name}", wanted, rule, "give the recipe the model's own dimensions")
+
+
+def find_data_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of the data, and of the tokenizer against the model's vocabulary."""
+    from data import validate_config
+
+    try:
+        validate_config.validate_config(recipe.data)
+    except RefusedInput as error:
+        yield Problem("data", recipe.name, str(error), "correct the field named")
+        return
+    yield from _find_domain_problems(recipe)
+    if recipe.data.tokenizer.path:
+        field, size = "data.tokenizer.path", read_tokenizer_size(Path(recipe.data.tokenizer.path))
+        value: Any = recipe.data.tokenizer.path
+    else:
+        field, size = "data.tokenizer.train_vocab_size", recipe.data.tokenizer.train_vocab_size
+        value = size
+    if size > recipe.model.vocab_size:
+        rule = f"the tokenizer has {size} entries, model.vocab_size = {recipe.model.vocab_size} has no row for them all"
+        yield Problem(field, value, rule, f"choose a smaller tokenizer, or set --model.vocab-size {size}")
+    if not recipe.data.tokenizer.path and size < recipe.model.vocab_size:
+        rule = f"a tokenizer of {size} entries leaves rows of model.vocab_size = {recipe.model.vocab_size} unused"
+        yield Problem(field, value, rule, "give --data.tokenizer.path, or give both the same value")
+
+
+def _find_domain_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each domain of a mixture that no corpus of the recipe gives."""
+    from data.catalogue.corpora import CATALOGUE
+
+    corpora = [CATALOGUE[name] for name in recipe.data.corpora]
+    for name, stage in recipe.stages.items():
+        kind = "sft" if stage.shards == "sft" else "text"
+        there = sorted({corpus.domain for corpus in corpora if corpus.kind == kind})
+        for domain, share in stage.mixture.items():
+            if share and domain not in there:
+                rule = f"no corpus of data.corpora gives {kind} of this domain (they give {', '.join(there)})"
+                yield Problem(f"stages.{name}.mixture.{domain}", share, rule, "add a corpus, or set the share to 0")
+
+
+def read_tokenizer_size(path: Path) -> int:
+    """Return the highest token id + 1 of a tokenizer.json, or of the one in a folder.
+
+    Raises:
+        RefusedInput: there is no such file, or it is no tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RefusedInput(
+            f"data.tokenizer.path = {str(path)!r}: {file} does not exist; give a folder with tokenizer.json"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocab = content["model"]["vocab"]
+        added = [token["id"] for token in content.get("added_tokens", [])]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RefusedInput(f"data.tokenizer.path: {file} is no Hugging Face tokenizer.json ({error!r})") from error
+    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
+    return max([*ids, *added], default=-1) + 1
+
+
+def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of the evaluation."""
+    from eval.benchmarks.suites import SUITES
+
+    config = recipe.evaluation
+    if config.suite not in SUITES:
+        yield Problem("evaluation.suite", config.suite, "is no suite", f"choose one of {', '.join(sorted(SUITES))}")
+    if config.limit is not None and config.limit <= 0:
+        yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
+    yield from find_nonpositive("evaluation", config, ("batch_size", "heldout_tokens"))
+
+
+def find_export_problems(export: ExportConfig, qat_stage: StageConfig) -> Iterator[Problem]:
+    """Yield the broken rules of the export, on its own and against the quantization that was trained."""
+    if export.expert_group_axis not in ("in", "out"):
+        yield Problem("export.expert_group_axis", export.expert_group_axis, "names no axis", "choose in or out")
+    trained = qat_stage.qat
+    for name in ("group_size", "expert_group_axis", "expert_group_size"):
+        value = getattr(export, name)
+        if trained is not None and value != getattr(trained, name):
+            rule = f"differs from what is trained, stages.qat.qat.{name} = {getattr(trained, name)!r}"
+            yield Problem(f"export.{name}", value, rule, "give both the same value")
+
+
+def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of the cluster."""
+    cluster = recipe.cluster
+    yield from find_nonpositive("cluster", cluster, ("cpus_per_worker", "cpus_per_task"))
+    if cluster.gpus_per_worker not in (0, 1):
+        rule = "a rank drives one GPU or none"
+        yield Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "set 0 or 1")
+    if cluster.max_failures < 0:
+        yield Problem("cluster.max_failures", cluster.max_failures, "must not be negative", "set 0 for no restart")

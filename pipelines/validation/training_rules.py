@@ -1,0 +1,189 @@
+"""Rules for the model's dimensions, the parallelism and the four training stages."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from core.stages import SHARD_FOLDERS
+from pipelines.recipe import Recipe
+from pipelines.validation.problems import Problem, divides, find_nonpositive, list_divisors
+from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
+
+MIXTURE_TOLERANCE = 1e-6
+"""Largest distance from 1 of a sum of shares; decimal fractions do not add up exactly."""
+DEGREES = ("pipeline_parallel", "data_parallel_replicate", "tensor_parallel", "context_parallel")
+"""Degrees of ParallelConfig whose product must divide the world size."""
+
+
+def find_model_problems(model: ModelDims) -> Iterator[Problem]:
+    """Yield the broken rules of the model's dimensions."""
+    yield from find_nonpositive("model", model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
+    yield from find_nonpositive(
+        "model", model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size", "max_seq_len")
+    )
+    yield from find_nonpositive("model", model, ("rope_theta", "norm_eps", "route_scale"))
+    scaling = model.rope_scaling
+    yield from find_nonpositive(
+        "model.rope_scaling", scaling, tuple(field.name for field in dataclasses.fields(scaling))
+    )
+    if model.top_k > model.n_experts:
+        rule = f"cannot choose more experts than model.n_experts = {model.n_experts}"
+        yield Problem("model.top_k", model.top_k, rule, f"set it to at most {model.n_experts}")
+    if not divides(model.n_kv_heads, model.n_heads):
+        rule = f"model.n_heads = {model.n_heads} must be a multiple of it"
+        yield Problem("model.n_kv_heads", model.n_kv_heads, rule, f"choose one of {list_divisors(model.n_heads)}")
+    if model.head_dim % 2:
+        yield Problem("model.head_dim", model.head_dim, "RoPE rotates pairs, so it must be even", "set an even number")
+
+
+def find_parallel_problems(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Yield the broken rules of the parallelism, on its own and for this model."""
+    ep, world = parallel.expert_parallel, parallel.world_size
+    if not divides(ep, model.n_experts):
+        rule = f"model.n_experts = {model.n_experts} must be a multiple of it"
+        yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {list_divisors(model.n_experts)}")
+    if not divides(parallel.tensor_parallel, model.n_kv_heads):
+        rule = f"model.n_kv_heads = {model.n_kv_heads} must be a multiple of it"
+        yield Problem(
+            "parallel.tensor_parallel",
+            parallel.tensor_parallel,
+            rule,
+            f"choose one of {list_divisors(model.n_kv_heads)}",
+        )
+    if parallel.pipeline_stages > model.n_layers:
+        rule = f"{parallel.pipeline_schedule} makes {parallel.pipeline_stages} stages of model.n_layers = "
+        rule += f"{model.n_layers}, and each needs a layer"
+        most = model.n_layers * parallel.pipeline_parallel // parallel.pipeline_stages
+        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, f"set it to at most {most}")
+    split = math.prod(getattr(parallel, degree) for degree in DEGREES)
+    copies = parallel.pipeline_parallel * parallel.data_parallel_replicate
+    if split > 1 and not divides(split, world):
+        rule = f"must be a multiple of {' x '.join(DEGREES)} = {split}"
+        yield Problem("parallel.world_size", world, rule, f"set it to {math.ceil(world / split) * split}, say")
+    elif not divides(ep, replica := world // max(copies, 1)):
+        rule = f"the {replica} ranks of a replica (world_size / pipeline_parallel / data_parallel_replicate) must be a "
+        way_out = f"choose one of {list_divisors(replica)}, or another world size"
+        yield Problem("parallel.expert_parallel", ep, rule + "multiple of it", way_out)
+
+
+def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of one training stage, on its own and for the recipe's model and parallelism."""
+    prefix, model, parallel = f"stages.{name}", recipe.model, recipe.parallel
+    if stage.seq_len > model.max_seq_len:
+        rule = f"longer than model.max_seq_len = {model.max_seq_len}"
+        yield Problem(f"{prefix}.seq_len", stage.seq_len, rule, "shorten it, or raise model.max_seq_len")
+    parts = parallel.tensor_parallel * (2 * parallel.context_parallel if parallel.context_parallel > 1 else 1)
+    if not divides(parts, stage.seq_len):
+        rule = f"must be a multiple of {parts}, for tensor and twice context parallelism split it"
+        yield Problem(f"{prefix}.seq_len", stage.seq_len, rule, f"set it to {math.ceil(stage.seq_len / parts) * parts}")
+    micro_batch = stage.local_batch_size * parallel.data_parallel
+    if not divides(micro_batch, stage.global_batch_size):
+        rule = (
+            f"must be a multiple of local_batch_size x ranks that read data = {stage.local_batch_size} x "
+            f"{parallel.data_parallel} = {micro_batch}"
+        )
+        multiple = max(1, math.ceil(stage.global_batch_size / micro_batch)) * micro_batch
+        yield Problem(f"{prefix}.global_batch_size", stage.global_batch_size, rule, f"set it to {multiple}, say")
+    elif micro_batch > 0:
+        yield from _find_micro_batch_problems(f"{prefix}.global_batch_size", stage, parallel)
+    if stage.warmup_steps >= stage.steps > 0:
+        rule = f"must be below {prefix}.steps = {stage.steps}"
+        yield Problem(f"{prefix}.warmup_steps", stage.warmup_steps, rule, f"set it to {stage.steps // 10}, say")
+    if stage.capacity_factor is not None and stage.capacity_factor < 1:
+        rule = "below 1 tokens are dropped even where the routing is balanced"
+        yield Problem(f"{prefix}.capacity_factor", stage.capacity_factor, rule, "set 1.5, or None to drop nothing")
+    if stage.skip_spikes_sigma is not None and stage.skip_spikes_sigma <= 0:
+        rule = "is a number of standard deviations, so it must be above 0"
+        yield Problem(f"{prefix}.skip_spikes_sigma", stage.skip_spikes_sigma, rule, "set 6, or None to skip nothing")
+    yield from _find_mixture_problems(f"{prefix}.mixture", stage.mixture)
+    if stage.shards not in SHARD_FOLDERS:
+        rule = "is no folder that the data step writes"
+        yield Problem(f"{prefix}.shards", stage.shards, rule, "choose pretrain, midtrain or sft")
+    if stage.qat is not None:
+        yield from _find_qat_problems(f"{prefix}.qat", stage.qat, model, parallel)
+
+
+def _find_qat_problems(prefix: str, qat: QATConfig, model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
+    yield from find_group_problems(prefix, qat.group_size, model)
+    yield from find_expert_group_problems(prefix, qat.expert_group_size, model)
+    if parallel.tensor_parallel > 1:
+        rule = f"{prefix} rounds whole tokens to INT8, and tensor parallelism splits them"
+        yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+    if parallel.pipeline_parallel > 1 and qat.distillation_weight > 0:
+        rule = f"{prefix}.distillation_weight is above 0, and a teacher is not split into pipeline stages"
+        way_out = f"set it to 1, or {prefix}.distillation_weight to 0"
+        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, way_out)
+    if not 0 <= qat.distillation_weight <= 1:
+        rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
+        field = f"{prefix}.distillation_weight"
+        yield Problem(field, qat.distillation_weight, rule, "set 0.5, say, or 0 for no teacher")
+
+
+def _find_micro_batch_problems(field: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Yield a problem if the micro-batches leave a rank of the pipeline idle, or torch refuses their number."""
+    ranks, micro_batch = parallel.pipeline_parallel, stage.local_batch_size * parallel.data_parallel
+    micro_batches = stage.global_batch_size // micro_batch
+    if ranks > 1 and micro_batches < ranks:
+        rule = f"makes {micro_batches} micro-batch(es) of local_batch_size = {stage.local_batch_size}, and "
+        rule += f"parallel.pipeline_parallel = {ranks} needs one for each of its ranks"
+        way_out = f"set it to at least {ranks * micro_batch}, or lower local_batch_size or pipeline_parallel"
+        yield Problem(field, stage.global_batch_size, rule, way_out)
+    elif parallel.pipeline_schedule == "Interleaved1F1B" and ranks > 1 and micro_batches % (micro_batches // ranks):
+        rule = f"makes {micro_batches} micro-batches, which Interleaved1F1B cannot take in "
+        rule += f"{micro_batches // ranks} equal rounds of parallel.pipeline_parallel = {ranks} or more"
+        way_out = f"set it to {micro_batches // ranks * ranks * micro_batch}, say, or pipeline_schedule to 1F1B"
+        yield Problem(field, stage.global_batch_size, rule, way_out)
+
+
+def _find_mixture_problems(field: str, mixture: dict[str, float]) -> Iterator[Problem]:
+    """Yield the broken rules of a mixture: shares between 0 and 1 that sum to 1."""
+    for domain, share in mixture.items():
+        if not 0 <= share <= 1:
+            yield Problem(f"{field}.{domain}", share, "a share lies between 0 and 1", "set such a share")
+    total = math.fsum(mixture.values())
+    if abs(total - 1) > MIXTURE_TOLERANCE:
+        way_out = f"change a share of {', '.join(mixture)} by {1 - total:+.6g}"
+        yield Problem(field, round(total, 6), "the shares must sum to 1", way_out)
+
+
+def find_order_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules between stages: growing context, and quantization in the last stage only."""
+    pretrain, midtrain, qat = recipe.stages.pretrain, recipe.stages.midtrain, recipe.stages.qat
+    if midtrain.seq_len < pretrain.seq_len:
+        rule = f"the context must not shrink after pre-training's {pretrain.seq_len}"
+        yield Problem("stages.midtrain.seq_len", midtrain.seq_len, rule, f"set at least {pretrain.seq_len}")
+    if qat.qat is None:
+        rule = "the quantization-aware stage needs to know its quantization"
+        yield Problem("stages.qat.qat", None, rule, "give the recipe's qat stage qat=QATConfig()")
+    for name, stage in recipe.stages.items():
+        if name != "qat" and stage.qat is not None:
+            yield Problem(f"stages.{name}.qat", stage.qat, "only the qat stage quantizes", "set it to None")
+
+
+def find_group_problems(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:
+    """Yield a problem for each width of the model that groups of this size do not divide."""
+    widths = {
+        "model.d_model": model.d_model,
+        "model.expert_hidden": model.expert_hidden,
+        "model.shared_hidden": model.shared_hidden,
+        "model.n_heads x model.head_dim": model.n_heads * model.head_dim,
+    }
+    yield from _find_group_size_problems(f"{prefix}.group_size", group_size, widths)
+
+
+def find_expert_group_problems(prefix: str, group_size: int | None, model: ModelDims) -> Iterator[Problem]:
+    """Yield the same for the groups of the experts' weights, where they have a size of their own."""
+    if group_size is not None:
+        widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
+        yield from _find_group_size_problems(f"{prefix}.expert_group_size", group_size, widths)
+
+
+def _find_group_size_problems(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:
+    if group_size <= 0 or group_size % 2:
+        yield Problem(field, group_size, "INT4 values are packed in pairs, so it must be even and above 0", "set 32")
+        return
+    for name, width in widths.items():
+        if width % group_size:
+            rule = f"must divide {name} = {width}"
+            fits = math.gcd(*widths.values())
+            yield Problem(field, group_size, rule, f"choose an even divisor of {fits}, or another {name}")

@@ -1,0 +1,55 @@
+"""Refuse a recipe that cannot run, before anything starts: every problem at once, each with its way out."""
+
+import re
+from collections.abc import Iterator
+
+from core.errors import RefusedInput
+from pipelines.recipe import Recipe
+from pipelines.validation import input_rules, training_rules
+from pipelines.validation.problems import InvalidRecipe, Problem, find_nonpositive
+from titan_ext.config import ModelDims
+
+
+def validate_recipe(recipe: Recipe) -> None:
+    """Check everything about a recipe that can be known without running it.
+
+    Raises:
+        InvalidRecipe: it breaks rules; the message lists every problem found.
+    """
+    problems = list(find_problems(recipe))
+    if problems:
+        raise InvalidRecipe(recipe.name, problems)
+
+
+def check_model(model: ModelDims) -> None:
+    """Check a model's dimensions on their own, as `mobilemoe info` takes them.
+
+    Raises:
+        RefusedInput: they break rules; the message lists every problem found, by the options of that command.
+    """
+    if problems := [*training_rules.find_model_problems(model), *training_rules.find_group_problems("INT4", 32, model)]:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        options = re.sub(r"\bmodel\.([a-z_.]+)", lambda field: "--" + field[1].replace("_", "-"), lines)
+        raise RefusedInput(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
+
+
+def find_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield every broken rule of the recipe, in the order of its fields."""
+    yield from training_rules.find_model_problems(recipe.model)
+    yield from find_nonpositive("parallel", recipe.parallel, ("world_size", "expert_parallel", *training_rules.DEGREES))
+    for name, stage in recipe.stages.items():
+        numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate")
+        yield from find_nonpositive(
+            f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
+        )
+    yield from training_rules.find_parallel_problems(recipe.model, recipe.parallel)
+    for name, stage in recipe.stages.items():
+        yield from training_rules.find_stage_problems(name, stage, recipe)
+    yield from training_rules.find_order_problems(recipe)
+    yield from input_rules.find_start_problems(recipe)
+    yield from input_rules.find_data_problems(recipe)
+    yield from input_rules.find_evaluation_problems(recipe)
+    yield from training_rules.find_group_problems("export", recipe.export.group_size, recipe.model)
+    yield from training_rules.find_expert_group_problems("export", recipe.export.expert_group_size, recipe.model)
+    yield from input_rules.find_export_problems(recipe.export, recipe.stages.qat)
+    yield from input_rules.find_cluster_problems(recipe)

@@ -1,0 +1,215 @@
+"""The step engine on a small graph of steps that write real files: what runs, what is skipped, and why."""
+
+import json
+import threading
+
+import pytest
+
+from core.atomic import atomic_write, partial_path
+from pipelines.engine.fingerprints import find_stale_steps
+from pipelines.engine.manifest import Manifest
+from pipelines.engine.runner import run_steps
+from pipelines.engine.step import Step, StepFailed, is_up_to_date
+
+
+class Graph:
+    """text -> upper -> count, each a file; counts its calls, fails or stops on demand."""
+
+    def __init__(self, run):
+        self.run, self.calls, self.said, self.fail = run, [], [], None
+        self.text, self.version = "abc", 1
+
+    def steps(self):
+        return [
+            Step("text", 1, (), {"data": {"text": self.text}}, ("text",), self._work("text", lambda: self.text)),
+            Step(
+                "upper", self.version, ("text",), {}, ("upper",), self._work("upper", lambda: self.read("text").upper())
+            ),
+            Step("count", 1, ("upper",), {}, ("count",), self._work("count", lambda: str(len(self.read("upper"))))),
+        ]
+
+    def read(self, name):
+        return (self.run / name).read_text()
+
+    def _work(self, name, make):
+        def work():
+            self.calls.append(name)
+            with atomic_write(self.run / name) as partial:
+                partial.write_text(make())
+                if self.fail == name:
+                    raise OSError(f"no more {name}")
+
+        return work
+
+    def go(self, until=None, restart_from=None, stop=None):
+        self.calls.clear()
+        self.said.clear()
+        run_steps(
+            self.steps(), self.run, Manifest(self.run), until=until, restart_from=restart_from,
+            log_line=self.said.append,
+            stop=stop or threading.Event(),
+        )  # fmt: skip
+        return list(self.calls)
+
+    def state(self, name):
+        return Manifest(self.run).step(name)["state"]
+
+
+@pytest.fixture
+def graph(tmp_path):
+    return Graph(tmp_path)
+
+
+def test_first_run_makes_everything_second_nothing(graph):
+    assert graph.go() == ["text", "upper", "count"]
+    assert graph.read("count") == "3"
+    assert graph.go() == []
+    assert graph.said[0] == "step 1 of 3  text: skip (up to date)"
+
+
+def test_a_run_knows_without_a_step_that_there_is_nothing_to_do(graph):
+    def known(until=None):
+        return is_up_to_date(graph.steps(), graph.run, Manifest(graph.run), until)
+
+    assert not known("text")
+    graph.go(until="upper")
+    assert known("upper") and not known()
+    graph.go()
+    assert known()
+    (graph.run / "count").unlink()
+    assert not known()
+    graph.text = "x"
+    assert not known("text")
+
+
+def test_changed_config_remakes_it_and_what_depends_on_it(graph):
+    graph.go()
+    graph.text = "abcde"
+    assert graph.go() == ["text", "upper", "count"]
+    assert graph.read("count") == "5"
+    assert "data.text: 'abc' -> 'abcde'" in graph.said[0]
+    assert any("upper: redo (input text changed)" in line for line in graph.said)
+    assert (graph.run / "stale" / "text").read_text() == "abc"
+
+
+def test_code_version_counts(graph):
+    graph.go()
+    graph.version = 2
+    assert graph.go() == ["upper", "count"]
+    assert "upper: redo (code version 1 -> 2)" in graph.said[1]
+
+
+def test_until_stops_and_the_rest_shows_as_stale(graph):
+    graph.go()
+    graph.text = "x"
+    assert graph.go(until="text") == ["text"]
+    assert find_stale_steps(Manifest(graph.run)) == {"upper", "count"}
+    assert graph.go() == ["upper", "count"]
+    assert find_stale_steps(Manifest(graph.run)) == set()
+
+
+def test_output_that_is_gone_is_made_again(graph):
+    graph.go()
+    (graph.run / "upper").unlink()
+    assert graph.go() == ["upper"]
+    assert "upper is gone" in graph.said[1]
+
+
+def test_failure_is_recorded_and_resumed(graph):
+    graph.fail = "upper"
+    with pytest.raises(StepFailed, match="no more upper") as failure:
+        graph.go()
+    assert failure.value.step == "upper"
+    assert graph.state("upper") == "failed"
+    assert "OSError: no more upper" in Manifest(graph.run).step("upper")["error"]
+    assert not (graph.run / "upper").exists()
+    graph.fail = None
+    assert graph.go() == ["upper", "count"]
+    assert "upper: resume (it was failed)" in graph.said[1]
+    assert "error" not in Manifest(graph.run).step("upper")
+
+
+def test_interrupt_is_not_a_failure(graph):
+    graph.fail, stop = "count", threading.Event()
+    stop.set()
+    with pytest.raises(StepFailed):
+        graph.go(stop=stop)
+    assert graph.state("count") == "interrupted"
+
+
+def test_killed_driver_leaves_running_and_is_resumed(graph):
+    graph.go()
+    manifest = Manifest(graph.run)
+    manifest.content["steps"]["count"]["state"] = "running"
+    manifest.save()
+    assert graph.go() == ["count"]
+    assert "resume (it was running)" in graph.said[2]
+
+
+def test_from_restarts_once_then_continues(graph):
+    graph.go()
+    graph.fail = "count"
+    with pytest.raises(StepFailed):
+        graph.go(restart_from="upper")
+    assert graph.calls == ["upper", "count"]
+    graph.fail = None
+    assert graph.go(restart_from="upper") == ["count"]
+    assert graph.go(restart_from="upper") == ["upper", "count"]
+
+
+def test_partial_of_another_fingerprint_is_dropped(graph):
+    graph.fail = "text"
+    with pytest.raises(StepFailed):
+        graph.go()
+    assert partial_path(graph.run / "text").read_text() == "abc"
+    graph.text, seen = "abcd", []
+    steps = graph.steps()
+    steps[0] = Step(
+        "text", 1, (), steps[0].config, ("text",), lambda: seen.append(partial_path(graph.run / "text").exists())
+    )
+    run_steps(
+        steps[:1], graph.run, Manifest(graph.run), until=None, restart_from=None, log_line=print, stop=threading.Event()
+    )
+    assert seen == [False]
+
+
+def test_result_identity_replaces_the_fingerprint(graph):
+    came = {"packages": 1}
+
+    def steps():
+        fetch = Step("fetch", 1, (), {}, (), lambda: {"identity": str(came["packages"]), "packages": came["packages"]})
+        return [fetch, Step("use", 1, ("fetch",), {}, (), lambda: graph.calls.append("use"))]
+
+    def go(restart_from=None):
+        run_steps(
+            steps(), graph.run, Manifest(graph.run), until=None, restart_from=restart_from, log_line=graph.said.append,
+            stop=threading.Event(),
+        )  # fmt: skip
+
+    go()
+    assert Manifest(graph.run).step("fetch")["result"] == {"packages": 1}
+    came["packages"] = 2
+    go()
+    assert graph.calls == ["use"]
+    go(restart_from="fetch")
+    assert graph.calls == ["use", "use"]
+
+
+def test_whole_folder_appears_at_once_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), atomic_write(tmp_path / "out") as partial:
+        partial.mkdir()
+        (partial / "half").touch()
+        raise KeyError
+    assert not (tmp_path / "out").exists()
+    with atomic_write(tmp_path / "out", keep_partial=True) as partial:
+        assert (partial / "half").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
+
+
+def test_manifest_is_valid_json_after_every_change(graph):
+    graph.go()
+    content = json.loads((graph.run / "manifest.json").read_text())
+    assert {name: entry["state"] for name, entry in content["steps"].items()} == dict.fromkeys(
+        ("text", "upper", "count"), "done"
+    )
+    assert all(entry["seconds"] >= 0 and entry["fingerprint"] for entry in content["steps"].values())

@@ -1,0 +1,95 @@
+"""Ray for real: two workers on gloo, one killed, one that raises; tasks; leftovers of a killed driver."""
+
+import os
+import subprocess
+import sys
+import time
+from ctypes.util import find_library
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.ray.cluster import Cluster, Task, WorkerFailed
+from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes
+from pipelines.recipe import ClusterConfig
+from tests.pipelines import gang_functions as gang
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+"""Ray's workers import this package from here."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's Ray is not joined
+        with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
+            yield cluster
+    assert find_processes(f"{run}#") == []
+
+
+def test_gang_gets_its_environment_and_survives_a_sigkill(cluster, tmp_path):
+    """Rank 1 is killed on the first attempt; on the second both sum over gloo, set up from the environment alone."""
+    cluster.run_gang(gang.killed_once, tmp_path, name="killed")
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}").read_text() == (
+            f"sum=3 RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 OMP_NUM_THREADS=1 "
+            f"GLOO_SOCKET_IFNAME=lo tcmalloc={find_library('tcmalloc_minimal') is not None}"
+        )
+        assert "reduced 3.0" in (cluster.run / f"logs/killed.rank{rank}.log").read_text()
+    assert "rank 1: " in (cluster.run / "logs/killed.failures.log").read_text()
+
+
+def test_exception_surfaces_with_rank_and_traceback(cluster, tmp_path):
+    without_restart = Cluster(ClusterConfig(max_failures=0), cluster.run, world_size=2)
+    with pytest.raises(WorkerFailed) as failure:
+        without_restart.run_gang(gang.raises, tmp_path, name="raises")
+    assert "rank 1: " in str(failure.value)
+    for text in (str(failure.value), (cluster.run / "logs/raises.failures.log").read_text()):
+        assert 'raise KeyError("a fault of rank one")' in text
+
+
+def test_tasks_return_in_order_and_log(cluster, tmp_path):
+    tasks = [Task(gang.task, (text, False), tmp_path / f"{text}.log", num_cpus=1) for text in ("a", "b", "c")]
+    assert cluster.run_tasks(tasks) == ["A", "B", "C"]
+    assert (tmp_path / "b.log").read_text() == "task says b\n"
+
+
+def test_task_failure_keeps_the_traceback(cluster, tmp_path):
+    with pytest.raises(WorkerFailed, match="tea is not wanted") as failure:
+        cluster.run_tasks([Task(gang.task, ("tea", True), tmp_path / "log", num_cpus=1)])
+    assert "gang_functions.py" in str(failure.value)
+
+
+def test_gang_larger_than_the_cluster_is_refused(cluster):
+    large = Cluster(ClusterConfig(cpus_per_worker=10_000), cluster.run, world_size=3)
+    with pytest.raises(ValueError, match=r"cluster\.cpus_per_worker.*30000 CPU: the Ray cluster has"):
+        large.check_size()
+
+
+def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
+    def sleeper(run):
+        return subprocess.Popen(["sleep", "600"], env=os.environ | {MARKER_VARIABLE: f"{run}#1"})
+
+    ours, other = sleeper(tmp_path), sleeper(tmp_path / "other")
+    end_processes(f"{tmp_path}#")
+    assert not psutil.pid_exists(ours.pid)
+    assert other.poll() is None
+    other.kill()
+
+
+def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
+    driver = subprocess.Popen(
+        [sys.executable, HERE / "killable_driver.py", tmp_path], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert driver.stdout.readline() == "training\n"
+    assert len(find_processes(f"{tmp_path}#")) > 5
+    driver.kill()
+    deadline = time.monotonic() + 20
+    while find_processes(f"{tmp_path}#") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert find_processes(f"{tmp_path}#") == []

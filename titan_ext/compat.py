@@ -1,0 +1,137 @@
+"""Private interfaces of torch, torchtitan and streaming that titan_ext uses. No other file of titan_ext imports them.
+
+Each has a test in tests/titan_ext/test_contracts.py or test_loader_contracts.py that names what breaks when a new
+version changes it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+    all_gather_tensor,
+    all_gather_tensor_autograd,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from streaming import Stream
+    from streaming.base.format.mds import MDSReader
+    from torchtitan.models.common.moe import GroupedExperts
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+
+__all__ = [
+    "ReduceScatter",
+    "all_gather_tensor",
+    "all_gather_tensor_autograd",
+    "download_file",
+    "get_param_groups",
+    "is_being_gathered",
+    "load_shard_readers",
+    "move_param_groups",
+    "multiply_grouped",
+    "reduces_on_one_rank",
+    "return_hidden_states",
+    "return_rows_to_tokens",
+    "send_rows_to_experts",
+    "set_reduce_scatter",
+]
+
+
+def get_param_groups(module: FSDPModule) -> list[FSDPParamGroup]:
+    """Return FSDP2's parameter groups of one unit. `fully_shard` makes one a mesh and offers no way to see them."""
+    return module._get_fsdp_state()._fsdp_param_groups
+
+
+def reduces_on_one_rank(group: FSDPParamGroup) -> bool:
+    """Return whether FSDP2 reduces the group's gradients with nobody: one shard, and no replicas of the model."""
+    return not isinstance(group.mesh_info, DDPMeshInfo) and group._reduce_scatter_process_group.size() == 1
+
+
+def set_reduce_scatter(group: FSDPParamGroup, reduce_scatter: ReduceScatter) -> None:
+    """Replace a group's reduce-scatter, and leave out the division of the gradients before it.
+
+    FSDPModule.set_custom_reduce_scatter refuses a unit that has several groups.
+    """
+    group._reduce_scatter_comm = reduce_scatter
+    group.gradient_divide_factor = None
+
+
+def move_param_groups(source: FSDPModule, target: FSDPModule) -> None:
+    """Make `target`'s hooks gather the parameters of `source` and reduce their gradients, and remove `source`'s hooks.
+
+    `fully_shard` offers no way to give a part of a unit another mixed-precision policy.
+    """
+    source_state, target_state = source._get_fsdp_state(), target._get_fsdp_state()
+    for group in source_state._fsdp_param_groups:
+        group.modules = target_state._modules  # FSDP2 prefetches groups of the same modules together
+    target_state._fsdp_param_groups.extend(source_state._fsdp_param_groups)
+    source_state._fsdp_param_groups.clear()
+    source_state._pre_forward_hook_handle.remove()
+    source_state._post_forward_hook_handle.remove()
+
+
+def is_being_gathered(value: object) -> bool:
+    """Return whether `value` is a DTensor whose local tensor is the result of a collective that still runs."""
+    return isinstance(value, DTensor) and isinstance(value._local_tensor, AsyncCollectiveTensor)
+
+
+def return_hidden_states(model: torch.nn.Module) -> None:
+    """Make torchtitan's Decoder return what its output projection takes, [B, L, D], instead of logits."""
+    model._skip_lm_head = True
+
+
+def send_rows_to_experts(
+    dispatcher: "AllToAllTokenDispatcher", rows_RD: torch.Tensor, group: dist.ProcessGroup, splits: list[int]
+) -> torch.Tensor:
+    """Exchange rows over the expert-parallel group: `splits[i]` rows go to rank i, and as many come from it.
+
+    torchtitan's dispatcher offers its exchange only together with an exchange of the counts.
+    """
+    return dispatcher._dispatch_token_exchange(rows_RD, group, splits, splits)
+
+
+def return_rows_to_tokens(
+    dispatcher: "AllToAllTokenDispatcher", rows_RD: torch.Tensor, group: dist.ProcessGroup, splits: list[int]
+) -> torch.Tensor:
+    """Exchange the experts' outputs back: the reverse of `send_rows_to_experts`."""
+    return dispatcher._combine_token_exchange(rows_RD, group, splits, splits)
+
+
+def multiply_grouped(
+    experts: "GroupedExperts", a_RK: torch.Tensor, b_EKN: torch.Tensor, offsets_E: torch.Tensor
+) -> torch.Tensor:
+    """Multiply each expert's rows of `a_RK` with its own matrix, and return [R, N].
+
+    Expert e has the rows from offsets_E[e - 1] (0 for the first expert) to offsets_E[e].
+    """
+    return experts._grouped_mm(A=a_RK, B_t=b_EKN, offs=offsets_E)
+
+
+def load_shard_readers(stream: "Stream") -> "list[MDSReader]":
+    """Return a reader for every shard that the index.json in the stream's local folder lists.
+
+    streaming offers the readers only to a StreamingDataset, which keeps its state in shared memory.
+    """
+    from streaming.base.world import World  # here, because other users of this module do not need streaming
+
+    # A world of one process: the index is in place, so streaming has no other process to wait for.
+    world = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+    return stream.get_shards(world, allow_unsafe_types=False)
+
+
+def download_file(address: str, path: Path) -> None:
+    """Download one file from any address that streaming understands (s3://, gs://, hf://, ...).
+
+    Raises:
+        Exception: of a type of the store's client, where the file is missing or the store is out of reach.
+    """
+    from streaming.base.storage import CloudDownloader
+
+    CloudDownloader.direct_download(address, str(path))

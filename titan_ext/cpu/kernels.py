@@ -1,0 +1,62 @@
+"""Padding and compilation that make the CPU's kernels fast (10 and 11 in titan_ext/cpu/__init__.py).
+
+Shape suffixes: R rows, P padded rows, D width, E experts.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from titan_ext.cpu.device import IS_CPU
+
+ROWS_MULTIPLE = 32
+"""`pad_groups` rounds the number of rows of every expert up to a multiple of this number."""
+
+COMPILED_ELEMENTS = 1 << 20
+"""`fuse_if_large` compiles for tensors of at least this many elements. A fused kernel of that size saves more time in a
+hundred steps than its compilation takes."""
+
+
+def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad every expert's group of rows with zeros to a multiple of `ROWS_MULTIPLE` rows.
+
+    Args:
+        x_RD: rows sorted by expert.
+        counts_E: int64, number of rows of each expert.
+
+    Returns:
+        The padded rows [P, D], the number of padded rows of each expert int64 [E], and the index of every row of x
+        among the padded rows int64 [R].
+    """
+    padded_E = (counts_E + ROWS_MULTIPLE - 1) // ROWS_MULTIPLE * ROWS_MULTIPLE
+    shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+    rows_R = torch.arange(x_RD.shape[0]) + torch.repeat_interleave(shift_E, counts_E)
+    padded_PD = x_RD.new_zeros(int(padded_E.sum()), x_RD.shape[1]).index_copy(0, rows_R, x_RD)
+    return padded_PD, padded_E, rows_R
+
+
+def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `function`, compiled on the CPU for large plain tensors.
+
+    It stays as it is on an accelerator, and where there is no C++ compiler.
+
+    Args:
+        function: takes a tensor first. Its result must not depend on intermediate rounding, which fusion leaves out.
+    """
+    if not IS_CPU or shutil.which(os.environ.get("CXX", "g++")) is None:
+        return function
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def fused(x: torch.Tensor, *args) -> torch.Tensor:
+        # A compiled block traces through this function; its number of rows may be symbolic, so it cannot be compared.
+        if torch.compiler.is_compiling():
+            return function(x, *args)
+        large = x.numel() >= COMPILED_ELEMENTS and not isinstance(x, DTensor)
+        return (compiled if large else function)(x, *args)
+
+    return fused

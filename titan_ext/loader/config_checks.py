@@ -1,0 +1,97 @@
+"""Checks of a StreamingLoader's configuration against the run and the shards, before any batch is made."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from core.errors import RefusedInput
+from core.samples import VOCABULARY_KEY, hash_vocabulary
+from titan_ext.loader.domain import Domain
+from titan_ext.loader.shard_store import is_remote
+
+
+def check_batch_shape(global_batch_size: int, dp_world_size: int, local_batch_size: int, seq_len: int) -> None:
+    """Check that sequences have at least two tokens and that whole micro-batches of all ranks make a global batch.
+
+    Raises:
+        RefusedInput: they do not.
+    """
+    if seq_len < 2:
+        raise RefusedInput(f"seq_len is {seq_len}; a packed sequence has at least 2 tokens")
+    step = dp_world_size * local_batch_size
+    if local_batch_size < 1 or global_batch_size < 1 or global_batch_size % step:
+        raise RefusedInput(
+            f"global_batch_size is {global_batch_size}; it must be a positive multiple of dp_world_size "
+            f"{dp_world_size} x local_batch_size {local_batch_size} = {step}"
+        )
+
+
+def check_cache(local: str, cache_bytes: int, shards: str) -> None:
+    """Check that the cache folder `local` may hold something and lies outside of `shards`.
+
+    Raises:
+        RefusedInput: `cache_bytes` is not positive, or the cache would be written into the source.
+    """
+    if cache_bytes < 1:
+        raise RefusedInput(f"cache_bytes is {cache_bytes}; it must be positive, at least a few shards")
+    if local and Path(local).resolve().is_relative_to(Path(shards).resolve()):
+        raise RefusedInput(f"local ({local}) lies in shards ({shards}), which is never written to: name another")
+
+
+def check_mixture(mixture: dict[str, float]) -> None:
+    """Check that all shares are positive and sum to 1; an empty mixture is correct.
+
+    Raises:
+        RefusedInput: a share is not positive (NaN included), or the sum is more than 1e-6 away from 1.
+    """
+    bad = {name: share for name, share in mixture.items() if not share > 0}
+    if bad:
+        raise RefusedInput(f"mixture has shares that are not positive: {bad}; leave those domains out")
+    total = math.fsum(mixture.values())
+    if mixture and not abs(total - 1) <= 1e-6:
+        raise RefusedInput(f"mixture sums to {total:.9g}, not to 1: {mixture}")
+
+
+def check_domains(shards: str, mixture: dict[str, float], present: Collection[str]) -> None:
+    """Check that there are domains to read, and that every domain of the mixture is one of them.
+
+    Args:
+        shards: folder or address of the stage.
+        mixture: domain -> share; may be empty.
+        present: the domains in the folder. An address cannot be listed: the domains of the mixture.
+
+    Raises:
+        RefusedInput: there are no domains, or the mixture names others.
+    """
+    if is_remote(shards):
+        if not mixture:
+            raise RefusedInput(f"mixture is empty, and {shards} is no local folder whose domains could be listed")
+    elif not present:
+        raise RefusedInput(f"shards is {shards!r}, which has no folder with an index.json: is it a stage folder?")
+    absent = sorted(set(mixture) - set(present))
+    if absent:
+        raise RefusedInput(f"mixture names {absent}, no MDS folders of {shards}; present: {present}")
+
+
+def check_tokenizer(domains: list[Domain], tokenizer: BaseTokenizer | None) -> None:
+    """Check that the shards' token ids mean the same as the tokenizer's.
+
+    Ids of another tokenizer are valid numbers too: the model would train on wrong words without any error. Shards that
+    state no vocabulary pass, and so do all without a tokenizer.
+
+    Raises:
+        RefusedInput: the shards state another vocabulary.
+    """
+    stated = {domain.name: domain.store.vocabulary for domain in domains if domain.store.vocabulary}
+    if tokenizer is None or not stated:
+        return
+    given = hash_vocabulary(tokenizer.get_vocab())
+    other = {name: vocabulary for name, vocabulary in stated.items() if vocabulary != given}
+    if other:
+        raise RefusedInput(
+            f"the shards of {sorted(other)} were written with another tokenizer: {VOCABULARY_KEY} in their index.json "
+            f"is {sorted(set(other.values()))}, that of the tokenizer given here {given}. Name the tokenizer folder of "
+            "the data step as hf_assets_path, or write the shards again with this one"
+        )

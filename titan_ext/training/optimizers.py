@@ -1,0 +1,31 @@
+"""torchtitan's optimizers, with a way to skip an update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torchtitan.components.optimizer import OptimizersContainer
+
+
+class SkippableOptimizers(OptimizersContainer):
+    """torchtitan's optimizers; `step` leaves parameters and optimizer state unchanged while `skip_reason` is set.
+
+    The trainer sets `skip_reason` before every step (StageTrainer). PyTorch runs the registered step hooks in both
+    cases.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        pass
+
+    skip_reason: str | None = None
+    """Why the next update is skipped; None to take it."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the parameters unless `skip_reason` is set.
+
+        It does not call the base class's method: PyTorch would run the step hooks around that one once more.
+        """
+        assert closure is None, "a closure would compute the loss again"
+        if self.skip_reason is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
