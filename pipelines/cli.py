@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from core.errors import RefusedInput
 from eval.config import DeviceConfig, EvaluationConfig
+from eval.export.formats import FORMATS
 from pipelines.commands.artifact_commands import Fetch, Profile, Publish
 from pipelines.recipe import Recipe
 from titan_ext.config import FLAVORS, ModelDims
@@ -95,7 +96,7 @@ class Export:
     checkpoint: tyro.conf.Positional[Path]
     """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
     or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
-    format: Literal["bf16", "int4", "executorch"]
+    format: Literal[tuple(FORMATS)]
     out: Path
     """Folder to write; must not exist."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
@@ -279,16 +280,13 @@ def _eval(arguments: Sequence[str]) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     command = _parse(Export, arguments, "export")
-    if command.format != "executorch" and command.device != DeviceConfig():
+    if not FORMATS[command.format].takes_device_options and command.device != DeviceConfig():
         raise RefusedInput(
             f"--format {command.format} has no KV cache and no expert op; those options are executorch's"
         )
-    from pipelines.commands.standalone import export_checkpoint, export_program
+    from pipelines.commands.standalone import export_checkpoint
 
-    if command.format == "executorch":
-        export_program(command.checkpoint, command.out, command.device)
-    else:
-        export_checkpoint(command.checkpoint, command.format, command.out)
+    export_checkpoint(command.checkpoint, command.format, command.out, command.device)
     _answer(command.json, {"out": str(command.out), "format": command.format}, lambda: f"written: {command.out}")
     return DONE
 
@@ -307,7 +305,7 @@ def _profile(arguments: Sequence[str]) -> int:
     out = command.out or command.artifact.with_name(f"{command.artifact.name}-profile")
     result = profile.profile(
         command.artifact, out, texts=texts, contexts=contexts, repetitions=command.repetitions,
-        threads=command.threads, report=_tell,
+        threads=command.threads, progress=_tell,
     )  # fmt: skip
     _answer(command.json, result, lambda: profile.table(result))
     return DONE

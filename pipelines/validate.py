@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import RefusedInput
-from eval.config import ExportConfig
 from pipelines.recipe import Recipe
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 
 MIXTURE_TOLERANCE = 1e-6
 _DEGREES = ("pipeline_parallel", "data_parallel_replicate", "tensor_parallel", "context_parallel")
@@ -57,7 +57,7 @@ def check_model(model: ModelDims) -> None:
     Raises:
         RefusedInput: lists every problem found, by the options of that command.
     """
-    if problems := [*_model(model), *_groups("INT4", 32, model)]:
+    if problems := [*_model(model), *_quantization(QuantizationConfig(), model)]:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         options = re.sub(r"\bmodel\.([a-z_.]+)", lambda field: "--" + field[1].replace("_", "-"), lines)
         raise RefusedInput(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
@@ -79,9 +79,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _start(recipe)
     yield from _data(recipe)
     yield from _evaluation(recipe)
-    yield from _groups("export", recipe.export.group_size, recipe.model)
-    yield from _expert_groups("export", recipe.export.expert_group_size, recipe.model)
-    yield from _export(recipe.export, recipe.stages.qat)
+    yield from _quantization(recipe.quantization, recipe.model)
     yield from _cluster(recipe)
 
 
@@ -175,19 +173,24 @@ def _stage(name: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
     if stage.shards not in ("pretrain", "midtrain", "sft"):
         rule = "is no folder that the data step writes"
         yield Problem(f"{prefix}.shards", stage.shards, rule, "choose pretrain, midtrain or sft")
-    if stage.qat is not None:
-        yield from _groups(f"{prefix}.qat", stage.qat.group_size, model)
-        yield from _expert_groups(f"{prefix}.qat", stage.qat.expert_group_size, model)
-        if parallel.tensor_parallel > 1:
-            rule = f"{prefix}.qat rounds whole tokens to INT8, and tensor parallelism splits them"
-            yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
-        if parallel.pipeline_parallel > 1 and stage.qat.distillation_weight > 0:
-            rule = f"{prefix}.qat.distillation_weight is above 0, and a teacher is not split into pipeline stages"
-            way_out = f"set it to 1, or {prefix}.qat.distillation_weight to 0"
-            yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, way_out)
-        if not 0 <= (weight := stage.qat.distillation_weight) <= 1:
-            rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
-            yield Problem(f"{prefix}.qat.distillation_weight", weight, rule, "set 0.5, say, or 0 for no teacher")
+    if stage.quantize and parallel.tensor_parallel > 1:
+        rule = f"{prefix}.quantize rounds whole tokens to INT8, and tensor parallelism splits them"
+        yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+    yield from _distillation(prefix, stage, parallel)
+
+
+def _distillation(prefix: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    field, weight = f"{prefix}.distillation_weight", stage.distillation_weight
+    if not 0 <= weight <= 1:
+        rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
+        yield Problem(field, weight, rule, "set 0.5, say, or 0 for no teacher")
+    if weight > 0 and not stage.quantize:
+        rule = "the teacher is the unquantized model, so only the stage that quantizes has one"
+        yield Problem(field, weight, rule, "set it to 0")
+    if weight > 0 and parallel.pipeline_parallel > 1:
+        rule = f"{field} is above 0, and a teacher is not split into pipeline stages"
+        way_out = f"set it to 1, or {field} to 0"
+        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, way_out)
 
 
 def _micro_batches(field: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -217,16 +220,14 @@ def _mixture(field: str, mixture: dict[str, float]) -> Iterator[Problem]:
 
 
 def _stage_order(recipe: Recipe) -> Iterator[Problem]:
-    pretrain, midtrain, qat = recipe.stages.pretrain, recipe.stages.midtrain, recipe.stages.qat
+    pretrain, midtrain = recipe.stages.pretrain, recipe.stages.midtrain
     if midtrain.seq_len < pretrain.seq_len:
         rule = f"the context must not shrink after pre-training's {pretrain.seq_len}"
         yield Problem("stages.midtrain.seq_len", midtrain.seq_len, rule, f"set at least {pretrain.seq_len}")
-    if qat.qat is None:
-        rule = "the quantization-aware stage needs to know its quantization"
-        yield Problem("stages.qat.qat", None, rule, "give the recipe's qat stage qat=QATConfig()")
     for name, stage in recipe.stages.items():
-        if name != "qat" and stage.qat is not None:
-            yield Problem(f"stages.{name}.qat", stage.qat, "only the qat stage quantizes", "set it to None")
+        if stage.quantize != (name == "qat"):
+            rule = "the qat stage quantizes, and no other stage does"
+            yield Problem(f"stages.{name}.quantize", stage.quantize, rule, f"set it to {name == 'qat'}")
 
 
 def _start(recipe: Recipe) -> Iterator[Problem]:
@@ -246,7 +247,7 @@ def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
     from eval.export.dimensions import dims_from_config
-    from eval.export.hf import read_config
+    from eval.export.tensor_files import read_config
 
     try:
         found = dataclasses.asdict(dims_from_config(read_config(folder)))
@@ -259,20 +260,19 @@ def _initial_model(folder: Path, recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"model.{name}", wanted, rule, "give the recipe the model's own dimensions")
 
 
-def _groups(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:
-    widths = {
-        "model.d_model": model.d_model,
-        "model.expert_hidden": model.expert_hidden,
+def _quantization(quantization: QuantizationConfig, model: ModelDims) -> Iterator[Problem]:
+    expert_widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
+    widths = expert_widths | {
         "model.shared_hidden": model.shared_hidden,
         "model.n_heads x model.head_dim": model.n_heads * model.head_dim,
     }
-    yield from _group(f"{prefix}.group_size", group_size, widths)
-
-
-def _expert_groups(prefix: str, group_size: int | None, model: ModelDims) -> Iterator[Problem]:
-    if group_size is not None:
-        widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
-        yield from _group(f"{prefix}.expert_group_size", group_size, widths)
+    yield from _group("quantization.group_size", quantization.group_size, widths)
+    if quantization.expert_group_size is not None:
+        yield from _group("quantization.expert_group_size", quantization.expert_group_size, expert_widths)
+    if quantization.expert_group_axis not in ("in", "out"):
+        yield Problem(
+            "quantization.expert_group_axis", quantization.expert_group_axis, "names no axis", "choose in or out"
+        )
 
 
 def _group(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:
@@ -352,17 +352,6 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
     yield from _positive("evaluation", config, ("batch_size", "heldout_tokens"))
-
-
-def _export(export: ExportConfig, qat_stage: StageConfig) -> Iterator[Problem]:
-    if export.expert_group_axis not in ("in", "out"):
-        yield Problem("export.expert_group_axis", export.expert_group_axis, "names no axis", "choose in or out")
-    trained = qat_stage.qat
-    for name in ("group_size", "expert_group_axis", "expert_group_size"):
-        value = getattr(export, name)
-        if trained is not None and value != getattr(trained, name):
-            rule = f"differs from what is trained, stages.qat.qat.{name} = {getattr(trained, name)!r}"
-            yield Problem(f"export.{name}", value, rule, "give both the same value")
 
 
 def _cluster(recipe: Recipe) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.training.schedules import STAGES, published_stages, tiny_stages
 from titan_ext.training.trainer import StageTrainer
 from titan_ext.training.trainer_config import trainer_config
@@ -36,6 +37,7 @@ def stage_trainer(flavor: str, name: str) -> StageTrainer.Config:
         tokenizer="data/tokenizer",
         out=f"stages/{STAGES.index(name) + 1}_{name}",
         seed=0,
+        quantization=QuantizationConfig(),
         flavor=flavor,
     )
 

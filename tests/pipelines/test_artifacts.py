@@ -11,10 +11,10 @@ from typing import NamedTuple
 import fsspec
 import pytest
 
-from eval.export.hf import CHECKSUMS, write_checksums
+from eval.export.artifact_folder import CHECKSUMS, parse_checksums, write_checksums
 from pipelines.cli import DONE, REFUSED, main
 from pipelines.commands import artifacts
-from pipelines.commands.artifacts import fetch, parse_checksums, publish
+from pipelines.commands.artifacts import fetch, publish
 from tests.pipelines import hub_server, sftp_server
 from tests.titan_ext import object_stores
 

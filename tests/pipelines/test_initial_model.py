@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_recipes import change
 
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import read_config, write_hf_folder
+from eval.export.hf_folder import write_hf_folder
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from pipelines.ray.cluster import Cluster
 from pipelines.recipe import ClusterConfig
 from pipelines.steps import graph
 from pipelines.validate import find_problems
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.pipelines.test_recipes import change
 from tests.titan_ext.launch import write_data
-from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.config import FLAVORS
 from titan_ext.training.schedules import STAGES
 
 
@@ -40,7 +41,7 @@ def test_qat_alone_trains_the_released_model(smoke, released, tmp_path):
     write_tokenizer(run / "data/tokenizer")
     qat = replace(
         smoke.stages.qat, steps=2, warmup_steps=0, seq_len=64, global_batch_size=4, local_batch_size=2,
-        mixture={"web": 0.6, "code": 0.4}, learning_rate=1e-3, qat=QATConfig(),
+        mixture={"web": 0.6, "code": 0.4}, learning_rate=1e-3,
     )  # fmt: skip
     recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), model=DIMS, initial_model=str(released))
     recipe = replace(recipe, stages=replace(recipe.stages, qat=qat), cluster=ClusterConfig(max_failures=0))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.titan_ext.launch import different_tensors, entries, train, whole_tensors, write_data
 from tests.titan_ext.test_training import DIMS as TWO_LAYERS
 from tests.titan_ext.test_training import STAGE, lines
-from titan_ext.config import ParallelConfig, QATConfig
+from titan_ext.config import ParallelConfig
 from titan_ext.training.stage_spec import StageRun, final_checkpoint
 from titan_ext.training.train import build_trainer, stage_config
 
@@ -103,10 +103,7 @@ def test_drop_and_pad_drops_the_same_on_two_ranks(data, tmp_path):
 def test_qat_in_a_pipeline_gives_the_numbers_of_one_process(data, tmp_path):
     """Embedding and output projection round their copies of one matrix; a tolerance as in test_distillation.py."""
     layouts = [{"world_size": 1}, INTERLEAVED]
-    runs = [
-        stage_run(data, tmp_path / str(i), layout, shards="sft", qat=QATConfig(group_size=32))
-        for i, layout in enumerate(layouts)
-    ]
+    runs = [stage_run(data, tmp_path / str(i), layout, shards="sft", quantize=True) for i, layout in enumerate(layouts)]
     for run in runs:
         train(run, run.out.with_name(f"scratch{run.out.name}"))
     one, two = (lines(run.out, "metrics.jsonl") for run in runs)

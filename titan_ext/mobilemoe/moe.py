@@ -74,8 +74,8 @@ class Experts(GroupedExperts):
         """Gate [e, F, D], down [e, D, F] and up [e, F, D] weights of this rank's e experts as plain tensors."""
         return tuple(local(w) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
 
-    def product_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What enters the grouped products in place of the rows x [R, D] or [R, F]; quantization overrides it."""
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows x [R, D] or [R, F] as the grouped products take them; quantization overrides it."""
         return x
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
@@ -89,9 +89,9 @@ class Experts(GroupedExperts):
         if adaptations.IS_CPU and x_RD.dtype == torch.bfloat16:
             x_RD, num_tokens_per_expert_E, rows_R = adaptations.pad_groups(x_RD, num_tokens_per_expert_E)
         offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
-        x_RD = self.product_input(x_RD)
+        x_RD = self.quantize_input(x_RD)
         gate_RF = self._grouped_mm(A=x_RD, B_t=w1_EFD.transpose(-2, -1), offs=offsets_E)
         up_RF = self._grouped_mm(A=x_RD, B_t=w3_EFD.transpose(-2, -1), offs=offsets_E)
-        h_RF = self.product_input(F.silu(gate_RF) * up_RF)
+        h_RF = self.quantize_input(F.silu(gate_RF) * up_RF)
         out_RD = self._grouped_mm(A=h_RF, B_t=w2_EDF.transpose(-2, -1), offs=offsets_E)
         return out_RD if rows_R is None else out_RD.index_select(0, rows_R)

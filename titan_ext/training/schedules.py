@@ -7,7 +7,7 @@ published, so assumed here: global batches of 4.2M tokens (text stages) and 2.1M
 steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight decay 0.1, steps over 6 sigma skipped.
 """
 
-from titan_ext.config import QATConfig, StageConfig
+from titan_ext.config import StageConfig
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
 """In the order they run."""
@@ -50,7 +50,7 @@ def published_stages() -> dict[str, StageConfig]:
             schedule="linear", **text,
         ),
         "sft": stage(SFT_TOKENS, 8192, 256, 1, warmup_steps=1800, **chat),
-        "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, qat=QATConfig(), **chat),
+        "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, quantize=True, **chat),
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def tiny_stages() -> dict[str, StageConfig]:
             checkpoint_interval=20, heldout_interval=20, **instructions, **every_stage,
         ),
         "qat": StageConfig(
-            steps=24, learning_rate=5e-4, schedule="cosine", warmup_steps=3, qat=QATConfig(),
+            steps=24, learning_rate=5e-4, schedule="cosine", warmup_steps=3, quantize=True,
             checkpoint_interval=12, heldout_interval=12, **instructions, **every_stage,
         ),
     }  # fmt: skip

@@ -1,10 +1,11 @@
 """One stage of one run, as the driver hands it to its workers. Imports no torch: the scheduler reads it at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import RefusedInput
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class StageRun:
     initial_checkpoint: Path | None
     """DCP step folder that the stage starts from; None for pre-training."""
     seed: int
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """INT4 grid of a stage with `quantize`."""
 
 
 def final_checkpoint(out: Path, steps: int) -> Path:

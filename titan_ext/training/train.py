@@ -57,6 +57,7 @@ def stage_config(run: StageRun) -> StageTrainer.Config:
         tokenizer=str(run.data / "tokenizer"),
         out=str(run.out),
         seed=run.seed,
+        quantization=run.quantization,
         flavor=run.name,
         initial_checkpoint=str(run.initial_checkpoint.absolute()) if run.initial_checkpoint else None,
         pad_token_id=_pad_token_id(run.data / "tokenizer"),

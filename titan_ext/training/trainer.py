@@ -77,16 +77,16 @@ class StageTrainer(Trainer):
                 )
             if ranks > 1 and self.teacher is not None:
                 raise RefusedInput(
-                    f"parallel.pipeline_parallel = {ranks} and qat.distillation_weight above 0: a teacher is not split "
-                    "into pipeline stages; set the one to 1, or the other to 0"
+                    f"parallel.pipeline_parallel = {ranks} and stages.qat.distillation_weight above 0: a teacher is "
+                    "not split into pipeline stages; set the one to 1, or the other to 0"
                 )
 
     def __init__(self, config: Config):
         self.guard = UpdateGuard(config.skip_spikes_sigma)  # the checkpointer asks for its state from the start
         if config.teacher is not None and config.checkpoint.initial_load_path is None:
             raise RefusedInput(
-                "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
-                "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
+                "stages.qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is "
+                "the checkpoint that the stage starts from; name it, or set distillation_weight to 0"
             )
         _check_expert_ranks(config.parallelism)
         for loader in (config.dataloader, config.validator.dataloader):
