@@ -13,9 +13,8 @@ import statistics
 import time
 
 import torch
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::quantized_moe_ffn)
-from executorch.extension.pybindings import portable_lib
 
+from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
 from eval.device.expert_blobs import pack_blobs
 from titan_ext.config import FLAVORS
@@ -47,11 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
+    register_executorch_ops()
     result = {}
     for group_size in (32, 64, 128):
         found = calls(group_size)
         for threads in (1, 2):
-            portable_lib._unsafe_reset_threadpool(threads)
+            set_executorch_threads(threads)
             for n_tokens in (1, 64):
                 times: dict[str, list[float]] = {name: [] for name in found}
                 for _ in range(rounds):

@@ -47,6 +47,7 @@ def export(name: str, part: int, folder: Path) -> None:
     from eval.device.transformer import DenseDims
     from eval.device.weights import DeviceWeights
     from eval.export.dimensions import config_from_dims
+    from eval.export.source import Source
     from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
     from tests.eval.tiny_checkpoint import write_tokenizer
 
@@ -69,15 +70,15 @@ def export(name: str, part: int, folder: Path) -> None:
         context = SHORT_CONTEXT if name == "moe-fast-short" else CONTEXT
         device = DeviceConfig(context, "stock" if name == "moe-stock" else "fast", GROUPS[name])
         with tempfile.TemporaryDirectory() as tokenizer:
-            weights = DeviceWeights(tensors, config, expert_group_size=device.expert_group_size)
-            export_moe(weights, write_tokenizer(Path(tokenizer)), folder, device)
+            source = Source(tensors, config, write_tokenizer(Path(tokenizer)))
+            export_moe(DeviceWeights(source, device.expert_group_size), source.tokenizer, folder, device)
 
 
 def measure(out: Path, rounds: int) -> None:
     """Append `rounds` rounds to measurements.jsonl; a round measures each program once with 1 and with 2 threads."""
-    texts = {"knowledge": prompts.texts()["knowledge"]}
+    texts = {"knowledge": prompts.load_texts()["knowledge"]}
     vocab = min(json.loads(p.read_text())["constant_methods"]["get_vocab_size"] for p in out.glob("*/program.json"))
-    tokens = prompts.token_ids(out, texts, vocab, N_PROMPT + N_ANSWER)["knowledge"]
+    tokens = prompts.tokenize(out, texts, vocab, N_PROMPT + N_ANSWER)["knowledge"]
     for _ in range(rounds):
         for threads in (1, 2):
             for folder in sorted(path.parent for path in out.glob("*/model.pte")):

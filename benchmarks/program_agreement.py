@@ -1,9 +1,9 @@
-"""How an ExecuTorch program agrees with the transformers model of the INT4 folder it was exported from.
+"""Compare an ExecuTorch program with the transformers model of the INT4 folder it was exported from.
 
     python benchmarks/program_agreement.py RUN/artifacts/int4 PROGRAM
 
-On five prompts of eval/prompts: greedy text of 64 tokens, and where it parts the gap of the two tokens' logits in
-standard deviations of that position's logits; then, fed the transformers model's text, SQNR, cosine and equal choices.
+It takes five prompts of eval/device/prompts. Greedy text of 64 tokens: where the texts part, the gap of the two tokens'
+logits in standard deviations of that position's logits; then, fed the transformers model's text, SQNR, cosine and equal choices.
 """
 
 import argparse
@@ -20,7 +20,7 @@ NEW_TOKENS = 64
 
 
 def five_prompts() -> list[str]:
-    texts = prompts.texts()
+    texts = prompts.load_texts()
     cuts = (("knowledge", 0), ("knowledge", 600), ("code", 1000), ("maths", 0), ("maths", 800))
     return [texts[domain][start : start + 300] for domain, start in cuts]
 

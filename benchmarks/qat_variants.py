@@ -17,22 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.heldout import heldout_loss
-from eval.config import ExportConfig
 from eval.device.expert_blobs import blob_bytes
-from eval.export.checkpoint import export_bf16, export_int4
-from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, QATConfig, RopeScaling, StageConfig
+from eval.export.bf16 import export_bf16
+from eval.export.int4 import export_int4
+from eval.export.source import open_run_checkpoint
+from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, RopeScaling, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.training.launch import run_ranks
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 
 ROUNDED = {f"sft, rounded {group}": group for group in (32, 64, 128)}
 TRAINED = {
-    "trained on, not quantized": None,
-    "qat 32": QATConfig(),
-    "qat 64": QATConfig(expert_group_size=64),
-    "qat 128": QATConfig(expert_group_size=128),
-    "qat 32, distilled 0.5": QATConfig(distillation_weight=0.5),
-    "qat 32, distilled 1": QATConfig(distillation_weight=1.0),
+    "trained on, not quantized": (None, 0.0),
+    "qat 32": (32, 0.0),
+    "qat 64": (64, 0.0),
+    "qat 128": (128, 0.0),
+    "qat 32, distilled 0.5": (32, 0.5),
+    "qat 32, distilled 1": (32, 1.0),
 }
+"""Variant -> group size of the experts (None trains without quantization) and weight of the distillation."""
 VARIANTS = ("sft", *ROUNDED, *TRAINED)
 
 
@@ -48,31 +51,30 @@ class Run:
         self.stage, self.parallel = StageConfig(**stages["qat"]), ParallelConfig(**recipe["parallel"])
         self.seed: int = recipe["seed"]
 
-    def train(self, qat: QATConfig | None, steps: int, out: Path) -> Path:
-        """The last checkpoint of the run's qat stage with this quantization."""
+    def train(self, expert_group: int | None, distillation_weight: float, steps: int, out: Path) -> Path:
+        """Train the run's qat stage with these groups, or without quantization; return its last checkpoint."""
         stage = dataclasses.replace(
-            self.stage, qat=qat, steps=steps, checkpoint_interval=steps, heldout_interval=steps, heldout_batches=1
-        )
-        spec = StageSpec("qat", self.model, stage, self.parallel, self.data, out, self.sft, self.seed)
+            self.stage, quantize=expert_group is not None, distillation_weight=distillation_weight, steps=steps,
+            checkpoint_interval=steps, heldout_interval=steps, heldout_batches=1,
+        )  # fmt: skip
+        quantization = QuantizationConfig(expert_group_size=expert_group)
+        spec = StageSpec("qat", self.model, stage, self.parallel, self.data, out, self.sft, self.seed, quantization)
         run_ranks(spec, out.with_name(f"{out.name}.logs"), timeout=1200)
         return find_final_checkpoint(out, steps)
 
     def export(self, checkpoint: Path, expert_group: int | None, out: Path) -> Path:
-        """The checkpoint as an INT4 folder, or as a BF16 one without `expert_group`."""
-        tokenizer = self.data / "tokenizer"
-        if expert_group is None:
-            return export_bf16(checkpoint, self.model, tokenizer, out, ExportConfig())
-        config = ExportConfig(expert_group_size=expert_group)
-        return export_int4(checkpoint, self.model, tokenizer, out, config, self.parallel.precision)
+        """Write the checkpoint as an INT4 folder, or as a BF16 one without `expert_group`; return the folder."""
+        tokenizer, quantization = self.data / "tokenizer", QuantizationConfig(expert_group_size=expert_group)
+        source = open_run_checkpoint(checkpoint, self.model, tokenizer, quantization, self.parallel.precision)
+        return (export_bf16 if expert_group is None else export_int4)(source, out)
 
 
 def measure(run: Run, variant: str, steps: int, max_tokens: int, out: Path) -> dict[str, Any]:
-    """Train what the variant trains, and its held-out loss."""
+    """Train the variant, if it trains, and return its held-out loss in nats a token."""
     checkpoint, group = run.sft, ROUNDED.get(variant)
     if variant in TRAINED:
-        qat = TRAINED[variant]
-        checkpoint = run.train(qat, steps, out / "stage")
-        group = qat and (qat.expert_group_size or qat.group_size)
+        group, distillation_weight = TRAINED[variant]
+        checkpoint = run.train(group, distillation_weight, steps, out / "stage")
     folder = run.export(checkpoint, group, out / "model")
     nats = {
         name: heldout_loss(

@@ -77,6 +77,7 @@ def measure_peak(
 
     from titan_ext.config import FLAVORS, ParallelConfig
     from titan_ext.memory import estimate_memory
+    from titan_ext.quantization.config import QuantizationConfig
     from titan_ext.training.schedules import published_stages
     from titan_ext.training.trainer_config import build_trainer_config
 
@@ -95,6 +96,7 @@ def measure_peak(
         config = build_trainer_config(
             model=dims, stage=stage, parallel=parallel, shards=str(folder / "shards" / "pretrain"), heldout=None,
             tokenizer=str(folder / "tokenizer"), out=str(folder / "out"), seed=0,
+            quantization=QuantizationConfig(),
         )  # fmt: skip
         peak = (measure_tensors if quantity == "tensors" else measure_resident)(config)
     return {"estimate": estimate_memory(dims, stage, parallel).peak / 1e6, quantity: peak / 1e6}

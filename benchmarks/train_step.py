@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from titan_ext.config import FLAVORS, ModelDims, QATConfig
+from titan_ext.config import FLAVORS, ModelDims
 from titan_ext.cpu.allocator import allocator_environment, keep_freed_memory
 from titan_ext.model_stats import training_flops_per_token
 
@@ -75,10 +75,11 @@ def make_titan_step(
         chunked: compute the loss as training does, by torchtitan's ChunkedLossWrapper; otherwise all logits at once.
     """
     from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
+    from titan_ext.quantization.config import QuantizationConfig
     from titan_ext.quantization.qat import convert_to_qat
 
     config = model_config(dims, capacity_factor=capacity_factor)
-    model = (convert_to_qat(config, QATConfig()) if qat else config).build()
+    model = (convert_to_qat(config, QuantizationConfig()) if qat else config).build()
     model.init_states()
     model.bfloat16()
     for block in model.layers.values():  # buffers that training keeps in float32

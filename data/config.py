@@ -56,4 +56,3 @@ class DataConfig:
     """Largest uncompressed size of one MDS shard: 64 MiB are 16.8M tokens, some 30 MB as an object in a store."""
     workers: int = 2
     """Number of datatrove tasks that run at once."""
-    seed: int = 0

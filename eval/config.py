@@ -1,4 +1,4 @@
-"""What a recipe says about evaluation and export."""
+"""A recipe's options of evaluation, export and the device program."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,39 +6,35 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Benchmarks through lm-eval and held-out loss."""
+    """Options of the benchmarks through lm-eval and of the held-out loss."""
 
     suite: str = "foundational"
-    """Name in `eval.benchmarks.suites.SUITES`: the 14 benchmarks of the paper's main table."""
+    """Name in `eval.benchmarks.suites.SUITES`; `foundational` holds the 14 benchmarks of the paper's main table."""
     limit: int | None = None
-    """Items a task; None takes all of them."""
+    """Number of items a task; None takes all of them."""
     allow_missing_items: bool = False
-    """Go on without the benchmarks whose items no registry gives, instead of refusing; the report names them."""
+    """Whether to leave out the benchmarks whose items no registry has, instead of refusing; the report names them."""
     batch_size: int = 16
+    """Number of sequences a forward pass."""
     heldout_tokens: int = 200_000
-    """Held-out tokens scored a domain at most."""
+    """Largest number of held-out tokens that are scored, a domain."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Layout of the INT4 artifact (`mobilemoe-int4-g32`)."""
+    """Options of how artifacts are written. `Recipe.quantization` states their INT4 groups."""
 
-    group_size: int = 32
-    expert_group_axis: str = "in"
-    """`in`: along the input dimension, what the device's fused op needs; `out`: the released checkpoints' layout."""
-    expert_group_size: int | None = None
-    """Weights that share a scale in the routed experts; None takes `group_size`."""
     max_shard_bytes: int = 4 << 30
-    """Size limit of one safetensors file."""
+    """Size limit of one safetensors file, bytes."""
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """The ExecuTorch program of a checkpoint."""
+    """Options of the ExecuTorch program of a checkpoint."""
 
     context: int = 2048
-    """Positions of the KV cache, which the program holds from its start: prompt and answer together."""
+    """Number of positions of the KV cache, for prompt and answer together; the program allocates it when it starts."""
     expert_op: Literal["stock", "fast"] = "stock"
-    """`stock`: llama::quantized_moe_ffn, which ExecuTorch's runners have; `fast`: our own, of eval/device_op."""
+    """`stock`: llama::quantized_moe_ffn, which ExecuTorch's runners have; `fast`: our own, eval/device/expert_op."""
     expert_group_size: int | None = None
-    """Values along the input dimension that share a scale in the experts; None takes the checkpoint's (32)."""
+    """Number of values along the input dimension that share a scale in the experts; None takes the checkpoint's."""

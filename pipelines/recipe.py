@@ -11,6 +11,7 @@ from typing import Any
 from data.config import DataConfig
 from eval.config import EvaluationConfig, ExportConfig
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Recipe:
     """Hugging Face folder in the released format, BF16 or INT4, whose weights training starts from instead of random
     ones. The first stages may then have 0 steps: they pass the weights on to the next stage."""
     seed: int = 0
+    """Seed of the data step's splits and generated samples, and of every training stage."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """INT4 groups that the qat stage trains and the INT4 artifacts have."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -61,19 +61,6 @@ FLAVORS: dict[str, ModelDims] = {
 
 
 @dataclass(frozen=True)
-class QATConfig:
-    """Symmetric INT4 weights (group-wise, scale max|W| / 7.5) and INT8 dynamic per-token activations."""
-
-    group_size: int = 32
-    expert_group_axis: Literal["in", "out"] = "in"
-    """Which axis of an expert matrix [out, in] is grouped: `in` is what the device's fused op needs."""
-    expert_group_size: int | None = None
-    """Group of the routed experts, whose scales cost the device 8 bytes a group; None takes `group_size`."""
-    distillation_weight: float = 0.0
-    """w in loss = (1 - w) cross entropy + w KL from the unquantized model the stage starts from; 0 has no teacher."""
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """One of the four training stages, run by torchtitan's Trainer."""
 
@@ -112,7 +99,11 @@ class StageConfig:
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
     """Global batches of held-out data a measurement."""
-    qat: QATConfig | None = None
+    quantize: bool = False
+    """Whether the stage trains with fake-quantized weights and activations, on the grid of `Recipe.quantization`."""
+    distillation_weight: float = 0.0
+    """w in loss = (1 - w) cross entropy + w KL from the unquantized model the stage starts from; 0 has no teacher.
+    Above 0 only where `quantize` is set."""
 
 
 @dataclass(frozen=True)

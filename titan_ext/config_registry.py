@@ -14,6 +14,7 @@ from pathlib import Path
 
 from core.stages import STAGE_FOLDERS, STAGES, heldout_folder
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.training.schedules import published_stages, tiny_stages
 from titan_ext.training.trainer import StageTrainer
 from titan_ext.training.trainer_config import build_trainer_config
@@ -41,6 +42,7 @@ def build_config(flavor: str, name: str) -> StageTrainer.Config:
         tokenizer="data/tokenizer",
         out=STAGE_FOLDERS[name],
         seed=0,
+        quantization=QuantizationConfig(),
         flavor=flavor,
     )
 

@@ -100,7 +100,7 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         head=0 if is_pipeline else FLOAT32 * root,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
-        teacher=FLOAT32 * shard if stage.qat is not None and stage.qat.distillation_weight else 0,
+        teacher=FLOAT32 * shard if stage.quantize and stage.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
     )
 

@@ -1,48 +1,48 @@
-"""ExecuTorch programs: a checkpoint as one .pte with KV cache, INT4 linears in XNNPACK, a fused op for the experts.
+"""The executorch format: one .pte with KV cache, INT4 linears in XNNPACK and a fused op for the experts.
 
-The program has the signature ExecuTorch's own Llama runners expect: `forward(tokens [1, T], input_pos [1])`, both
-int64, gives the logits [1, vocab_size] of the last token; T is dynamic up to the context, `input_pos` is the place of
-the first token. Constant methods carry what a runner asks for (`get_bos_id`, `get_eos_ids`, `get_max_context_len`,
-...); the tokenizer lies beside the program.
+The program has the signature that ExecuTorch's own Llama runners expect: `forward(tokens [1, T], input_pos [1])`, both
+int64, returns the float32 logits [1, vocab_size] of the last token. T is dynamic up to the context, and `input_pos` is
+the position of the first token. Constant methods tell a runner about the model (`get_bos_id`, `get_eos_ids`,
+`get_max_context_len`, ...). The tokenizer lies beside the program.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec
-from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
-from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::quantized_moe_ffn)
-from executorch.extension.llm.export.export_passes import RemoveRedundantTransposes
-from executorch.kernels import quantized  # noqa: F401  (registers embedding_4bit.out)
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import nn
 from torch.nn.attention import SDPBackend
 
+from core.atomic import write_json
 from core.errors import RefusedInput
+from eval.compat import (
+    executorch_backend_config,
+    register_executorch_ops,
+    remove_redundant_transposes,
+    xnnpack_partitioner,
+)
 from eval.config import DeviceConfig
 from eval.device import expert_op
-from eval.device.transformer import DenseDims, dense_transformer, moe_transformer, weights_read
+from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
 from eval.device.weights import DeviceWeights
-from eval.export.hf import new_folder, write_tokenizer
+from eval.export.artifact_folder import new_folder
+from eval.export.dimensions import dims_from_config
+from eval.export.hf_folder import write_tokenizer
 from eval.export.model_card import write_model_card
 
 PROGRAM = "model.pte"
+"""Name of the program inside its artifact folder."""
 SETTINGS = "program.json"
+"""Name of the file with the program's constant methods and the bytes of its weights."""
 
 
 def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: DeviceConfig) -> Path:
-    """Write the folder of a MobileMoE program: .pte, tokenizer, settings, model card, checksums.
+    """Write the folder of a MobileMoE program (.pte, tokenizer, settings, model card, checksums) and return it.
 
     Args:
-        weights: of any checkpoint (`eval.device.weights`).
-        tokenizer_dir: as `eval.export.hf.write_hf_folder`.
+        weights: INT4 weights of any checkpoint.
+        tokenizer_dir: as `eval.export.hf_folder.write_hf_folder`.
         out: appears when it is complete and replaces an earlier export there.
 
     Raises:
@@ -67,12 +67,13 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
         model = moe_transformer(weights, device.context, device.expert_op)
         _write_settings(partial, settings, device.expert_op, model)
         lower(model, settings, partial / PROGRAM)
-        write_model_card(partial, config, f"ExecuTorch program, experts through the {device.expert_op} op")
+        form = f"ExecuTorch program, experts through the {device.expert_op} op"
+        write_model_card(partial, dims_from_config(config), form)
     return out
 
 
 def export_dense(dims: DenseDims, out: Path, context: int) -> Path:
-    """Write the folder of a dense baseline's program with random weights: .pte, settings, checksums; no tokenizer."""
+    """Write the folder of a dense baseline's program with random weights (no tokenizer) and return it."""
     with new_folder(out) as partial:
         settings = _settings(context, dims.n_layers, dims.vocab_size)
         model = dense_transformer(dims, context)
@@ -82,7 +83,7 @@ def export_dense(dims: DenseDims, out: Path, context: int) -> Path:
 
 
 def _settings(context: int, n_layers: int, vocab_size: int) -> dict[str, Any]:
-    """Constant methods by the names that ExecuTorch's runners look for."""
+    """Return the constant methods by the names that ExecuTorch's runners look for."""
     return {
         "get_max_seq_len": context,
         "get_max_context_len": context,
@@ -94,54 +95,37 @@ def _settings(context: int, n_layers: int, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _write_settings(folder: Path, settings: dict[str, Any], expert_op: str | None, model: nn.Module) -> None:
-    content = {"constant_methods": settings, "expert_op": expert_op, "weights": weights_read(model)}
-    (folder / SETTINGS).write_text(json.dumps(content, indent=2) + "\n")
-
-
-class TransformerPartitioner(XnnpackPartitioner):
-    """XnnpackPartitioner without what only other networks need, which makes tracing more than twice as fast.
-
-    The compile spec makes XNNPACK's preprocessing run the pass that forms linears and leave out sixteen for
-    convolutions, pooling and pads, each of which traces every delegate anew. And XNNPACK's ops are kept from being
-    decomposed by name, without asking for each node: linears are all that it wants to keep of a transformer.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
-
-    def ops_to_not_decompose(self, ep):
-        return super().ops_to_not_decompose(ep)[0], None
+def _write_settings(folder: Path, settings: dict[str, Any], op_name: str | None, model: nn.Module) -> None:
+    content = {"constant_methods": settings, "expert_op": op_name, "weights": count_weight_bytes(model)}
+    write_json(folder / SETTINGS, content)
 
 
 def lower(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
-    """Trace `model`, hand its linears and what else XNNPACK takes to XNNPACK, and write the program."""
+    """Trace `model`, delegate its linears and everything else that XNNPACK takes, and write the program to `path`.
+
+    Args:
+        model: as `moe_transformer` returns it.
+        settings: constant methods of the program; `get_max_context_len` bounds the number of tokens.
+    """
+    register_executorch_ops()
     context = settings["get_max_context_len"]
     example = (torch.zeros(1, 2, dtype=torch.int64), {"input_pos": torch.zeros(1, dtype=torch.int64)})
-    # One less than the cache holds: torch.export cannot prove the mask's slice otherwise (ExecuTorch's exporter, too).
+    # At most one token less than the cache holds, as in ExecuTorch's own exporter: torch.export cannot prove the
+    # mask's slice otherwise.
     shapes = ({1: torch.export.Dim("token_dim", max=context - 1)}, {"input_pos": {0: 1}})
     with torch.no_grad(), torch.nn.attention.sdpa_kernel([SDPBackend.MATH]):
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=True)
         # Functional form, torchao's tensors taken apart into quantize and dequantize.
         program = program.run_decompositions({})
-        # Cache and attention each turn keys and values round: without this, copies of the whole cache at every token.
-        RemoveRedundantTransposes()(program.graph_module)
+        remove_redundant_transposes(program.graph_module)
         edge = to_edge_transform_and_lower(
             program,
-            # Takes the dynamically quantized linears, too: a partitioner for them before it gives the same numbers in
-            # half as many delegates more.
-            partitioner=[TransformerPartitioner()],
+            # This partitioner takes the dynamically quantized linears, too. ExecuTorch's example puts another before it
+            # for them: the numbers are the same, and there are 1.5 times as many delegates.
+            partitioner=[xnnpack_partitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=settings,
         )
-    executorch_program = edge.to_executorch(
-        ExecutorchBackendConfig(
-            passes=[QuantFusionPass()],
-            do_quant_fusion_and_const_prop=True,
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        )
-    )
+    executorch_program = edge.to_executorch(executorch_backend_config())
     with path.open("wb") as file:
         executorch_program.write_to_file(file)

@@ -1,4 +1,4 @@
-"""The packed expert weights of `llama::quantized_moe_ffn`: torchao's "universal" layout, for x86 and ARM alike.
+"""Packing expert weights for `llama::quantized_moe_ffn`: torchao's "universal" layout, for x86 and ARM alike.
 
 torchao packs it in a C++ op that its x86 wheel lacks (torchao/csrc/cpu/torch_free_kernels/weight_packing, nr 8, kr 16,
 sr 2). A matrix [rows, K] becomes 64 bytes of header and then tiles of 8 rows, the last one filled up with rows of zero.
@@ -11,16 +11,16 @@ Shape suffixes: E experts, N rows (outputs), K columns (inputs), G groups of a r
 
 import torch
 
-from core.errors import RefusedInput
-
 HEADER = (6712, 1, 4, 0, 0, 8, 16, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-"""Little-endian int32: magic, universal layout, bits, has zero points, has bias, nr, kr, sr."""
+"""First 64 bytes of a matrix, little-endian int32: magic, universal layout, bits, has zero points, has bias, nr, kr, sr
+and zeros."""
 
 TILE_ROWS, CHUNK = 8, 16
+"""Rows of a tile, and values along K of a chunk: torchao's nr and kr."""
 
 
 def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
-    """Pack every expert's matrix.
+    """Return every expert's matrix in the layout of this module.
 
     Args:
         q_ENK: int8 values in -8..7.
@@ -30,13 +30,13 @@ def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
         uint8 [E, bytes of one expert].
 
     Raises:
-        RefusedInput: K is not a multiple of the number of groups, or the group size not one of 32.
+        ValueError: K is not a multiple of the number of groups, or the group size not one of 32.
     """
     n_experts, n_rows, k = q_ENK.shape
     n_groups = scale_ENG.shape[2]
     group_size = k // n_groups
     if k != n_groups * group_size or group_size % 32:
-        raise RefusedInput(
+        raise ValueError(
             f"expert weights of {k} inputs in {n_groups} groups: the fused op takes groups of a multiple of 32 values"
         )
     filling = -n_rows % TILE_ROWS
@@ -56,6 +56,6 @@ def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
 
 
 def blob_bytes(n_rows: int, k: int, group_size: int) -> int:
-    """Bytes of one packed matrix [n_rows, k], header included."""
+    """Return the bytes of one packed matrix [n_rows, k], header included."""
     tiles = -(-n_rows // TILE_ROWS)
     return 4 * len(HEADER) + tiles * (k // group_size) * (TILE_ROWS * group_size // 2 + 2 * 4 * TILE_ROWS)

@@ -1,14 +1,15 @@
 """`mobilemoe profile`: speed and memory of an artifact on this machine, on real prompts.
 
 An artifact is a folder: an ExecuTorch program (model.pte), or a Hugging Face folder, INT4 or BF16. Every pair of domain
-and context is measured in a process of its own (eval/device/profile_worker.py); figures are medians over its repetitions.
+and context is measured in a process of its own (eval/device/profile_worker.py); the figures are medians over its
+repetitions.
 """
 
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -16,21 +17,23 @@ from typing import Any
 
 import matplotlib
 
-from core.errors import RefusedInput
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
+from core.atomic import write_json
+from core.errors import RefusedInput
+from core.progress import Progress, ignore_progress
 from eval.device import prompts
-from eval.export.hf import read_config
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
 CONTEXTS = (512, 1024, 2048, 4096)
 N_ANSWER = 32
-"""Tokens decoded after the prompt; prompt and answer together are the context."""
+"""Number of tokens decoded after the prompt; prompt and answer together fill the context."""
 TIMEOUT_SECONDS = 1800
+"""Time limit of one measuring process."""
 
 
 def profile(
@@ -41,20 +44,22 @@ def profile(
     contexts: Iterable[int] | None = None,
     repetitions: int = 3,
     threads: int | None = None,
-    report: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
     """Measure an artifact and write `profile.json`, `speed.png` and `memory.png` into `out`.
 
     Args:
-        texts: domain -> prompt text; the three of `eval.device.prompts` if not given.
-        contexts: tokens of prompt and answer together; those of `CONTEXTS` the artifact has room for if not given.
-        threads: of the runtime; None leaves it to it.
+        texts: domain -> prompt text; None takes the three of `eval.device.prompts`.
+        contexts: tokens of prompt and answer together; None takes those of `CONTEXTS` that the artifact has room for.
+        repetitions: runs in each process, whose median is reported.
+        threads: threads of the runtime; None takes the runtime's own choice.
 
     Returns:
-        What profile.json holds: the artifact, the machine, and `measurements`, one a domain and context.
+        The content of profile.json: the artifact, the machine, and `measurements`, one a domain and context.
 
     Raises:
         RefusedInput: the folder is no artifact, or a context is too short for an answer or longer than the artifact's.
+        RuntimeError: a measuring process failed.
     """
     artifact = artifact.parent if artifact.suffix == ".pte" else artifact
     about = describe(artifact)
@@ -63,11 +68,11 @@ def profile(
     for context in chosen:
         if not N_ANSWER < context <= room:
             raise RefusedInput(f"--contexts {context}: {artifact} takes more than {N_ANSWER} and at most {room} tokens")
-    ids = prompts.token_ids(artifact, texts or prompts.texts(), about["vocab_size"], max(chosen))
+    ids = prompts.tokenize(artifact, texts or prompts.load_texts(), about["vocab_size"], max(chosen))
     todo = [(domain, context) for context in chosen for domain in ids]
     measurements = []
     for i, (domain, context) in enumerate(todo):
-        report(f"{domain}, {context} tokens", i, len(todo))
+        progress(f"{domain}, {context} tokens", i, len(todo))
         spec = {"artifact": str(artifact), "tokens": ids[domain][:context], "n_answer": N_ANSWER,
                 "repetitions": repetitions, "threads": threads}  # fmt: skip
         measurements.append({"domain": domain, "context": context} | _figures(_measure(spec), context, about))
@@ -75,14 +80,13 @@ def profile(
         "artifact": about, "machine": {"cpu": _cpu_name(), "python": platform.python_version(), "threads": threads},
         "repetitions": repetitions, "measurements": measurements,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "profile.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "profile.json", result)
     _draw(result, out)
     return result
 
 
 def describe(artifact: Path) -> dict[str, Any]:
-    """Format, room and bytes of an artifact's folder, from its files and without loading it."""
+    """Return format, context and bytes of an artifact's folder, read from its files without loading the model."""
     if (artifact / "model.pte").is_file():
         if not (artifact / "program.json").is_file():
             raise RefusedInput(f"{artifact} has no program.json; give the whole folder that `mobilemoe export` wrote")
@@ -98,12 +102,12 @@ def describe(artifact: Path) -> dict[str, Any]:
         "folder": artifact.name, "format": "BF16" if config.quantization is None else "INT4, dequantized to bfloat16",
         "file_bytes": sum(p.stat().st_size for p in artifact.glob("*.safetensors")),
         "context": config.max_position_embeddings, "vocab_size": config.vocab_size,
-        "n_layers": config.num_hidden_layers, **bf16_weights(config),
+        "n_layers": config.num_hidden_layers, **count_bf16_bytes(config),
     }  # fmt: skip
 
 
-def bf16_weights(config: MobileMoEConfig) -> dict[str, int]:
-    """Bytes a forward pass reads of a bfloat16 model: outside the routed experts, and of one expert of one layer.
+def count_bf16_bytes(config: MobileMoEConfig) -> dict[str, int]:
+    """Return the bytes that a forward pass reads of a bfloat16 model, with the keys of `count_weight_bytes`.
 
     The embedding counts as the output projection: all of it is read for every token's logits.
     """
@@ -144,7 +148,7 @@ def _figures(raw: dict[str, Any], context: int, about: dict[str, Any]) -> dict[s
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The measurements for people."""
+    """Return the measurements as a table for people."""
     about = result["artifact"]
     out = Table(title=f"{about['folder']} ({about['format']}, {about['file_bytes'] / 1e6:,.1f} MB)")
     columns = (

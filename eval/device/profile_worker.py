@@ -1,7 +1,7 @@
-"""One measurement of `mobilemoe profile`, in a process of its own: `python -m eval.device.profile_worker SPEC`, SPEC in JSON.
+"""The process of one measurement of `mobilemoe profile`: `python -m eval.device.profile_worker SPEC`, SPEC in JSON.
 
-A process of its own, because peak memory is that of a process and because what one measurement leaves in caches and
-thread pools must not help the next. Prints one JSON object.
+Every measurement has a process of its own: the system counts peak memory a process, and warm caches and thread pools of
+one measurement must not speed up the next. Prints one JSON object.
 """
 
 import json
@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.errors import RefusedInput
-
 CLEAR_PEAK = "5"
 """Written to /proc/self/clear_refs, it sets the peak to the current size (man 5 proc)."""
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Load, run prompt and answer `repetitions` times, and say how long each part took and what memory it needed.
+    """Load the artifact, run prompt and answer `repetitions` times, and return the times and the memory needed.
 
     Args:
         spec: `artifact` (folder), `tokens` (prompt, then the answer that is fed token by token), `n_answer`,
@@ -33,7 +31,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     kind = DeviceModel if (artifact / "model.pte").is_file() else TransformersModel
     kind.import_libraries(spec["threads"])
     reset_peak()
-    floor = memory("VmRSS")
+    floor = read_memory("VmRSS")
     start = time.perf_counter()
     model = kind(artifact, spec["threads"])
     load_seconds = time.perf_counter() - start
@@ -52,18 +50,20 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
             experts = {"prompt": between - before, "answer": model.experts_read() - between}
     return {
         "load_seconds": load_seconds, "prefill_seconds": prefill, "decode_seconds": decode, "floor_bytes": floor,
-        "peak_bytes": memory("VmHWM"), "experts_read": experts,
+        "peak_bytes": read_memory("VmHWM"), "experts_read": experts,
     }  # fmt: skip
 
 
 class DeviceModel:
-    """An ExecuTorch program."""
+    """The interface of the measurement to an ExecuTorch program."""
 
     @staticmethod
     def import_libraries(threads: int | None) -> None:
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized
-        import executorch.runtime  # noqa: F401
+        import executorch.runtime  # noqa: F401  (its memory belongs to the floor)
+
+        from eval.compat import register_executorch_ops
+
+        register_executorch_ops()
 
     def __init__(self, artifact: Path, threads: int | None):
         from eval.device.runtime import DeviceProgram
@@ -83,7 +83,7 @@ class DeviceModel:
 
 
 class TransformersModel:
-    """A Hugging Face folder, BF16 or INT4, by our modeling code in bfloat16 on the CPU."""
+    """The interface of the measurement to a Hugging Face folder, run by our modeling code in bfloat16 on the CPU."""
 
     @staticmethod
     def import_libraries(threads: int | None) -> None:
@@ -105,7 +105,7 @@ class TransformersModel:
             self._count(layer.feed_forward)
 
     def _count(self, feed_forward: Any) -> None:
-        """Count the distinct experts of every call."""
+        """Wrap the layer's router so that it counts the distinct experts of every call."""
         route = feed_forward.route
 
         def counted(x_TD):
@@ -135,16 +135,16 @@ class TransformersModel:
 
 
 def reset_peak() -> None:
-    """Make this process's peak memory count from now on (Linux)."""
+    """Set this process's peak memory to what is resident now (Linux)."""
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
 
 
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS resident now, VmHWM resident at most."""
+def read_memory(key: str) -> int:
+    """Return bytes of this process's memory: VmRSS is what is resident now, VmHWM the peak since `reset_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise RefusedInput(f"/proc/self/status has no {key}; profiling needs Linux")
+    raise RuntimeError(f"/proc/self/status has no {key}; profiling needs Linux")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run an exported ExecuTorch program here, through ExecuTorch's Python runtime."""
+"""Running an exported ExecuTorch program on this machine, through ExecuTorch's Python runtime."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,18 @@ from typing import Any
 import torch
 
 from core.errors import RefusedInput
+from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
 
 
 class DeviceProgram:
-    """A loaded program; keeps the KV cache of one conversation.
+    """A loaded program; it keeps the KV cache of one conversation.
 
     Loading registers the ops the program calls: ExecuTorch's custom and quantized ones, and ours if it uses it.
 
     Args:
         path: the .pte file.
-        threads: of ExecuTorch's thread pool; None leaves it as it is (one a performance core).
+        threads: size of ExecuTorch's thread pool; None leaves it as it is (one thread a performance core).
 
     Raises:
         RefusedInput: no such file, or it needs our op and no compiler is here.
@@ -26,13 +27,11 @@ class DeviceProgram:
     def __init__(self, path: Path, threads: int | None = None):
         if not Path(path).is_file():
             raise RefusedInput(f"{path}: no such program; give a .pte file, or a folder that holds model.pte")
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-        from executorch.extension.pybindings import portable_lib
-        from executorch.kernels import quantized  # noqa: F401
         from executorch.runtime import Runtime
 
+        register_executorch_ops()
         if threads is not None:
-            portable_lib._unsafe_reset_threadpool(threads)
+            set_executorch_threads(threads)
         self._program = Runtime.get().load_program(Path(path))
         self.uses_fast_op = bool(self.constant("uses_fast_expert_op", False))
         if self.uses_fast_op:
@@ -41,17 +40,19 @@ class DeviceProgram:
         self.context: int = self.constant("get_max_context_len")
 
     def constant(self, name: str, default: Any = None) -> Any:
-        """What a constant method gives; `default` where the program has none of that name."""
+        """Return the value of a constant method; `default` where the program has none of that name."""
         if name not in self._program.method_names:
             return default
         values = self._program.load_method(name).execute([])
         return values[0] if len(values) == 1 else list(values)
 
     def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
-        """float32 logits [vocab] after `tokens`, which start at `position`; what came before is in the cache.
+        """Return float32 logits [vocab_size] after `tokens`, the first of which is at `position`.
+
+        The tokens before `position` are those of the earlier calls, in the KV cache.
 
         Raises:
-            RefusedInput: more tokens than the context, or all of it in one call, which takes one less.
+            RefusedInput: the tokens end beyond the context, or fill it in one call, which takes one token less.
         """
         if position + len(tokens) > self.context or len(tokens) == self.context:
             raise RefusedInput(
@@ -61,7 +62,7 @@ class DeviceProgram:
         return self._forward.execute(inputs)[0][0]
 
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The most likely continuation, token by token, without looking at stop tokens."""
+        """Return the most likely continuation, `max_new_tokens` tokens; stop tokens do not end it."""
         new = [int(self.logits(prompt, 0).argmax())]
         while len(new) < max_new_tokens:
             new.append(int(self.logits(new[-1:], len(prompt) + len(new) - 1).argmax()))

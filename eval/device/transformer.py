@@ -1,8 +1,10 @@
-"""The modules that ExecuTorch exports: its own Llama transformer, filled with INT4 values and scales.
+"""Building the modules that ExecuTorch traces: its example Llama transformer, filled with INT4 values and scales.
 
 ExecuTorch's `llama_transformer` describes a MobileMoE and a dense Llama alike. It is built on the meta device; then
-every matrix is put in as values and scales, so that memory holds the quantized model only, and the program holds the
-numbers of the INT4 folder bit for bit.
+every matrix is put in as values and scales, read once, so that memory holds the quantized model only, and the program
+holds the numbers of the INT4 folder bit for bit.
+
+Shape suffixes: B batch, L sequence, T tokens, D model width, E experts.
 """
 
 from collections.abc import Callable
@@ -10,14 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from executorch.examples.models.llama.llama_transformer import Transformer, construct_transformer
-from executorch.examples.models.llama.model_args import ModelArgs
-from executorch.examples.models.llama.source_transformation.custom_kv_cache import replace_kv_cache_with_custom_kv_cache
-from executorch.examples.models.llama.source_transformation.quantize import QuantizedGroupEmbedding
-from executorch.examples.models.llama.source_transformation.sdpa import replace_sdpa_with_custom_op
 from torch import nn
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
+from eval.compat import (
+    build_llama,
+    int4_embedding,
+    int4_linear_weight,
+    register_executorch_ops,
+    use_custom_attention,
+)
 from eval.device.expert_blobs import pack_blobs
 from eval.device.weights import DeviceWeights
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -27,7 +30,7 @@ ExpertOp = Literal["stock", "fast"]
 
 
 class FusedMoE(nn.Module):
-    """Router and routed experts in one op, the shared expert beside it."""
+    """An MoE layer whose router and routed experts are one op; the shared expert is a module beside it."""
 
     def __init__(
         self,
@@ -60,10 +63,15 @@ class FusedMoE(nn.Module):
         return (y_TD + self.shared_expert(x_TD)).view(x_BLD.shape)
 
 
-def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -> Transformer:
-    """The MobileMoE of `weights` with a KV cache of `context` positions, ready to export."""
+def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -> nn.Module:
+    """Build the MobileMoE of `weights` with a KV cache of `context` positions, ready to export.
+
+    Returns:
+        A module (tokens [1, T], {"input_pos": [1]}), both int64, -> float32 logits [1, vocab_size] of the last token.
+    """
+    register_executorch_ops()  # the layers hold a reference to the stock op
     config = weights.config
-    args = ModelArgs(
+    model = build_llama(
         dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
         norm_eps=config.rms_norm_eps, hidden_dim=config.intermediate_size_mlp, moe=True,
@@ -73,33 +81,35 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
         use_qk_norm=True, qk_norm_affine=False, qk_norm_before_rope=False, max_seq_len=context, max_context_len=context,
         use_kv_cache=True, enable_dynamic_shape=True,
     )  # fmt: skip
-    model = _construct(args)
     rotary = rotary_embedding(config, torch.arange(context)[None])[0]
     model.rope.freqs_cos, model.rope.freqs_sin = rotary.real.contiguous(), rotary.imag.contiguous()
-    model.tok_embeddings = _embedding(*weights.matrix("model.embed_tokens.weight"))
-    model.output.weight = _linear_weight(*weights.matrix("model.embed_tokens.weight"))
-    model.norm.weight = _norm_weight(weights.plain("model.norm.weight"))
+    # The embedding is the output projection, too: the largest matrix of all is quantized once for both.
+    embedding = weights.read_matrix("model.embed_tokens.weight")
+    model.tok_embeddings = _embedding(*embedding)
+    model.output.weight = _frozen(int4_linear_weight(*embedding))
+    model.norm.weight = _frozen(weights.read_unquantized("model.norm.weight"))
     for i, layer in enumerate(model.layers):
         _fill_layer(layer, f"model.layers.{i}.", weights, expert_op)
-    return _with_custom_attention(model)
+    return use_custom_attention(model)
 
 
 def _fill_layer(layer: nn.Module, prefix: str, weights: DeviceWeights, expert_op: ExpertOp) -> None:
     for p in "qkvo":
         linear = getattr(layer.attention, f"w{p}")
-        linear.weight = _linear_weight(*weights.matrix(f"{prefix}self_attn.{p}_proj.weight"))
-    layer.attention_norm.weight = _norm_weight(weights.plain(f"{prefix}input_layernorm.weight"))
-    layer.ffn_norm.weight = _norm_weight(weights.plain(f"{prefix}post_attention_layernorm.weight"))
+        linear.weight = _frozen(int4_linear_weight(*weights.read_matrix(f"{prefix}self_attn.{p}_proj.weight")))
+    layer.attention_norm.weight = _frozen(weights.read_unquantized(f"{prefix}input_layernorm.weight"))
+    layer.ffn_norm.weight = _frozen(weights.read_unquantized(f"{prefix}post_attention_layernorm.weight"))
     shared = layer.block_sparse_moe.shared_expert
     for name, p in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
         linear = getattr(shared, name)
-        linear.weight = _linear_weight(*weights.matrix(f"{prefix}feed_forward.shared_expert.{p}_proj.weight"))
+        matrix = weights.read_matrix(f"{prefix}feed_forward.shared_expert.{p}_proj.weight")
+        linear.weight = _frozen(int4_linear_weight(*matrix))
     experts = f"{prefix}feed_forward.experts."
     layer.block_sparse_moe = FusedMoE(
-        weights.plain(f"{prefix}feed_forward.router.weight"),
-        weights.plain(f"{prefix}feed_forward.expert_bias"),
-        pack_blobs(*weights.expert_matrices(f"{experts}gate_up_proj")),
-        pack_blobs(*weights.expert_matrices(f"{experts}down_proj")),
+        weights.read_unquantized(f"{prefix}feed_forward.router.weight"),
+        weights.read_unquantized(f"{prefix}feed_forward.expert_bias"),
+        pack_blobs(*weights.read_expert_matrices(f"{experts}gate_up_proj")),
+        pack_blobs(*weights.read_expert_matrices(f"{experts}down_proj")),
         shared,
         config=weights.config,
         group_size=weights.expert_group_size,
@@ -109,7 +119,7 @@ def _fill_layer(layer: nn.Module, prefix: str, weights: DeviceWeights, expert_op
 
 @dataclass(frozen=True)
 class DenseDims:
-    """A dense Llama for comparison; its weights are random."""
+    """Dimensions of a dense Llama for comparison; its weights are random."""
 
     d_model: int
     n_layers: int
@@ -120,14 +130,16 @@ class DenseDims:
     head_dim: int = 64
 
 
-def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> Transformer:
-    """A dense model of random INT4 weights that goes through the same export as a MobileMoE."""
-    args = ModelArgs(
+def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> nn.Module:
+    """Build a dense model of random INT4 weights that goes through the same export as a MobileMoE.
+
+    Args and result as `moe_transformer`.
+    """
+    model = build_llama(
         dim=dims.d_model, n_layers=dims.n_layers, n_heads=dims.n_heads, n_kv_heads=dims.n_kv_heads,
         head_dim=dims.head_dim, vocab_size=dims.vocab_size, hidden_dim=dims.hidden, rope_theta=500_000.0,
         max_seq_len=context, max_context_len=context, use_kv_cache=True, enable_dynamic_shape=True,
     )  # fmt: skip
-    model = _construct(args)
     generator = torch.Generator().manual_seed(seed)
 
     def random_matrix(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,17 +151,20 @@ def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> Transform
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             matrix = embedding if name == "output" else random_matrix(tuple(module.weight.shape))
-            module.weight = _linear_weight(*matrix)
+            module.weight = _frozen(int4_linear_weight(*matrix))
         elif name.endswith("norm"):
-            module.weight = _norm_weight(torch.ones(dims.d_model))
-    return _with_custom_attention(model)
+            module.weight = _frozen(torch.ones(dims.d_model))
+    return use_custom_attention(model)
 
 
-def weights_read(model: Transformer) -> dict[str, int]:
-    """Bytes of weights that a token's forward pass reads: outside the routed experts, and of one expert of one layer.
+def count_weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Count the bytes of weights that a token's forward pass reads.
 
-    INT4 linears count half a byte a weight and their bfloat16 scales; of the embedding table a token reads one row,
-    which is left out, but the output projection is read whole.
+    INT4 linears count half a byte a weight and their bfloat16 scales. A token reads one row of the embedding table,
+    which is left out, but all of the output projection.
+
+    Returns:
+        dense_bytes (everything outside the routed experts), expert_bytes (one expert of one layer), experts_a_token.
     """
     dense = expert = top_k = 0
     for module in model.modules():
@@ -163,44 +178,13 @@ def weights_read(model: Transformer) -> dict[str, int]:
     return {"dense_bytes": dense, "expert_bytes": expert, "experts_a_token": top_k}
 
 
-def _construct(args: ModelArgs) -> Transformer:
-    with torch.device("meta"):
-        model = construct_transformer(args).eval()
-    # One causal mask a layer, context x context, which the custom attention does not read.
-    for layer in model.layers:
-        layer.attention.mask = model.layers[0].attention.mask
-    return model
-
-
-def _with_custom_attention(model: Transformer) -> Transformer:
-    return replace_sdpa_with_custom_op(replace_kv_cache_with_custom_kv_cache(model))
-
-
-def _norm_weight(weight: torch.Tensor) -> nn.Parameter:
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _linear_weight(q: torch.Tensor, scale: torch.Tensor) -> nn.Parameter:
-    """INT4 weights with dynamic INT8 activations, as torchao's Int8DynamicActivationIntxWeightConfig makes them."""
-    tensor = IntxUnpackedToInt8Tensor(
-        qdata=q,
-        scale=scale.float(),
-        zero_point=torch.zeros(scale.shape, dtype=torch.int8),
-        target_dtype=torch.int4,
-        block_size=(1, q.shape[1] // scale.shape[1]),
-        dtype=torch.float32,
-        activation_quantization="int8_asym_per_token",
-    )
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _embedding(q: torch.Tensor, scale: torch.Tensor) -> QuantizedGroupEmbedding:
-    """INT4 rows, two values a byte, the high nibble first, each plus 8: what `embedding_4bit` reads."""
-    rows, width = q.shape
-    group_size = width // scale.shape[1]
-    module = QuantizedGroupEmbedding(
-        "cpu", rows, width, group_size=group_size, dtype=torch.float32, packed=True, bitwidth=4
-    )
+def _embedding(q: torch.Tensor, scale: torch.Tensor) -> nn.Module:
+    """Pack INT4 rows as `embedding_4bit` reads them: two values a byte, the high nibble first, each plus 8."""
+    width, n_groups = q.shape[1], scale.shape[1]
     even, odd = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-    module.weight, module.scales = (even << 4) | odd, scale.squeeze(1) if scale.shape[1] == 1 else scale
-    return module
+    scales = scale.squeeze(1) if n_groups == 1 else scale
+    return int4_embedding((even << 4) | odd, scales, width, width // n_groups)

@@ -1,14 +1,16 @@
-"""A model's dimensions as config.json states them, and back."""
+"""A model's dimensions and INT4 groups as config.json states them, and back."""
 
 from dataclasses import asdict, fields
 from typing import Any
 
-from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from core.errors import refuse_value_errors
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig, describe_quantization
 from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.quantization.config import QuantizationConfig
 
 
 def config_from_dims(dims: ModelDims, **extra: Any) -> MobileMoEConfig:
-    """The transformers config of a model of these dimensions; `extra` are further keys or other values."""
+    """Return the transformers config of a model of these dimensions; `extra` are further keys or other values."""
     keys = {
         "vocab_size": dims.vocab_size,
         "hidden_size": dims.d_model,
@@ -30,9 +32,9 @@ def config_from_dims(dims: ModelDims, **extra: Any) -> MobileMoEConfig:
 
 
 def dims_from_config(config: MobileMoEConfig) -> ModelDims:
-    """The dimensions a config.json describes: `config_from_dims` the other way round.
+    """Return the dimensions that a config.json describes: the inverse of `config_from_dims`.
 
-    No scaling of RoPE is llama3's by a factor of 1.
+    A config without RoPE scaling becomes llama3's scaling by a factor of 1, which is the same.
     """
     scaling = config.rope_scaling or {"factor": 1.0}
     known = {field.name for field in fields(RopeScaling)}
@@ -53,3 +55,21 @@ def dims_from_config(config: MobileMoEConfig) -> ModelDims:
         norm_eps=config.rms_norm_eps,
         route_scale=config.routed_scaling_factor,
     )
+
+
+def int4_layout(quantization: QuantizationConfig) -> dict[str, Any]:
+    """Return config.json's `quantization` of an INT4 folder with these groups.
+
+    Raises:
+        RefusedInput: `expert_group_axis` names no axis.
+    """
+    with refuse_value_errors():
+        return describe_quantization(
+            quantization.group_size, quantization.expert_group_axis, quantization.expert_group_size
+        )
+
+
+def with_layout(config: MobileMoEConfig, layout: dict[str, Any] | None) -> MobileMoEConfig:
+    """Return a copy of `config` that describes a checkpoint of this INT4 layout (None: not quantized)."""
+    with refuse_value_errors():
+        return MobileMoEConfig.from_dict(config.to_dict() | {"quantization": layout})

@@ -1,21 +1,22 @@
-"""A released-format folder, BF16 or INT4, as a DCP checkpoint that a training stage starts from.
+"""Importing a released-format folder, BF16 or INT4, as a DCP checkpoint that a training stage starts from.
 
-Beside the weights it keeps what a way back needs: config.json, the tokenizer, and the scales of an INT4 checkpoint.
+Beside the weights the checkpoint keeps what an export needs: config.json, the tokenizer, and the scales of an INT4
+checkpoint.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from core.errors import RefusedInput
+from core.atomic import atomic_write, write_json
+from core.errors import RefusedInput, refuse_value_errors
 from eval.export.dimensions import dims_from_config
-from eval.export.hf import TensorFiles, read_config
-from eval.export.int4 import store_scales
-from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, dequantize_tensors
+from eval.export.stored_scales import collect_scales, write_stored_scales
+from eval.export.tensor_files import TensorFiles, open_tensor_files, read_config
+from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
@@ -26,9 +27,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def import_folder(folder: Path, out: Path) -> ModelDims:
     """Write the weights of `folder` as a DCP checkpoint (model only, float32) and return its dimensions.
 
-    `open_tensors` reads it again, so that `quantize_folder` and `bf16_folder` take it like a Hugging Face folder.
-    Reads one tensor at a time, so that beside the float32 model only one of them is in memory. INT4 weights become the
-    numbers they stand for.
+    `eval.export.source.open_folder` reads it like a Hugging Face folder. Reads one tensor at a time, so that beside
+    the float32 model only one of them is in memory. INT4 weights become the numbers they stand for.
 
     Raises:
         RefusedInput: `folder` is no complete checkpoint (tensor and expectation are named), or `out` exists.
@@ -36,9 +36,18 @@ def import_folder(folder: Path, out: Path) -> ModelDims:
     if out.exists():
         raise RefusedInput(f"{out} exists; name a folder that does not")
     config = read_config(folder)
-    tensors = TensorFiles(folder)
-    check_tensors(tensors.shapes(), config, str(folder))
+    tensors = open_tensor_files(folder, config)
     dims = dims_from_config(config)
+    with refuse_value_errors():
+        state = _read_state(tensors, config, dims)
+    with atomic_write(out) as partial:
+        dcp.save(state, checkpoint_id=partial, no_dist=True)
+        _copy_description(folder, config, tensors, partial)
+    return dims
+
+
+def _read_state(tensors: TensorFiles, config: MobileMoEConfig, dims: ModelDims) -> dict[str, torch.Tensor]:
+    """Return torchtitan's state dict, float32, filled tensor by tensor."""
     model = model_config(dims)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in model.build().state_dict().items()}
@@ -51,23 +60,18 @@ def import_folder(folder: Path, out: Path) -> ModelDims:
             state[name].copy_(part)
             missing.remove(name)
     assert not missing, f"the released format has no {sorted(missing)}"
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    dcp.save(state, checkpoint_id=partial, no_dist=True)
-    _keep_the_rest(folder, config, tensors, partial)
-    os.replace(partial, out)
-    return dims
+    return state
 
 
-def _keep_the_rest(folder: Path, config: MobileMoEConfig, tensors: TensorFiles, out: Path) -> None:
-    """What the folder says of an unquantized checkpoint, its tokenizer if it has one, and its scales if it is INT4."""
+def _copy_description(folder: Path, config: MobileMoEConfig, tensors: TensorFiles, out: Path) -> None:
+    """Write the config of an unquantized checkpoint, the tokenizer if there is one, and the scales of INT4."""
     values = json.loads((folder / "config.json").read_text())
     values.pop("quantization", None)
-    # The code is not copied.
+    # The code that it names is not copied.
     values.pop("auto_map", None)
-    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_json(out / "config.json", values)
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     if config.quantization is not None:
-        store_scales(tensors, config, out)
+        write_stored_scales(collect_scales(tensors, config), out)

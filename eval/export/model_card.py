@@ -1,9 +1,8 @@
-"""The model card and the licence note that travel with every artifact."""
+"""The model card and the licence note that travel with every artifact. Imports neither torch nor transformers."""
 
 from pathlib import Path
 
-from eval.export.dimensions import dims_from_config
-from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from titan_ext.config import ModelDims
 from titan_ext.model_stats import count_parameters
 
 _CARD = """---
@@ -15,11 +14,11 @@ tags: [mobilemoe, mixture-of-experts, on-device, int4]
 
 | | |
 |---|---|
-| layers, width | {config.num_hidden_layers}, {config.hidden_size} |
-| heads / key-value heads, size | {config.num_attention_heads} / {config.num_key_value_heads}, {config.head_dim} |
-| routed experts, of which a token takes | {config.num_local_experts}, {config.num_experts_per_tok} |
-| width of a routed expert, of the shared one | {config.intermediate_size}, {config.intermediate_size_mlp} |
-| vocabulary, context | {config.vocab_size}, {config.max_position_embeddings} |
+| layers, width | {dims.n_layers}, {dims.d_model} |
+| heads / key-value heads, size | {dims.n_heads} / {dims.n_kv_heads}, {dims.head_dim} |
+| routed experts, of which a token takes | {dims.n_experts}, {dims.top_k} |
+| width of a routed expert, of the shared one | {dims.expert_hidden}, {dims.shared_hidden} |
+| vocabulary, context | {dims.vocab_size}, {dims.max_seq_len} |
 
 Architecture: arXiv 2605.27358. Trained and exported with the MobileMoE pipeline; the run's `manifest.json` names every
 data source with its version, the recipe and the evaluation. `SHA256SUMS` covers every file of this folder.
@@ -34,16 +33,16 @@ Code in this folder (*.py): the MobileMoE pipeline's, under the pipeline's licen
 """
 
 
-def write_model_card(folder: Path, config: MobileMoEConfig, form: str) -> None:
+def write_model_card(folder: Path, dims: ModelDims, form: str) -> None:
     """Write README.md and LICENSE-NOTE.txt into an artifact's folder; `form` says what kind of artifact it is."""
-    count = count_parameters(dims_from_config(config))
+    count = count_parameters(dims)
     library = "executorch" if "ExecuTorch" in form else "transformers"
     card = _CARD.format(
-        config=config, form=form, library=library, total=_count(count.total), active=_count(count.active)
+        dims=dims, form=form, library=library, total=_format_count(count.total), active=_format_count(count.active)
     )
     (folder / "README.md").write_text(card)
     (folder / "LICENSE-NOTE.txt").write_text(_LICENSE_NOTE)
 
 
-def _count(n: int) -> str:
+def _format_count(n: int) -> str:
     return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.0f}M"

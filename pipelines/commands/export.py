@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from core.errors import RefusedInput
 from eval.config import DeviceConfig, ExportConfig
+from eval.export.formats import FORMATS, ExportOptions
 from pipelines.commands.command import emit_result
 from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.quantization.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from eval.export.source import Source
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,10 @@ class Export:
     checkpoint: tyro.conf.Positional[Path]
     """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
     or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
-    format: Literal["bf16", "int4", "executorch"]
+    format: Annotated[
+        Literal[tuple(FORMATS)],
+        tyro.conf.arg(help="; ".join(f"{name}: {entry.description}" for name, entry in FORMATS.items())),
+    ]
     out: Path
     """Folder to write; must not exist."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
@@ -28,79 +36,46 @@ class Export:
     """One JSON object on stdout."""
 
 
-@dataclass(frozen=True)
-class RunCheckpoint:
-    """A checkpoint inside a run, with what only the run's recipe says about it."""
-
-    path: Path
-    model: ModelDims
-    tokenizer: Path
-    export: ExportConfig
-    precision: str
-    """Dtype that the model was trained in."""
-
-
 def export(arguments: Export) -> None:
     """Write the checkpoint in the format asked for.
-
-    Raises:
-        RefusedInput: options of executorch with another format; the checkpoint is none; `out` exists.
-    """
-    if arguments.format != "executorch" and arguments.device != DeviceConfig():
-        raise RefusedInput(
-            f"--format {arguments.format} has no KV cache and no expert op; those options are executorch's"
-        )
-    if arguments.format == "executorch":
-        export_program(arguments.checkpoint, arguments.out, arguments.device)
-    else:
-        export_folder(arguments.checkpoint, arguments.format, arguments.out)
-    result = {"out": str(arguments.out), "format": arguments.format}
-    emit_result(arguments.json, result, lambda: f"written: {arguments.out}")
-
-
-def export_folder(checkpoint: Path, layout: str, out: Path) -> None:
-    """Write a checkpoint as a Hugging Face folder, BF16 or INT4.
 
     Dimensions, tokenizer and groups of a checkpoint inside a run are those of its run. Those of a Hugging Face folder,
     or of a checkpoint imported from one, lie in it. A model that came from INT4 keeps its grid.
 
     Raises:
-        RefusedInput: the checkpoint is none, or lies in no run and was not imported; or `out` exists.
+        RefusedInput: options of executorch with another format; the checkpoint is none, lies in no run and was not
+            imported, or cannot have this format; `out` exists.
     """
-    inside = None if describes_itself(checkpoint) else read_run_checkpoint(checkpoint)
-    _require_new(out)
-    if inside is None:
-        from eval.export.int4 import bf16_folder, quantize_folder
-
-        (bf16_folder if layout == "bf16" else quantize_folder)(checkpoint, out)
-        return
-    from eval.export import checkpoint as exporter
-
-    if layout == "bf16":
-        exporter.export_bf16(inside.path, inside.model, inside.tokenizer, out, inside.export)
-    else:
-        exporter.export_int4(inside.path, inside.model, inside.tokenizer, out, inside.export, inside.precision)
-
-
-def export_program(checkpoint: Path, out: Path, device: DeviceConfig) -> None:
-    """Write a checkpoint of a run, a Hugging Face folder or an imported checkpoint as an ExecuTorch program.
-
-    Raises:
-        RefusedInput: the checkpoint is none of them, the fused op cannot take it, or `out` exists.
-    """
-    inside = None if describes_itself(checkpoint) else read_run_checkpoint(checkpoint)
-    _require_new(out)
-    from eval.device.executorch_export import export_moe
-    from eval.device.weights import open_folder
-    from eval.export import checkpoint as exporter
-
-    if inside is None:
-        export_moe(open_folder(checkpoint, device.expert_group_size), checkpoint, out, device)
-    else:
-        weights = exporter.device_weights(
-            inside.path, inside.model, inside.export, inside.precision, device.expert_group_size
+    checkpoint, out, chosen = arguments.checkpoint, arguments.out, FORMATS[arguments.format]
+    if not chosen.takes_device_options and arguments.device != DeviceConfig():
+        raise RefusedInput(
+            f"--format {arguments.format} has no KV cache and no expert op; those options are executorch's"
         )
-        export_moe(weights, inside.tokenizer, out, device)
+    run = None if describes_itself(checkpoint) else find_run_of_checkpoint(checkpoint)
+    if out.exists():
+        raise RefusedInput(f"--out {out}: exists; name a folder that does not")
+    if run is None:
+        from eval.export.source import open_folder
+
+        source, options = open_folder(checkpoint), ExportOptions(device=arguments.device)
+    else:
+        source, options = open_checkpoint_of_run(run, checkpoint, arguments.device)
+    chosen.write(source, out, options)
+    result = {"out": str(out), "format": arguments.format}
+    emit_result(arguments.json, result, lambda: f"written: {out}")
+
+
+def open_checkpoint_of_run(run: Path, checkpoint: Path, device: DeviceConfig) -> tuple["Source", ExportOptions]:
+    """Open a checkpoint of a run with the dimensions, tokenizer and groups that the run's recipe states."""
+    from eval.export.source import open_run_checkpoint
+    from pipelines.engine.manifest import Manifest
+
+    recipe = Manifest(run).content["recipe"]
+    source = open_run_checkpoint(
+        checkpoint, _build_dims(recipe["model"]), run / "data" / "tokenizer",
+        QuantizationConfig(**recipe["quantization"]), recipe["parallel"]["precision"],
+    )  # fmt: skip
+    return source, ExportOptions(ExportConfig(**recipe["export"]), device)
 
 
 def describes_itself(checkpoint: Path) -> bool:
@@ -117,8 +92,8 @@ def _find_run(checkpoint: Path) -> Path | None:
     return next((folder for folder in checkpoint.absolute().parents if (folder / "manifest.json").is_file()), None)
 
 
-def read_run_checkpoint(checkpoint: Path) -> RunCheckpoint:
-    """Read what the run of a DCP checkpoint says about it.
+def find_run_of_checkpoint(checkpoint: Path) -> Path:
+    """Return the folder of the run that a DCP checkpoint lies in.
 
     Raises:
         RefusedInput: it is no DCP checkpoint, or lies in no run.
@@ -134,19 +109,8 @@ def read_run_checkpoint(checkpoint: Path) -> RunCheckpoint:
             f"{checkpoint}: no manifest.json in a folder above, so its model is unknown; give one inside a run, "
             "or one that `mobilemoe import` wrote"
         )
-    from pipelines.engine.manifest import Manifest
-
-    recipe = Manifest(run).content["recipe"]
-    return RunCheckpoint(
-        checkpoint, _build_dims(recipe["model"]), run / "data" / "tokenizer", ExportConfig(**recipe["export"]),
-        recipe["parallel"]["precision"],
-    )  # fmt: skip
+    return run
 
 
 def _build_dims(dims: dict[str, Any]) -> ModelDims:
     return ModelDims(**(dims | {"rope_scaling": RopeScaling(**dims["rope_scaling"])}))
-
-
-def _require_new(out: Path) -> None:
-    if out.exists():
-        raise RefusedInput(f"--out {out}: exists; name a folder that does not")

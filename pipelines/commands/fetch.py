@@ -54,8 +54,8 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
             something else.
         DamagedData: a file at `source` is missing or has another hash; or one in the `folder` of an earlier fetch has.
     """
-    from eval.export.hf import CHECKSUMS, verify_checksums
-    from pipelines.commands.transfer import open_address, parse_checksums
+    from eval.export.artifact_folder import CHECKSUMS, parse_checksums, verify_checksums
+    from pipelines.commands.transfer import open_address
 
     system, root = open_address(source)
     try:

@@ -44,7 +44,7 @@ def profile(arguments: Profile) -> None:
     artifact = arguments.artifact
     result = profiler.profile(
         artifact, arguments.out or artifact.with_name(f"{artifact.name}-profile"), texts=texts, contexts=contexts,
-        repetitions=arguments.repetitions, threads=arguments.threads, report=print_progress,
+        repetitions=arguments.repetitions, threads=arguments.threads, progress=print_progress,
     )  # fmt: skip
     emit_result(arguments.json, result, lambda: profiler.table(result))
 

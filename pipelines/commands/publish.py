@@ -52,7 +52,7 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
         RefusedInput: there is no artifact, or the address cannot be written to.
         DamagedData: a file of the artifact has another hash than SHA256SUMS says, or reads back with another one.
     """
-    from eval.export.hf import CHECKSUMS, verify_checksums
+    from eval.export.artifact_folder import CHECKSUMS, verify_checksums
 
     folders = {destination.rstrip("/"): source}
     if not (source / CHECKSUMS).is_file():
@@ -69,8 +69,8 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
 
 
 def _send_folder(folder: Path, address: str, progress: Progress) -> None:
-    from eval.export.hf import CHECKSUMS
-    from pipelines.commands.transfer import hash_remote_file, open_for_writing, parse_checksums
+    from eval.export.artifact_folder import CHECKSUMS, parse_checksums
+    from pipelines.commands.transfer import hash_remote_file, open_for_writing
 
     system, root = open_for_writing(address)
     hashes = parse_checksums((folder / CHECKSUMS).read_text(), str(folder))

@@ -1,18 +1,15 @@
 """The parts that `publish` and `fetch` share: file systems by address, SHA256SUMS, hashes of remote files."""
 
 import hashlib
-import re
-from pathlib import PurePosixPath
 
 import fsspec
 from fsspec import AbstractFileSystem
 
 from core.errors import RefusedInput
-from eval.export.hf import CHECKSUMS
+from eval.export.artifact_folder import CHECKSUMS
 from pipelines.commands.object_stores import PROTOCOLS, open_object_store
 
 READ_BYTES = 8 << 20
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def open_address(address: str) -> tuple[AbstractFileSystem, str]:
@@ -52,32 +49,6 @@ def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:
         if not system.exists(bucket):
             raise RefusedInput(f"{address}: there is no bucket {bucket!r}; create it, or correct the address")
     return system, root
-
-
-def parse_checksums(text: str, where: str) -> dict[str, str]:
-    """Return relative path -> SHA-256 of the lines of a SHA256SUMS file.
-
-    Args:
-        where: folder or address of the file, for messages.
-
-    Raises:
-        RefusedInput: a line of another form, a path that is absolute, leaves the folder or occurs twice.
-    """
-    hashes: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: not of the form `<64 hex digits>  <path>`")
-        sha256, name = match.groups()
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) != name:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} is not a plain path inside the folder")
-        if name in hashes or name == CHECKSUMS:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} must not be listed (again)")
-        hashes[name] = sha256
-    if not hashes:
-        raise RefusedInput(f"{where}/{CHECKSUMS} is empty")
-    return hashes
 
 
 def hash_remote_file(system: AbstractFileSystem, remote: str) -> str:

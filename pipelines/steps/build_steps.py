@@ -51,11 +51,11 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         return Step(name, version, needs, config, outputs, lambda: work(context))
 
     packages = {name: want.requirement for name, want in wanted.items()}
-    export = {"export": tree["export"], "precision": tree["parallel"]["precision"]}
+    export = {key: tree[key] for key in ("export", "quantization")} | {"precision": tree["parallel"]["precision"]}
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 2, ("fetch",), {}, ("items",), prepare_items),
-        step("data", 3, ("fetch", "items"), {"data": data}, ("data",), prepare_data),
+        step("data", 3, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
         step("eval", 1, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
@@ -69,6 +69,8 @@ def _build_stage_step(context: Context, tree: dict[str, Any], name: str) -> Step
         "seed": tree["seed"], "model": tree["model"], "precision": tree["parallel"]["precision"],
         "stages": {name: stage},
     }  # fmt: skip
+    if stage["quantize"]:
+        config |= {"quantization": tree["quantization"]}
     outputs: tuple[str, ...] = (STAGE_FOLDERS[name],) if context.recipe.stages.get(name).steps else ()
     position = STAGES.index(name)
     needs = ("data", STAGES[position - 1]) if position else ("data",)

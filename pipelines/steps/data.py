@@ -43,7 +43,7 @@ def prepare_data(context: Context) -> None:
         texts = run / "items" / "benchmark_texts.jsonl"
         # On one machine forked processes start at once, where each Ray worker imports for seconds.
         executor = "local" if context.cluster.local else "ray"
-        arguments = (recipe.data, list_packages(run), texts, out, executor, context.progress("data"))
+        arguments = (recipe.data, recipe.seed, list_packages(run), texts, out, executor, context.progress("data"))
         # This job only coordinates. It holds no CPU of the cluster, so that they all go to the processes it starts.
         context.run_job("data", prepare_data_on_worker, arguments, cpus=0)
         check_domains(recipe, out)
@@ -52,6 +52,7 @@ def prepare_data(context: Context) -> None:
 
 def prepare_data_on_worker(
     config: DataConfig,
+    seed: int,
     packages: dict[str, Path],
     texts: Path,
     out: Path,
@@ -61,12 +62,15 @@ def prepare_data_on_worker(
     """Write tokenizer and shards into `out` with datatrove.
 
     Args:
+        seed: decides, together with a document's text, its split, and seeds the generated corpora.
         texts: JSON lines of benchmark texts, for the decontamination.
         executor: processes of this node, or the Ray cluster.
     """
     from data import pipeline
 
-    pipeline.prepare(config, packages=packages, benchmark_texts=texts, out=out, progress=progress, executor=executor)
+    pipeline.prepare(
+        config, seed=seed, packages=packages, benchmark_texts=texts, out=out, progress=progress, executor=executor
+    )
 
 
 def _log_corpora(context: Context, data: Path) -> None:

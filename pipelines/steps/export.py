@@ -8,6 +8,7 @@ from eval.config import ExportConfig
 from pipelines.steps.context import Context, Job
 from pipelines.steps.train import output_checkpoint
 from titan_ext.config import ModelDims
+from titan_ext.quantization.config import QuantizationConfig
 
 EXPORT_OUTPUTS = (
     "artifacts/bf16", "artifacts/int4",
@@ -34,7 +35,7 @@ def export_models(context: Context) -> None:
         name, checkpoint = Path(output).name, output_checkpoint(recipe, run, stage)
         arguments = (checkpoint, recipe.model, run / "data" / "tokenizer", run / output, recipe.export)
         if function is export_int4_on_worker:
-            arguments = (*arguments, recipe.parallel.precision)
+            arguments = (*arguments, recipe.quantization, recipe.parallel.precision)
         jobs.append(Job(name, function, (*arguments, context.progress("export", name))))
     context.run_jobs("export", jobs, cpus=recipe.cluster.cpus_per_task)
 
@@ -43,10 +44,12 @@ def export_bf16_on_worker(
     checkpoint: Path, model: ModelDims, tokenizer: Path, out: Path, config: ExportConfig, progress: Progress
 ) -> None:
     """Write a DCP checkpoint as a BF16 Hugging Face folder."""
-    from eval.export import checkpoint as exporter
+    from eval.export.dcp_checkpoint import read_checkpoint
+    from eval.export.hf_folder import write_hf_folder
 
     progress("bf16", 0, 1)
-    exporter.export_bf16(checkpoint, model, tokenizer, out, config)
+    tensors = read_checkpoint(checkpoint, model)
+    write_hf_folder(tensors, model, tokenizer, out, max_shard_bytes=config.max_shard_bytes)
     progress("bf16", 1, 1)
 
 
@@ -56,6 +59,7 @@ def export_int4_on_worker(
     tokenizer: Path,
     out: Path,
     config: ExportConfig,
+    quantization: QuantizationConfig,
     precision: str,
     progress: Progress,
 ) -> None:
@@ -64,8 +68,10 @@ def export_int4_on_worker(
     Args:
         precision: dtype that the stage was trained in; its forward pass rounded the weights to it before the grid.
     """
-    from eval.export import checkpoint as exporter
+    from eval.export.int4 import export_int4
+    from eval.export.source import open_run_checkpoint
 
     progress("int4", 0, 1)
-    exporter.export_int4(checkpoint, model, tokenizer, out, config, precision)
+    source = open_run_checkpoint(checkpoint, model, tokenizer, quantization, precision)
+    export_int4(source, out, max_shard_bytes=config.max_shard_bytes)
     progress("int4", 1, 1)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import RefusedInput
-from eval.config import ExportConfig
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, find_nonpositive
-from titan_ext.config import StageConfig
 
 
 def find_start_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -31,11 +29,11 @@ def _find_initial_model_problems(folder: Path, recipe: Recipe) -> Iterator[Probl
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
     from eval.export.dimensions import dims_from_config
-    from eval.export.hf import read_config
+    from eval.export.tensor_files import read_config
 
     try:
         found = dataclasses.asdict(dims_from_config(read_config(folder)))
-    except ValueError as error:  # RefusedInput, or transformers' complaint about a config.json of the user
+    except RefusedInput as error:
         yield Problem("initial_model", str(folder), str(error), "give a folder in the released format")
         return
     for name, wanted in dataclasses.asdict(recipe.model).items():
@@ -113,18 +111,6 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
     yield from find_nonpositive("evaluation", config, ("batch_size", "heldout_tokens"))
-
-
-def find_export_problems(export: ExportConfig, qat_stage: StageConfig) -> Iterator[Problem]:
-    """Yield the broken rules of the export, on its own and against the quantization that was trained."""
-    if export.expert_group_axis not in ("in", "out"):
-        yield Problem("export.expert_group_axis", export.expert_group_axis, "names no axis", "choose in or out")
-    trained = qat_stage.qat
-    for name in ("group_size", "expert_group_axis", "expert_group_size"):
-        value = getattr(export, name)
-        if trained is not None and value != getattr(trained, name):
-            rule = f"differs from what is trained, stages.qat.qat.{name} = {getattr(trained, name)!r}"
-            yield Problem(f"export.{name}", value, rule, "give both the same value")
 
 
 def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from core.stages import SHARD_FOLDERS
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, divides, find_nonpositive, list_divisors
-from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 
 MIXTURE_TOLERANCE = 1e-6
 """Largest distance from 1 of a sum of shares; decimal fractions do not add up exactly."""
@@ -99,24 +100,24 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
     if stage.shards not in SHARD_FOLDERS:
         rule = "is no folder that the data step writes"
         yield Problem(f"{prefix}.shards", stage.shards, rule, "choose pretrain, midtrain or sft")
-    if stage.qat is not None:
-        yield from _find_qat_problems(f"{prefix}.qat", stage.qat, model, parallel)
-
-
-def _find_qat_problems(prefix: str, qat: QATConfig, model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
-    yield from find_group_problems(prefix, qat.group_size, model)
-    yield from find_expert_group_problems(prefix, qat.expert_group_size, model)
-    if parallel.tensor_parallel > 1:
-        rule = f"{prefix} rounds whole tokens to INT8, and tensor parallelism splits them"
+    if stage.quantize and parallel.tensor_parallel > 1:
+        rule = f"{prefix}.quantize rounds whole tokens to INT8, and tensor parallelism splits them"
         yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
-    if parallel.pipeline_parallel > 1 and qat.distillation_weight > 0:
-        rule = f"{prefix}.distillation_weight is above 0, and a teacher is not split into pipeline stages"
-        way_out = f"set it to 1, or {prefix}.distillation_weight to 0"
-        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, way_out)
-    if not 0 <= qat.distillation_weight <= 1:
+    yield from _find_distillation_problems(prefix, stage, parallel)
+
+
+def _find_distillation_problems(prefix: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Yield the broken rules of a stage's teacher: its share of the loss, and where it can be."""
+    field, weight = f"{prefix}.distillation_weight", stage.distillation_weight
+    if not 0 <= weight <= 1:
         rule = "is the teacher's share of the loss, so it must lie between 0 and 1"
-        field = f"{prefix}.distillation_weight"
-        yield Problem(field, qat.distillation_weight, rule, "set 0.5, say, or 0 for no teacher")
+        yield Problem(field, weight, rule, "set 0.5, say, or 0 for no teacher")
+    if weight > 0 and not stage.quantize:
+        rule = "the teacher is the unquantized model, so only the stage that quantizes has one"
+        yield Problem(field, weight, rule, "set it to 0")
+    if weight > 0 and parallel.pipeline_parallel > 1:
+        rule = f"{field} is above 0, and a teacher is not split into pipeline stages"
+        yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, f"set it to 1, or {field} to 0")
 
 
 def _find_micro_batch_problems(field: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -148,34 +149,30 @@ def _find_mixture_problems(field: str, mixture: dict[str, float]) -> Iterator[Pr
 
 def find_order_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield the broken rules between stages: growing context, and quantization in the last stage only."""
-    pretrain, midtrain, qat = recipe.stages.pretrain, recipe.stages.midtrain, recipe.stages.qat
+    pretrain, midtrain = recipe.stages.pretrain, recipe.stages.midtrain
     if midtrain.seq_len < pretrain.seq_len:
         rule = f"the context must not shrink after pre-training's {pretrain.seq_len}"
         yield Problem("stages.midtrain.seq_len", midtrain.seq_len, rule, f"set at least {pretrain.seq_len}")
-    if qat.qat is None:
-        rule = "the quantization-aware stage needs to know its quantization"
-        yield Problem("stages.qat.qat", None, rule, "give the recipe's qat stage qat=QATConfig()")
     for name, stage in recipe.stages.items():
-        if name != "qat" and stage.qat is not None:
-            yield Problem(f"stages.{name}.qat", stage.qat, "only the qat stage quantizes", "set it to None")
+        if stage.quantize != (name == "qat"):
+            rule = "the qat stage quantizes, and no other stage does"
+            yield Problem(f"stages.{name}.quantize", stage.quantize, rule, f"set it to {name == 'qat'}")
 
 
-def find_group_problems(prefix: str, group_size: int, model: ModelDims) -> Iterator[Problem]:
-    """Yield a problem for each width of the model that groups of this size do not divide."""
-    widths = {
-        "model.d_model": model.d_model,
-        "model.expert_hidden": model.expert_hidden,
+def find_quantization_problems(quantization: QuantizationConfig, model: ModelDims) -> Iterator[Problem]:
+    """Yield the broken rules of the INT4 groups: an axis, and sizes that divide the model's widths."""
+    expert_widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
+    widths = expert_widths | {
         "model.shared_hidden": model.shared_hidden,
         "model.n_heads x model.head_dim": model.n_heads * model.head_dim,
     }
-    yield from _find_group_size_problems(f"{prefix}.group_size", group_size, widths)
-
-
-def find_expert_group_problems(prefix: str, group_size: int | None, model: ModelDims) -> Iterator[Problem]:
-    """Yield the same for the groups of the experts' weights, where they have a size of their own."""
-    if group_size is not None:
-        widths = {"model.d_model": model.d_model, "model.expert_hidden": model.expert_hidden}
-        yield from _find_group_size_problems(f"{prefix}.expert_group_size", group_size, widths)
+    yield from _find_group_size_problems("quantization.group_size", quantization.group_size, widths)
+    if quantization.expert_group_size is not None:
+        field = "quantization.expert_group_size"
+        yield from _find_group_size_problems(field, quantization.expert_group_size, expert_widths)
+    if quantization.expert_group_axis not in ("in", "out"):
+        field = "quantization.expert_group_axis"
+        yield Problem(field, quantization.expert_group_axis, "names no axis", "choose in or out")
 
 
 def _find_group_size_problems(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:

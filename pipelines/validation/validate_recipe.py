@@ -8,6 +8,7 @@ from pipelines.recipe import Recipe
 from pipelines.validation import input_rules, training_rules
 from pipelines.validation.problems import InvalidRecipe, Problem, find_nonpositive
 from titan_ext.config import ModelDims
+from titan_ext.quantization.config import QuantizationConfig
 
 
 def validate_recipe(recipe: Recipe) -> None:
@@ -27,7 +28,10 @@ def check_model(model: ModelDims) -> None:
     Raises:
         RefusedInput: they break rules; the message lists every problem found, by the options of that command.
     """
-    if problems := [*training_rules.find_model_problems(model), *training_rules.find_group_problems("INT4", 32, model)]:
+    if problems := [
+        *training_rules.find_model_problems(model),
+        *training_rules.find_quantization_problems(QuantizationConfig(), model),
+    ]:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         options = re.sub(r"\bmodel\.([a-z_.]+)", lambda field: "--" + field[1].replace("_", "-"), lines)
         raise RefusedInput(f"no model has these dimensions, {len(problems)} problem(s):\n{options}")
@@ -49,7 +53,5 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from input_rules.find_start_problems(recipe)
     yield from input_rules.find_data_problems(recipe)
     yield from input_rules.find_evaluation_problems(recipe)
-    yield from training_rules.find_group_problems("export", recipe.export.group_size, recipe.model)
-    yield from training_rules.find_expert_group_problems("export", recipe.export.expert_group_size, recipe.model)
-    yield from input_rules.find_export_problems(recipe.export, recipe.stages.qat)
+    yield from training_rules.find_quantization_problems(recipe.quantization, recipe.model)
     yield from input_rules.find_cluster_problems(recipe)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.export.hf import verify_checksums
+from eval.export.artifact_folder import verify_checksums
 from pipelines.steps import STEPS
 
 pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from eval.config import ExportConfig
 from eval.device import prompts
 from eval.export.dimensions import config_from_dims
 from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
+from titan_ext.quantization.config import QuantizationConfig
 
 ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
 """Tracing takes half a minute a layer, whatever its width."""
@@ -24,12 +24,12 @@ def int4_folder(tmp_path_factory):
     """ONE_LAYER, trained on a page of text until its continuations are hardly in doubt, then rounded to INT4."""
     root = tmp_path_factory.mktemp("trained")
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(root / "tokenizer"))
-    ids = torch.tensor(tokenizer(prompts.texts()["knowledge"][:1000])["input_ids"])
+    ids = torch.tensor(tokenizer(prompts.load_texts()["knowledge"][:1000])["input_ids"])
     torch.manual_seed(0)
     model = MobileMoEForCausalLM(config_from_dims(ONE_LAYER)).train()
     train(model, ids)
     tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", ExportConfig())
+    return write_int4_folder(tensors, ONE_LAYER, root / "tokenizer", root / "int4", QuantizationConfig())
 
 
 def train(model: MobileMoEForCausalLM, ids: torch.Tensor) -> None:

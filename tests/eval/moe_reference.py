@@ -4,24 +4,32 @@ import torch
 import torch.nn.functional as F
 
 from eval.device.expert_blobs import pack_blobs
-from eval.export.int4 import quantize_int4
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4
+from titan_ext.quantization.formulas import int4_scale, quantize_int4, quantize_int8
 
 
 class RandomExperts:
     def __init__(
-        self, *, n_tokens=5, d_model=128, hidden=64, n_experts=8, top_k=3, group_size=32, use_bias=True, seed=0
-    ):
+        self, *, n_tokens=5, d_model=128, hidden=64, n_experts=8, top_k=3, group_size=32, use_bias=True, seed=0,
+        input_size=1.0, hidden_size=1.0,
+    ):  # fmt: skip
+        """Draw tokens of standard deviation `input_size` and weights that give gate and up products of `hidden_size`.
+
+        The router's logits have the size of `input_size`.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape):
             return torch.randn(shape, generator=generator)
 
         self.sizes = (top_k, n_experts, hidden, d_model, group_size)
-        self.x, self.gate = random(n_tokens, d_model), 0.2 * random(n_experts, d_model)
+        self.x, self.gate = input_size * random(n_tokens, d_model), 0.2 * random(n_experts, d_model)
         self.bias = 0.1 * random(n_experts) if use_bias else None
-        q13, s13 = quantize_int4(random(n_experts, 2 * hidden, d_model), 2, group_size)
-        q2, s2 = quantize_int4(random(n_experts, d_model, hidden), 2, group_size)
+        w13, w2 = random(n_experts, 2 * hidden, d_model), random(n_experts, d_model, hidden)
+        s13, s2 = int4_scale(w13, 2, group_size), int4_scale(w2, 2, group_size)
+        q13, q2 = quantize_int4(w13, s13, 2, group_size), quantize_int4(w2, s2, 2, group_size)
+        # The blob holds float32 scales, so these may be beyond float16.
+        s13 = s13 * (hidden_size / input_size)
         self.packed = pack_blobs(q13, s13), pack_blobs(q2, s2)
         self.w13 = dequantize_int4(q13, s13, 2, group_size).double()
         self.w2 = dequantize_int4(q2, s2, 2, group_size).double()
@@ -48,9 +56,6 @@ class RandomExperts:
 
 
 def round_to_int8(x: torch.Tensor) -> torch.Tensor:
-    """Every row on its own asymmetric INT8 grid that holds 0; parameters in float32 as everywhere, result float64."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
-    zero = (-128 - (low / scale).round()).clamp(-128, 127)
-    q = ((x * (1 / scale)).round() + zero).clamp(-128, 127)
-    return (q - zero).double() * scale.double()
+    """Return training's INT8 values of every row, the products of value and scale in float64."""
+    q, scale, zero_point = quantize_int8(x)
+    return (q - zero_point).double() * scale.double()

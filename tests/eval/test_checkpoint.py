@@ -9,15 +9,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval.hf_mobilemoe  # noqa: F401  registers the classes
-from eval.config import ExportConfig
+from eval.device.expert_op import declare
 from eval.device.transformer import moe_transformer
-from eval.device.weights import open_folder
-from eval.export.checkpoint import device_weights, export_bf16, export_int4, read_checkpoint
-from eval.export.hf import read_config
+from eval.device.weights import DeviceWeights
+from eval.export.bf16 import export_bf16
+from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.int4 import export_int4
+from eval.export.source import open_folder, open_run_checkpoint
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
-from titan_ext.config import QATConfig
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import QATEmbedding, QATExperts, QATLinear, convert_to_qat, fake_quantize_weight
 
 
@@ -44,8 +47,12 @@ def checkpoint(titan_model, tmp_path_factory):
     return folder
 
 
+def open_checkpoint(checkpoint, tokenizer_dir, quantization=None, precision="float32"):
+    return open_run_checkpoint(checkpoint, DIMS, tokenizer_dir, quantization or QuantizationConfig(), precision)
+
+
 def test_bf16_folder_gives_the_logits_of_the_trained_model(titan_model, checkpoint, tokenizer_dir, tmp_path):
-    export_bf16(checkpoint, DIMS, tokenizer_dir, tmp_path / "bf16", ExportConfig())
+    export_bf16(open_checkpoint(checkpoint, tokenizer_dir, precision="bfloat16"), tmp_path / "bf16")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32)
     tokens = torch.randint(0, DIMS.vocab_size, (2, 20))
     with torch.no_grad():
@@ -62,11 +69,11 @@ def test_bf16_folder_gives_the_logits_of_the_trained_model(titan_model, checkpoi
 
 @pytest.mark.parametrize(("axis", "group"), [("in", None), ("out", None), ("in", 16)])
 def test_int4_folder_holds_exactly_what_qat_trained_on(titan_model, checkpoint, tokenizer_dir, tmp_path, axis, group):
-    config = ExportConfig(expert_group_axis=axis, expert_group_size=group)
-    export_int4(checkpoint, DIMS, tokenizer_dir, tmp_path / "int4", config, precision="float32")
+    quantization = QuantizationConfig(expert_group_axis=axis, expert_group_size=group)
+    export_int4(open_checkpoint(checkpoint, tokenizer_dir, quantization), tmp_path / "int4")
     stored = dequantize_state_dict(load_file(tmp_path / "int4/model.safetensors"), read_config(tmp_path / "int4"))
 
-    qat = convert_to_qat(model_config(DIMS), QATConfig(expert_group_axis=axis, expert_group_size=group)).build()
+    qat = convert_to_qat(model_config(DIMS), quantization).build()
     qat.load_state_dict(titan_model.state_dict())
     seen = dict(qat.state_dict())
     for path, module in qat.named_modules():
@@ -97,38 +104,38 @@ def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path
 
 
 def test_the_device_program_gets_the_numbers_of_the_int4_folder(checkpoint, tokenizer_dir, tmp_path):
-    export_int4(checkpoint, DIMS, tokenizer_dir, tmp_path / "int4", ExportConfig(), "bfloat16")
-    folder = open_folder(tmp_path / "int4")
-    direct = device_weights(checkpoint, DIMS, ExportConfig(), "bfloat16", None)
+    source = open_checkpoint(checkpoint, tokenizer_dir, precision="bfloat16")
+    export_int4(source, tmp_path / "int4")
+    folder, direct = DeviceWeights(open_folder(tmp_path / "int4")), DeviceWeights(source)
     layer = "model.layers.1."
     for name in ("model.embed_tokens.weight", f"{layer}self_attn.q_proj.weight"):
-        for a, b in zip(folder.matrix(name), direct.matrix(name), strict=True):
+        for a, b in zip(folder.read_matrix(name), direct.read_matrix(name), strict=True):
             assert torch.equal(a, b)
     experts = f"{layer}feed_forward.experts.gate_up_proj"
-    for a, b in zip(folder.expert_matrices(experts), direct.expert_matrices(experts), strict=True):
+    for a, b in zip(folder.read_expert_matrices(experts), direct.read_expert_matrices(experts), strict=True):
         assert torch.equal(a, b)
     for name in ("feed_forward.router.weight", "feed_forward.expert_bias", "input_layernorm.weight"):
-        assert torch.equal(folder.plain(layer + name), direct.plain(layer + name))
+        assert torch.equal(folder.read_unquantized(layer + name), direct.read_unquantized(layer + name))
 
 
-def test_a_checkpoint_grouped_along_the_output_is_refused_for_the_device(checkpoint):
+def test_a_checkpoint_grouped_along_the_output_is_refused_for_the_device(checkpoint, tokenizer_dir):
     with pytest.raises(ValueError, match="expert_group_axis"):
-        device_weights(checkpoint, DIMS, ExportConfig(expert_group_axis="out"), "bfloat16", None)
+        DeviceWeights(open_checkpoint(checkpoint, tokenizer_dir, QuantizationConfig(expert_group_axis="out")))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("expert_op", "decibels"), [("fast", 60), ("stock", 25)])
-def test_qat_and_the_device_compute_the_same(titan_model, checkpoint, expert_op, decibels):
+def test_qat_and_the_device_compute_the_same(titan_model, checkpoint, tokenizer_dir, expert_op, decibels):
     """Training's forward with fake-quantized weights and activations, and the modules that are traced for the device.
 
     Both round weights and activations to the same grids; sums in another order put an activation on the edge of two
     integers to the other one now and then. The stock op on x86 leaves the experts' activations unrounded.
     """
-    expert_op.declare()
-    qat = convert_to_qat(model_config(DIMS), QATConfig()).build()
+    declare()
+    qat = convert_to_qat(model_config(DIMS), QuantizationConfig()).build()
     qat.load_state_dict(titan_model.state_dict())
     tokens = torch.randint(8, DIMS.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
     trained = qat.eval()(tokens, positions=torch.arange(40)[None])[0, -1]
-    weights = device_weights(checkpoint, DIMS, ExportConfig(), "float32", None)
+    weights = DeviceWeights(open_checkpoint(checkpoint, tokenizer_dir))
     device = moe_transformer(weights, 64, expert_op)(tokens, {"input_pos": torch.tensor([0])})[0]
     assert 20 * torch.log10(trained.norm() / (device - trained).norm()) > decibels

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +13,21 @@ from executorch.runtime import Runtime
 from torch import nn
 from transformers import AutoTokenizer
 
-from eval.config import ExportConfig
+from eval.compat import int4_linear_weight, xnnpack_partitioner
 from eval.device import prompts
-from eval.device.executorch_export import TransformerPartitioner
+from eval.device.expert_op import declare
 from eval.device.runtime import DeviceProgram
-from eval.device.transformer import DenseDims, _linear_weight, dense_transformer, moe_transformer, weights_read
-from eval.device.weights import DeviceWeights, open_folder
+from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
+from eval.device.weights import DeviceWeights
+from eval.export.artifact_folder import verify_checksums
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import verify_checksums
-from eval.export.int4 import dequantize_folder, quantize_int4, write_int4_folder
+from eval.export.int4 import derive_scale, write_int4_folder
+from eval.export.source import Source, open_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import REFUSED, main
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, dequantize_folder, random_tensors, write_tokenizer
+from titan_ext.quantization.config import QuantizationConfig
+from titan_ext.quantization.formulas import quantize_int4
 
 TOLERANCE = 0.1
 """Of the standard deviation of the logits: tokens closer than that may change places, because the device rounds
@@ -38,7 +42,7 @@ def hf(int4_folder):
 @pytest.fixture(scope="module")
 def five_prompts(int4_folder):
     tokenizer = AutoTokenizer.from_pretrained(int4_folder)
-    text = prompts.texts()["knowledge"]
+    text = prompts.load_texts()["knowledge"]
     return [tokenizer(text[start : start + 40])["input_ids"] for start in (0, 150, 300, 450, 600)]
 
 
@@ -76,14 +80,11 @@ def test_logits_token_by_token_and_at_once(program_folder, hf, five_prompts):
 @pytest.mark.parametrize("expert_op", ["stock", "fast"])
 def test_every_layer_of_the_traced_model(tmp_path, expert_op):
     """The modules that are exported, run eagerly on random weights: hidden states after each layer."""
-    if expert_op == "fast":
-        from eval.device import expert_op
-
-        expert_op.declare()
+    declare()
     write_tokenizer(tmp_path / "tokenizer")
-    folder = write_int4_folder(random_tensors(), DIMS, tmp_path / "tokenizer", tmp_path / "int4", ExportConfig())
+    folder = write_int4_folder(random_tensors(), DIMS, tmp_path / "tokenizer", tmp_path / "int4", QuantizationConfig())
     model, hf = (
-        moe_transformer(open_folder(folder), 128, expert_op),
+        moe_transformer(DeviceWeights(open_folder(folder)), 128, expert_op),
         MobileMoEForCausalLM.from_pretrained(folder).eval(),
     )
     outputs: list[torch.Tensor] = []
@@ -104,7 +105,7 @@ def test_every_layer_of_the_traced_model(tmp_path, expert_op):
 @torch.no_grad()
 def test_the_program_computes_what_the_traced_model_does(int4_folder, program_folder, five_prompts):
     """Same integers in XNNPACK and in torchao's eager arithmetic; an activation on an edge may round otherwise."""
-    model = moe_transformer(open_folder(int4_folder), 128, "stock")
+    model = moe_transformer(DeviceWeights(open_folder(int4_folder)), 128, "stock")
     eager = model(torch.tensor([five_prompts[2]]), {"input_pos": torch.tensor([0])})[0]
     assert sqnr(DeviceProgram(program_folder / "model.pte").logits(five_prompts[2], 0), eager) > 35
 
@@ -115,7 +116,10 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.linear = nn.RMSNorm(64), nn.Linear(64, 64, bias=False)
-        self.linear.weight = _linear_weight(*quantize_int4(self.linear.weight.detach(), 1, 32))
+        weight = self.linear.weight.detach()
+        scale = derive_scale(weight, 1, 32)
+        q = quantize_int4(weight, scale, 1, 32)
+        self.linear.weight = nn.Parameter(int4_linear_weight(q, scale), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + nn.functional.silu(self.linear(self.norm(x)))
@@ -128,7 +132,7 @@ def test_the_partitioner_changes_no_bit():
     model, x = Residual().eval(), torch.randn(5, 64)
     shapes = ({0: torch.export.Dim("tokens", max=64)},)
     outputs, delegates = [], []
-    for partitioner in (XnnpackPartitioner(), TransformerPartitioner()):
+    for partitioner in (XnnpackPartitioner(), xnnpack_partitioner()):
         program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=True)
         edge = to_edge_transform_and_lower(
             program, partitioner=[partitioner], compile_config=EdgeCompileConfig(_check_ir_validity=False)
@@ -147,7 +151,7 @@ def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_weights_are_the_folders_bit_for_bit(int4_folder, hf):
-    model = moe_transformer(open_folder(int4_folder), 128, "stock")
+    model = moe_transformer(DeviceWeights(open_folder(int4_folder)), 128, "stock")
     own, theirs = model.layers[0], hf.model.layers[0]
     assert torch.equal(model.output.weight.dequantize(), hf.lm_head.weight)
     every = torch.arange(DIMS.vocab_size)[None]
@@ -161,12 +165,13 @@ def test_weights_are_the_folders_bit_for_bit(int4_folder, hf):
 
 def test_every_source_gives_the_same_weights(int4_folder, tmp_path):
     """An INT4 folder and the BF16 folder made of it; the packer's own test holds the experts' bytes."""
-    sources = [open_folder(int4_folder), open_folder(dequantize_folder(int4_folder, tmp_path / "bf16"))]
+    folders = (int4_folder, dequantize_folder(int4_folder, tmp_path / "bf16"))
+    sources = [DeviceWeights(open_folder(folder)) for folder in folders]
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"):
-        for a, b in zip(*(source.matrix(name) for source in sources), strict=True):
+        for a, b in zip(*(source.read_matrix(name) for source in sources), strict=True):
             assert torch.equal(a, b)
     for name in ("gate_up_proj", "down_proj"):
-        pairs = [source.expert_matrices(f"model.layers.0.feed_forward.experts.{name}") for source in sources]
+        pairs = [source.read_expert_matrices(f"model.layers.0.feed_forward.experts.{name}") for source in sources]
         for a, b in zip(*pairs, strict=True):
             assert torch.equal(a, b)
 
@@ -190,10 +195,10 @@ def test_experts_in_larger_groups_need_less(group_size):
     dims = dataclasses.replace(DIMS, d_model=128, expert_hidden=128)
     tensors = random_tensors(dims)
     models = [
-        moe_transformer(DeviceWeights(tensors, config_from_dims(dims), expert_group_size=n), 64, "stock")
+        moe_transformer(DeviceWeights(Source(tensors, config_from_dims(dims), Path()), n), 64, "stock")
         for n in (32, group_size)
     ]
-    small, large = (weights_read(model)["expert_bytes"] for model in models)
+    small, large = (count_weight_bytes(model)["expert_bytes"] for model in models)
     bits = {32: 6.0, 64: 5.0, 128: 4.5}
     assert large / small == pytest.approx(bits[group_size] / bits[32], rel=0.01)
 
@@ -207,7 +212,7 @@ def test_a_dense_baseline_is_an_ordinary_llama():
 def refused(dims=DIMS, layout=None, expert_group_size=None, **extra):
     config = config_from_dims(dims, **extra)
     with pytest.raises(ValueError) as caught:
-        DeviceWeights({}, config, layout=layout, expert_group_size=expert_group_size)
+        DeviceWeights(Source({}, config, Path(), layout=layout), expert_group_size)
     return str(caught.value)
 
 

@@ -9,11 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval.config import ExportConfig
-from eval.device.weights import open_folder
-from eval.export.hf import TensorFiles, verify_checksums, write_hf_folder
-from eval.export.int4 import SCALES_FILE, quantize_folder
+from eval.device.weights import DeviceWeights
+from eval.export.artifact_folder import verify_checksums
+from eval.export.hf_folder import write_hf_folder
+from eval.export.source import open_folder
+from eval.export.stored_scales import SCALES_FILE
+from eval.export.tensor_files import TensorFiles
 from pipelines.cli import DONE, REFUSED, main
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
+from titan_ext.quantization.config import QuantizationConfig
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def bf16(tmp_path_factory):
 def int4(request, bf16):
     """As someone else made it: any values, and scales that no max|w| / 7.5 gives, some of them no bfloat16."""
     folder = quantize_folder(
-        bf16, bf16.with_name(f"int4_{request.param}"), ExportConfig(expert_group_axis=request.param)
+        bf16, bf16.with_name(f"int4_{request.param}"), QuantizationConfig(expert_group_axis=request.param)
     )
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(folder / "model.safetensors")
@@ -75,10 +79,12 @@ def test_an_imported_bf16_folder_is_exported_as_the_folder_is(bf16, tmp_path):
             assert run("export", source, "--format", layout, "--out", tmp_path / name / layout) == DONE
     assert same(tmp_path / "imported/bf16", bf16) and same(tmp_path / "direct/bf16", bf16)
     assert same(tmp_path / "imported/int4", tmp_path / "direct/int4")
-    assert same(tmp_path / "direct/int4", quantize_folder(bf16, tmp_path / "int4", ExportConfig()))
+    assert same(tmp_path / "direct/int4", quantize_folder(bf16, tmp_path / "int4", QuantizationConfig()))
     # And so is the device program, which reads the same numbers.
     name = "model.layers.1.feed_forward.experts.down_proj"
-    imported, direct = (open_folder(f).expert_matrices(name) for f in (tmp_path / "dcp", tmp_path / "direct/int4"))
+    imported, direct = (
+        DeviceWeights(open_folder(f)).read_expert_matrices(name) for f in (tmp_path / "dcp", tmp_path / "direct/int4")
+    )
     assert all(torch.equal(a, b) for a, b in zip(imported, direct, strict=True))
 
 
@@ -87,8 +93,10 @@ def test_inside_a_run_its_recipe_says_the_layout(int4, bf16, tmp_path):
     folder = tmp_path / "run"
     assert run("import", int4, "--out", folder / "stages/0_initial") == DONE
     shutil.copytree(bf16.with_name("tokenizer"), folder / "data/tokenizer")
-    export = ExportConfig(expert_group_axis="in", expert_group_size=16)
-    recipe = {"model": asdict(DIMS), "export": asdict(export), "parallel": {"precision": "bfloat16"}}
+    recipe = {
+        "model": asdict(DIMS), "export": asdict(ExportConfig()), "parallel": {"precision": "bfloat16"},
+        "quantization": asdict(QuantizationConfig(expert_group_axis="in", expert_group_size=16)),
+    }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps({"recipe": recipe}))
     assert run("export", folder / "stages/0_initial", "--format", "int4", "--out", tmp_path / "out") == DONE
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization"]["expert_group_size"] == 16

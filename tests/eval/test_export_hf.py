@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import DamagedData
 from data.tokens import tokenizer as own_tokenizer
-from eval.config import ExportConfig
+from eval.export.artifact_folder import verify_checksums, write_checksums
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import TensorFiles, verify_checksums, write_checksums, write_hf_folder
-from eval.export.int4 import quantize_folder
+from eval.export.hf_folder import write_hf_folder
+from eval.export.tensor_files import TensorFiles
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
+from titan_ext.quantization.config import QuantizationConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def bf16(tmp_path_factory, tokenizer_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def int4(bf16) -> Path:
-    return quantize_folder(bf16, bf16.with_name("int4"), ExportConfig())
+    return quantize_folder(bf16, bf16.with_name("int4"), QuantizationConfig())
 
 
 def test_config_has_the_released_keys(bf16):
@@ -182,7 +183,7 @@ def damage(folder: Path, change) -> None:
 def test_damaged_checkpoint_is_refused(kind, change, message, request, tokenizer_dir, tmp_path):
     source = write_hf_folder(random_tensors(), DIMS, tokenizer_dir, tmp_path / "bf16")
     if kind == "int4":
-        source = quantize_folder(source, tmp_path / "int4", ExportConfig())
+        source = quantize_folder(source, tmp_path / "int4", QuantizationConfig())
     damage(source, change)
     with pytest.raises(ValueError, match=message):
         MobileMoEForCausalLM.from_pretrained(source)

@@ -11,7 +11,7 @@ from executorch.examples.models.llama.model_args import ModelArgs
 from transformers import AutoConfig
 
 from eval.export.dimensions import config_from_dims, dims_from_config
-from eval.export.hf import read_config
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, MobileMoEModel
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import REQUIRED_KEYS

@@ -8,20 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.config import ExportConfig
-from eval.export.checkpoint import export_bf16, read_checkpoint
+from eval.export.bf16 import export_bf16
+from eval.export.dcp_checkpoint import read_checkpoint
 from eval.export.dimensions import config_from_dims, dims_from_config
-from eval.export.hf import read_config, write_hf_folder
+from eval.export.hf_folder import write_hf_folder
 from eval.export.import_hf import import_folder
-from eval.export.int4 import quantize_folder
+from eval.export.source import open_run_checkpoint
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 from pipelines.cli import main
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
 from tests.titan_ext.stage_data import write_data
 from tests.titan_ext.test_training import STAGE, lines
 from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.training.launch import run_ranks
 from titan_ext.training.stage_spec import StageSpec
 
@@ -48,7 +50,8 @@ def stored_tensors(folder):
 def test_bf16_comes_in_and_goes_out_without_a_changed_bit(bf16, tokenizer_dir, tmp_path):
     assert len(list(bf16.glob("*.safetensors"))) > 2
     assert import_folder(bf16, tmp_path / "dcp") == DIMS
-    export_bf16(tmp_path / "dcp", DIMS, tokenizer_dir, tmp_path / "again", ExportConfig())
+    source = open_run_checkpoint(tmp_path / "dcp", DIMS, tokenizer_dir, QuantizationConfig(), "float32")
+    export_bf16(source, tmp_path / "again")
     before, after = stored_tensors(bf16), stored_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
@@ -56,7 +59,7 @@ def test_bf16_comes_in_and_goes_out_without_a_changed_bit(bf16, tokenizer_dir, t
 
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_int4_comes_in_as_the_numbers_it_stands_for(axis, bf16, tmp_path):
-    folder = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    folder = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig(expert_group_axis=axis))
     import_folder(folder, tmp_path / "dcp")
     expected = dequantize_state_dict(stored_tensors(folder), read_config(folder))
     found = read_checkpoint(tmp_path / "dcp", DIMS)
@@ -197,7 +200,7 @@ def test_numbers_that_are_not_finite_are_not_imported(bf16, tmp_path):
     rewrite(lambda t: {EMBEDDING: t[EMBEDDING].index_fill(0, torch.tensor(7), float("nan"))})(folder)
     with pytest.raises(ValueError, match=rf"model-\S+: {EMBEDDING} holds NaN"):
         import_folder(folder, tmp_path / "dcp")
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     scale = "model.embed_tokens.weight_scale"
     rewrite(lambda t: {scale: torch.full_like(t[scale], float("nan"))})(int4)
     with pytest.raises(ValueError, match=rf"{scale} holds NaN"):
@@ -209,7 +212,7 @@ def test_numbers_that_are_not_finite_are_not_imported(bf16, tmp_path):
 def test_a_head_that_is_the_embedding_is_accepted(layout, bf16, tmp_path):
     folder = shutil.copytree(bf16, tmp_path / "copy")
     if layout == "int4":
-        folder = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+        folder = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     tokens = torch.arange(8, 40)[None]
     before = MobileMoEForCausalLM.from_pretrained(folder)(tokens).logits
     rewrite(lambda t: {n.replace("model.embed_tokens", "lm_head"): x.clone() for n, x in t.items() if "embed" in n})(

@@ -10,24 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
-from eval.config import ExportConfig
+from eval.export.artifact_folder import verify_checksums
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import TensorFiles, verify_checksums, write_hf_folder
-from eval.export.int4 import (
-    SCALES_FILE,
-    dequantize_folder,
-    int4_scale,
-    pack_int4,
-    quantize_folder,
-    quantize_int4,
-    quantize_state_dict,
-    write_int4_folder,
-)
+from eval.export.hf_folder import write_hf_folder
+from eval.export.int4 import derive_scale, pack_int4, quantize_tensors, write_int4_folder
 from eval.export.sizes import int4_bytes
+from eval.export.stored_scales import SCALES_FILE
+from eval.export.tensor_files import TensorFiles
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel, packed_mobilemoe
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_state_dict, packed_tensors, unpack_int4
 from eval.hf_mobilemoe.configuration_mobilemoe import describe_quantization
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, dequantize_folder, quantize_folder, random_tensors, write_tokenizer
+from titan_ext.quantization.config import QuantizationConfig
+from titan_ext.quantization.formulas import quantize_int4
 from titan_ext.quantization.qat import fake_quantize_weight
 
 CONFIG = config_from_dims(DIMS)
@@ -38,6 +33,10 @@ AXES = ["in", "out"]
 def bf16(tmp_path_factory):
     root = tmp_path_factory.mktemp("int4")
     return write_hf_folder(random_tensors(), DIMS, write_tokenizer(root / "tokenizer"), root / "bf16")
+
+
+def quantize_state_dict(tensors, axis="in"):
+    return dict(quantize_tensors(tensors.items(), config_from_dims(DIMS, quantization=describe_quantization(32, axis))))
 
 
 def file_bytes(folder):
@@ -57,7 +56,7 @@ def test_packing_is_low_nibble_first_two_complement(dim, data):
 @given(arrays(np.float32, (3, 64), elements=st.floats(-1e5, 1e5, width=32)))
 def test_scale_is_exact_in_both_half_precisions(values):
     w = torch.from_numpy(values)
-    scale = int4_scale(w, 1, 32)
+    scale = derive_scale(w, 1, 32)
     assert scale.dtype == torch.float16 and scale.isfinite().all() and (scale > 0).all()
     assert torch.equal(scale.float().bfloat16().float(), scale.float())
     wanted = (w.unflatten(1, (2, 32)).abs().amax(2) / 7.5).clamp(min=2.0**-24)
@@ -66,7 +65,9 @@ def test_scale_is_exact_in_both_half_precisions(values):
 
 
 def test_all_zero_group_has_a_defined_scale():
-    q, scale = quantize_int4(torch.zeros(2, 32), 1, 32)
+    zeros = torch.zeros(2, 32)
+    scale = derive_scale(zeros, 1, 32)
+    q = quantize_int4(zeros, scale, 1, 32)
     assert q.count_nonzero() == 0 and scale.tolist() == [[2.0**-24], [2.0**-24]]
 
 
@@ -77,7 +78,8 @@ def test_scales_and_values_equal_torchao():
         w, MappingType.SYMMETRIC, (1, 32), torch.int8, -8, 7, scale_dtype=torch.bfloat16, zero_point_dtype=torch.int8
     )
     expected = quantize_affine(w, (1, 32), scale.float(), zero, torch.int8, -8, 7)
-    q, own_scale = quantize_int4(w, 1, 32)
+    own_scale = derive_scale(w, 1, 32)
+    q = quantize_int4(w, own_scale, 1, 32)
     assert torch.equal(own_scale.bfloat16(), scale)
     assert torch.equal(q, expected)
     assert q.min() == -8 and q.max() == 7
@@ -85,7 +87,7 @@ def test_scales_and_values_equal_torchao():
 
 @pytest.mark.parametrize("axis", AXES)
 def test_layout_is_the_documented_one(axis):
-    packed = quantize_state_dict(random_tensors(), CONFIG, 32, axis)
+    packed = quantize_state_dict(random_tensors(), axis)
     layer = {n.removeprefix("model.layers.0."): (list(t.shape), t.dtype) for n, t in packed.items() if ".0." in n}
     byte, half = torch.uint8, torch.float16
     experts = {
@@ -110,7 +112,7 @@ def test_layout_is_the_documented_one(axis):
 def test_each_value_is_within_half_a_step(axis):
     """Value by value over one expert: the group of w[e, i, o] runs along `axis`, and q * scale is near w."""
     weights, f = random_tensors(), DIMS.expert_hidden
-    packed = quantize_state_dict(weights, CONFIG, 32, axis)
+    packed = quantize_state_dict(weights, axis)
     config = config_from_dims(DIMS, quantization=describe_quantization(32, axis))
     back = dequantize_state_dict(packed, config)
     name = "model.layers.1.feed_forward.experts.gate_up_proj"
@@ -136,19 +138,18 @@ def test_stored_scales_recover_every_value(q, raw_scale):
     w = dequantize_int4(q, scale, 1, 32)
     assert torch.equal(w.double(), q.double() * scale.double())
     for dtype in (torch.float32, torch.bfloat16):
-        again, _ = quantize_int4(w.to(dtype), 1, 32, scale)
-        assert torch.equal(again, q)
+        assert torch.equal(quantize_int4(w.to(dtype), scale, 1, 32), q)
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_int4_to_float_and_back_changes_no_bit(axis, dtype, bf16, tmp_path):
-    export = ExportConfig(expert_group_axis=axis, max_shard_bytes=1 << 15)
-    int4 = quantize_folder(bf16, tmp_path / "int4", export)
+    quantization = QuantizationConfig(expert_group_axis=axis)
+    int4 = quantize_folder(bf16, tmp_path / "int4", quantization, max_shard_bytes=1 << 15)
     assert len(file_bytes(int4)) > 1
     floats = dequantize_folder(int4, tmp_path / "floats", dtype)
     assert (floats / SCALES_FILE).is_file() and verify_checksums(floats) > 0
-    again = quantize_folder(floats, tmp_path / "again", export)
+    again = quantize_folder(floats, tmp_path / "again", quantization, max_shard_bytes=1 << 15)
     first, second = dict(TensorFiles(int4)), dict(TensorFiles(again))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -159,13 +160,13 @@ def test_int4_to_float_and_back_changes_no_bit(axis, dtype, bf16, tmp_path):
 
 
 def test_stored_scales_that_do_not_fit_are_refused(bf16, tmp_path):
-    floats = dequantize_folder(quantize_folder(bf16, tmp_path / "int4", ExportConfig()), tmp_path / "floats")
+    floats = dequantize_folder(quantize_folder(bf16, tmp_path / "int4", QuantizationConfig()), tmp_path / "floats")
     (floats / "model.safetensors").write_bytes((bf16 / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight does not lie on the stored scales; remove"):
-        quantize_folder(floats, tmp_path / "again", ExportConfig())
-    quantize_folder(floats, tmp_path / "other_layout", ExportConfig(expert_group_axis="out"))
+        quantize_folder(floats, tmp_path / "again", QuantizationConfig())
+    quantize_folder(floats, tmp_path / "other_layout", QuantizationConfig(expert_group_axis="out"))
     (floats / SCALES_FILE).unlink()
-    quantize_folder(floats, tmp_path / "again", ExportConfig())
+    quantize_folder(floats, tmp_path / "again", QuantizationConfig())
     assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "int4")
 
 
@@ -175,8 +176,8 @@ def test_written_weights_are_those_the_qat_forward_saw(axis, tmp_path):
     weights = random_tensors()
     weights["model.layers.0.self_attn.q_proj.weight"] *= torch.logspace(-10, 3, 64)[:, None]
     int4 = write_int4_folder(
-        weights.items(), DIMS, write_tokenizer(tmp_path / "tokenizer"), tmp_path / "int4",
-        ExportConfig(expert_group_axis=axis), extra_config={"training_stage": "qat"},
+        weights, DIMS, write_tokenizer(tmp_path / "tokenizer"), tmp_path / "int4",
+        QuantizationConfig(expert_group_axis=axis), extra_config={"training_stage": "qat"},
     )  # fmt: skip
     loaded = MobileMoEForCausalLM.from_pretrained(int4).state_dict()
     for name, p in packed_tensors(CONFIG, describe_quantization(32, axis)).items():
@@ -187,7 +188,7 @@ def test_written_weights_are_those_the_qat_forward_saw(axis, tmp_path):
 @pytest.mark.parametrize("axis", AXES)
 def test_int4_folder_loads_as_its_dequantized_folder(axis, bf16, tmp_path):
     """from_pretrained on the INT4 files, in float32, is exactly the model of the float32 folder made from them."""
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig(expert_group_axis=axis))
     floats = dequantize_folder(int4, tmp_path / "floats", torch.float32)
     model = MobileMoEForCausalLM.from_pretrained(int4)
     tokens = torch.arange(8, 40)[None]
@@ -203,7 +204,7 @@ def test_int4_folder_loads_as_its_dequantized_folder(axis, bf16, tmp_path):
 def test_packed_weights_give_the_same_numbers(axis, bf16, tmp_path, monkeypatch):
     """keep_int4 against the model dequantized when it is loaded: weights bit for bit, logits, generated text."""
     monkeypatch.setattr(packed_mobilemoe, "HEAD_ROWS", 100)
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig(expert_group_axis=axis))
     floats = MobileMoEForCausalLM.from_pretrained(int4)
     packed = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
     down, weight = (m.model.layers[1].feed_forward.experts.down_proj for m in (packed, floats))
@@ -222,7 +223,7 @@ def test_packed_weights_give_the_same_numbers(axis, bf16, tmp_path, monkeypatch)
 
 
 def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     with pytest.raises(ValueError, match=r"keep_int4: .* is not quantized"):
         MobileMoEForCausalLM.from_pretrained(bf16, keep_int4=True)
     with pytest.raises(ValueError, match="keep_int4 does not go together with device_map"):
@@ -242,7 +243,7 @@ def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packed_weights_follow_a_cast(dtype, bf16, tmp_path):
     """Of the floats alone: values and scales stay as they are, and another cast gives the first numbers again."""
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     model = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
     weight, tokens = model.model.layers[0].self_attn.q_proj.weight, torch.arange(8, 40)[None]
     scale, logits = weight.scale.clone(), model(tokens).logits
@@ -254,7 +255,7 @@ def test_packed_weights_follow_a_cast(dtype, bf16, tmp_path):
 
 def test_config_states_the_quantization(bf16, tmp_path):
     for axis, spelled in (("in", "in (dim 1 of [E, in, out])"), ("out", "out (last dim of [E, in, out])")):
-        int4 = quantize_folder(bf16, tmp_path / axis, ExportConfig(expert_group_axis=axis))
+        int4 = quantize_folder(bf16, tmp_path / axis, QuantizationConfig(expert_group_axis=axis))
         assert json.loads((int4 / "config.json").read_text())["quantization"] == {
             "format": "mobilemoe-int4-g32", "group_size": 32, "embedding_group_size": 32, "qmin": -8, "qmax": 7,
             "symmetric": True, "packed": True, "scale_dtype": "float16",
@@ -264,31 +265,29 @@ def test_config_states_the_quantization(bf16, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("export", "message"),
+    ("quantization", "message"),
     [
-        (ExportConfig(group_size=48), r"model\.embed_tokens\.weight \[320, 64\] cannot be quantized.*group size 48"),
-        (ExportConfig(group_size=64), r"down_proj \[8, 32, 64\] cannot be quantized: dimension 1"),
-        (ExportConfig(expert_group_axis="rows"), r"expert_group_axis is 'rows'; choose one of \['in', 'out'\]"),
+        (QuantizationConfig(group_size=48), r"embed_tokens\.weight \[320, 64\] cannot be quantized.*group size 48"),
+        (QuantizationConfig(group_size=64), r"down_proj \[8, 32, 64\] cannot be quantized: dimension 1"),
+        (QuantizationConfig(expert_group_axis="rows"), r"expert_group_axis is 'rows'; choose one of \['in', 'out'\]"),
     ],
 )
-def test_layout_that_does_not_fit_is_refused(export, message, bf16, tmp_path):
+def test_layout_that_does_not_fit_is_refused(quantization, message, bf16, tmp_path):
     with pytest.raises(ValueError, match=message):
-        quantize_folder(bf16, tmp_path / "int4", export)
+        quantize_folder(bf16, tmp_path / "int4", quantization)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_kind_of_folder_is_refused(bf16, tmp_path):
-    with pytest.raises(ValueError, match="is not quantized"):
-        dequantize_folder(bf16, tmp_path / "floats")
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig())
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     with pytest.raises(ValueError, match="is quantized already"):
-        quantize_folder(int4, tmp_path / "again", ExportConfig())
+        quantize_folder(int4, tmp_path / "again", QuantizationConfig())
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        quantize_folder(tmp_path, tmp_path / "again", ExportConfig())
+        quantize_folder(tmp_path, tmp_path / "again", QuantizationConfig())
 
 
 def test_scale_overflow_names_the_tensor():
     weights = random_tensors()
     weights["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e6
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight: a weight of 1e\+06"):
-        quantize_state_dict(weights, CONFIG)
+        quantize_state_dict(weights)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.device.expert_blobs import blob_bytes, pack_blobs
-from eval.export.int4 import quantize_int4
 from tests.eval.moe_reference import RandomExperts
+from titan_ext.quantization.formulas import int4_scale, quantize_int4
 
 
 def pack_one(q: list[list[int]], scales: list[list[float]]) -> bytes:
@@ -57,7 +57,8 @@ def test_torchaos_packer_gives_the_same_bytes():
     if pack is None:
         pytest.skip("torchao's packing op is in its aarch64 builds only")
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    q, scale = quantize_int4(weight[None], 2, 32)
+    scale = int4_scale(weight[None], 2, 32)
+    q = quantize_int4(weight[None], scale, 2, 32)
     theirs = pack(q[0], scale[0].float().flatten(), None, 32, None, "universal")
     assert torch.equal(pack_blobs(q, scale)[0], theirs.view(torch.uint8))
 

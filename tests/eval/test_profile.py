@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.device import profile_worker, prompts
-from eval.device.profile import N_ANSWER, bf16_weights, describe
+from eval.device.profile import N_ANSWER, count_bf16_bytes, describe
 from eval.export.dimensions import config_from_dims
 from pipelines.cli import DONE, REFUSED, main
 from tests.eval.conftest import ONE_LAYER
@@ -32,7 +32,7 @@ def test_a_program(program_folder, tmp_path, capsys):
 
 
 def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
-    ids = prompts.token_ids(int4_folder, prompts.texts(), DIMS.vocab_size, 48)
+    ids = prompts.tokenize(int4_folder, prompts.load_texts(), DIMS.vocab_size, 48)
     found = {}
     for domain in ("knowledge", prompts.DUMMY):
         spec = {"artifact": str(int4_folder), "tokens": ids[domain], "n_answer": 8, "repetitions": 2, "threads": None}
@@ -48,19 +48,19 @@ def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
 def test_weights_that_a_token_reads():
     from titan_ext.model_stats import count_parameters
 
-    weights = bf16_weights(config_from_dims(DIMS))
+    weights = count_bf16_bytes(config_from_dims(DIMS))
     read = weights["dense_bytes"] + DIMS.n_layers * DIMS.top_k * weights["expert_bytes"]
     # The expert bias is a buffer and no parameter.
     assert read == 2 * (count_parameters(DIMS).active + DIMS.n_layers * DIMS.n_experts)
 
 
 def test_prompts_are_three_domains_and_a_dummy(tmp_path):
-    ids = prompts.token_ids(tmp_path, prompts.texts(), 1000, 5000)
+    ids = prompts.tokenize(tmp_path, prompts.load_texts(), 1000, 5000)
     assert list(ids) == [*prompts.DOMAINS, prompts.DUMMY]
     assert all(len(found) == 5000 and max(found) < 1000 for found in ids.values())
     assert len(set(ids[prompts.DUMMY])) == 1
     with pytest.raises(ValueError, match="domain 'empty' is empty"):
-        prompts.token_ids(tmp_path, {"empty": ""}, 1000, 10)
+        prompts.tokenize(tmp_path, {"empty": ""}, 1000, 10)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from eval.export.hf import write_hf_folder
+from eval.export.hf_folder import write_hf_folder
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))

@@ -1,14 +1,19 @@
 """A tiny MobileMoE with random weights and a tokenizer of its own, for the tests of this folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eval.export.dimensions import config_from_dims
+from eval.export.bf16 import export_bf16
+from eval.export.dimensions import config_from_dims, int4_layout
+from eval.export.int4 import export_int4
+from eval.export.source import open_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from titan_ext.config import ModelDims, RopeScaling
+from titan_ext.quantization.config import QuantizationConfig
 
 # 64 positions as the original context put some of the 8 channel pairs of a head on either side of the scaling.
 DIMS = ModelDims(
@@ -57,3 +62,16 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def quantize_folder(
+    folder: Path, out: Path, quantization: QuantizationConfig | None = None, max_shard_bytes: int = 4 << 30
+) -> Path:
+    """Write the INT4 folder of an unquantized one; None takes the layout of its stored scales, or the default."""
+    layout = None if quantization is None else int4_layout(quantization)
+    return export_int4(replace(open_folder(folder), layout=layout), out, max_shard_bytes=max_shard_bytes)
+
+
+def dequantize_folder(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write the unquantized folder of an INT4 one."""
+    return export_bf16(open_folder(folder), out, dtype=dtype)

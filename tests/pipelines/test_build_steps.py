@@ -40,9 +40,11 @@ def touched(recipe, path, value):
         ("evaluation.batch_size", 9, []),
         ("evaluation.limit", 9, ["eval", "report"]),
         ("export.max_shard_bytes", 9, ["export", "eval", "report"]),
+        ("quantization.expert_group_size", 64, ["qat", "export", "eval", "report"]),
         ("stages.sft.learning_rate", 1.0, ["sft", "qat", "export", "eval", "report"]),
         ("stages.pretrain.steps", 9, [*STEPS[3:]]),
         ("data.heldout_fraction", 0.1, [*STEPS[2:]]),
+        ("seed", 1, [*STEPS[2:]]),
         ("data.corpora", ("c4-sample",), [*STEPS]),
     ],
 )
@@ -62,6 +64,4 @@ def test_domain_without_shards_is_refused_before_training(smoke, tmp_path):
         check_domains(smoke, tmp_path)
     sft = replace(smoke.stages.sft, mixture=smoke.stages.sft.mixture | {"tool_use": 0.0})
     assert "tool_use" not in drop_empty_domains(sft).mixture
-    check_domains(
-        replace(smoke, stages=replace(smoke.stages, sft=sft, qat=replace(sft, qat=smoke.stages.qat.qat))), tmp_path
-    )
+    check_domains(replace(smoke, stages=replace(smoke.stages, sft=sft, qat=replace(sft, quantize=True))), tmp_path)

@@ -32,13 +32,13 @@ def parse(*overrides):
 
 def test_overrides_reach_every_kind_of_leaf():
     recipe = parse(
-        "--stages.pretrain.steps", "200", "--data.heldout-fraction", "0.05", "--stages.qat.qat.group_size", "64",
+        "--stages.pretrain.steps", "200", "--data.heldout-fraction", "0.05", "--quantization.group_size", "64",
         "--stages.pretrain.mixture.web", "0.5", "--data.corpora", "c4-sample", "tool-calls", "--name", "other",
         "--evaluation.limit", "3", "--parallel.precision", "bfloat16",
     )  # fmt: skip
     assert recipe.stages.pretrain.steps == 200
     assert recipe.data.heldout_fraction == 0.05
-    assert recipe.stages.qat.qat.group_size == 64
+    assert recipe.quantization.group_size == 64
     assert recipe.stages.pretrain.mixture["web"] == 0.5
     assert recipe.stages.pretrain.mixture["math"] == RECIPES["smoke"].build().stages.pretrain.mixture["math"]
     assert recipe.data.corpora == ("c4-sample", "tool-calls")

@@ -8,14 +8,13 @@ import sys
 import pytest
 from safetensors import safe_open
 
-from eval.config import ExportConfig
-from eval.export.hf import write_hf_folder
-from eval.export.int4 import quantize_folder
+from eval.export.hf_folder import write_hf_folder
 from eval.export.sizes import bf16_bytes, int4_bytes
 from pipelines.cli import main
 from pipelines.commands.info import PUBLISHED, TOLERANCES
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
 from titan_ext.config import FLAVORS, ModelDims
+from titan_ext.quantization.config import QuantizationConfig
 
 NEEDED = [f.name for f in dataclasses.fields(ModelDims) if f.default is f.default_factory is dataclasses.MISSING]
 
@@ -29,7 +28,7 @@ def tensor_bytes(folder) -> int:
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_bytes_are_those_of_an_export(axis, tmp_path):
     bf16 = write_hf_folder(random_tensors(), DIMS, write_tokenizer(tmp_path / "tokenizer"), tmp_path / "bf16")
-    int4 = quantize_folder(bf16, tmp_path / "int4", ExportConfig(expert_group_axis=axis))
+    int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig(expert_group_axis=axis))
     assert bf16_bytes(DIMS) == tensor_bytes(bf16)
     assert int4_bytes(DIMS) == tensor_bytes(int4)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from core.stages import STAGES
 from eval.export.dimensions import config_from_dims
-from eval.export.hf import read_config, write_hf_folder
+from eval.export.hf_folder import write_hf_folder
+from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
 from pipelines.ray.cluster import Cluster
 from pipelines.recipe import ClusterConfig
@@ -20,7 +21,7 @@ from pipelines.validation.validate_recipe import find_problems
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.pipelines.test_recipes import change
 from tests.titan_ext.stage_data import write_data
-from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.config import FLAVORS
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_qat_alone_trains_the_released_model(smoke, released, tmp_path):
     write_tokenizer(run / "data/tokenizer")
     qat = replace(
         smoke.stages.qat, steps=2, warmup_steps=0, seq_len=64, global_batch_size=4, local_batch_size=2,
-        mixture={"web": 0.6, "code": 0.4}, learning_rate=1e-3, qat=QATConfig(),
+        mixture={"web": 0.6, "code": 0.4}, learning_rate=1e-3,
     )  # fmt: skip
     recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), model=DIMS, initial_model=str(released))
     recipe = replace(recipe, stages=replace(recipe.stages, qat=qat), cluster=ClusterConfig(max_failures=0))

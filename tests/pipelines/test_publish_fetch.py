@@ -12,12 +12,11 @@ import fsspec
 import pytest
 
 from core.errors import DamagedData, RefusedInput
-from eval.export.hf import CHECKSUMS, write_checksums
+from eval.export.artifact_folder import CHECKSUMS, parse_checksums, write_checksums
 from pipelines.cli import DONE, FAILED, REFUSED, main
 from pipelines.commands import transfer
 from pipelines.commands.fetch import fetch_artifact
 from pipelines.commands.publish import publish_artifacts
-from pipelines.commands.transfer import parse_checksums
 from tests.pipelines import hub_server
 from tests.titan_ext import object_stores
 

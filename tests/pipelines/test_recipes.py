@@ -13,7 +13,7 @@ from pipelines.recipes import RECIPES
 from pipelines.validation.input_rules import read_tokenizer_size
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.validate_recipe import find_problems, validate_recipe
-from titan_ext.config import FLAVORS, ParallelConfig, QATConfig
+from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.model_stats import count_parameters
 
 
@@ -59,8 +59,9 @@ REFUSALS = [
     ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
     ("parallel.data_parallel_replicate", 3, "parallel.world_size", "x data_parallel_replicate x"),
     ("parallel.tensor_parallel", 4, "parallel.tensor_parallel", "model.n_kv_heads = 2"),
-    ("parallel.tensor_parallel", 2, "parallel.tensor_parallel", "stages.qat.qat rounds whole tokens"),
-    ("stages.qat.qat.distillation_weight", 1.5, "stages.qat.qat.distillation_weight", "between 0 and 1"),
+    ("parallel.tensor_parallel", 2, "parallel.tensor_parallel", "stages.qat.quantize rounds whole tokens"),
+    ("stages.qat.distillation_weight", 1.5, "stages.qat.distillation_weight", "between 0 and 1"),
+    ("stages.sft.distillation_weight", 0.5, "stages.sft.distillation_weight", "only the stage that quantizes"),
     ("parallel.pipeline_parallel", 4, "parallel.world_size", "multiple of pipeline_parallel x"),
     ("parallel.pipeline_parallel", 2, "parallel.expert_parallel", "the 1 ranks of a replica"),
     ("parallel.pipeline_parallel", 8, "parallel.pipeline_parallel", "each needs a layer; set it to at most 4"),
@@ -76,14 +77,12 @@ REFUSALS = [
     ("stages.pretrain.capacity_factor", 0.5, "stages.pretrain.capacity_factor", "set 1.5"),
     ("stages.pretrain.skip_spikes_sigma", 0.0, "stages.pretrain.skip_spikes_sigma", "set 6"),
     ("stages.sft.shards", "chat", "stages.sft.shards", "pretrain, midtrain or sft"),
-    ("stages.qat.qat", None, "stages.qat.qat", "QATConfig()"),
-    ("stages.sft.qat", QATConfig(), "stages.sft.qat", "None"),
-    ("stages.qat.qat.group_size", 48, "stages.qat.qat.group_size", "divisor of 64"),
-    ("export.group_size", 24, "export.group_size", "model.d_model = 128"),
-    ("export.group_size", 64, "export.group_size", "differs from what is trained"),
-    ("export.expert_group_size", 128, "export.expert_group_size", "model.expert_hidden = 64"),
-    ("stages.qat.qat.expert_group_size", 64, "export.expert_group_size", "stages.qat.qat.expert_group_size = 64"),
-    ("export.expert_group_axis", "out", "export.expert_group_axis", "stages.qat.qat.expert_group_axis = 'in'"),
+    ("stages.qat.quantize", False, "stages.qat.quantize", "set it to True"),
+    ("stages.sft.quantize", True, "stages.sft.quantize", "set it to False"),
+    ("quantization.group_size", 48, "quantization.group_size", "divisor of 64"),
+    ("quantization.group_size", 24, "quantization.group_size", "model.d_model = 128"),
+    ("quantization.expert_group_size", 128, "quantization.expert_group_size", "model.expert_hidden = 64"),
+    ("quantization.expert_group_axis", "rows", "quantization.expert_group_axis", "choose in or out"),
     ("data.tokenizer.train_vocab_size", 8192, "data.tokenizer.train_vocab_size", "--model.vocab-size 8192"),
     ("data.heldout_fraction", 0.0, "data", "data.heldout_fraction = 0.0"),
     ("data.corpora", ("c5",), "data", "c4-sample"),
@@ -124,7 +123,7 @@ def test_smoke_in_a_pipeline_validates(in_a_pipeline):
             "parallel.pipeline_parallel",
             "most 1",
         ),
-        ({"stages.qat.qat.distillation_weight": 0.5}, "parallel.pipeline_parallel", "a teacher is not split"),
+        ({"stages.qat.distillation_weight": 0.5}, "parallel.pipeline_parallel", "a teacher is not split"),
     ],
 )
 def test_refusals_of_a_pipeline(in_a_pipeline, changes, field, words):
@@ -174,9 +173,7 @@ def test_disk_check_counts_what_is_written(smoke, tmp_path, monkeypatch):
 def test_recipe_as_dict_is_json_ready(smoke):
     tree = to_dict(smoke)
     assert tree["data"]["corpora"] == list(smoke.data.corpora)
-    assert tree["stages"]["qat"]["qat"] == {
-        "group_size": 32, "expert_group_axis": "in", "expert_group_size": None, "distillation_weight": 0.0,
-    }  # fmt: skip
+    assert tree["quantization"] == {"group_size": 32, "expert_group_axis": "in", "expert_group_size": None}
 
 
 @pytest.mark.parametrize("name", ["s", "m", "l"])

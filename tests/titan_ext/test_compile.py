@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.titan_ext.stage_data import write_data
 from tests.titan_ext.test_training import DIMS, STAGE, lines
-from titan_ext.config import ParallelConfig, QATConfig
+from titan_ext.config import ParallelConfig
 from titan_ext.dtensor import local
 from titan_ext.training.launch import run_ranks
 from titan_ext.training.stage_spec import StageSpec
@@ -18,7 +18,7 @@ from titan_ext.training.train import build_stage_config
 
 CASES = {
     "bfloat16, drop and pad, ep 2": ({"capacity_factor": 1.5}, {"world_size": 2, "expert_parallel": 2}),
-    "bfloat16, dropless qat": ({"shards": "sft", "qat": QATConfig(group_size=32)}, {"world_size": 1}),
+    "bfloat16, dropless qat": ({"shards": "sft", "quantize": True}, {"world_size": 1}),
 }
 
 

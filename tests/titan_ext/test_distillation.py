@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.titan_ext.stage_data import find_differences, write_data
 from tests.titan_ext.test_training import DIMS, STAGE, lines
-from titan_ext.config import ParallelConfig, QATConfig
+from titan_ext.config import ParallelConfig
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.qat import convert_to_qat
 from titan_ext.training.distillation import DistilledCrossEntropy
@@ -24,7 +24,7 @@ from titan_ext.training.train import build_stage_config, build_trainer
 WEIGHT, STEPS = 0.75, 4
 QAT = dataclasses.replace(
     STAGE, steps=STEPS, shards="sft", local_batch_size=1, learning_rate=1e-3, checkpoint_interval=2,
-    heldout_interval=STEPS, qat=QATConfig(distillation_weight=WEIGHT),
+    heldout_interval=STEPS, quantize=True, distillation_weight=WEIGHT,
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def compare_with_whole_logits(spec: StageSpec) -> None:
         input_dict=dict(inputs), labels=labels, global_valid_tokens=n_tokens
     )
     models = []
-    for config in (model_config(DIMS), convert_to_qat(model_config(DIMS), spec.stage.qat)):
+    for config in (model_config(DIMS), convert_to_qat(model_config(DIMS), spec.quantization)):
         model = config.build()
         model.init_states()
         dcp.load(state := model.state_dict(), checkpoint_id=spec.initial_checkpoint, no_dist=True)

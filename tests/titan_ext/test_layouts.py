@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.titan_ext.stage_data import find_differences, list_entries, load_tensors, write_data
 from tests.titan_ext.test_training import DIMS as TWO_LAYERS
 from tests.titan_ext.test_training import STAGE, lines
-from titan_ext.config import ParallelConfig, QATConfig
+from titan_ext.config import ParallelConfig
 from titan_ext.training.launch import run_ranks
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 from titan_ext.training.train import build_stage_config, build_trainer
@@ -105,8 +105,7 @@ def test_qat_in_a_pipeline_gives_the_numbers_of_one_process(data, tmp_path):
     """Embedding and output projection round their copies of one matrix; a tolerance as in test_distillation.py."""
     layouts = [{"world_size": 1}, INTERLEAVED]
     specs = [
-        stage_spec(data, tmp_path / str(i), layout, shards="sft", qat=QATConfig(group_size=32))
-        for i, layout in enumerate(layouts)
+        stage_spec(data, tmp_path / str(i), layout, shards="sft", quantize=True) for i, layout in enumerate(layouts)
     ]
     for spec in specs:
         run_ranks(spec, spec.out.with_name(f"scratch{spec.out.name}"))

@@ -60,7 +60,7 @@ def test_static_parts_are_what_fsdp_shards():
 
 def test_self_distillation_holds_the_teachers_weights():
     dims, stage, parallel = FLAVORS["S"], published_stages()["qat"], ParallelConfig(world_size=4)
-    taught = dataclasses.replace(stage, qat=dataclasses.replace(stage.qat, distillation_weight=0.5))
+    taught = dataclasses.replace(stage, quantize=True, distillation_weight=0.5)
     plain, distilled = (estimate_memory(dims, each, parallel) for each in (stage, taught))
     assert distilled.peak - plain.peak == plain.parameters
 

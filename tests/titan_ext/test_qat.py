@@ -13,9 +13,11 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-from titan_ext.config import FLAVORS, QATConfig
+from titan_ext.config import FLAVORS
 from titan_ext.cpu.kernels import COMPILED_ELEMENTS
 from titan_ext.mobilemoe import model_config
+from titan_ext.quantization.config import QuantizationConfig
+from titan_ext.quantization.formulas import round_scale
 from titan_ext.quantization.qat import (
     QATEmbedding,
     QATExperts,
@@ -23,7 +25,6 @@ from titan_ext.quantization.qat import (
     convert_to_qat,
     fake_quantize_activation,
     fake_quantize_weight,
-    round_scale,
 )
 
 
@@ -109,7 +110,7 @@ def test_the_gradient_goes_straight_through():
 
 
 def test_every_matrix_but_the_router_is_quantized():
-    model = convert_to_qat(model_config(FLAVORS["tiny"]), QATConfig()).build()
+    model = convert_to_qat(model_config(FLAVORS["tiny"]), QuantizationConfig()).build()
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
     covered = {
         f"{path}.{name}"
@@ -123,7 +124,7 @@ def test_every_matrix_but_the_router_is_quantized():
 @pytest.mark.parametrize(("axis", "dim"), [("in", -1), ("out", -2)])
 def test_experts_are_grouped_along_the_chosen_axis(axis, dim):
     torch.manual_seed(0)
-    config = convert_to_qat(model_config(FLAVORS["tiny"]), QATConfig(expert_group_axis=axis))
+    config = convert_to_qat(model_config(FLAVORS["tiny"]), QuantizationConfig(expert_group_axis=axis))
     model = config.build()
     model.init_states()
     experts = model.layers["0"].moe.routed_experts.inner_experts

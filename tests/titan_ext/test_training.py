@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.export.checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import read_checkpoint
 from tests.titan_ext.stage_data import find_differences, write_data
-from titan_ext.config import ModelDims, ParallelConfig, QATConfig, StageConfig
+from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 from titan_ext.training.launch import run_ranks, start_ranks
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 from titan_ext.training.train import build_stage_config
@@ -169,9 +169,7 @@ def test_two_runs_from_one_seed_are_equal_bitwise(data, tmp_path):
 
 def test_qat_stage_starts_from_the_parent_on_another_layout(data, two_processes, tmp_path):
     parent = find_final_checkpoint(two_processes, STAGE.steps)
-    stage = dataclasses.replace(
-        STAGE, steps=2, shards="sft", learning_rate=1e-9, weight_decay=0.0, qat=QATConfig(group_size=32)
-    )
+    stage = dataclasses.replace(STAGE, steps=2, shards="sft", learning_rate=1e-9, weight_decay=0.0, quantize=True)
     spec = stage_spec(data, tmp_path / "stage", world_size=1, stage=stage, initial_checkpoint=parent, name="qat")
     run_ranks(spec, tmp_path / "scratch")
     name = "layers.1.moe.routed_experts.inner_experts.w1_EFD"

@@ -9,7 +9,7 @@ published, so assumed here: global batches of 4.2M tokens (text stages) and 2.1M
 steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight decay 0.1, steps over 6 sigma skipped.
 """
 
-from titan_ext.config import QATConfig, StageConfig
+from titan_ext.config import StageConfig
 
 PRETRAIN_TOKENS, MIDTRAIN_TOKENS, SFT_TOKENS, QAT_TOKENS = 6e12, 500e9, 126e9, 21e9
 PRETRAIN_MIXTURE = {"web": 0.62, "math": 0.116, "code": 0.10, "knowledge": 0.10, "science": 0.064}
@@ -51,7 +51,7 @@ def published_stages() -> dict[str, StageConfig]:
             schedule="linear", **text,
         ),
         "sft": stage(SFT_TOKENS, 8192, 256, 1, warmup_steps=1800, **chat),
-        "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, qat=QATConfig(), **chat),
+        "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, quantize=True, **chat),
     }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def tiny_stages() -> dict[str, StageConfig]:
             checkpoint_interval=20, heldout_interval=20, **instructions, **every_stage,
         ),
         "qat": StageConfig(
-            steps=24, learning_rate=5e-4, schedule="cosine", warmup_steps=3, qat=QATConfig(),
+            steps=24, learning_rate=5e-4, schedule="cosine", warmup_steps=3, quantize=True,
             checkpoint_interval=12, heldout_interval=12, **instructions, **every_stage,
         ),
     }  # fmt: skip

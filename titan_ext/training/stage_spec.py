@@ -3,11 +3,12 @@
 It imports no torch: Ray's scheduler unpickles it in processes that must start fast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import RefusedInput
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.quantization.config import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StageSpec:
     """DCP step folder that the stage starts from; None starts from random weights."""
     seed: int
     """Seed of initial weights and order of documents."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """INT4 grid of a stage with `quantize`."""
 
 
 def find_final_checkpoint(out: Path, steps: int) -> Path:

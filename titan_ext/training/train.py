@@ -58,6 +58,7 @@ def build_stage_config(spec: StageSpec) -> StageTrainer.Config:
         tokenizer=str(spec.data / "tokenizer"),
         out=str(spec.out),
         seed=spec.seed,
+        quantization=spec.quantization,
         flavor=spec.name,
         initial_checkpoint=str(spec.initial_checkpoint.absolute()) if spec.initial_checkpoint else None,
         pad_token_id=_read_pad_token_id(spec.data / "tokenizer"),

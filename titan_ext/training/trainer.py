@@ -61,8 +61,8 @@ class StageTrainer(Trainer):
                 )
             if ranks > 1 and self.teacher is not None:
                 raise RefusedInput(
-                    f"parallel.pipeline_parallel = {ranks} and qat.distillation_weight above 0: a teacher is not split "
-                    "into pipeline stages; set the one to 1, or the other to 0"
+                    f"parallel.pipeline_parallel = {ranks} and stages.qat.distillation_weight above 0: a teacher is "
+                    "not split into pipeline stages; set the one to 1, or the other to 0"
                 )
 
     def __init__(self, config: Config):
@@ -168,7 +168,7 @@ def _set_global_batch_size(config: StageTrainer.Config) -> StageTrainer.Config:
 def _check_teacher_checkpoint(config: StageTrainer.Config) -> None:
     if config.teacher is not None and config.checkpoint.initial_load_path is None:
         raise RefusedInput(
-            "qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
+            "stages.qat.distillation_weight is above 0 and checkpoint.initial_load_path is not set: the teacher is the "
             "checkpoint that the stage starts from; name it, or set distillation_weight to 0"
         )
 

@@ -17,6 +17,7 @@ from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.memory import LOSS_CHUNKS
 from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec
 from titan_ext.model_stats import split_layers
+from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat
 from titan_ext.training.distillation import DistilledCrossEntropy
 from titan_ext.training.metrics import HeldoutValidator, StageMetrics
@@ -37,6 +38,7 @@ def build_trainer_config(
     tokenizer: str,
     out: str,
     seed: int,
+    quantization: QuantizationConfig,
     flavor: str = "custom",
     initial_checkpoint: str | None = None,
     pad_token_id: int = 0,
@@ -53,18 +55,19 @@ def build_trainer_config(
         initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
             holds a checkpoint already.
         pad_token_id: token that fills the rest of a sequence that no further conversation fits into.
+        quantization: grid of a stage with `quantize`; other stages ignore it.
 
     Raises:
         RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
             held-out shards of any domain.
     """
-    if stage.qat is not None and parallel.tensor_parallel > 1:
+    if stage.quantize and parallel.tensor_parallel > 1:
         raise RefusedInput(
             f"parallel.tensor_parallel = {parallel.tensor_parallel}: it splits tokens, and quantization-aware "
             "training gives a whole token one INT8 range; set it to 1"
         )
     return StageTrainer.Config(
-        model_spec=model_spec(_model_config(model, stage), flavor),
+        model_spec=model_spec(_model_config(model, stage, quantization), flavor),
         hf_assets_path=tokenizer,
         dump_folder=out,
         loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
@@ -161,9 +164,9 @@ def _split_modules(model: ModelDims, parallel: ParallelConfig) -> list[list[str]
     return [["tok_embeddings", *stages[0]], *stages[1:-1], [*stages[-1], "norm", "lm_head"]]
 
 
-def _model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
+def _model_config(model: ModelDims, stage: StageConfig, quantization: QuantizationConfig) -> MobileMoEModel.Config:
     config = _plain_model_config(model, stage)
-    return config if stage.qat is None else convert_to_qat(config, stage.qat)
+    return convert_to_qat(config, quantization) if stage.quantize else config
 
 
 def _plain_model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.Config:
@@ -176,12 +179,12 @@ def _plain_model_config(model: ModelDims, stage: StageConfig) -> MobileMoEModel.
 
 
 def _distills(stage: StageConfig) -> bool:
-    return stage.qat is not None and stage.qat.distillation_weight > 0
+    return stage.quantize and stage.distillation_weight > 0
 
 
 def _loss_config(model: ModelDims, stage: StageConfig) -> CrossEntropyLoss.Config:
     if _distills(stage):
-        return DistilledCrossEntropy.Config(global_vocab_size=model.vocab_size, weight=stage.qat.distillation_weight)
+        return DistilledCrossEntropy.Config(global_vocab_size=model.vocab_size, weight=stage.distillation_weight)
     return CrossEntropyLoss.Config(global_vocab_size=model.vocab_size)
 
 

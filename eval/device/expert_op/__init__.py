@@ -1,8 +1,9 @@
 """Our own MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`: built on first use, loaded, declared to torch.
 
-It takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn` (eval/device/expert_blobs.py), rounds
-activations to INT8 as that op's ARM build does, and has AVX512-VNNI, AVX2 and portable kernels, chosen when it is
-loaded. The C++ lies beside this file and is compiled against headers and libraries of the installed executorch wheel.
+It takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn` (eval/device/expert_blobs.py) and
+rounds activations to INT8 as that op's ARM build does. It has AVX512-VNNI, AVX2 and portable kernels; the best one for
+the processor is chosen when the library is loaded. The C++ lies beside this file and is compiled against headers and
+libraries of the installed executorch wheel.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from core.cache import cache_dir
 from core.errors import RefusedInput
 
 SOURCES = ("moe_ffn.cpp", "tile_kernels.h")
@@ -25,7 +27,8 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
     "-fno-signed-zeros", "-fassociative-math", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL",
 )  # fmt: skip
-"""-ffast-math is left out: linked into a library, it would flush denormals in the whole process."""
+"""Compiler options. -ffast-math is not among them: in a library, it would flush denormals in the whole process.
+-freciprocal-math is not either: quantize_row divides as the formula says."""
 
 _SCHEMA = (
     "(Tensor x, Tensor gate_weight, Tensor expert_bias, Tensor packed_w13, Tensor packed_w2, "
@@ -35,10 +38,10 @@ _SCHEMA = (
 
 
 def library_path() -> Path:
-    """The compiled library, built now if this source and this executorch wheel have not met before.
+    """Return the path of the compiled library; it is built now if the cache does not hold it.
 
-    It lies in $MOBILEMOE_CACHE (or ~/.cache/mobilemoe) under `device_op/`, in a folder named by a hash of the sources,
-    the flags and the wheel's version.
+    It lies in `core.cache.cache_dir()`/device_op, in a folder named by a hash of the sources, the flags and the
+    executorch wheel's version.
 
     Raises:
         RefusedInput: no C++ compiler is on the path, or it fails.
@@ -48,8 +51,7 @@ def library_path() -> Path:
     version = importlib.metadata.version("executorch")
     here, wheel = Path(__file__).parent, Path(executorch.__path__[0])
     content = b"".join((here / name).read_bytes() for name in SOURCES) + " ".join((*FLAGS, version)).encode()
-    cache = Path(os.environ.get("MOBILEMOE_CACHE", "~/.cache/mobilemoe")).expanduser()
-    library = cache / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
+    library = cache_dir() / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
     if not library.is_file():
         _build(here / SOURCES[0], wheel, library)
     return library
@@ -99,10 +101,14 @@ def run_kernel(
     group_size: int,
     route_scale: float,
 ) -> torch.Tensor:
-    """The routed experts' output [T, D], float32, by one of `KERNELS`; takes contiguous float32 tensors and blobs.
+    """Return the routed experts' output [T, D], float32, computed by one of `KERNELS`.
+
+    Args:
+        x_TD, gate_ED, bias_E: contiguous float32.
+        packed_w13, packed_w2: as `eval.device.expert_blobs.pack_blobs` returns them.
 
     Raises:
-        RefusedInput: this processor does not have the kernel's instructions.
+        ValueError: this processor does not have the kernel's instructions.
     """
     (n_tokens, d_model), n_experts = x_TD.shape, gate_ED.shape[0]
     out_TD = torch.empty(n_tokens, d_model)
@@ -114,7 +120,7 @@ def run_kernel(
         kernel.encode(), *sizes, *inputs, ctypes.c_double(route_scale), ctypes.c_void_p(out_TD.data_ptr())
     )
     if refused:
-        raise RefusedInput(f"this processor does not have the kernel {kernel!r}; it has {load().mobilemoe_kernel()!r}")
+        raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {load().mobilemoe_kernel()!r}")
     return out_TD
 
 

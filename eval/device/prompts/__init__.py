@@ -9,19 +9,23 @@ from core.errors import RefusedInput
 
 DOMAINS = ("knowledge", "code", "maths")
 DUMMY = "repeated token"
-"""The prompt that is one token over and over: a MoE reads few of its experts for it, which flatters its memory."""
+"""Name of the prompt that repeats one token. A MoE reads few of its experts for it, so its memory looks too good."""
 
 
-def texts() -> dict[str, str]:
-    """Domain -> text, about 3,000 characters each, written for this purpose."""
+def load_texts() -> dict[str, str]:
+    """Return domain -> text, about 3,000 characters each, written for this purpose."""
     return {domain: (Path(__file__).parent / f"{domain}.txt").read_text() for domain in DOMAINS}
 
 
-def token_ids(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
-    """Domain -> `length` token ids, and the dummy; a text that is too short starts again from its beginning.
+def tokenize(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
+    """Return domain -> `length` token ids, and one more entry for DUMMY.
 
-    Through the artifact's tokenizer. A baseline of random weights has none: then the checksum of every word, the space
-    before it included, is its id, which keeps how often and in which order words recur.
+    A text that is too short is repeated. The artifact's tokenizer makes the ids. A baseline of random weights has none:
+    then the checksum of every word, with the space before it, is its id, which keeps the frequency and the order of
+    words.
+
+    Raises:
+        RefusedInput: a text is empty.
     """
     if (artifact / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer

@@ -1,0 +1,90 @@
+"""Artifact folders: written beside their place, complete with checksums before they appear. Imports no torch.
+
+SHA256SUMS covers every file of an artifact and can be checked by `sha256sum -c`.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from core.atomic import atomic_write, remove, write_text
+from core.errors import RefusedInput
+from core.hashing import sha256_file
+
+CHECKSUMS = "SHA256SUMS"
+_CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder `out`.partial to write into; when the block ends well it gets checksums and becomes `out`.
+
+    An earlier artifact at `out`, recognized by its checksums, is replaced.
+
+    Raises:
+        RefusedInput: something else is at `out`.
+    """
+    out = Path(out)
+    if out.exists() and not (out / CHECKSUMS).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise RefusedInput(f"{out} exists and is not an earlier export; choose another folder or remove it")
+    with atomic_write(out) as partial:
+        partial.mkdir()
+        yield partial
+        write_checksums(partial)
+        remove(out)
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write SHA256SUMS over every file of the folder and return its path."""
+    sums = Path(folder) / CHECKSUMS
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p != sums)
+    write_text(sums, "".join(f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+    return sums
+
+
+def verify_checksums(folder: Path) -> int:
+    """Check every file that SHA256SUMS lists and return their number; other files are not looked at.
+
+    Raises:
+        RefusedInput: SHA256SUMS is absent or malformed, or a file is missing or differs; the message names it.
+    """
+    sums = Path(folder) / CHECKSUMS
+    if not sums.is_file():
+        raise RefusedInput(f"{folder} has no {CHECKSUMS}; the copy is incomplete or not one of our artifacts")
+    hashes = parse_checksums(sums.read_text(), str(folder))
+    for name, expected in hashes.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise RefusedInput(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+        if (found := sha256_file(path)) != expected:
+            raise RefusedInput(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+    return len(hashes)
+
+
+def parse_checksums(text: str, where: str) -> dict[str, str]:
+    """Return relative path -> SHA-256 (hexadecimal) of a SHA256SUMS file's text.
+
+    Args:
+        where: folder or address of the file, for error messages.
+
+    Raises:
+        RefusedInput: there is no line, a line has another form, or a path is absolute, leaves the folder or occurs
+            twice.
+    """
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _CHECKSUM_LINE.fullmatch(line)
+        if match is None:
+            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: not of the form `<64 hex digits>  <path>`")
+        sha256, name = match.groups()
+        path = PurePosixPath(name)
+        # A checksum file may come from a stranger's server: no path in it may point outside of the folder.
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) != name:
+            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} is not a plain path inside the folder")
+        if name in hashes or name == CHECKSUMS:
+            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} must not be listed (again)")
+        hashes[name] = sha256
+    if not hashes:
+        raise RefusedInput(f"{where}/{CHECKSUMS} is empty")
+    return hashes

@@ -1,0 +1,74 @@
+"""Opening a checkpoint to export: one of a run, a Hugging Face folder, or an imported one, all in one form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.export.dimensions import config_from_dims, dims_from_config, int4_layout
+from eval.export.stored_scales import StoredScales, read_stored_scales
+from eval.export.tensor_files import open_tensor_files, read_config
+from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from titan_ext.config import ModelDims
+from titan_ext.quantization.config import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that any export format can be made from."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Tensors by the names of `checkpoint_shapes(config)`; a tensor may be read when it is asked for."""
+    config: MobileMoEConfig
+    """Architecture; with `quantization` if the tensors are INT4."""
+    tokenizer: Path
+    """Folder of the Hugging Face tokenizer."""
+    layout: dict[str, Any] | None = None
+    """INT4 layout (config.json's `quantization`) to round to; None leaves the choice to `stored` or the default."""
+    stored: StoredScales | None = None
+    """INT4 grid that the float tensors lie on, if they came from INT4."""
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether the tensors are INT4 values and scales."""
+        return self.config.quantization is not None
+
+    def scales_for(self, layout: dict[str, Any]) -> Mapping[str, torch.Tensor] | None:
+        """Return the stored scales if they are of this INT4 layout, else None."""
+        return self.stored.tensors if self.stored is not None and self.stored.layout == layout else None
+
+
+def open_folder(folder: Path) -> Source:
+    """Open a Hugging Face folder, INT4 or not, or a checkpoint that `mobilemoe import` wrote.
+
+    Raises:
+        RefusedInput: no complete checkpoint there, or a damaged one.
+    """
+    config = read_config(folder)
+    if (folder / ".metadata").is_file():
+        from eval.export.dcp_checkpoint import read_checkpoint  # imports torchtitan, which other folders do not need
+
+        tensors: Mapping[str, torch.Tensor] = read_checkpoint(folder, dims_from_config(config))
+    else:
+        tensors = open_tensor_files(folder, config)
+    return Source(tensors, config, folder, stored=read_stored_scales(folder))
+
+
+def open_run_checkpoint(
+    checkpoint: Path, dims: ModelDims, tokenizer: Path, quantization: QuantizationConfig, precision: str
+) -> Source:
+    """Open a step folder of a run.
+
+    Args:
+        quantization: groups of the run's recipe, which INT4 exports take.
+        precision: dtype in which the stage saw its weights (`ParallelConfig.precision`).
+
+    Raises:
+        RefusedInput: no finished checkpoint there, or it is of a model with other dimensions.
+    """
+    from eval.export.dcp_checkpoint import read_trained_weights
+
+    tensors = read_trained_weights(checkpoint, dims, precision)
+    return Source(tensors, config_from_dims(dims), tokenizer, layout=int4_layout(quantization))
