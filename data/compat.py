@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
@@ -132,10 +132,11 @@ class LocalLanguageClassifier(FastTextLID):
     def __init__(self, model_file: Path, languages: list[str]):
         # The filter's threshold is above one half, so only the likeliest language can pass.
         super().__init__(languages, k=1)
+        self._model: Any
         self.model_file = model_file
 
     @property
-    def model(self):
+    def model(self) -> Any:
         """The fastText model, loaded on first use: it cannot be pickled and sent to a worker."""
         if self._model is None:
             import fasttext

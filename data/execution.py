@@ -83,7 +83,9 @@ def _exit_with_parent() -> None:
     """
 
     def wait() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "only pool workers call it"
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -101,7 +103,8 @@ class RayExecutor(LocalExecutor):
 
         task = ray.remote(num_cpus=1)(_run_rank)
         shared = ray.put(self)
-        waiting, running = compat.list_incomplete_ranks(self), []
+        waiting = compat.list_incomplete_ranks(self)
+        running: list[ray.ObjectRef] = []
         while waiting or running:
             while waiting and len(running) < self.workers:
                 running.append(task.remote(shared, waiting.pop(0)))

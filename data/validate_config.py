@@ -101,6 +101,6 @@ def estimate_bytes(config: DataConfig) -> int:
     corpora: dict[str, Corpus] = {}
     for name in config.corpora:
         corpora[name] = CATALOGUE[name]
-        if CATALOGUE[name].fallback:
-            corpora[CATALOGUE[name].fallback] = CATALOGUE[CATALOGUE[name].fallback]
+        if (fallback := CATALOGUE[name].fallback) is not None:
+            corpora[fallback] = CATALOGUE[fallback]
     return WORK_COPIES * sum(corpus.text_bytes for corpus in corpora.values())

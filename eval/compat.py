@@ -194,7 +194,7 @@ def int4_linear_weight(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         qdata=q,
         scale=scale.float(),
         zero_point=torch.zeros(scale.shape, dtype=torch.int8),
-        target_dtype=torch.int4,
+        target_dtype=torch.int4,  # type: ignore[attr-defined]  # torch has it, its type stubs do not
         block_size=(1, q.shape[1] // scale.shape[1]),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token",

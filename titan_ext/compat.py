@@ -5,7 +5,7 @@ version changes it.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ def is_being_gathered(value: object) -> bool:
     return isinstance(value, DTensor) and isinstance(value._local_tensor, AsyncCollectiveTensor)
 
 
-def return_hidden_states(model: torch.nn.Module) -> None:
+def return_hidden_states(model: Any) -> None:
     """Make torchtitan's Decoder return what its output projection takes, [B, L, D], instead of logits."""
     model._skip_lm_head = True
 
@@ -123,7 +123,7 @@ def load_shard_readers(stream: "Stream") -> "list[MDSReader]":
 
     # A world of one process: the index is in place, so streaming has no other process to wait for.
     world = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-    return stream.get_shards(world, allow_unsafe_types=False)
+    return cast("list[MDSReader]", stream.get_shards(world, allow_unsafe_types=False))
 
 
 def download_file(address: str, path: Path) -> None:

@@ -7,6 +7,8 @@ rules that formulas and examples do not break by their nature. Code and conversa
 """
 
 import importlib.metadata
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from datatrove.data import Document, DocumentsPipeline
@@ -66,6 +68,9 @@ class _ProseOnly:
 
     counter: str
     """Name of the counter of changed documents in the block's statistics."""
+    track_time: Callable[[], AbstractContextManager]
+    format: Callable[[str], str]
+    stat_update: Callable[[str], None]
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield every document, reformatted where its style allows it."""

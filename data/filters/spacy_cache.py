@@ -52,6 +52,7 @@ class EnglishWords(SpaCyTokenizer):
         spans: list[tuple[int, int]] = []
         start = end = 0
         closed = False
+        words: tuple[str, ...]
         for run in _RUN.finditer(text):
             position, piece = run.span()[0], run.group()
             if piece.isspace():

@@ -42,7 +42,7 @@ TOOLS: dict[str, tuple[Callable, tuple[str, ...], Callable[[random.Random], tupl
 
 def _describe_tool(name: str) -> dict:
     function, parameters, _, _ = TOOLS[name]
-    description = inspect.getdoc(function).splitlines()[0]
+    description = (inspect.getdoc(function) or "").splitlines()[0]
     return {"name": name, "description": description, "parameters": list(parameters)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import yaml
 
 from data.catalogue.corpus import Unit
-from data.readers.package_readers import list_stdlib_modules, read_archive_members, read_package_file
+from data.readers.package_readers import get_package_file, list_stdlib_modules, read_archive_members, read_package_file
 
 ROLES = ("system", "user", "assistant", "tool")
 SAMPLES_PER_TASK = 150
@@ -30,12 +30,12 @@ ROLES_BY_SPEAKER = {"human": "user", "gpt": "assistant", "function_call": "assis
 """ShareGPT's names of the speakers -> roles."""
 
 
-def make_message(role: str, content: str) -> dict:
-    """Return one message of a conversation."""
+def make_message(role: str | None, content: str | None) -> dict:
+    """Return one message of a conversation. The pipeline rejects a record whose role or content is None."""
     return {"role": role, "content": content}
 
 
-def make_exchange(question: str, answer: str) -> dict:
+def make_exchange(question: str | None, answer: str | None) -> dict:
     """Return a conversation of one question and one answer."""
     return {"messages": [make_message("user", question), make_message("assistant", answer)]}
 
@@ -55,7 +55,7 @@ def read_dialogues(unit: Unit) -> Iterator[dict]:
     A last statement without an answer is left out. Two files (emotion, computers) list several answers to one prompt
     instead of a dialogue; there the first answer is taken.
     """
-    for name, content in sorted(read_archive_members(unit.location, unit.corpus.source.member).items()):
+    for name, content in sorted(read_archive_members(unit.location, get_package_file(unit).member).items()):
         document = yaml.safe_load(content)
         alternatives = name.endswith(("emotion.yml", "computers.yml"))
         for statements in document["conversations"]:

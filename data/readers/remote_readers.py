@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -16,12 +17,18 @@ import pyarrow.parquet
 
 from core.errors import RefusedInput
 from core.hashing import sha256_file
-from data.catalogue.corpus import Unit
+from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers.instruction_readers import ROLES_BY_SPEAKER, TOOLS_PROMPT, make_exchange, make_message
 
 ROWS_PER_BATCH = 1024
 ARROW_FILE_MAGIC = b"ARROW1"
 """First bytes of Arrow's file format; its stream format has none."""
+
+
+def _get_source(unit: Unit) -> RemoteFiles:
+    source = unit.corpus.source
+    assert isinstance(source, RemoteFiles), f"{unit.corpus.name} is no corpus of remote files"
+    return source
 
 
 def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
@@ -30,7 +37,7 @@ def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     Raises:
         RefusedInput: no file matches the corpus's pattern.
     """
-    source = unit.corpus.source
+    source = _get_source(unit)
     fs, root = fsspec.core.url_to_fs(unit.location)
     files = sorted(fs.glob(f"{root.rstrip('/')}/{source.pattern}"))
     if not files:
@@ -52,6 +59,7 @@ def list_inputs(unit: Unit) -> list[dict]:
 
 def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
     info = fs.info(path)
+    checksum: str | None
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         checksum = f"sha256:{sha256_file(Path(path))}"
     elif info.get("lfs"):
@@ -68,7 +76,7 @@ def read_rows(unit: Unit) -> Iterator[dict]:
     A jsonl line that does not parse is `{"malformed": reason, "raw": line}`.
     """
     fs, files = list_files(unit)
-    columns = unit.corpus.source.columns
+    columns = _get_source(unit).columns
     for path in files:
         if path.endswith(".parquet"):
             with fs.open(path) as file:
@@ -103,7 +111,7 @@ def _read_json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
     """Yield the rows of one JSON array, or of one row a line."""
     first = file.readline()
     if first.lstrip().startswith("["):
-        array = _parse_json(first + file.read())
+        array: Any = _parse_json(first + file.read())
         yield from array if isinstance(array, list) else [array]
         return
     for line in chain([first], file):
@@ -121,21 +129,21 @@ def _parse_json(text: str) -> object:
 
 def read_text(unit: Unit) -> Iterator[dict]:
     """Yield documents. Columns: the text."""
-    (text,) = unit.corpus.source.columns
+    (text,) = _get_source(unit).columns
     for row in read_rows(unit):
         yield row if "malformed" in row else {"text": row.get(text)}
 
 
 def read_pairs(unit: Unit) -> Iterator[dict]:
     """Yield conversations of one question and one answer. Columns: question, answer."""
-    question, answer = unit.corpus.source.columns
+    question, answer = _get_source(unit).columns
     for row in read_rows(unit):
         yield row if "malformed" in row else make_exchange(row.get(question), row.get(answer))
 
 
 def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
     """Yield pairs whose answer is labelled unharmful, and reject the others. Columns: question, answer, label."""
-    question, answer, label = unit.corpus.source.columns
+    question, answer, label = _get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row:
             yield row
@@ -147,7 +155,7 @@ def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
 
 def read_messages(unit: Unit) -> Iterator[dict]:
     """Yield conversations. Columns: messages ({role, content, tool_calls} or {from, value}), and any system prompt."""
-    messages, *system = unit.corpus.source.columns
+    messages, *system = _get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
@@ -158,7 +166,7 @@ def read_messages(unit: Unit) -> Iterator[dict]:
 
 def read_prompted(unit: Unit) -> Iterator[dict]:
     """Yield conversations of given messages and the assistant's answer to them. Columns: messages, answer."""
-    messages, answer = unit.corpus.source.columns
+    messages, answer = _get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
@@ -168,7 +176,7 @@ def read_prompted(unit: Unit) -> Iterator[dict]:
 
 def read_function_calls(unit: Unit) -> Iterator[dict]:
     """Yield requests answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
-    request, tools, calls = unit.corpus.source.columns
+    request, tools, calls = _get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row:
             yield row
@@ -179,7 +187,7 @@ def read_function_calls(unit: Unit) -> Iterator[dict]:
 
 def _convert_message(message: dict) -> dict:
     """Return a message as {role, content}, with the functions that it calls appended to its content as JSON."""
-    role = message.get("role") or message.get("from")
+    role: Any = message.get("role") or message.get("from")
     content = message.get("content") if "content" in message else message.get("value")
     if message.get("tool_calls"):
         calls = json.dumps([call["function"] for call in message["tool_calls"]])

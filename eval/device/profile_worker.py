@@ -47,7 +47,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
             model.decode(token, len(prompt) + i)
         decode.append(time.perf_counter() - start)
         if before is not None:
-            experts = {"prompt": between - before, "answer": model.experts_read() - between}
+            after = model.experts_read()
+            assert between is not None and after is not None, "an op that counts, always counts"
+            experts = {"prompt": between - before, "answer": after - between}
     return {
         "load_seconds": load_seconds, "prefill_seconds": prefill, "decode_seconds": decode, "floor_bytes": floor,
         "peak_bytes": read_memory("VmHWM"), "experts_read": experts,

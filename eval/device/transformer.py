@@ -9,7 +9,7 @@ Shape suffixes: B batch, L sequence, T tokens, D model width, E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,6 +45,10 @@ class FusedMoE(nn.Module):
         expert_op: ExpertOp,
     ):
         super().__init__()
+        self.router_ED: torch.Tensor
+        self.bias_E: torch.Tensor
+        self.packed_w13: torch.Tensor
+        self.packed_w2: torch.Tensor
         self.register_buffer("router_ED", router_ED)
         self.register_buffer("bias_E", bias_E)
         self.register_buffer("packed_w13", packed_w13)
@@ -71,7 +75,7 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     """
     register_executorch_ops()  # the layers hold a reference to the stock op
     config = weights.config
-    model = build_llama(
+    model: Any = build_llama(
         dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
         norm_eps=config.rms_norm_eps, hidden_dim=config.intermediate_size_mlp, moe=True,
@@ -93,7 +97,7 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     return use_custom_attention(model)
 
 
-def _fill_layer(layer: nn.Module, prefix: str, weights: DeviceWeights, expert_op: ExpertOp) -> None:
+def _fill_layer(layer: Any, prefix: str, weights: DeviceWeights, expert_op: ExpertOp) -> None:
     for p in "qkvo":
         linear = getattr(layer.attention, f"w{p}")
         linear.weight = _frozen(int4_linear_weight(*weights.read_matrix(f"{prefix}self_attn.{p}_proj.weight")))
@@ -142,7 +146,7 @@ def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> nn.Module
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
-    def random_matrix(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def random_matrix(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         q = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
         return q, torch.full((shape[0], shape[1] // 32), 2.0**-8, dtype=torch.float16)
 
@@ -169,12 +173,14 @@ def count_weight_bytes(model: nn.Module) -> dict[str, int]:
     dense = expert = top_k = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            dense += module.weight.qdata.numel() // 2 + 2 * module.weight.scale.numel()
+            weight: Any = module.weight  # torchao's tensor of INT4 values and scales
+            dense += weight.qdata.numel() // 2 + 2 * weight.scale.numel()
         elif isinstance(module, FusedMoE):
             dense += module.router_ED.nbytes + module.bias_E.nbytes
             expert = (module.packed_w13.nbytes + module.packed_w2.nbytes) // len(module.bias_E)
             top_k = module.sizes[0]
-    dense += sum(4 * norm.weight.numel() for name, norm in model.named_modules() if name.endswith("norm"))
+    named: list[tuple[str, Any]] = list(model.named_modules())
+    dense += sum(4 * norm.weight.numel() for name, norm in named if name.endswith("norm"))
     return {"dense_bytes": dense, "expert_bytes": expert, "experts_a_token": top_k}
 
 

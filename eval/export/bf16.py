@@ -1,5 +1,6 @@
 """The bf16 format: an unquantized Hugging Face folder, of any checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def export_bf16(
         RefusedInput: as `write_hf_folder`.
     """
     config, stored = with_layout(source.config, None), source.stored
-    tensors = source.tensors.items()
+    tensors: Iterable[tuple[str, torch.Tensor]] = source.tensors.items()
     if source.is_int4:
         tensors = dequantize_tensors(source.tensors, source.config, dtype)
         stored = collect_scales(source.tensors, source.config)

@@ -1,6 +1,7 @@
 """Reading a DCP checkpoint of torchtitan, without a process group or a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,7 +31,8 @@ def read_checkpoint(checkpoint: Path, dims: ModelDims) -> dict[str, torch.Tensor
     config = model_config(dims)
     with torch.device("meta"):
         shapes = config.build().state_dict()
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    # Any: torch types an entry as that of a tensor or of bytes, and the model has tensors only.
+    stored: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     for name, expected in shapes.items():
         if name not in stored:
             raise RefusedInput(f"{checkpoint}: tensor {name} is missing; the checkpoint is of another model")

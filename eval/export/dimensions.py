@@ -11,7 +11,7 @@ from titan_ext.quantization.config import QuantizationConfig
 
 def config_from_dims(dims: ModelDims, **extra: Any) -> MobileMoEConfig:
     """Return the transformers config of a model of these dimensions; `extra` are further keys or other values."""
-    keys = {
+    keys: dict[str, Any] = {
         "vocab_size": dims.vocab_size,
         "hidden_size": dims.d_model,
         "intermediate_size": dims.expert_hidden,

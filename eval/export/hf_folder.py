@@ -149,7 +149,9 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     if missing:
         raise RefusedInput(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
     config.bos_token_id, config.pad_token_id = vocab[BOS], vocab[PAD]
-    config.eos_token_id = [vocab[token] for token in (EOS, *TURN_END_TOKENS) if token in vocab]
+    # transformers types one id; generation takes several.
+    eos_token_ids: Any = [vocab[token] for token in (EOS, *TURN_END_TOKENS) if token in vocab]
+    config.eos_token_id = eos_token_ids
     tokenizer.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id

@@ -34,7 +34,7 @@ def export_int4(source: Source, out: Path, *, max_shard_bytes: int = ExportConfi
     Raises:
         RefusedInput: the checkpoint is INT4 already, or cannot be quantized in this layout; and as `write_hf_folder`.
     """
-    if source.is_int4:
+    if source.config.quantization is not None:
         raise RefusedInput(
             f"{source.tokenizer} is quantized already ({source.config.quantization['format']}); copy it as it is"
         )

@@ -34,6 +34,7 @@ class StoredScales:
 
 def collect_scales(tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig) -> StoredScales:
     """Return the scales of an INT4 checkpoint's tensors."""
+    assert config.quantization is not None, "the checkpoint is not quantized"
     names = [packed.scale_name for packed in packed_tensors(config, config.quantization).values()]
     return StoredScales(config.quantization, {name: tensors[name] for name in names})
 

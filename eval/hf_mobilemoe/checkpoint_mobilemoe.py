@@ -74,8 +74,9 @@ class PackedTensor:
         return {self.qweight_name: self.divided_shape(2), self.scale_name: self.divided_shape(self.group_size)}
 
 
-def packed_tensors(config: MobileMoEConfig, quantization: Mapping) -> dict[str, PackedTensor]:
+def packed_tensors(config: MobileMoEConfig, quantization: Mapping | None) -> dict[str, PackedTensor]:
     """Return the weights that an INT4 file holds packed: linears, experts and embedding; not router, bias or norms."""
+    assert quantization is not None, "the checkpoint is not quantized"
     return {
         name: PackedTensor(name, shape, quantization)
         for name, shape in tensor_shapes(config).items()

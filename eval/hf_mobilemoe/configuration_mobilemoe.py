@@ -123,7 +123,7 @@ class MobileMoEConfig(PretrainedConfig):
         self._check()
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the configuration from a config.json's content; ValueError naming file and key for one it lacks."""
         where = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
         if missing := [key for key in REQUIRED_KEYS if key not in config_dict]:

@@ -42,11 +42,11 @@ def read_config(
         return config
     keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
     options = {key: kwargs.pop(key) for key in keys} | {"name_or_path": str(config or name_or_path)}
-    config, unused = MobileMoEConfig.from_pretrained(
-        config or name_or_path, return_unused_kwargs=True, **hub, **options
-    )
+    source: Any = config or name_or_path
+    loaded: Any
+    loaded, unused = MobileMoEConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **options)
     kwargs |= unused
-    return config
+    return loaded
 
 
 def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
@@ -59,7 +59,8 @@ def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, h
     """
     if state_dict is None:
         device = "meta" if config.quantization is None else "cpu"
-        found, opened = {}, {}
+        found: dict[str, torch.Tensor] = {}
+        opened: dict[str, Any] = {}
         for path, expected in find_checkpoint_files(where, hub).items():
             file = open_file(path, expected)
             tensors = load_state_dict(path, map_location=device)
@@ -77,7 +78,7 @@ def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, h
     return {f"model.{name}": tensor for name, tensor in found.items()}  # saved from MobileMoEModel
 
 
-def load_generation_config(cls: type, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
+def load_generation_config(cls: Any, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
     """Return `kwargs["generation_config"]`, or the folder's; transformers looks for none when it gets no folder."""
     if "generation_config" in kwargs:
         return kwargs["generation_config"]
@@ -148,7 +149,9 @@ def find_checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
     """
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index is None:
-        return {cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub): []}
+        weights = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)
+        assert weights is not None, "cached_file raises where there is no file"
+        return {weights: []}
     expected = read_index(index)
     paths = get_checkpoint_shard_files(name_or_path, index, **hub)[0]
     return dict(zip(paths, (expected[name] for name in sorted(expected)), strict=True))

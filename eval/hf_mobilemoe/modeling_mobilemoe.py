@@ -11,6 +11,7 @@ E experts, K experts a token, F hidden width of an expert.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +64,13 @@ def apply_rotary(x_BLHC: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention's output [B, L, H, C] and weights for [B, heads, length, C] inputs; the mask is additive."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
@@ -100,7 +101,7 @@ class MobileMoEAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output [B, L, D] and, with eager attention, the weights [B, H, L, keys]."""
         head_dim = self.config.head_dim
@@ -203,7 +204,7 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x_BLD: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, x_BLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), **kwargs)[0]
         return x_BLD + self.feed_forward(self.post_attention_layernorm(x_BLD))
 
@@ -211,6 +212,7 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
 class MobileMoEPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization, which both models share."""
 
+    config: MobileMoEConfig
     config_class = MobileMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -292,7 +294,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states [B, L, D] of `input_ids` [B, L] or `inputs_embeds` [B, L, D].
 
@@ -363,7 +365,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cache_position: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, L, vocab_size] in the model's dtype; see `MobileMoEModel.forward` for the other arguments.
 

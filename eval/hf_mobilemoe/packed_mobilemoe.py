@@ -5,6 +5,7 @@ of one matrix, of one expert or of a slice of the vocabulary at a time. A copy o
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ HEAD_ROWS = 1 << 14
 
 class PackedWeight(nn.Module):
     """One INT4 weight; an index into its first dimension gives floats. `PackedTensor` describes its layout."""
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, packed: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -75,7 +79,8 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
         prefix: part that the checkpoint's names have before the model's: "" for a causal model, "model." for its
             decoder.
     """
-    packed = packed_tensors(model.config, model.config.quantization)
+    config: Any = model.config
+    packed = packed_tensors(config, config.quantization)
     rest = {
         name.removeprefix(prefix): tensor.to(torch.float32 if kept_in_float32(name) else dtype)
         for name, tensor in tensors.items()
@@ -98,7 +103,7 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
 
 
 def build_packed_model(
-    cls: type, where: str, packed: Mapping[str, torch.Tensor], config: MobileMoEConfig, hub: dict, **kwargs
+    cls: Any, where: str, packed: Mapping[str, torch.Tensor], config: MobileMoEConfig, hub: dict, **kwargs: Any
 ) -> nn.Module:
     """Build the model of `cls.from_pretrained(where, keep_int4=True)` from the checkpoint's tensors.
 

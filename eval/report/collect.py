@@ -172,7 +172,8 @@ def _build_heldout_table(kind: str, title: str, found: dict[str, dict]) -> dict[
     loss = {key: found[key]["loss"] if key in found else None for key in HELDOUT_MODELS}
 
     def subtract(after: str, before: str) -> float | None:
-        return None if loss[after] is None or loss[before] is None else loss[after] - loss[before]
+        last, first = loss[after], loss[before]
+        return None if last is None or first is None else last - first
 
     return {
         "kind": kind,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -14,7 +15,7 @@ def _make_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _style_axes(axes, title: str) -> None:
+def _style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c4c8ce")
@@ -106,7 +107,8 @@ def draw_benchmarks(rows: list[dict], path: Path) -> None:
         (100 * row["published_base"], y) for row, y in zip(rows, positions, strict=True) if row["published_base"]
     ]
     if published:
-        axes.scatter(*zip(*published, strict=True), marker="D", s=26, facecolor="white", edgecolor=INK,
+        scores, places = zip(*published, strict=True)
+        axes.scatter(scores, places, marker="D", s=26, facecolor="white", edgecolor=INK,
                      label="MobileMoE-S base, published", zorder=2)  # fmt: skip
     for model, colour, label, shift in (("sft_bf16", BF16, "SFT, BF16", 0.13), ("int4", INT4, "QAT, INT4", -0.13)):
         scored = [(row[model], y) for row, y in zip(rows, positions, strict=True) if row[model]]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import tyro
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from core.errors import RefusedInput
@@ -113,7 +114,7 @@ def describe_model(dims: ModelDims, *, context: int, seq_len: int) -> dict[str, 
         if not least <= length <= dims.max_seq_len:
             raise RefusedInput(f"{option} {length}: give {least} to {dims.max_seq_len}, or raise --max-seq-len")
     count = count_parameters(dims)
-    result = {
+    result: dict[str, Any] = {
         "dimensions": asdict(dims),
         "parameters": asdict(count) | {"total": count.total, "active": count.active},
         "bytes": {
@@ -148,7 +149,12 @@ def format_table(name: str, described: dict[str, Any]) -> Table:
     parameters, sizes, flops = (described[key] for key in ("parameters", "bytes", "flops_per_token"))
     published = described["published"] or {}
     table = Table(title=f"MobileMoE {name}", caption=described.get("note"))
-    columns = (("", "left"), ("value", "right"), ("published", "right"), ("ratio", "right"))
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
+        ("", "left"),
+        ("value", "right"),
+        ("published", "right"),
+        ("ratio", "right"),
+    )
     for column, justify in columns if published else columns[:2]:
         table.add_column(column, justify=justify)
 

@@ -28,7 +28,8 @@ class Context:
 
     recipe: Recipe
     run: Path
-    cluster: "Cluster"
+    cluster: "Cluster | None"
+    """The cluster; None for a run whose steps are all up to date, which starts none."""
     log_line: Callable[[str], None]
     """Function that shows one line to the user."""
 
@@ -64,4 +65,5 @@ class Context:
             )
             for job in jobs
         ]
+        assert self.cluster is not None, "a step that runs has a cluster"
         return self.cluster.run_tasks(tasks)

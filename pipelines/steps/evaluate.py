@@ -26,7 +26,7 @@ def evaluate_models(context: Context) -> None:
     jobs = []
     for name, model in HELDOUT_MODELS.items():
         out, job = run / "eval" / "work" / "heldout" / f"{name}.json", f"heldout_{name}"
-        arguments = (
+        arguments: tuple[Any, ...] = (
             run / model, run / "data" / "heldout", recipe.evaluation, recipe.stages.sft.seq_len, out,
             context.progress("eval", job),
         )  # fmt: skip

@@ -5,6 +5,7 @@ import platform
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torchtitan.tools.utils as titan_utils
@@ -26,7 +27,7 @@ flex attention follow a load balancer."""
 class _CPUDeviceModule:
     """torch.cpu with the calls of torch.cuda that torchtitan's trainer makes."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:

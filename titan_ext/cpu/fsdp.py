@@ -1,6 +1,7 @@
 """Collectives of FSDP2 and DTensor that differ on the CPU (2 and 8 in titan_ext/cpu/__init__.py)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -20,7 +21,7 @@ class OneRankReduceScatter(compat.ReduceScatter):
     def __init__(self) -> None:
         self._input: torch.Tensor | None = None
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a new block for the input, then the same block for the output."""
         if self._input is None:
             self._input = torch.empty(*size, dtype=dtype, device=device)
@@ -58,7 +59,7 @@ def copy_gathered_inputs(module: torch.nn.Module) -> None:
     if not IS_CPU:
         return
 
-    def copy_if_gathering(value: object) -> object:
+    def copy_if_gathering(value: Any) -> Any:
         return value.clone() if compat.is_being_gathered(value) else value
 
     module.register_forward_pre_hook(lambda module, inputs: tuple(map(copy_if_gathering, inputs)))

@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -52,7 +53,7 @@ def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     compiled = torch.compile(function)
 
     @functools.wraps(function)
-    def fused(x: torch.Tensor, *args) -> torch.Tensor:
+    def fused(x: torch.Tensor, *args: Any) -> torch.Tensor:
         # A compiled block traces through this function; its number of rows may be symbolic, so it cannot be compared.
         if torch.compiler.is_compiling():
             return function(x, *args)

@@ -167,7 +167,7 @@ class StreamingLoader(BaseDataLoader):
             domain's number of documents}}.
         """
         states = [self._states[j] for j in self._list_own_lanes()]
-        total = Counter()
+        total: Counter[str] = Counter()
         for state in states:
             total.update(
                 sequences=state.sequences, padding=state.padding, truncated=state.truncated, skipped=state.skipped

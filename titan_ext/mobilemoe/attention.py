@@ -102,6 +102,7 @@ class DocumentAttention(Module):
         """
         if self.cp_mesh is not None:  # this rank's queries attend to the keys and values of all ranks
             k_BLNH, v_BLNH = (all_gather_tensor_autograd(x, 1, self.cp_mesh) for x in (k_BLNH, v_BLNH))
+            assert not isinstance(attention_masks, list), "`mask_rank_documents` makes the mask"
             return _attend(q_BLNH, k_BLNH, v_BLNH, scale, mask=attention_masks)
         B, L = q_BLNH.shape[:2]
         if attention_masks is None or attention_masks == [L] * B:
@@ -145,7 +146,7 @@ def _attend_in_blocks(
     scale = q_BLNH.shape[-1] ** -0.5 if scale is None else scale
     q_BKLGH = (q_BLNH * scale).unflatten(2, (K, G)).transpose(1, 2)
     k_BKHL, v_BKLH = k_BLKH.permute(0, 2, 3, 1), v_BLKH.transpose(1, 2)
-    outs = []
+    outs: list[torch.Tensor] = []
     for q_BKMGH in q_BKLGH.split(QUERY_BLOCK, dim=2):
         begin = sum(out.shape[2] for out in outs)
         end = begin + q_BKMGH.shape[2]

@@ -136,6 +136,8 @@ class CapacityRoutedExperts(RoutedExperts):
     class Config(RoutedExperts.Config):
         pass
 
+    num_dropped: torch.Tensor
+
     def __init__(self, config: Config):
         super().__init__(config)
         # Number of choices dropped on this rank since the metrics were last read.

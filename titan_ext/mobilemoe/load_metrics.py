@@ -8,6 +8,7 @@ Shape suffixes: E experts, L layers of the whole model, S statistics of a layer.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,13 @@ from torchtitan.distributed import ParallelDims
 from titan_ext.dtensor import local
 
 
-def _find_moe_layers(model_parts: list[nn.Module]) -> dict[int, nn.Module]:
-    """Return this rank's MoE layers by their number in the whole model. A pipeline's stage has a part of them."""
-    return {int(i): block.moe for part in model_parts for i, block in part.layers.items()}
+def _find_moe_layers(model_parts: list[nn.Module]) -> dict[int, Any]:
+    """Return this rank's MoE layers by their number in the whole model. A pipeline's stage has a part of them.
+
+    They are `Any`, because torch types an attribute of a module as tensor or module.
+    """
+    parts: list[Any] = list(model_parts)
+    return {int(i): block.moe for part in parts for i, block in part.layers.items()}
 
 
 def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
@@ -60,7 +65,7 @@ def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[
         summed over the layers, and "dropped", the mean over the layers.
     """
     layers = _find_moe_layers(model_parts)
-    config = model_parts[0].config
+    config: Any = model_parts[0].config
     rows = {i: _read_counters(moe).double() for i, moe in layers.items()}
     zeros_S = torch.zeros_like(next(iter(rows.values())))  # this rank's part of a layer on another pipeline stage
     sums_LS = torch.stack([rows.get(i, zeros_S) for i in range(len(config.layers))])
@@ -87,17 +92,17 @@ def _list_groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
     return [mesh.get_group() for mesh in meshes if mesh is not None]
 
 
-def _read_counters(moe: nn.Module) -> torch.Tensor:
+def _read_counters(moe: Any) -> torch.Tensor:
     """Return one layer's counters [S]: E token counts, number of tokens, sums of z^2 and entropy, dropped choices."""
     return torch.cat([_read_load(moe), local(moe.router.gate.token_sums), _find_dropped_counter(moe)[None]])
 
 
-def _read_load(moe: nn.Module) -> torch.Tensor:
+def _read_load(moe: Any) -> torch.Tensor:
     recorded_E = getattr(moe, "recorded_load_E", None)  # None before the first step
     return torch.zeros_like(local(moe.tokens_per_expert_E)) if recorded_E is None else recorded_E
 
 
-def _find_dropped_counter(moe: nn.Module) -> torch.Tensor:
+def _find_dropped_counter(moe: Any) -> torch.Tensor:
     """Return the layer's counter of dropped choices itself, not a copy; a new zero for a dropless layer."""
     dropped = getattr(moe.routed_experts, "num_dropped", None)  # a dropless layer has no such counter
     return torch.zeros((), device=moe.router.gate.token_sums.device) if dropped is None else local(dropped)

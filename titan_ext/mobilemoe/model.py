@@ -1,6 +1,7 @@
 """MobileMoE as a torchtitan model (arXiv 2605.27358): a decoder whose every layer is attention plus MoE."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -43,13 +44,14 @@ class MobileMoEModel(Decoder):
         seed: int | None = None
         """Seed of the initial weights under pipeline parallelism, set from the training config; None otherwise."""
 
-        def update_from_config(self, *, config, **kwargs) -> None:
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Set what depends on the Trainer.Config `config`; torchtitan calls it before the model is built."""
             from titan_ext.mobilemoe.sharding import set_mobilemoe_sharding_config
 
             parallelism = config.parallelism
             if parallelism.pipeline_parallel_degree > 1:
-                self.enable_weight_tying = False  # titan_ext.mobilemoe.tied_embedding_pp ties them over two stages
+                # titan_ext.mobilemoe.tied_embedding_pp ties them over two stages.
+                self.enable_weight_tying = False  # type: ignore[misc]  # a slot of the base, which has no types
                 self.tok_embeddings.param_init = self.lm_head.param_init
                 self.seed = config.debug.seed
             Decoder.Config.update_from_config(self, config=config, **kwargs)

@@ -37,6 +37,8 @@ class RouterGate(Linear):
         """Number of tokens of one optimizer step over all ranks; set from the training config before the model is
         built."""
 
+    token_sums: torch.Tensor
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.z_loss_coefficient = config.z_loss_coefficient
@@ -90,7 +92,7 @@ class Experts(GroupedExperts):
 
         Their order is gate (w1), down (w2), up (w3).
         """
-        return tuple(local(w) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        return local(self.w1_EFD), local(self.w2_EDF), local(self.w3_EFD)
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows that are multiplied with the weights, for rows x [R, D] or [R, F].

@@ -10,6 +10,8 @@ through the stages. The logged loss therefore is the cross entropy alone; `route
 Shape suffixes: B batch, L sequence, E experts.
 """
 
+from typing import Any
+
 import spmd_types as spmd
 import torch
 
@@ -19,13 +21,13 @@ class _AddZLossGradient(torch.autograd.Function):
     """Returns the logits unchanged; backward adds the gradient of scale * sum over tokens of logsumexp^2."""
 
     @staticmethod
-    def forward(ctx, logits_BLE: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, logits_BLE: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(logits_BLE)
         ctx.scale = scale
         return logits_BLE.view_as(logits_BLE)
 
     @staticmethod
-    def backward(ctx, grad_BLE: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_BLE: torch.Tensor) -> tuple[torch.Tensor, None]:
         (logits_BLE,) = ctx.saved_tensors
         # d/dlogits of z^2 with z = logsumexp(logits) is 2 z softmax(logits).
         z_BL1 = torch.logsumexp(logits_BLE, dim=-1, keepdim=True)

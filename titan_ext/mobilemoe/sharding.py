@@ -1,5 +1,7 @@
 """The layout of MobileMoE's parameters and activations over the tensor- and expert-parallel axes of the mesh."""
 
+from typing import Any
+
 import spmd_types as spmd
 from torchtitan.models.common.decoder_sharding import (
     norm_config,
@@ -13,7 +15,7 @@ from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 _EXPERT_TP_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
 
 
-def set_mobilemoe_sharding_config(config, *, enable_sp: bool, enable_ep: bool) -> None:
+def set_mobilemoe_sharding_config(config: Any, *, enable_sp: bool, enable_ep: bool) -> None:
     """Set `sharding_config` in every sub-config of a `MobileMoEModel.Config`.
 
     torchtitan ignores the axes that the run does not use.

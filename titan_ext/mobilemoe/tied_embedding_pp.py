@@ -41,9 +41,11 @@ class TiedEmbedding:
         Call it once an optimizer step, before the gradient norm is taken.
         """
         if self._replica is not None:
+            assert self._replica.grad is not None, "call it after the backward pass"
             dist.send(local(self._replica.grad), group=self._group, group_dst=0)
             self._replica.grad = None
         if self._owner is not None:
+            assert self._owner.grad is not None, "call it after the backward pass"
             owner_grad = local(self._owner.grad)
             replica_grad = torch.empty_like(owner_grad)
             dist.recv(replica_grad, group=self._group, group_src=self._last)

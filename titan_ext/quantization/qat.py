@@ -7,6 +7,7 @@ Shape suffixes: see titan_ext/mobilemoe/moe.py.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -56,11 +57,11 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         return rounded
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -122,7 +123,8 @@ class QATExperts(Experts):
         self.axis = {"in": -1, "out": -2}[config.group_axis]
 
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
+        gate, down, up = (fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
+        return gate, down, up
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize_activation(x)
@@ -138,7 +140,7 @@ def convert_to_qat(config: MobileMoEModel.Config, quantization: QuantizationConf
         `config` itself.
     """
     for plain_class, qat_class in _QAT_CLASSES:
-        options = {"group_size": quantization.group_size}
+        options: dict[str, Any] = {"group_size": quantization.group_size}
         if qat_class is QATExperts:
             options = {
                 "group_size": quantization.resolved_expert_group_size,

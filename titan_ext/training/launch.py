@@ -51,7 +51,7 @@ def start_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = spec.parallel.world_size
-    processes = []
+    processes: list[BaseProcess] = []
     for rank in ranks or range(world):
         environment = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),

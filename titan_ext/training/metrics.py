@@ -41,7 +41,7 @@ class StageMetrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         pass
 
-    def __init__(self, config: Config, *, parallel_dims: ParallelDims, dump_folder: str = "./outputs", **kwargs):
+    def __init__(self, config: Config, *, parallel_dims: ParallelDims, dump_folder: str = "./outputs", **kwargs: Any):
         super().__init__(config, parallel_dims=parallel_dims, dump_folder=dump_folder, **kwargs)
         self._folder = Path(dump_folder)
         self._start_time = time.perf_counter()
@@ -96,6 +96,7 @@ class StageMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log a step. A collective: every rank must call it."""
+        extra_metrics = extra_metrics or {}
         steps, self._last_logged_step = step - self._last_logged_step, step
         layers, means = load_metrics.collect(self.model_parts, self.parallel_dims)
         reported = {tag: value for callback in self._callbacks for tag, value in callback.metrics().items()}
@@ -103,7 +104,7 @@ class StageMetrics(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         scalars = {"moe/router_z": means["router_z"], "moe/dropped": means["dropped"], **reported}
         scalars |= _name_layer_scalars(layers) | _name_data_scalars(data)
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **scalars})
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**extra_metrics, **scalars})
         self._append(
             "metrics.jsonl",
             {

@@ -9,6 +9,8 @@ published, so assumed here: global batches of 4.2M tokens (text stages) and 2.1M
 steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight decay 0.1, steps over 6 sigma skipped.
 """
 
+from typing import Any
+
 from titan_ext.config import StageConfig
 
 PRETRAIN_TOKENS, MIDTRAIN_TOKENS, SFT_TOKENS, QAT_TOKENS = 6e12, 500e9, 126e9, 21e9
@@ -32,7 +34,7 @@ def steps_for(tokens: float, seq_len: int, global_batch_size: int) -> int:
 def published_stages() -> dict[str, StageConfig]:
     """Return the schedule of S, M and L: name -> stage."""
 
-    def stage(tokens: float, seq_len: int, batch: int, local_batch: int, **kwargs) -> StageConfig:
+    def stage(tokens: float, seq_len: int, batch: int, local_batch: int, **kwargs: Any) -> StageConfig:
         return StageConfig(
             steps=steps_for(tokens, seq_len, batch), seq_len=seq_len, global_batch_size=batch,
             local_batch_size=local_batch, checkpoint_interval=1000, heldout_interval=1000, skip_spikes_sigma=6.0,
@@ -63,10 +65,10 @@ def tiny_stages() -> dict[str, StageConfig]:
     steps. The expert bias moves by 1e-2 a step instead of 1e-3. Otherwise routing that collapses at the start would
     still be uneven after so few steps.
     """
-    long_context = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}
-    text = {"capacity_factor": CAPACITY_FACTOR}
-    instructions = {**long_context, "shards": "sft", "mixture": TINY_SFT_MIXTURE}
-    every_stage = {"expert_bias_update_rate": 1e-2, "heldout_batches": 6, "log_interval": 5}
+    long_context: dict[str, Any] = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}
+    text: dict[str, Any] = {"capacity_factor": CAPACITY_FACTOR}
+    instructions: dict[str, Any] = {**long_context, "shards": "sft", "mixture": TINY_SFT_MIXTURE}
+    every_stage: dict[str, Any] = {"expert_bias_update_rate": 1e-2, "heldout_batches": 6, "log_interval": 5}
     return {
         "pretrain": StageConfig(
             steps=150, seq_len=256, global_batch_size=16, local_batch_size=8, learning_rate=3e-3,

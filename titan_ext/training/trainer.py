@@ -89,7 +89,7 @@ class StageTrainer(Trainer):
             self.callbacks.append(self.distillation)
             self.fwd_bwd_fn = self.distillation.forward_backward
 
-    def train_step(self, data_iterator) -> None:
+    def train_step(self, data_iterator: Any) -> None:
         """Train one optimizer step: torchtitan's, with the callbacks' hooks."""
         if not self._has_started:
             self._start()
@@ -112,7 +112,7 @@ class StageTrainer(Trainer):
             callback.before_first_step()
         self._has_started = True
 
-    def forward_backward_step(self, **kwargs) -> torch.Tensor:
+    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch (in a pipeline of all); after the last one, decide about the update."""
         loss = broadcast_from_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
         self._micro_batch_losses.append(loss.detach().clone())
@@ -156,13 +156,15 @@ class StageTrainer(Trainer):
 def _set_global_batch_size(config: StageTrainer.Config) -> StageTrainer.Config:
     """Return a copy whose loaders know the global batch, which the command line may have changed."""
 
-    def set_in(loader):
+    def set_in(loader: Any) -> Any:
         if not isinstance(loader, StreamingLoader.Config):
             return loader
         return dataclasses.replace(loader, global_batch_size=config.training.global_batch_size)
 
     validator = dataclasses.replace(config.validator, dataloader=set_in(config.validator.dataloader))
-    return dataclasses.replace(config, dataloader=set_in(config.dataloader), validator=validator)
+    # torchtitan brings no types, so its fields are unknown to mypy.
+    changes: dict[str, Any] = {"dataloader": set_in(config.dataloader), "validator": validator}
+    return dataclasses.replace(config, **changes)
 
 
 def _check_teacher_checkpoint(config: StageTrainer.Config) -> None:
