@@ -15,8 +15,8 @@ from titan_ext.training.schedules import published_stages
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
 """Names of all open corpora of the published families whose licences allow commercial use. If your use allows
-`natural-reasoning`, `tulu-3` and `wildguardmix`, name them in `data.corpora` too and set `data.commercial_only` to False.
-The shares of the domains are the stages' mixtures."""
+`natural-reasoning`, `tulu-3` and `wildguardmix`, name them in `data.corpora` too and set `data.commercial_only` to
+False. The shares of the domains are the stages' mixtures."""
 NEEDS = """\
 --data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3's special tokens
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
