@@ -3,8 +3,8 @@
     python benchmarks/program_agreement.py RUN/artifacts/int4 PROGRAM
 
 It takes five prompts of eval/device/prompts. Greedy text of 64 tokens: where the texts part, the gap of the two tokens'
-logits in standard deviations of that position's logits. Then, fed the transformers model's text: SQNR, cosine and the share
-of equal choices.
+logits in standard deviations of that position's logits. Then, fed the transformers model's text: SQNR, cosine and the
+share of equal choices.
 """
 
 import argparse

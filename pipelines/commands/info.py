@@ -113,7 +113,7 @@ def describe_model(dims: ModelDims, *, context: int, seq_len: int) -> dict[str, 
         if not least <= length <= dims.max_seq_len:
             raise RefusedInput(f"{option} {length}: give {least} to {dims.max_seq_len}, or raise --max-seq-len")
     count = count_parameters(dims)
-    result = {
+    result: dict[str, Any] = {
         "dimensions": asdict(dims),
         "parameters": asdict(count) | {"total": count.total, "active": count.active},
         "bytes": {
@@ -148,9 +148,9 @@ def format_table(name: str, described: dict[str, Any]) -> Table:
     parameters, sizes, flops = (described[key] for key in ("parameters", "bytes", "flops_per_token"))
     published = described["published"] or {}
     table = Table(title=f"MobileMoE {name}", caption=described.get("note"))
-    columns = (("", "left"), ("value", "right"), ("published", "right"), ("ratio", "right"))
-    for column, justify in columns if published else columns[:2]:
-        table.add_column(column, justify=justify)
+    columns = ("", "value", "published", "ratio") if published else ("", "value")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
 
     def published_columns(key: str) -> tuple[str, ...]:
         if not published:

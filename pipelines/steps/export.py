@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from core.progress import Progress
 from eval.config import ExportConfig
@@ -33,7 +34,7 @@ def export_models(context: Context) -> None:
         if (run / output).exists():
             continue
         name, checkpoint = Path(output).name, output_checkpoint(recipe, run, stage)
-        arguments = (checkpoint, recipe.model, run / "data" / "tokenizer", run / output, recipe.export)
+        arguments: tuple[Any, ...] = (checkpoint, recipe.model, run / "data" / "tokenizer", run / output, recipe.export)
         if function is export_int4_on_worker:
             arguments = (*arguments, recipe.quantization, recipe.parallel.precision)
         jobs.append(Job(name, function, (*arguments, context.progress("export", name))))
