@@ -2,9 +2,9 @@
 
     python benchmarks/program_agreement.py RUN/artifacts/int4 PROGRAM
 
-It takes five prompts of eval/device/prompts. Both write 64 tokens greedily. Where the texts part, it prints the gap of
-the two tokens' logits in standard deviations of that position's logits. Then both are fed the transformers model's
-text, and it prints SQNR, cosine and the share of equal choices.
+It takes five prompts of eval/device/prompts. Greedy text of 64 tokens: where the texts part, the gap of the two tokens'
+logits in standard deviations of that position's logits. Then, fed the transformers model's text: SQNR, cosine and the
+share of equal choices.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def format_line(status: RunStatus) -> str:
 
 
 def _format_progress(step: StepStatus) -> str:
-    if not step.total or step.done is None:
+    if step.done is None or not step.total:
         return step.phase
     return f"{step.phase} {step.done:,}/{step.total:,} ({step.done / step.total:.0%})".strip()
 

@@ -1,7 +1,7 @@
 """Private interfaces of torch, torchtitan and streaming that titan_ext uses. No other file of titan_ext imports them.
 
-Each has a test in tests/titan_ext/test_contracts.py or test_loader_contracts.py that names what breaks when a new
-version changes it.
+Each has a test in tests/titan_ext/test_model_contracts.py or test_loader_contracts.py that names what breaks when a
+new version changes it.
 """
 
 from pathlib import Path

@@ -48,7 +48,7 @@ def heldout_loss(
     Raises:
         RefusedInput: the folder holds no model, there are no shards, a token is outside the vocabulary, or the context
             is longer than the model's.
-        DamagedData: a sample's loss_mask does not have the length of its tokens.
+        DamagedData: a shard is damaged or missing, or a sample's loss_mask does not have the length of its tokens.
     """
     domains = sorted(index.parent for index in shards.glob("*/index.json"))
     if not domains:

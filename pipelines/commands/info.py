@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import tyro
-from rich.console import JustifyMethod
 from rich.table import Table
 
 from core.errors import RefusedInput
@@ -149,14 +148,9 @@ def format_table(name: str, described: dict[str, Any]) -> Table:
     parameters, sizes, flops = (described[key] for key in ("parameters", "bytes", "flops_per_token"))
     published = described["published"] or {}
     table = Table(title=f"MobileMoE {name}", caption=described.get("note"))
-    columns: tuple[tuple[str, JustifyMethod], ...] = (
-        ("", "left"),
-        ("value", "right"),
-        ("published", "right"),
-        ("ratio", "right"),
-    )
-    for column, justify in columns if published else columns[:2]:
-        table.add_column(column, justify=justify)
+    columns = ("", "value", "published", "ratio") if published else ("", "value")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
 
     def published_columns(key: str) -> tuple[str, ...]:
         if not published:

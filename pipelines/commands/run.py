@@ -11,13 +11,20 @@ import tyro
 
 from core.errors import RefusedInput
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
+from pipelines.display import LIVE_INTERVAL_SECONDS, Display, format_table
+from pipelines.engine.manifest import Manifest
+from pipelines.engine.run_lock import lock_run
+from pipelines.engine.runner import run_steps
+from pipelines.engine.step import is_up_to_date
+from pipelines.preflight import check_disk
 from pipelines.recipe import Recipe
+from pipelines.status import RunStatus, read_status
 from pipelines.steps import STEPS
+from pipelines.steps.context import Context
+from pipelines.validation.validate_recipe import validate_recipe
 
 if TYPE_CHECKING:
-    from pipelines.display import Display
     from pipelines.ray.cluster import Cluster
-    from pipelines.status import RunStatus
 
     StepName = str
 else:
@@ -71,12 +78,10 @@ def run(arguments: Run) -> None:
     """
     assert arguments.out is not None, "`parse` fills it"
     status = run_recipe(arguments.recipe, arguments.out.absolute(), until=arguments.until, restart_from=arguments.from_)
-    from pipelines.display import format_table
-
     emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
 
 
-def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None) -> "RunStatus":
+def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None) -> RunStatus:
     """Run a recipe in a run folder as far as `until`, and return its status.
 
     Args:
@@ -87,24 +92,15 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
         StepFailed: a step failed; the same call continues.
         KeyboardInterrupt: interrupted; the same call continues.
     """
-    from pipelines.preflight import check_disk
-    from pipelines.validation.validate_recipe import validate_recipe
-
     validate_recipe(recipe)
     if until and restart_from and STEPS.index(until) < STEPS.index(restart_from):
         raise RefusedInput(
             f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
         )
     check_disk(recipe, run)
+    # Slow to import, as Ray is below: only once the input has been accepted.
     from eval.benchmarks.items import PACKAGE
-    from pipelines.display import Display
-    from pipelines.engine.manifest import Manifest
-    from pipelines.engine.run_lock import lock_run
-    from pipelines.engine.runner import run_steps
-    from pipelines.engine.step import is_up_to_date
-    from pipelines.status import read_status
     from pipelines.steps.build_steps import build_steps
-    from pipelines.steps.context import Context
 
     run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
@@ -119,16 +115,16 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
             with Display(run) as display:
                 manifest.describe(recipe)
                 bring_up_to_date(None, display.log_line)
-            return read_status(run)
-        from pipelines.ray.cluster import Cluster
+        else:
+            from pipelines.ray.cluster import Cluster
 
-        signal.signal(signal.SIGTERM, _interrupt)  # a batch system sends it before it kills
-        with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
-            signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put its own handler in place
-            cluster.check_size()
-            manifest.describe(recipe)
-            print_header(display, cluster, run)
-            _watch(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
+            signal.signal(signal.SIGTERM, _interrupt)  # a batch system sends it before it kills
+            with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
+                signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put its own handler in place
+                cluster.check_size()
+                manifest.describe(recipe)
+                print_header(display, cluster, run)
+                _watch(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
     return read_status(run)
 
 
@@ -137,21 +133,19 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def print_header(display: "Display", cluster: "Cluster", run: Path) -> None:
+def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
     """Show where the run lies and where it can be watched."""
     display.log_line(f"run folder   {run}")
     display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
     display.log_line(f"curves       tensorboard --logdir {run / 'stages'}")
 
 
-def _watch(work: Callable[[], None], display: "Display", cluster: "Cluster", stop: threading.Event) -> None:
+def _watch(work: Callable[[], None], display: Display, cluster: "Cluster", stop: threading.Event) -> None:
     """Run `work` in a thread while this thread shows the progress.
 
     Python delivers signals to the main thread only, between two of its instructions. Here it never waits long, so an
     interrupt is taken at any moment, also while `work` waits for Ray.
     """
-    from pipelines.display import LIVE_INTERVAL_SECONDS
-
     failure: list[BaseException] = []
 
     def catch_failure() -> None:

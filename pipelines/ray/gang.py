@@ -39,13 +39,14 @@ class EnvironmentBackend(Backend):
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Choose the rendezvous address on rank 0's node. Ray calls this when the workers have started."""
+        assert isinstance(backend_config, EnvironmentConfig)
         address, port = worker_group.execute_single(0, find_free_address)
         rendezvous = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         worker_group.execute(_set_variables, rendezvous | backend_config.variables)
 
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+    def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Set the ranks. Ray knows them only from this call on."""
         worker_group.execute(_set_ranks)
 
@@ -91,7 +92,7 @@ def build_trainer(
         train_loop_config={"fn": fn, "argument": argument, "log": str(logs / name)},
         backend_config=EnvironmentConfig(environment),
         scaling_config=scaling,
-        # Ray gives type checkers the RunConfig of Train v1, and Train v2 at run time.
+        # ray.train exports the class of Train v2 at run time, and that of v1 to type checkers.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=str(logs / "ray_train"),

@@ -29,9 +29,14 @@ class Context:
     recipe: Recipe
     run: Path
     cluster: "Cluster | None"
-    """The cluster; None for a run whose steps are all up to date, which starts none."""
+    """None where no step has to run, so that no Ray is started for nothing."""
     log_line: Callable[[str], None]
     """Function that shows one line to the user."""
+
+    def require_cluster(self) -> "Cluster":
+        """Return the cluster of a step that runs."""
+        assert self.cluster is not None, "steps run only where a cluster was started"
+        return self.cluster
 
     def progress(self, step: str, job: str = "") -> ProgressFile:
         """Return the progress file of a step, or of one of the jobs it runs at once."""
@@ -65,5 +70,4 @@ class Context:
             )
             for job in jobs
         ]
-        assert self.cluster is not None, "a step that runs has a cluster"
-        return self.cluster.run_tasks(tasks)
+        return self.require_cluster().run_tasks(tasks)

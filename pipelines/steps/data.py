@@ -42,8 +42,7 @@ def prepare_data(context: Context) -> None:
     with atomic_write(run / "data", keep_partial=True) as out:
         texts = run / "items" / "benchmark_texts.jsonl"
         # On one machine forked processes start at once, where each Ray worker imports for seconds.
-        assert context.cluster is not None, "a step that runs has a cluster"
-        executor = "local" if context.cluster.local else "ray"
+        executor = "local" if context.require_cluster().local else "ray"
         arguments = (recipe.data, recipe.seed, list_packages(run), texts, out, executor, context.progress("data"))
         # This job only coordinates. It holds no CPU of the cluster, so that they all go to the processes it starts.
         context.run_job("data", prepare_data_on_worker, arguments, cpus=0)

@@ -23,10 +23,11 @@ BENCHMARK_MODELS = {"sft_bf16": "artifacts/bf16", "int4": "artifacts/int4"}
 def evaluate_models(context: Context) -> None:
     """Measure benchmarks and held-out losses, all models at once, and write eval/heldout.json."""
     recipe, run = context.recipe, context.run
+    arguments: tuple[Any, ...]
     jobs = []
     for name, model in HELDOUT_MODELS.items():
         out, job = run / "eval" / "work" / "heldout" / f"{name}.json", f"heldout_{name}"
-        arguments: tuple[Any, ...] = (
+        arguments = (
             run / model, run / "data" / "heldout", recipe.evaluation, recipe.stages.sft.seq_len, out,
             context.progress("eval", job),
         )  # fmt: skip

@@ -31,8 +31,7 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
             seed=recipe.seed, quantization=recipe.quantization,
         )  # fmt: skip
-        assert context.cluster is not None, "a step that runs has a cluster"
-        context.cluster.run_gang(run_stage_on_worker, spec, name=name)
+        context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)
     return {"checkpoint": str(output_checkpoint(recipe, run, name).relative_to(run))}
 
 

@@ -43,6 +43,6 @@ def divides(small: int, large: int) -> bool:
     return small <= 0 or large % small == 0
 
 
-def list_divisors(number: int, limit: int = 12) -> str:
-    """Return the divisors of a number as text, the smallest ones only where there are many."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)[: limit * 6]
+def list_divisors(number: int) -> str:
+    """Return the divisors of a number as text, the dozen smallest where there are more."""
+    return ", ".join(str(n) for n in [n for n in range(1, number + 1) if number % n == 0][:12])

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pipelines.cli import main
+from pipelines.commands import COMMANDS
 from pipelines.commands.run import parse as parse_run
 from pipelines.display import format_line
 from pipelines.engine.manifest import Manifest
@@ -77,6 +78,19 @@ def test_help_and_refusal_import_neither_torch_nor_ray(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_has_a_summary_and_help(name, capsys):
+    assert run("--help") == 0
+    assert f"  {name:8} {COMMANDS[name].summary}" in capsys.readouterr().out
+    assert run(name, "--help") == 0
+    assert f"mobilemoe {name}" in capsys.readouterr().out
+
+
+def test_run_takes_the_steps_of_the_list(capsys):
+    assert run("run", "smoke", "--help") == 0
+    assert ",".join(STEPS) in re.sub(r"[\s│]", "", capsys.readouterr().out)  # without the box and its line breaks
 
 
 def test_recipes_as_json_names_what_each_needs(capsys):

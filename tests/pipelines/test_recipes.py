@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from core.stages import STAGES
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.validate_config import estimate_bytes, validate_config
 from pipelines.preflight import check_disk, estimate_disk
@@ -25,6 +26,10 @@ def change(recipe, path, value):
     """The recipe with the field at a dotted path replaced."""
     name, _, rest = path.partition(".")
     return replace(recipe, **{name: change(getattr(recipe, name), rest, value) if rest else value})
+
+
+def test_stages_of_a_recipe_are_the_stages_that_run(smoke):
+    assert tuple(name for name, _ in smoke.stages.items()) == STAGES
 
 
 def test_smoke_validates(smoke):
