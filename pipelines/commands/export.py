@@ -25,7 +25,7 @@ class Export:
     """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
     or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
     format: Annotated[
-        Literal[tuple(FORMATS)],
+        Literal[tuple(FORMATS)],  # type: ignore[valid-type]  # the choices follow from the table
         tyro.conf.arg(help="; ".join(f"{name}: {entry.description}" for name, entry in FORMATS.items())),
     ]
     out: Path
