@@ -29,7 +29,7 @@ Licences: the code in this folder is under Apache-2.0. The weights and the token
 `LICENSE-NOTE.txt` names.
 """
 
-_LICENSE_NOTE = """The parts of this artifact are under different terms. The artifact grants no rights beyond those terms.
+_LICENSE_NOTE = """The parts of this artifact are under different terms, and it grants no rights beyond those terms.
 
 Weights: they were trained on the sources that the run's manifest.json names, each with its licence. Whoever publishes
 the weights must decide before publishing which of these licences apply to them.
