@@ -147,7 +147,7 @@ def _figures(raw: dict[str, Any], context: int, about: dict[str, Any]) -> dict[s
     }
 
 
-def table(result: dict[str, Any]) -> Table:
+def format_table(result: dict[str, Any]) -> Table:
     """Return the measurements as a table for people."""
     about = result["artifact"]
     out = Table(title=f"{about['folder']} ({about['format']}, {about['file_bytes'] / 1e6:,.1f} MB)")

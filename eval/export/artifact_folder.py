@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from core.atomic import atomic_write, remove, write_text
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 
 CHECKSUMS = "SHA256SUMS"
@@ -47,7 +47,8 @@ def verify_checksums(folder: Path) -> int:
     """Check every file that SHA256SUMS lists and return their number; other files are not looked at.
 
     Raises:
-        RefusedInput: SHA256SUMS is absent or malformed, or a file is missing or differs; the message names it.
+        RefusedInput: SHA256SUMS is absent or malformed.
+        DamagedData: a file is missing or differs; the message names it.
     """
     sums = Path(folder) / CHECKSUMS
     if not sums.is_file():
@@ -56,9 +57,9 @@ def verify_checksums(folder: Path) -> int:
     for name, expected in hashes.items():
         path = Path(folder) / name
         if not path.is_file():
-            raise RefusedInput(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
+            raise DamagedData(f"{path} is listed in {CHECKSUMS} but missing; copy the folder again")
         if (found := sha256_file(path)) != expected:
-            raise RefusedInput(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
+            raise DamagedData(f"{path} has SHA-256 {found}, {CHECKSUMS} says {expected}; copy the file again")
     return len(hashes)
 
 

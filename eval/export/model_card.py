@@ -7,6 +7,8 @@ from titan_ext.model_stats import count_parameters
 
 _CARD = """---
 license: other
+license_name: see-license-note
+license_link: LICENSE-NOTE.txt
 library_name: {library}
 tags: [mobilemoe, mixture-of-experts, on-device, int4]
 ---
@@ -22,14 +24,18 @@ tags: [mobilemoe, mixture-of-experts, on-device, int4]
 
 Architecture: arXiv 2605.27358. Trained and exported with the MobileMoE pipeline; the run's `manifest.json` names every
 data source with its version, the recipe and the evaluation. `SHA256SUMS` covers every file of this folder.
+
+Licences: the code in this folder is under Apache-2.0. The weights and the tokenizer have terms of their own, which
+`LICENSE-NOTE.txt` names.
 """
 
-_LICENSE_NOTE = """This artifact joins parts under different terms. It grants no rights beyond theirs.
+_LICENSE_NOTE = """The parts of this artifact are under different terms, and it grants no rights beyond those terms.
 
-Weights: trained by whoever ran the pipeline, on the sources that the run's manifest.json names, each with its licence.
-Which of them oblige the weights is for the publisher to decide before publishing.
-Tokenizer: as it came. If it is Llama 3's, the Llama 3 Community License applies to it ("Built with Meta Llama 3").
-Code in this folder (*.py): the MobileMoE pipeline's, under the pipeline's licence.
+Weights: they were trained on the sources that the run's manifest.json names, each with its licence. Whoever publishes
+the weights must decide before publishing which of these licences apply to them.
+Tokenizer: it is copied unchanged. If it is Llama 3's, the Llama 3 Community License applies to it ("Built with Meta
+Llama 3").
+Code in this folder (*.py): Apache License 2.0, as the MobileMoE pipeline that it is copied from.
 """
 
 

@@ -46,7 +46,7 @@ def profile(arguments: Profile) -> None:
         artifact, arguments.out or artifact.with_name(f"{artifact.name}-profile"), texts=texts, contexts=contexts,
         repetitions=arguments.repetitions, threads=arguments.threads, progress=print_progress,
     )  # fmt: skip
-    emit_result(arguments.json, result, lambda: profiler.table(result))
+    emit_result(arguments.json, result, lambda: profiler.format_table(result))
 
 
 def read_prompts(path: Path) -> dict[str, str]:

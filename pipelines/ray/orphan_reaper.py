@@ -66,8 +66,10 @@ def end_processes(prefix: str) -> None:
 def main(marker: str, folder: Path) -> None:
     """Wait for the driver's end, then end its processes and remove its temporary folder."""
     sys.stdin.read()
-    end_processes(marker)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        end_processes(marker)
+    finally:  # on a machine under load a killed process can take longer to go, and the folder must not stay for it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

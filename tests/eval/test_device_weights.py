@@ -61,7 +61,10 @@ def test_a_checkpoint_is_quantized_once_and_never_packed_for_the_file(monkeypatc
 
 
 def test_publish_fetch_and_the_table_of_formats_import_no_torch():
-    modules = "pipelines.commands.artifacts, eval.export.artifact_folder, eval.export.model_card, eval.export.formats"
+    modules = (
+        "pipelines.commands.publish, pipelines.commands.fetch, pipelines.commands.transfer, "
+        "eval.export.artifact_folder, eval.export.model_card, eval.export.formats"
+    )
     check = "assert not {'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     done = subprocess.run([sys.executable, "-c", f"import sys, {modules}; {check}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -56,6 +56,11 @@ def same(first, second) -> bool:
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
+def test_the_model_card_names_the_licence_of_the_code(bf16):
+    assert "Apache-2.0" in (bf16 / "README.md").read_text()
+    assert "Apache License 2.0" in (bf16 / "LICENSE-NOTE.txt").read_text()
+
+
 @pytest.mark.parametrize("way", ["import", "bf16", "import, bf16"])
 def test_a_foreign_int4_folder_comes_back_bit_for_bit(way, int4, tmp_path):
     folder = int4
