@@ -3,13 +3,21 @@
 import pytest
 import torch
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-from executorch.extension.pybindings import portable_lib
 from executorch.runtime import Runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
 
+from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
 from tests.eval.moe_reference import RandomExperts
+from titan_ext.quantization.formulas import quantize_int8, round_to_int8
+from titan_ext.quantization.qat import fake_quantize_activation
 
 FASTEST = expert_op.load().mobilemoe_kernel().decode()
 AVAILABLE = expert_op.KERNELS[expert_op.KERNELS.index(FASTEST) :]
@@ -25,8 +33,8 @@ def run(layer: RandomExperts, kernel: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
-    """Of ExecuTorch's pool."""
-    portable_lib._unsafe_reset_threadpool(request.param)
+    """Set the size of ExecuTorch's pool."""
+    set_executorch_threads(request.param)
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE)
@@ -56,6 +64,48 @@ def test_kernels_agree_at_any_size(d_groups, hidden_groups, group_size, n_expert
         assert (run(layer, kernel) - portable).norm() < 5e-3 * expected.norm()
 
 
+TINY_RANGES = (1e-6, 1e-7, 1e-12, 1e-20, 1e-30)
+
+
+@pytest.mark.parametrize("size", TINY_RANGES)
+def test_tokens_of_a_tiny_range_are_rounded_alike(size):
+    """Training's formula and torchao's on tokens whose whole range is below what float32 resolves beside 1."""
+    x = size * torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    x[0], x[1] = 0, x[1].abs()
+    block_size, integers = (1, 128), {"quant_min": -128, "quant_max": 127}
+    scale, zero_point = choose_qparams_affine(
+        x, MappingType.ASYMMETRIC, block_size, target_dtype=torch.int8, **integers, scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )  # fmt: skip
+    q = quantize_affine(x, block_size, scale, zero_point, torch.int8, **integers)
+    own_q, own_scale, own_zero_point = quantize_int8(x)
+    assert torch.equal(own_scale[:, 0], scale) and torch.equal(own_zero_point[:, 0].int(), zero_point)
+    assert torch.equal(own_q.to(torch.int8), q)
+    rounded = dequantize_affine(q, block_size, scale, zero_point, torch.int8, **integers)
+    assert torch.equal(fake_quantize_activation(x), rounded) and torch.equal(round_to_int8(x), rounded)
+    assert ((rounded - x).abs() <= 0.51 * scale[:, None]).all() and len(rounded[2].unique()) > 60
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE)
+@pytest.mark.parametrize("size", TINY_RANGES)
+def test_kernels_round_tokens_of_a_tiny_range_as_training_does(kernel, size):
+    """Weights of the reciprocal size bring the products back to 1, so that a wrong scale would show."""
+    layer = RandomExperts(n_tokens=7, input_size=size, seed=3)
+    expected = layer.reference(int8_activations=True)
+    assert expected.abs().max() > 1
+    assert (run(layer, kernel) - expected).norm() < 2e-3 * expected.norm()
+    assert (run(layer, kernel) - expected).abs().median() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE)
+def test_kernels_round_a_tiny_hidden_state_as_training_does(kernel):
+    """The second rounding, in front of the down products: ordinary tokens, gate and up weights that shrink them."""
+    layer = RandomExperts(n_tokens=7, hidden_size=1e-10, seed=4)
+    expected = layer.reference(int8_activations=True)
+    assert 0 < expected.abs().max() < 1e-5
+    assert (run(layer, kernel) - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_extreme_values_do_not_overflow():
     """Weights of 7 and -8 throughout, activations at both ends of their range: the largest sums there can be."""
     layer = RandomExperts(n_tokens=2, d_model=2048, hidden=128, group_size=128)
@@ -68,8 +118,7 @@ def test_extreme_values_do_not_overflow():
 
 def test_int8_activations_stay_close_to_the_stock_op():
     """The stock op on x86 leaves activations in float: 20 dB is what INT8 must not lose."""
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-
+    register_executorch_ops()
     layer = RandomExperts(n_tokens=16, d_model=256, hidden=128)
     stock = torch.ops.llama.quantized_moe_ffn(*layer.op_arguments())
     noise = run(layer, FASTEST) - stock

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cinttypes>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
@@ -50,7 +51,8 @@ struct QuantizedRows {
   std::vector<QuantizedRow> rows;
 };
 
-// The grid of torchao's choose_qparams_affine(ASYMMETRIC, int8): it always holds 0.
+// The grid of titan_ext/quantization/formulas.py (quantize_int8), which is torchao's choose_qparams_affine(ASYMMETRIC,
+// int8): it always holds 0, and the scale is at least the smallest normal float, whose reciprocal is finite.
 MOBILEMOE_FOR_EACH_CPU
 void quantize_row(const float* x, int64_t i, QuantizedRows& out) {
   float low = 0.0f, high = 0.0f;
@@ -58,7 +60,7 @@ void quantize_row(const float* x, int64_t i, QuantizedRows& out) {
     low = std::min(low, x[j]);
     high = std::max(high, x[j]);
   }
-  const float scale = std::max((high - low) / 255.0f, 1.1920929e-7f), inverse = 1.0f / scale;
+  const float scale = std::max((high - low) / 255.0f, std::numeric_limits<float>::min()), inverse = 1.0f / scale;
   const float zero = std::min(127.0f, std::max(-128.0f, -128.0f - std::rint(low / scale)));
   int8_t* q = out.q.data() + i * out.k;
   for (int64_t j = 0; j < out.k; ++j) {
