@@ -96,7 +96,10 @@ class Export:
     checkpoint: tyro.conf.Positional[Path]
     """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
     or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
-    format: Literal[tuple(FORMATS)]
+    format: Annotated[
+        Literal[tuple(FORMATS)],
+        tyro.conf.arg(help="; ".join(f"{name}: {entry.description}" for name, entry in FORMATS.items())),
+    ]
     out: Path
     """Folder to write; must not exist."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
