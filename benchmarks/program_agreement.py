@@ -2,8 +2,9 @@
 
     python benchmarks/program_agreement.py RUN/artifacts/int4 PROGRAM
 
-On five prompts of eval/device/prompts: greedy text of 64 tokens, and where the texts part the gap of the two tokens' logits in
-standard deviations of that position's logits; then, fed the transformers model's text, SQNR, cosine and equal choices.
+On five prompts of eval/device/prompts: greedy text of 64 tokens, and where the texts part the gap of the two tokens'
+logits in standard deviations of that position's logits. Then, fed the transformers model's text: SQNR, cosine and the
+share of equal choices.
 """
 
 import argparse
