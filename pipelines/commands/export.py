@@ -66,11 +66,21 @@ def export(arguments: Export) -> None:
 
 
 def open_checkpoint_of_run(run: Path, checkpoint: Path, device: DeviceConfig) -> tuple["Source", ExportOptions]:
-    """Open a checkpoint of a run with the dimensions, tokenizer and groups that the run's recipe states."""
-    from eval.export.source import open_run_checkpoint
+    """Open a checkpoint of a run with the dimensions, tokenizer and groups that the run's recipe states.
+
+    Raises:
+        RefusedInput: an earlier version of this program wrote the run.
+    """
     from pipelines.engine.manifest import Manifest
 
     recipe = Manifest(run).content["recipe"]
+    if "quantization" not in recipe:
+        raise RefusedInput(
+            f"{run}: its recipe has no `quantization`, so an earlier version of this program wrote it; export its "
+            "checkpoints with that version, or run the recipe again"
+        )
+    from eval.export.source import open_run_checkpoint
+
     source = open_run_checkpoint(
         checkpoint, _build_dims(recipe["model"]), run / "data" / "tokenizer",
         QuantizationConfig(**recipe["quantization"]), recipe["parallel"]["precision"],

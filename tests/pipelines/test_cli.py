@@ -14,6 +14,7 @@ from pipelines.commands.run import parse as parse_run
 from pipelines.display import format_line
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.run_lock import lock_run
+from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.status import read_status
 from pipelines.steps import STEPS
@@ -106,6 +107,17 @@ def test_recipes_as_json_names_what_each_needs(capsys):
 def test_folder_without_a_run_is_refused(command, tmp_path, capsys):
     assert run(command, str(tmp_path)) == 2
     assert "no manifest.json" in capsys.readouterr().err
+
+
+def test_export_refuses_a_run_of_an_earlier_version(tmp_path, smoke, capsys):
+    checkpoint = tmp_path / "stages" / "3_sft" / "checkpoint" / "step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    recipe = to_dict(smoke)
+    del recipe["quantization"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": recipe, "steps": {}}))
+    assert run("export", str(checkpoint), "--format", "int4", "--out", str(tmp_path / "out")) == 2
+    assert "earlier version" in capsys.readouterr().err
 
 
 def test_eval_and_export_refuse_what_is_no_checkpoint(tmp_path, capsys):
