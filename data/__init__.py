@@ -1,0 +1,1 @@
+"""The data step: corpora to a tokenizer and MDS shards, with datatrove. `data.pipeline.prepare` runs it."""

@@ -1,0 +1,1 @@
+"""Readers: one function for each form of source file, which yields its records."""

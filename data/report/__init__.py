@@ -1,0 +1,1 @@
+"""What the data step did: counts, the manifest, the statistics page."""

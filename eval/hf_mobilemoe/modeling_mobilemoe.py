@@ -237,14 +237,11 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
     ):
         """Load a model as transformers does, with three differences.
 
-        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused instead of being
-        completed with random weights. A checkpoint whose config.json has `quantization` is dequantized to `dtype`
-        (float32 by default); the loaded model's config no longer has the key, so that saving it writes what it is.
-        With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and more time a token
-        (`packed_mobilemoe`); the other options it allows are `dtype`, `attn_implementation` and `generation_config`.
-
-        Raises:
-            ValueError: the configuration or a tensor is not that of a MobileMoE; the message names it.
+        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused, by a ValueError that
+        names it, instead of being completed with random weights. A checkpoint whose config.json has `quantization` is
+        dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key, so that saving it
+        writes what it is. With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and
+        more time a token (`packed_mobilemoe`); it allows `dtype`, `attn_implementation` and `generation_config`.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         config = read_config(pretrained_model_name_or_path, config, hub, kwargs)

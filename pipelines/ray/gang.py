@@ -92,7 +92,7 @@ def build_trainer(
         train_loop_config={"fn": fn, "argument": argument, "log": str(logs / name)},
         backend_config=EnvironmentConfig(environment),
         scaling_config=scaling,
-        # ray.train exports the class of Train v2 at run time, and that of v1 to type checkers.
+        # ray.train exports the classes of Train v2 at run time, and those of v1 to type checkers: hence the ignores.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=str(logs / "ray_train"),

@@ -1,0 +1,1 @@
+"""The data loader: shards, domains, packed sequences, batches."""
