@@ -42,8 +42,9 @@ TOOLS: dict[str, tuple[Callable, tuple[str, ...], Callable[[random.Random], tupl
 
 def _describe_tool(name: str) -> dict:
     function, parameters, _, _ = TOOLS[name]
-    description = (inspect.getdoc(function) or "").splitlines()[0]
-    return {"name": name, "description": description, "parameters": list(parameters)}
+    documentation = inspect.getdoc(function)
+    assert documentation, f"{name}: every tool is a documented function of the standard library"
+    return {"name": name, "description": documentation.splitlines()[0], "parameters": list(parameters)}
 
 
 def read_generated(unit: Unit) -> Iterator[dict]:

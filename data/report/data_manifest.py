@@ -179,11 +179,11 @@ def compute_entropies(statistics: dict[str, ShardStatistics]) -> dict[str, dict[
     for group, prefix in (
         ("heldout_text", "heldout/pretrain/"), ("heldout_sft", "heldout/sft/"), ("sft", "shards/sft/"),
     ):  # fmt: skip
-        unigrams = {
-            target.removeprefix(prefix): entry.unigrams
-            for target, entry in statistics.items()
-            if target.startswith(prefix) and entry.unigrams is not None
-        }
+        unigrams = {}
+        for target, entry in statistics.items():
+            if target.startswith(prefix):
+                assert entry.unigrams is not None, f"{target}: ids are counted for held-out data and conversations"
+                unigrams[target.removeprefix(prefix)] = entry.unigrams
         if unigrams:
             entropies[group] = {domain: compute_entropy(counts) for domain, counts in sorted(unigrams.items())}
             entropies[group]["overall"] = compute_entropy(np.sum(list(unigrams.values()), axis=0))
