@@ -71,4 +71,6 @@ def open_run_checkpoint(
     from eval.export.dcp_checkpoint import read_trained_weights
 
     tensors = read_trained_weights(checkpoint, dims, precision)
-    return Source(tensors, config_from_dims(dims), tokenizer, layout=int4_layout(quantization))
+    config = config_from_dims(dims)
+    config.dtype = torch.bfloat16  # what `dtype="auto"` loads: without it an INT4 folder would be read as float32
+    return Source(tensors, config, tokenizer, layout=int4_layout(quantization))

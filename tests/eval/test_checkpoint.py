@@ -92,6 +92,14 @@ def test_int4_folder_holds_exactly_what_qat_trained_on(titan_model, checkpoint, 
     assert different == []
 
 
+def test_folders_of_a_run_load_in_bfloat16_by_themselves(checkpoint, tokenizer_dir, tmp_path):
+    """The evaluation loads artifacts with dtype "auto", which config.json decides."""
+    source = open_checkpoint(checkpoint, tokenizer_dir)
+    for export, out in ((export_int4, tmp_path / "int4"), (export_bf16, tmp_path / "bf16")):
+        model = AutoModelForCausalLM.from_pretrained(export(source, out), dtype="auto")
+        assert model.dtype == torch.bfloat16
+
+
 def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="no finished DCP checkpoint"):
         read_checkpoint(tmp_path, DIMS)
