@@ -41,7 +41,7 @@ HELDOUT_MODELS = {
 """Models whose held-out loss is measured: key in eval/heldout.json -> title."""
 HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 CHANCE_ERRORS = 2
-"""Number of standard errors by which a score must differ from the random-guess level to count as better or worse."""
+"""Number of standard errors: a score at most this far from the random-guess level is at chance."""
 
 
 def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Refuse a recipe that cannot run, before anything starts. All problems are reported at once."""
+"""Refuse a recipe that cannot run, before anything starts, and report all its problems at once."""
 
 import re
 from collections.abc import Iterator
