@@ -1,4 +1,4 @@
-"""A recipe's options of evaluation, export and the device program."""
+"""The options of a recipe for evaluation, export and the device program."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -11,7 +11,7 @@ from pipelines.recipe import Recipe
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
-"""float32 master weights and AdamW's two moments take 12; the rest is room for the other files of a checkpoint."""
+"""Bytes: float32 master weights and AdamW's two moments take 12; the rest is room for other files of a checkpoint."""
 CHECKPOINTS_KEPT = 2
 """torchtitan writes a new checkpoint before it deletes the one before."""
 BF16_BYTES = 2
@@ -23,7 +23,7 @@ BF16_MODELS, INT4_MODELS = 4, 1
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a run writes, by kind."""
+    """The number of bytes that a run writes, by kind."""
 
     data: int
     checkpoints: int
@@ -31,7 +31,7 @@ class DiskEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes of the whole run."""
+        """Return the number of bytes that the run writes in all."""
         return self.data + self.checkpoints + self.artifacts
 
 
@@ -51,7 +51,7 @@ def check_disk(recipe: Recipe, run: Path) -> None:
     """Check that a run's files will fit; what the run folder already holds counts as written.
 
     Raises:
-        RefusedInput: they will not; the message has the estimate, the free space and the way out.
+        RefusedInput: the files will not fit; the message has the estimate, the free space and the way out.
     """
     estimate = estimate_disk(recipe)
     anchor = find_existing_parent(run)

@@ -52,7 +52,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run: model, data, four stages, evaluation, export, cluster."""
+    """The configuration of one run: model, data, four stages, evaluation, export, cluster."""
 
     name: str
     model: ModelDims

@@ -61,7 +61,7 @@ def require_run(run: Path) -> None:
     """Check that a folder is a run folder.
 
     Raises:
-        RefusedInput: it has no manifest.json.
+        RefusedInput: the folder has no manifest.json.
     """
     if not (run / "manifest.json").exists():
         raise RefusedInput(f"{run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named")

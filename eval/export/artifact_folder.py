@@ -80,7 +80,7 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
             raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: not of the form `<64 hex digits>  <path>`")
         sha256, name = match.groups()
         path = PurePosixPath(name)
-        # A checksum file may come from a stranger's server: no path in it may point outside of the folder.
+        # A checksum file may come from an untrusted server: no path in it may point outside of the folder.
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) != name:
             raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} is not a plain path inside the folder")
         if name in hashes or name == CHECKSUMS:

@@ -1,4 +1,4 @@
-"""A model's dimensions and INT4 groups as config.json states them, and back."""
+"""Convert between a model's dimensions and INT4 groups and the form in which config.json states them."""
 
 from dataclasses import asdict, fields
 from typing import Any

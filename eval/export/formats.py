@@ -24,7 +24,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One kind of artifact."""
+    """One export format: its description and the function that writes it."""
 
     description: str
     write: Callable[["Source", Path, ExportOptions], Path]

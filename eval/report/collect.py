@@ -38,10 +38,10 @@ HELDOUT_MODELS = {
     "sft_int4_rounded": "SFT rounded to INT4",
     "qat_int4": "after QAT, INT4",
 }
-"""Models that the held-out loss is measured of: key in eval/heldout.json -> title."""
+"""Models whose held-out loss is measured: key in eval/heldout.json -> title."""
 HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 CHANCE_ERRORS = 2
-"""A score closer to the random-guess level than this many standard errors is not told from a guess."""
+"""Number of standard errors: a score at most this far from the random-guess level is at chance."""
 
 
 def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:

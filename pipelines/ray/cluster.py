@@ -97,7 +97,7 @@ class Cluster(AbstractContextManager):
         """Check that the cluster can hold the gang.
 
         Raises:
-            RefusedInput: it never can; the message says what is wanted and what the cluster has.
+            RefusedInput: the gang is larger than the cluster; the message says what is wanted and what the cluster has.
         """
         present = ray.cluster_resources()
         for kind, each in (("CPU", self.config.cpus_per_worker), ("GPU", self.config.gpus_per_worker)):
@@ -137,7 +137,7 @@ class Cluster(AbstractContextManager):
         itself. Each rank's output goes to logs/NAME.rankR.log, every failure to logs/NAME.failures.log.
 
         Raises:
-            WorkerFailed: the gang failed more often than that; holds each failed rank's traceback.
+            WorkerFailed: the gang failed more than `max_failures` times; the message has each failed rank's traceback.
         """
         logs = self.run / "logs"
         logs.mkdir(parents=True, exist_ok=True)

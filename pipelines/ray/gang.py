@@ -85,7 +85,7 @@ def build_trainer(
         name: name of the log files below `logs`.
         environment: variables that each worker sets before `fn` is called.
         worker_environment: variables that each worker's process is started with, for what must be known at its start.
-        max_failures: restarts of the whole gang.
+        max_failures: number of restarts of the gang before `fit()` raises.
     """
     return DataParallelTrainer(
         _run_rank,
@@ -114,7 +114,7 @@ def _run_rank(config: dict[str, Any]) -> None:
 
 
 class FailureLog(ray.train.UserCallback):
-    """A callback that appends every failure of a gang to a file, also those that a restart mends."""
+    """A callback that appends every failure of a gang to a file, also those after which a restart succeeded."""
 
     def __init__(self, path: Path):
         self.path = path

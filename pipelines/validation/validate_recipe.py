@@ -1,4 +1,4 @@
-"""Refuse a recipe that cannot run, before anything starts: every problem at once, each with its way out."""
+"""Refuse a recipe that cannot run, before anything starts, and report all its problems at once."""
 
 import re
 from collections.abc import Iterator
