@@ -22,7 +22,7 @@ class Export:
     """Turn a checkpoint of a run, a Hugging Face folder or an imported one into bf16, INT4 or an ExecuTorch program."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-60; a Hugging Face folder, INT4 or BF16;
+    """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-40; a Hugging Face folder, INT4 or BF16;
     or what `mobilemoe import` wrote. The numbers of a model that is or was INT4 are kept bit for bit."""
     format: Annotated[
         Literal[tuple(FORMATS)],  # type: ignore[valid-type]  # the choices follow from the table
@@ -111,7 +111,7 @@ def find_run_of_checkpoint(checkpoint: Path) -> Path:
     if not (checkpoint / ".metadata").is_file():
         raise RefusedInput(
             f"{checkpoint}: no .metadata, so no DCP checkpoint, and no config.json, so no Hugging Face folder; give "
-            "one of them, for example RUN/stages/3_sft/checkpoint/step-60"
+            "one of them, for example RUN/stages/3_sft/checkpoint/step-40"
         )
     run = _find_run(checkpoint)
     if run is None:
