@@ -1,4 +1,4 @@
-"""Write files and folders so that they appear complete or not at all: beside their place first, then renamed."""
+"""Write files and folders so that they appear complete or not at all: written beside their path first, then renamed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
-    """Yield `partial_path(path)` to write a file or a folder to, and rename it to `path` when the block ends well.
+    """Yield `partial_path(path)` to write a file or a folder to, and rename it to `path` when the block ends normally.
 
     A file at `path` is replaced. A folder must not exist yet: a rename cannot replace a folder that holds files. If the
     block raises, nothing appears at `path` and the partial output stays for inspection.
@@ -45,8 +45,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or the path cannot be written; no partial file is left behind.
     """
-    # The name holds process and thread, so that two writers of one file never share a partial file.
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The name holds process and thread, so that two writers of one file never share a partial file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:

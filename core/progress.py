@@ -11,7 +11,7 @@ A total of 0 means that the total is unknown.
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """Discard the report: the default where nobody watches."""
+    """Do nothing with the report. Functions that take a `Progress` use it by default."""
 
 
 def print_progress(phase: str, done: int, total: int) -> None:

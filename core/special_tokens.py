@@ -5,4 +5,4 @@ SPECIAL_TOKENS = (
     BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", EOT, "<|python_tag|>",
 )  # fmt: skip
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-"""Number of tokens that a byte-level tokenizer has at least: one a byte, and the special tokens."""
+"""Smallest vocabulary of a byte-level tokenizer: one token for every byte value, and the special tokens."""

@@ -1,6 +1,6 @@
 """Run datatrove blocks locally, on Ray or through Slurm, so that a failure is raised and an interrupted step resumes.
 
-datatrove's own `run` methods are not used. Locally its pool waits for ever when a worker is killed (out of memory), and
+datatrove's own `run` methods are not used. Locally its pool waits forever when a worker is killed (out of memory), and
 its manager process outlives a killed parent. On Ray it starts a process for every rank, which imports everything
 again, does not raise a task's exception, and was seen to hang after all ranks had completed. Its Slurm executor returns
 when the jobs are submitted, without waiting for them to end.
@@ -117,7 +117,7 @@ def _run_rank(executor: RayExecutor, rank: int) -> None:
 
 
 class SlurmExecutor(LocalExecutor):
-    """Runs ranks as a job array, one CPU a task; all nodes see the same folders, and python at the same path.
+    """Runs ranks as a job array, one CPU a task; all nodes see the same folders, and Python at the same path.
 
     sbatch reads partition, account and time limit from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
     """
@@ -171,7 +171,7 @@ class StepRunner:
         """Run the blocks as `tasks` tasks, leaving out those that are completed.
 
         Raises:
-            RuntimeError: a task failed; names the ranks and the log.
+            RuntimeError: a task failed. The message names the ranks and the logs.
         """
         folder = self.logs / name
         executor = EXECUTORS[self.kind](blocks, tasks=tasks, workers=self.workers, logging_dir=str(folder))
@@ -199,7 +199,7 @@ class StepRunner:
 
 
 if __name__ == "__main__":
-    # Pickled classes are those of the importable module, not of __main__.
+    # The pickled executor's class is that of the module data.execution. Run as __main__, this file holds a second copy.
     from data import execution
 
     execution._run_array_task(sys.argv[1])

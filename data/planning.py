@@ -1,4 +1,4 @@
-"""Estimates of what preparing a data set costs, from measured rates: shards, files, core-hours, storage, memory.
+"""Estimate what it costs to prepare a data set from measured rates: shards, files, core-hours, storage, memory.
 
 The steps are those of data/pipeline.py.
 """

@@ -45,17 +45,17 @@ __all__ = [
 
 
 def get_param_groups(module: FSDPModule) -> list[FSDPParamGroup]:
-    """Return FSDP2's parameter groups of one unit. `fully_shard` makes one a mesh and offers no way to see them."""
+    """Return FSDP2's parameter groups of one unit. `fully_shard` makes one for every mesh and does not expose them."""
     return module._get_fsdp_state()._fsdp_param_groups
 
 
 def reduces_on_one_rank(group: FSDPParamGroup) -> bool:
-    """Return whether FSDP2 reduces the group's gradients with nobody: one shard, and no replicas of the model."""
+    """Return whether no other rank takes part in the reduction of the group's gradients: one shard and no replicas."""
     return not isinstance(group.mesh_info, DDPMeshInfo) and group._reduce_scatter_process_group.size() == 1
 
 
 def set_reduce_scatter(group: FSDPParamGroup, reduce_scatter: ReduceScatter) -> None:
-    """Replace a group's reduce-scatter, and leave out the division of the gradients before it.
+    """Replace a group's reduce-scatter, and switch off the division of the gradients before it.
 
     FSDPModule.set_custom_reduce_scatter refuses a unit that has several groups.
     """
@@ -130,7 +130,7 @@ def download_file(address: str, path: Path) -> None:
     """Download one file from any address that streaming understands (s3://, gs://, hf://, ...).
 
     Raises:
-        Exception: of a type of the store's client, where the file is missing or the store is out of reach.
+        Exception: the file is missing or the store cannot be reached; the type depends on the store's client.
     """
     from streaming.base.storage import CloudDownloader
 

@@ -70,7 +70,8 @@ class StageConfig:
     global_batch_size: int
     """Number of sequences of an optimizer step, over all ranks."""
     local_batch_size: int
-    """Number of sequences of a micro-batch: one rank's forward pass. Gradients are accumulated over the others."""
+    """Number of sequences of a micro-batch: one forward pass of one rank. Gradients are accumulated over the
+    micro-batches of a step."""
     learning_rate: float
     shards: str
     """Folder below the data step's `shards/`: pretrain, midtrain or sft (core.stages.SHARD_FOLDERS)."""
@@ -88,22 +89,24 @@ class StageConfig:
     router_z_loss: float = 1e-4
     """Weight of the router z-loss."""
     expert_bias_update_rate: float = 1e-3
-    """Step of the expert bias an update (loss-free load balancing, arXiv 2408.15664)."""
+    """Change of the expert bias in one update (loss-free load balancing, arXiv 2408.15664)."""
     capacity_factor: float | None = None
-    """Room of an expert in multiples of its balanced share, in training (drop-and-pad dispatch). None drops nothing."""
+    """Capacity of an expert in training as a multiple of its balanced share (drop-and-pad dispatch). None drops no
+    token."""
     skip_spikes_sigma: float | None = None
-    """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps' mean."""
+    """Number of standard deviations above the last steps' mean from which on a loss or gradient norm is a spike. The
+    update of a spike is skipped. None skips no spike."""
     log_interval: int = 10
     checkpoint_interval: int = 500
     heldout_interval: int = 500
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
-    """Global batches of held-out data a measurement."""
+    """Number of global batches of held-out data in one measurement."""
     quantize: bool = False
     """Whether the stage trains with fake-quantized weights and activations, on the grid of `Recipe.quantization`."""
     distillation_weight: float = 0.0
-    """w in loss = (1 - w) cross entropy + w KL from the unquantized model the stage starts from; 0 has no teacher.
-    Above 0 only where `quantize` is set."""
+    """Weight w in loss = (1 - w) cross entropy + w KL(teacher || student). The teacher is the unquantized model that
+    the stage starts from. 0 trains without a teacher; above 0 needs `quantize`."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ class ParallelConfig:
     context_parallel: int = 1
     """Number of ranks that split every sequence."""
     pipeline_parallel: int = 1
-    """Number of ranks that split the layers. All micro-batches of a step pass through the pipeline in one go, so a
-    step needs at least as many micro-batches as the pipeline has ranks."""
+    """Number of ranks that split the layers. All micro-batches of a step pass through the pipeline in one schedule, so
+    a step needs at least as many micro-batches as the pipeline has ranks."""
     pipeline_schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
     """Order of forward and backward passes. Interleaved1F1B gives every rank two stages: ranks wait half as long at the
     ends of a step and send twice as much."""

@@ -1,11 +1,11 @@
-"""Trainer configurations by name, for torchtitan's own command line, without the rest of this project:
+"""This module holds trainer configurations by name, for torchtitan's own command line:
 
     torchrun --nproc-per-node 8 -m torchtitan.train --module titan_ext --config mobilemoe_s_pretrain \\
         --dataloader.shards /data/shards/pretrain --hf_assets_path /data/tokenizer
 
 Names are mobilemoe_FLAVOR_STAGE with FLAVOR s, m, l or tiny and STAGE pretrain, midtrain, sft or qat; any field can be
-overridden as torchtitan does it. Default paths are relative to a run folder as the current folder. It works on the CPU
-as well.
+overridden as torchtitan does it. Default paths are relative to the current folder, which should be a run folder. The
+configurations work on the CPU as well.
 """
 
 import functools
@@ -47,7 +47,7 @@ def build_config(flavor: str, name: str) -> StageTrainer.Config:
     )
 
 
-# torchtitan looks configurations up by name in this module. Written out, it would be sixteen equal functions.
+# torchtitan looks up functions by name in this module. The loop avoids sixteen functions that differ in names alone.
 for _flavor in FLAVORS:
     for _stage in STAGES:
         globals()[f"mobilemoe_{_flavor.lower()}_{_stage}"] = functools.partial(build_config, _flavor, _stage)

@@ -1,1 +1,1 @@
-"""What drops or changes documents: repair, quality, language, duplicates, benchmark texts, splits."""
+"""This package drops or changes documents: repair, quality, language, duplicates, benchmark texts, splits."""

@@ -1,4 +1,4 @@
-"""Removal of training documents that share a run of n words with a benchmark item (GPT-3's rule, n = 13).
+"""Remove training documents that share a run of n words with a benchmark item (GPT-3's rule, n = 13).
 
 An item of fewer than n words must occur completely, and needs at least 8 words: GPT-3's lower limit (arXiv 2005.14165,
 appendix C), below which ordinary sentences would match. Shorter items, paraphrases and translations cannot be found.
@@ -30,7 +30,7 @@ from core.errors import DamagedData
 
 NORMALISATION = TextNormConfig(norm_numbers=False)
 MIN_WORDS = 8
-"""Least number of words of an item that is searched for."""
+"""Smallest number of words of a benchmark item that is searched for."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """Multiplier of the polynomial hash: 2^64 divided by the golden ratio, as in Fibonacci hashing."""
 TABLE_BITS_PER_HASH = 4

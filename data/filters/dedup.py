@@ -1,11 +1,11 @@
-"""Exact and near-duplicate removal with datatrove's blocks, over all corpora at once.
+"""Remove exact and near duplicates with datatrove's blocks, over all corpora at once.
 
 A copy is kept in the corpus that is read first: text corpora before conversations, and otherwise in the order of the
 recipe.
 
 Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
 setting, likely above a Jaccard similarity of 0.75): text corpora only. Generated questions differ in little but their
-numbers, which MinHash's normalisation maps to one symbol, so it would fold an instruction corpus into a few samples.
+numbers, which MinHash's normalisation maps to one symbol, so it would reduce an instruction corpus to a few samples.
 
 The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
 (`assign_near_groups`) bound it: each group has signatures, buckets and clusters of its own, so a document that occurs

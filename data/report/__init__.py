@@ -1,1 +1,1 @@
-"""What the data step did: counts, the manifest, the statistics page."""
+"""This package reports on the data step: counts, the manifest, the statistics page."""

@@ -9,7 +9,7 @@ micro-batches) that expert e was chosen for:
 
 So the bias of an expert with more tokens than the mean falls, and that of one with fewer rises. Subtracting the mean of
 delta is torchtitan's addition to the paper. It changes no choice, because it moves all experts' biases by the same
-amount. The rate is `expert_bias_update_rate` of `titan_ext.mobilemoe.model_config`.
+amount. The rate is `titan_ext.config.StageConfig.expert_bias_update_rate`.
 
 The code is torchtitan's: `_update_expert_bias` in torchtitan/components/optimizer/optimizer.py. It reads and clears
 `tokens_per_expert_E`, which torchtitan's MoE counts in its forward pass, and adds to `expert_bias_E`.

@@ -37,7 +37,7 @@ class MobileMoEBlock(TransformerBlock):
 
 
 class MobileMoEModel(Decoder):
-    """The decoder, with tied embeddings. `titan_ext.mobilemoe.model_config` makes its Config from dimensions."""
+    """The decoder, with tied embeddings. `build_config.model_config` makes its Config from dimensions."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

@@ -1,4 +1,4 @@
-"""Callbacks of StageTrainer: one object a concern, called at named points of every optimizer step.
+"""Callbacks of StageTrainer: each adds one thing to the loop and is called at named points of every optimizer step.
 
 The order of a step: forward and backward passes of all micro-batches, `after_backward`, `check_update`, then either the
 optimizer and `after_update`, or `before_skipped_update` and no update. The other callbacks are

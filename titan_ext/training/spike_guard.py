@@ -12,7 +12,7 @@ import torch
 from titan_ext.training.callbacks import Callback
 
 WINDOW = 128
-"""Number of steps that mean and standard deviation are taken over."""
+"""Number of last steps from which mean and standard deviation are computed."""
 MIN_HISTORY = 32
 """Number of steps that must have been seen before one is skipped."""
 

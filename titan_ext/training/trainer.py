@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with one callback a concern, and a check before every update that may skip it."""
+"""torchtitan's Trainer with a callback for each addition to its loop, and a check that may skip an update."""
 
 import dataclasses
 import os
@@ -34,13 +34,14 @@ class StageTrainer(Trainer):
     device.
 
     Attributes:
-        callbacks: the concerns beside torchtitan's training loop; titan_ext/training/callbacks.py has their hooks.
+        callbacks: what is added to torchtitan's training loop; titan_ext/training/callbacks.py defines their hooks.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         skip_spikes_sigma: float | None = None
-        """Skip the update of a step whose loss or gradient norm is this many deviations above the last steps'."""
+        """Number of standard deviations above the last steps' mean from which on a
+        step is a spike, whose update is skipped. None skips no spike."""
         teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
         """Unquantized model whose distribution QAT follows. It needs checkpoint.initial_load_path and a loss of class
         DistilledCrossEntropy."""
@@ -113,7 +114,7 @@ class StageTrainer(Trainer):
         self._has_started = True
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """Return the loss of a micro-batch (in a pipeline of all); after the last one, decide about the update."""
+        """Return the loss of a micro-batch, or of all in a pipeline; after the last one, decide on the update."""
         loss = broadcast_from_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
         self._micro_batch_losses.append(loss.detach().clone())
         if len(self._micro_batch_losses) == self.gradient_accumulation_steps:

@@ -75,7 +75,7 @@ def build_trainer_config(
         # Before every update StageTrainer asks its callbacks (spike_guard.py); the optimizers skip it if one says so.
         # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
         optimizer=_optimizer_config(stage),
-        # The learning-rate schedule is torchtitan's (components/optimizer/lr_scheduler.py): linear warm-up, then decay
+        # The learning-rate schedule is torchtitan's (LRSchedulersContainer): linear warm-up, then decay
         # by `decay_type` down to `min_lr_factor` at the last step. The values of every stage are in schedules.py.
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=stage.warmup_steps, decay_type=stage.schedule, min_lr_factor=stage.min_lr_factor
