@@ -1,13 +1,13 @@
-"""Memory of one rank at the peak of a training step, by closed formula.
+"""This module estimates the memory of one rank at the peak of a training step by a closed formula.
 
 The formula counts the tensors of a step without recomputation and without compile, as on the CPU. The bytes that
-autograd keeps of a layer for the backward pass were read with `torch.autograd.graph.saved_tensors_hooks`, and
+autograd keeps per layer for the backward pass were read with `torch.autograd.graph.saved_tensors_hooks`, and
 tests/titan_ext/test_memory.py compares them with the formula. On a GPU fused norms, compile and selective recomputation
-keep less, so the estimate should be an upper bound there; that was not measured. Not counted are the memory of the
-runtime itself, the loader's cache, fragmentation, and the attention probabilities that the CPU keeps of documents up to
-512 tokens (titan_ext/mobilemoe/attention.py).
+keep less, so the estimate should be an upper bound there; that was not measured. The formula does not count the memory
+of the runtime itself, the loader's cache, fragmentation, and the attention probabilities that the CPU keeps of
+documents up to 512 tokens (titan_ext/mobilemoe/attention.py).
 
-Suffixes as in the model: D model dimension, F width of an expert, E experts, K experts a token.
+Shape legend, as in the model: D model dimension, F width of an expert, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 from titan_ext.model_stats import ParameterCount, count_parameters, split_layers
 
 FLOAT32 = 4
+"""Number of bytes of a float32 value."""
 BYTES = {"bfloat16": 2, "float32": 4}
+"""Number of bytes of a value, by computing dtype."""
 OPTIMIZER_BYTES = 2 * FLOAT32
-"""Bytes of AdamW's two moments of a parameter."""
+"""Number of bytes of AdamW's two float32 moments per parameter."""
 LOSS_CHUNKS = 8
 """Number of chunks of torchtitan's ChunkedLossWrapper: logits exist for one chunk of a sequence at a time."""
 LOGIT_COPIES = 3
@@ -27,7 +29,7 @@ LOGIT_COPIES = 3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank by kind."""
+    """Memory of one rank by kind. All sizes are in bytes."""
 
     parameters: int
     """Shard of the float32 master weights."""
@@ -37,13 +39,13 @@ class MemoryEstimate:
     """Shard of AdamW's moments."""
     gathered: int
     """Gathered weights in the computing dtype: the embedding and two layers, the current and the next. In a pipeline
-    all layers of the rank."""
+    all layers of the rank are gathered."""
     reduction: int
     """Unsharded gradients of one layer in the computing dtype and in float32, before they are reduced; in a pipeline
     those of all layers of the rank, in float32. On the CPU a rank that has no other shards needs no float32 copy."""
     activations: int
-    """Tensors of the forward pass that the backward pass needs, of one micro-batch; in a pipeline of all micro-batches
-    that are in flight."""
+    """Tensors of one micro-batch's forward pass that the backward pass needs. In a pipeline they are counted for all
+    micro-batches that are in flight."""
     logits: int
     """Logits of one chunk of the sequence, with softmax and gradient."""
     head: int
@@ -60,8 +62,8 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Return the bytes at the peak.
 
-        In the backward pass activations shrink as gradients grow, a layer at a time. The peak has the larger of the
-        two, or both if gradients are accumulated over micro-batches.
+        In the backward pass activations shrink while gradients grow, layer by layer. So the peak contains the larger of
+        the two. It contains both if gradients are accumulated over micro-batches.
         """
         growing = self.gradients + self.reduction
         falling = self.activations + self.head + max(self.logits, self.combination)
@@ -70,7 +72,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
-    """Estimate the memory of a rank of `parallel` that trains `stage`; in a pipeline, of the rank that needs most."""
+    """Estimate the memory of one rank that trains `stage` under the layout `parallel`.
+
+    In a pipeline the result is that of the rank that needs the most memory.
+    """
     ranks = [_estimate_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
     return max(ranks, key=lambda estimate: estimate.peak)
 
@@ -106,7 +111,10 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
 
 
 def _count_micro_batches_in_flight(rank: int, stage: StageConfig, parallel: ParallelConfig) -> float:
-    """Return the largest number of micro-batches whose activations of all its layers a pipeline's rank holds."""
+    """Return the largest number of micro-batches whose activations a rank of a pipeline holds at the same time.
+
+    A micro-batch counts as one if the rank holds its activations in all layers of the rank.
+    """
     ranks_after = parallel.pipeline_parallel - 1 - rank
     if parallel.pipeline_schedule == "Interleaved1F1B" and parallel.pipeline_parallel > 1:
         in_flight = (2 * ranks_after + parallel.pipeline_parallel + 1) / 2  # each micro-batch in one of its two stages
@@ -119,8 +127,9 @@ def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: floa
     """Return the bytes that one layer keeps of one token for its backward pass.
 
     Args:
-        size: bytes of a value in the computing dtype.
-        capacity_factor: room of an expert in drop-and-pad dispatch, whose padding counts; None for dropless dispatch.
+        size: number of bytes of a value in the computing dtype.
+        capacity_factor: room of an expert in drop-and-pad dispatch, in multiples of its balanced share of the tokens.
+            The padding is counted too. None for dropless dispatch.
     """
     D, F, E, K = dims.d_model, dims.expert_hidden, dims.n_experts, dims.top_k
     q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim

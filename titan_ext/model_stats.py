@@ -1,7 +1,8 @@
-"""Parameters, FLOPs and cache of a MobileMoE by closed formula, from its dimensions alone.
+"""This module computes parameters, FLOPs and KV cache of a MobileMoE from its dimensions alone, by closed formulas.
 
-A product of an [n, m] matrix and a vector counts 2 n m FLOPs. Norms, rotations, softmax and activations are left out,
-as in the usual 6 N D. Lookups in the embedding cost nothing; the output projection that is tied to it does.
+A product of an [n, m] matrix and a vector counts as 2 n m FLOPs. Norms, rotations, softmax and activations are left
+out, as in the usual estimate 6 N D. Lookups in the embedding count as 0 FLOPs. The output projection, which is tied to
+the embedding, is counted.
 """
 
 import math
@@ -78,20 +79,27 @@ def split_layers(dims: ModelDims, num_stages: int) -> list[int]:
 
 
 def inference_flops_per_token(dims: ModelDims, context: int) -> int:
-    """Return the FLOPs of one token's forward pass that attends to `context` positions: 2 N_act and the attention."""
+    """Return the FLOPs of the forward pass of one token that attends to `context` positions.
+
+    The result is 2 FLOPs per active parameter, norms left out, plus the FLOPs of attention.
+    """
     count = count_parameters(dims)
     attention = 4 * dims.n_layers * dims.n_heads * dims.head_dim * context
     return 2 * (count.active - count.norms) + attention
 
 
 def training_flops_per_token(dims: ModelDims, seq_len: int) -> int:
-    """Return the FLOPs of forward and backward pass a token: three forward passes that see half of `seq_len`.
+    """Return the FLOPs per token of the forward and the backward pass.
 
-    Recomputed activations, dropped and padded tokens are not counted.
+    The two passes cost as much as three forward passes. On average a token attends to half of `seq_len`. Recomputed
+    activations, dropped tokens and padded tokens are not counted.
     """
     return 3 * inference_flops_per_token(dims, seq_len // 2)
 
 
 def kv_cache_bytes(dims: ModelDims, context: int, bytes_per_value: float = 2) -> int:
-    """Return the bytes of keys and values of one sequence of `context` tokens; bfloat16 has 2 bytes a value, INT8 1."""
+    """Return the bytes of the keys and values of one sequence of `context` tokens.
+
+    A bfloat16 value takes 2 bytes, an INT8 value takes 1.
+    """
     return int(2 * dims.n_layers * dims.n_kv_heads * dims.head_dim * context * bytes_per_value)

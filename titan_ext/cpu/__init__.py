@@ -2,8 +2,8 @@
 
 1. torchtitan falls back to "cuda" where there is no accelerator. `device.use_cpu` sets the CPU and a device module with
    the memory calls that the trainer makes. Importing `titan_ext.mobilemoe` calls it.
-2. FSDP2 averages gradients with PREMUL_SUM, which gloo refuses. A group of one rank copies all its gradients twice to
-   reduce them with nobody. `fsdp.adapt_reductions` changes both.
+2. FSDP2 averages gradients with PREMUL_SUM, which gloo refuses. In a group of one rank it copies all gradients twice,
+   although there is nothing to reduce. `fsdp.adapt_reductions` changes both.
 3. gloo has no all_to_all of tensor lists. `device.SPMD_BACKEND` selects the backend of torchtitan that exchanges tokens
    with all_to_all_single and split sizes.
 4. Flex attention has no backward pass on the CPU, and varlen attention runs on CUDA only.

@@ -11,14 +11,15 @@ import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
 _MAX_RESERVED_BYTES = 64 << 30
-"""Most address space to reserve. tcmalloc's page table takes a thousandth of the address space it has."""
+"""Upper limit of the address space to reserve, in bytes. tcmalloc's page table takes a thousandth of its address
+space."""
 
 
 def allocator_environment() -> dict[str, str]:
-    """Return the environment variables for a process that will train on the CPU: tcmalloc preloaded.
+    """Return the environment variables that preload tcmalloc in a process that will train on the CPU.
 
-    The variables also tell tcmalloc to return nothing to the system. The result is empty where tcmalloc is not
-    installed, and where a library is preloaded already, which may be another allocator.
+    The variables also tell tcmalloc to return no memory to the system. The result is empty where tcmalloc is not
+    installed, and where another library is preloaded already, because that may be an allocator too.
     """
     library = ctypes.util.find_library("tcmalloc_minimal")
     if library is None or "LD_PRELOAD" in os.environ:
@@ -46,10 +47,11 @@ def _reserve_addresses(tcmalloc: ctypes.CDLL) -> None:
     tcmalloc takes the smallest free block that fits. When it has to grow, the rest of the new piece is a free block
     that was never written to. tcmalloc prefers it to a larger block whose pages are in memory already, so the process
     grows. With all addresses reserved from the start, the block that was never written to is the largest one and is
-    taken last. Linux refuses to reserve all of the memory, therefore nine tenths. Where it refuses those too, tcmalloc
-    stays as it was.
+    taken last. Linux refuses to reserve all of the memory, so this function asks for nine tenths. Where Linux refuses
+    that too, tcmalloc stays as it was.
     """
     tcmalloc.tc_malloc.restype, tcmalloc.tc_malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     tcmalloc.tc_free.restype, tcmalloc.tc_free.argtypes = None, (ctypes.c_void_p,)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The block is never written to, so it takes no memory. tcmalloc keeps its addresses after the call of tc_free.
     tcmalloc.tc_free(tcmalloc.tc_malloc(min(memory * 9 // 10, _MAX_RESERVED_BYTES)))

@@ -31,7 +31,7 @@ class _CPUDeviceModule:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
-        # torch.cpu returns a string, which torchtitan passes to barrier(device_ids=[...]), which wants a number.
+        # torch.cpu returns a string. torchtitan passes the value to barrier(device_ids=[...]), which needs a number.
         return 0
 
     def get_device_name(self, device: object = None) -> str:
@@ -51,7 +51,9 @@ class _CPUDeviceModule:
 
 
 def use_cpu() -> None:
-    """Make torchtitan use the CPU where no accelerator is present. Idempotent; does nothing on an accelerator.
+    """Make torchtitan use the CPU where no accelerator is present. The function does nothing on an accelerator.
+
+    It may be called more than once.
 
     torchtitan reads the device when it builds a trainer, so a call after its modules were imported is early enough.
     Modules that copied `device_type` and `device_module` from `torchtitan.tools.utils` get the new values.

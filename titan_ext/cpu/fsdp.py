@@ -36,10 +36,10 @@ class OneRankReduceScatter(compat.ReduceScatter):
 
 
 def adapt_reductions(model: torch.nn.Module) -> None:
-    """Make every FSDP unit of `model` reduce gradients with SUM, the only reduction gloo offers. CPU only.
+    """Make every FSDP unit of `model` reduce gradients with SUM, because gloo refuses FSDP2's PREMUL_SUM.
 
     Groups of one rank get a `OneRankReduceScatter`, and no factor to divide by: torchtitan's division by one would copy
-    the gradients once more.
+    the gradients once more. The function changes nothing on an accelerator.
     """
     if not IS_CPU:
         return
@@ -52,9 +52,10 @@ def adapt_reductions(model: torch.nn.Module) -> None:
 
 
 def copy_gathered_inputs(module: torch.nn.Module) -> None:
-    """Make `module`, a local_map region, copy the inputs that are still being gathered when it is called. CPU only.
+    """Make `module`, a local_map region, copy the inputs that are still being gathered when it is called.
 
-    The copy waits for the collective inside of autograd, so the input gets a gradient.
+    The copy waits for the collective inside autograd, so the input gets a gradient. The function changes nothing on an
+    accelerator.
     """
     if not IS_CPU:
         return

@@ -11,7 +11,7 @@ from titan_ext.dtensor import local
 
 
 def normal_init(std: float) -> Callable[[torch.Tensor], object]:
-    """Return an initializer that fills a parameter in place with normal values of mean 0 and deviation `std`.
+    """Return an initializer that fills a parameter in place with normal values of mean 0 and standard deviation `std`.
 
     The full tensor is the same under every layout.
     """

@@ -43,10 +43,11 @@ def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor
 def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return `function`, compiled on the CPU for large plain tensors.
 
-    It stays as it is on an accelerator, and where there is no C++ compiler.
+    The function is returned unchanged on an accelerator, and where there is no C++ compiler.
 
     Args:
-        function: takes a tensor first. Its result must not depend on intermediate rounding, which fusion leaves out.
+        function: function whose first argument is a tensor. Its result must not depend on intermediate rounding, which
+            fusion leaves out.
     """
     if not IS_CPU or shutil.which(os.environ.get("CXX", "g++")) is None:
         return function

@@ -13,10 +13,19 @@ from titan_ext.loader.shard_store import is_remote
 
 
 def check_batch_shape(global_batch_size: int, dp_world_size: int, local_batch_size: int, seq_len: int) -> None:
-    """Check that sequences have at least two tokens and that whole micro-batches of all ranks make a global batch.
+    """Check the length of a sequence and the sizes of the batches.
+
+    A sequence needs at least two tokens. The global batch must consist of whole micro-batches, the same number on every
+    rank.
+
+    Args:
+        global_batch_size: number of sequences of an optimizer step over all ranks.
+        dp_world_size: number of data-parallel ranks.
+        local_batch_size: number of sequences of a micro-batch on one rank.
+        seq_len: number of tokens of a sequence.
 
     Raises:
-        RefusedInput: they do not.
+        RefusedInput: `seq_len` is below 2, or the global batch cannot be divided in this way.
     """
     if seq_len < 2:
         raise RefusedInput(f"seq_len is {seq_len}; a packed sequence has at least 2 tokens")
@@ -60,10 +69,11 @@ def check_domains(shards: str, mixture: dict[str, float], present: Collection[st
     Args:
         shards: folder or address of the stage.
         mixture: domain -> share; may be empty.
-        present: the domains in the folder. An address cannot be listed: the domains of the mixture.
+        present: domains in the folder. The content of an address cannot be listed, so the caller passes the domains of
+            the mixture instead.
 
     Raises:
-        RefusedInput: there are no domains, or the mixture names others.
+        RefusedInput: there are no domains, or the mixture names a domain that is not in `present`.
     """
     if is_remote(shards):
         if not mixture:
@@ -79,7 +89,7 @@ def check_tokenizer(domains: list[Domain], tokenizer: BaseTokenizer | None) -> N
     """Check that the shards' token ids mean the same as the tokenizer's.
 
     Ids of another tokenizer are valid numbers too: the model would train on wrong words without any error. Shards that
-    state no vocabulary pass, and so do all without a tokenizer.
+    state no vocabulary pass the check. Without a tokenizer all shards pass.
 
     Raises:
         RefusedInput: the shards state another vocabulary.

@@ -22,8 +22,8 @@ from titan_ext.loader.shard_store import ShardStore
 log = logging.getLogger(__name__)
 
 SHUFFLE_SHARDS = 16
-"""Number of shards in a group, whose documents are shuffled among each other. It bounds the number of shards in use
-at a time, and the memory that the order takes."""
+"""Number of shards in a group. Documents are shuffled within a group only. This bounds the number of shards in use at
+the same time, and the memory that the order takes."""
 CACHED_GROUPS = 32
 """Number of groups whose permutation is kept in memory, for each epoch in use."""
 
@@ -47,9 +47,9 @@ class Document:
 class EpochOrder:
     """A permutation of one epoch's documents: shards in random order, documents shuffled within groups of shards.
 
-    A group is permuted when one of its documents is first asked for. streaming's own shuffles build the permutation of
-    a whole epoch at once. That takes 0.26 s for a million documents, and a process would need 25 minutes and 48 GB for
-    the paper's six billion.
+    A group is permuted when one of its documents is requested for the first time. The shuffles of mosaicml-streaming
+    build the permutation of a whole epoch in one call. That takes 0.26 s for a million documents, and a process would
+    need 25 minutes and 48 GB for the paper's six billion.
     """
 
     def __init__(self, shard_sizes: NDArray[np.int64], seed: tuple[int, ...]):
@@ -98,7 +98,7 @@ class EpochOrder:
 
 
 class Domain:
-    """The documents of one MDS folder, numbered through all epochs."""
+    """A domain reads the documents of one MDS folder, which are numbered through all epochs."""
 
     def __init__(self, name: str, source: str, cache: Path, *, seed: int, cache_bytes: int):
         """Read the folder's index.json.
@@ -128,16 +128,19 @@ class Domain:
 
     @property
     def num_bytes(self) -> int:
-        """Uncompressed size of all shards, in bytes."""
+        """Return the uncompressed size of all shards, in bytes."""
         return self.store.num_bytes
 
     @property
     def mean_tokens(self) -> float:
-        """Mean number of tokens in a document, by the sizes in index.json: 4 bytes a token, 1 for its loss mask."""
+        """Return the mean number of tokens in a document, estimated from the sizes in index.json.
+
+        A token takes 4 bytes (uint32). In a conversation its loss mask takes 1 more byte (uint8).
+        """
         return self.num_bytes / self.num_documents / (5 if "loss_mask" in self.store.column_names else 4)
 
     def read_document(self, number: int) -> Document:
-        """Return document `number` of the domain's endless order: epoch after epoch, each a new permutation.
+        """Return document `number` of the domain's endless order, in which every epoch is a new permutation.
 
         Raises:
             DamagedData: the shard is damaged and cannot be fetched again, or a loss mask has another length than its

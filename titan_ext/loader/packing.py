@@ -1,4 +1,4 @@
-"""Lanes, which pack documents into sequences in an order that does not depend on the number of ranks.
+"""This module packs documents into sequences in an order that does not depend on the number of ranks.
 
 A lane is the stream of all sequences at one row of the global batch. A global batch of G sequences has G lanes, and
 lane j packs sequence j of every batch. Its k-th draw from a domain is document j + k*G of that domain's endless order
@@ -37,7 +37,8 @@ class LaneState:
     tokens: list[int]
     """Number of positions filled."""
     domain: int = -1
-    """Domain of the open document, which is the last one drawn from it; -1: no document is open."""
+    """Index of the open document's domain, -1 when no document is open. The open document is the last one drawn from
+    this domain."""
     offset: int = 0
     """Number of pairs of the open document that are packed already."""
     sequences: int = 0
@@ -45,7 +46,7 @@ class LaneState:
     padding: int = 0
     """Number of positions filled with padding."""
     truncated: int = 0
-    """Number of conversations that were cut at the end of a sequence, because they are longer than one."""
+    """Number of conversations that were cut to the length of a sequence, because they are longer than a sequence."""
     skipped: int = 0
     """Number of documents skipped: fewer than two tokens, or a conversation without a target in its first L pairs."""
 
@@ -60,7 +61,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Lane:
-    """Packs documents into sequences of `seq_len` tokens; see the module's docstring.
+    """A lane packs documents into sequences of `seq_len` tokens; see the module's docstring.
 
     The next document is drawn from the domain with the largest deficit: weight_d * total - tokens_d plus the lane's
     initial deficit, where total is the number of positions filled so far. With `single_pass`, a domain whose documents
@@ -91,8 +92,9 @@ class Lane:
         The positions after the last segment are padding.
 
         Raises:
-            RefusedInput: a domain has documents, but none with a target.
-            DamagedData: a shard is damaged and cannot be fetched again.
+            RefusedInput: a domain has documents, but none of them has a target.
+            DamagedData: a shard is damaged and cannot be fetched again, or a loss mask does not fit its tokens.
+            OSError: the disk of the cache is full.
         """
         segments: list[Segment] = []
         free = self.seq_len
@@ -108,7 +110,10 @@ class Lane:
         return segments
 
     def _cut_segment(self, document: Document, free: int) -> Segment | None:
-        """Return the part of the open document for the `free` positions; None: it begins the next sequence instead."""
+        """Return the part of the open document that goes into the `free` positions.
+
+        The result is None for a conversation that does not fit. It then begins the next sequence instead.
+        """
         state = self.state
         begin = state.offset
         if document.loss_mask is None:
@@ -127,7 +132,7 @@ class Lane:
         return Segment(document, begin, end)
 
     def _open_document(self) -> Document | None:
-        """Return the open document, or draw the next one that has a target; None: the lane has ended."""
+        """Return the open document, or draw the next one that has a target. Return None when the lane has ended."""
         if self.state.domain >= 0 and self._document is None:  # the lane was resumed within a document
             self._document = self._read_last_draw(self.state.domain)
         skipped_in_a_row = 0
@@ -142,7 +147,8 @@ class Lane:
                 break
             self.state.skipped += 1
             skipped_in_a_row += 1
-            # A skipped document fills no position, so the same domain is chosen again: without a limit, for ever.
+            # A skipped document fills no position, so the deficits stay the same and the same domain is chosen again.
+            # Without this limit the loop would never end.
             if not self.single_pass and skipped_in_a_row > 1000 + self.domains[choice].num_documents:
                 raise RefusedInput(
                     f"domain {self.domains[choice].name!r}: none of {skipped_in_a_row} documents drawn in a row has a "
@@ -151,11 +157,11 @@ class Lane:
         return self._document
 
     def _read_last_draw(self, domain: int) -> Document:
-        """Return the document drawn last from `domain`."""
+        """Return the document that was drawn last from `domain`."""
         return self.domains[domain].read_document(self.index + (self.state.draws[domain] - 1) * self.num_lanes)
 
     def _choose_domain(self) -> int | None:
-        """Return the domain with the largest deficit; None: a single pass has used up all documents."""
+        """Return the domain with the largest deficit, or None when a single pass has used up all documents."""
         tokens = self.state.tokens
         total = sum(tokens)
         best, best_deficit = None, -math.inf
@@ -181,18 +187,18 @@ def write_sequence(
     labels_L: NDArray[np.int64],
     pad_token_id: int,
 ) -> None:
-    """Write one sequence into the three arrays, from its segments.
+    """Write the segments of one sequence into the three arrays.
 
-    Positions count from 0 in every segment, because torchtitan takes position 0 for the start of a document. This holds
-    also for a segment that continues a text of the sequence before: attention cannot reach back there, so for the model
-    a new document begins. Labels are IGNORE_INDEX where the loss mask of the label's token is 0. The padding is a
-    document of its own.
+    Positions count from 0 in every segment, because torchtitan treats position 0 as the start of a document. This also
+    holds for a segment that continues a text from the previous sequence: attention cannot reach back into that
+    sequence, so a new document begins for the model. Labels are IGNORE_INDEX where the loss mask of the label's token
+    is 0. The padding is a document of its own.
 
     Args:
         segments: parts of documents, from `Lane.next_sequence`.
-        input_L: receives the token ids.
-        positions_L: receives each token's position in its segment.
-        labels_L: receives the next token's id, or IGNORE_INDEX.
+        input_L: int64 [L], receives the token ids.
+        positions_L: int64 [L], receives each token's position in its segment.
+        labels_L: int64 [L], receives the next token's id, or IGNORE_INDEX.
         pad_token_id: token id of the padding.
     """
     at = 0
@@ -212,12 +218,13 @@ def write_sequence(
 
 
 def compute_initial_deficits(domains: Sequence[Domain], weights: Sequence[float], num_lanes: int) -> list[list[float]]:
-    """Return by lane and domain how many tokens the domain is below its share when the lane begins.
+    """Return the initial deficit of each domain in each lane: the tokens that the domain is below its share.
 
-    Lanes that all began with deficits of 0 would draw the same domains at the same time: one batch would hold only web,
-    the next one only math. So each lane begins at another point of a simulated run of one lane. In the simulation every
-    document has its domain's mean length. The lanes' points are spread evenly over one cycle, the number of tokens from
-    one document of the rarest domain to the next. Lane 0 begins with deficits of 0.
+    The result is indexed by lane, then by domain. Lanes that all began with deficits of 0 would draw the same domains
+    at the same time: one batch would hold only web, the next one only math. So each lane begins at another point of a
+    simulated run of one lane. In the simulation every document has its domain's mean length. The lanes' points are
+    spread evenly over one cycle, the number of tokens from one document of the rarest domain to the next. Lane 0 begins
+    with deficits of 0.
     """
     means = [domain.mean_tokens for domain in domains]
     cycle = max(mean / weight for mean, weight in zip(means, weights, strict=True))

@@ -1,4 +1,6 @@
-"""The shards of one MDS folder, local or remote: fetched ahead, decompressed into a cache, hashed before first use.
+"""This module reads the shards of one MDS folder, local or remote.
+
+Shards are fetched ahead, decompressed into a cache, and hashed before their first use.
 
 mosaicml-streaming's `Stream` and `MDSReader` download, decompress and read the shards. Its `StreamingDataset` is not
 used, because it keeps state in shared memory that a killed run leaves behind. This module adds three things:
@@ -8,8 +10,8 @@ used, because it keeps state in shared memory that a killed run leaves behind. T
 - streaming decompresses a shard beside its source. This module decompresses into a cache folder named after the
   index's hash. So it never writes to a source, two data sets never mix in one folder, and all processes of a machine
   share one copy (and one page cache).
-- streaming does not expect two processes to prepare the same shard at once. Here they take a file lock. The lock also
-  keeps other processes from deleting a shard that is being fetched.
+- streaming does not expect two processes to prepare the same shard at the same time. Here they take a file lock. The
+  lock also keeps other processes from deleting a shard that is being fetched.
 
 It imports no torchtitan, so that a program that only reads shards starts fast.
 """
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 CACHE_SUFFIX = ".shardcache"
 """Ending of the name of a domain's cache folder."""
 NUM_LOCKS = 64
+"""Number of thread locks of a store, and of lock files in a cache folder. Several shards share one lock."""
 NUM_WORKERS = 4
 """Number of threads in a process that prepare shards ahead of the loader, over all its domains."""
 DOWNLOAD_TIMEOUT = 600
@@ -101,7 +104,7 @@ class ShardStore:
 
     @property
     def column_names(self) -> list[str]:
-        """Names of a sample's columns: `tokens`, and `loss_mask` for conversations."""
+        """Return the names of a sample's columns: `tokens`, and `loss_mask` for conversations."""
         return self._readers[0].column_names
 
     def path(self, shard: int) -> Path:
@@ -126,7 +129,7 @@ class ShardStore:
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to prepare the shards in the worker threads. Do nothing if they would fill the cache.
 
-        A shard is deleted again soon where the prefetched ones take more than a quarter of `cache_bytes`.
+        If the prefetched shards took more than a quarter of `cache_bytes`, shards would soon be deleted again.
         """
         shards = [shard for shard in shards if shard not in self._verified]
         if 4 * sum(self._readers[shard].raw_data.bytes for shard in shards) <= self._cache_bytes:
@@ -181,7 +184,7 @@ class ShardStore:
             if self._is_intact(shard):  # another process has fetched it meanwhile
                 return
             _evict_shards(self._cache, self._cache_bytes - reader.raw_data.bytes, keep=path)
-            # streaming takes any file that is there for a complete one, also what a killed process left behind.
+            # streaming treats every file that exists as complete, even a partial file of a process that was killed.
             files = [path, *([path.with_name(reader.zip_data.basename)] if reader.zip_data else [])]
             leftovers = [*files, *(file.with_name(f"{file.name}.tmp") for file in files)]
             for leftover in leftovers:
@@ -242,7 +245,7 @@ def is_remote(source: str) -> bool:
 
 
 def default_cache() -> Path:
-    """Return the cache folder for when none is named: one for each user below the machine's temporary directory."""
+    """Return the default cache folder: one folder per user, below the machine's temporary directory."""
     return Path(tempfile.gettempdir()) / f"mobilemoe-shards-{os.getuid()}"
 
 
@@ -288,7 +291,7 @@ def _check_shard(source: str, shard: dict) -> None:
 
 
 def _write_index(path: Path, content: bytes) -> None:
-    """Write index.json into the cache, unless it is there already. Several processes may do it at once."""
+    """Write index.json into the cache, unless it is there already. Several processes may do it at the same time."""
     if path.is_file() and path.read_bytes() == content:
         return
     try:

@@ -1,6 +1,7 @@
-"""torchtitan dataloader over MDS shards: token-exact mixture, packed documents, the same order on any number of ranks.
+"""This module is torchtitan's dataloader for MDS shards.
 
-`titan_ext.loader.domain` reads the documents out of the shards, a lane of `titan_ext.loader.packing` packs them into
+It keeps the mixture exact in tokens, packs documents, and yields the same order on any number of ranks.
+`titan_ext.loader.domain` reads the documents from the shards, a lane of `titan_ext.loader.packing` packs them into
 sequences, and this module puts the sequences together into micro-batches. A lane is the stream of all sequences at one
 row of the global batch.
 
@@ -34,6 +35,8 @@ PREFETCH_BATCHES = 4
 
 
 class _Batch(NamedTuple):
+    """One micro-batch, and the states of the lanes that packed it."""
+
     inputs: dict[str, torch.Tensor]
     labels_BL: torch.Tensor
     states: dict[int, LaneState]
@@ -45,10 +48,10 @@ class StreamingLoader(BaseDataLoader):
 
     Labels are -100 where the position has no part in the loss.
 
-    Micro-batch a of a step on rank r holds the B sequences from number (a * R + r) * B on of the global batch. So the
-    global batch, in the order micro-batch, rank, row, is the same for every R and B. With `infinite=False` every
-    document comes once. The last micro-batch is then filled up with sequences of padding, and all ranks stop after the
-    same number of micro-batches.
+    Micro-batch a of a step on rank r holds B consecutive sequences of the global batch, from sequence (a * R + r) * B
+    on. So the global batch, in the order micro-batch, rank, row, is the same for every R and B. With `infinite=False`
+    every document comes once. The last micro-batch is then filled up with sequences of padding, and all ranks stop
+    after the same number of micro-batches.
 
     `iter()` continues after the last batch taken; batches that were prefetched beyond it are prepared again. After the
     end of a finite pass it begins the next pass. Only the newest iterator may be used.
@@ -63,9 +66,10 @@ class StreamingLoader(BaseDataLoader):
         directory.
         """
         mixture: dict[str, float] = field(default_factory=dict)
-        """Domain -> share of the tokens; the shares sum to 1. Empty: all domains of a local folder by their size."""
+        """Domain -> share of the tokens; the shares sum to 1. Empty: all domains of a local folder, in proportion to
+        their size in bytes."""
         global_batch_size: Annotated[int, tyro.conf.Suppress] = 0
-        """Number of sequences a step over all ranks, G. The trainer sets it from the training config."""
+        """Number of sequences per step over all ranks, G. The trainer sets it from the training config."""
         seed: int = 0
         """Seed of the order of documents."""
         pad_token_id: int
@@ -92,14 +96,14 @@ class StreamingLoader(BaseDataLoader):
             config: the loader's configuration.
             dp_world_size: number of data-parallel ranks, R.
             dp_rank: this rank, from 0 to R - 1.
-            seq_len: tokens of a sequence, L.
-            local_batch_size: sequences of a micro-batch, B.
+            seq_len: number of tokens of a sequence, L.
+            local_batch_size: number of sequences of a micro-batch, B.
             tokenizer: tokenizer of the run; it must be the one that made the shards. None: it is not checked.
             snapshot_every_n_steps: ignored. torchtitan gives it to every loader, but this loader's state is exact after
                 every batch.
 
         Raises:
-            RefusedInput: the configuration or the shards cannot be trained on; the message names the field.
+            RefusedInput: the configuration or the shards cannot be used for training; the message names the field.
         """
         assert 0 <= dp_rank < dp_world_size, (dp_rank, dp_world_size)
         check_batch_shape(config.global_batch_size, dp_world_size, local_batch_size, seq_len)
@@ -131,7 +135,7 @@ class StreamingLoader(BaseDataLoader):
         return {"sequences": self._sequences, "identity": json.dumps(self._describe_order()), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; an empty one means the beginning.
+        """Continue after the batch at which `state_dict` was taken. An empty state means the beginning.
 
         Raises:
             RefusedInput: the state belongs to other data or another batch shape; the message names the difference.
@@ -266,7 +270,7 @@ class StreamingLoader(BaseDataLoader):
             packer.shutdown(wait=False, cancel_futures=True)
 
     def _pack_endlessly(self, lanes: dict[int, Lane], sequences: int) -> Iterator[_Batch]:
-        """Yield micro-batches without end, of which `sequences` sequences (over all ranks) have been yielded before."""
+        """Yield micro-batches without end. `sequences` is the number of sequences yielded before, over all ranks."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             first = sequences % self._num_lanes + r * B
@@ -279,6 +283,7 @@ class StreamingLoader(BaseDataLoader):
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             rows = [lane.next_sequence() for _ in range(R * B)]
+            # The lane has ended if the first row is empty. If only later rows are empty, they become padding.
             if not rows[0]:
                 return
             yield self._make_batch(rows[r * B : (r + 1) * B], {0: deepcopy(lane.state)})
@@ -294,7 +299,8 @@ class StreamingLoader(BaseDataLoader):
 def _new_packer() -> ThreadPoolExecutor:
     """Return an executor with the one thread that packs batches ahead.
 
-    It is an executor's thread and no daemon for the reason given in `titan_ext.loader.shard_store._worker_pool`.
+    It is an executor's thread and not a daemon thread for the reason given in
+    `titan_ext.loader.shard_store._worker_pool`.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="streaming-loader")
 
@@ -312,7 +318,10 @@ def _open_domains(config: StreamingLoader.Config) -> list[Domain]:
 
 
 def _resolve_mixture(config: StreamingLoader.Config, domains: list[Domain]) -> dict[str, float]:
-    """Return the share of each domain, in the order of `domains`; without a mixture by the domains' size in bytes."""
+    """Return the share of each domain, in the order of `domains`.
+
+    Without a mixture the shares are in proportion to the domains' sizes in bytes.
+    """
     if config.mixture:
         return {domain.name: config.mixture[domain.name] for domain in domains}
     total = sum(domain.num_bytes for domain in domains)

@@ -21,7 +21,7 @@ class Callback:
         """Change or read the gradients of the whole optimizer step, before their norm is taken and clipped."""
 
     def check_update(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Return why the update of this step must be skipped, or None to accept it.
+        """Return the reason why the update of this step must be skipped, or None to accept it.
 
         Args:
             step: number of the step, the first is 1.
@@ -30,13 +30,13 @@ class Callback:
         """
 
     def before_skipped_update(self) -> None:
-        """Undo what the skipped step left behind. The step hooks of the optimizers still run after it."""
+        """Undo side effects of the skipped step. The step hooks of the optimizers still run after this call."""
 
     def after_update(self) -> None:
-        """Follow an update of the parameters. It is not called after a skipped update."""
+        """React to an update of the parameters. It is not called after a skipped update."""
 
     def metrics(self) -> dict[str, float]:
-        """Return values for the metrics files by TensorBoard tag. All ranks call it, so it may use collectives."""
+        """Return values for the metrics files, by TensorBoard tag. All ranks call it, so it may use collectives."""
         return {}
 
 

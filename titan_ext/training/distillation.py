@@ -1,4 +1,4 @@
-"""Self-distillation in QAT: the model that the stage starts from, not quantized, teaches the quantized one.
+"""This module adds self-distillation to QAT: the unquantized model that the stage starts from is the teacher.
 
     loss = (1 - w) cross entropy + w KL(teacher || student), per trained token
 
@@ -62,7 +62,7 @@ class DistilledCrossEntropy(CrossEntropyLoss):
         teacher_hidden: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return loss and metrics of a chunk.
+        """Return the loss (a scalar tensor) and the metrics of a chunk of the sequence.
 
         Args:
             pred: the student's logits [B, L, V].
@@ -89,7 +89,7 @@ class DistilledCrossEntropy(CrossEntropyLoss):
 
 
 def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Return KL(teacher || student) in nats of the distributions of these logits, summed over labelled tokens."""
+    """Return KL(teacher || student) in nats, a scalar: the sum over the tokens whose label is not IGNORE_INDEX."""
     log_student_BLV, log_teacher_BLV = (F.log_softmax(x.float(), dim=-1) for x in (student_BLV, teacher_BLV))
     kl_BL = F.kl_div(log_student_BLV, log_teacher_BLV, log_target=True, reduction="none").sum(-1)
     return (kl_BL * (labels_BL != IGNORE_INDEX)).sum()
@@ -98,7 +98,7 @@ def kl_divergence(student_BLV: torch.Tensor, teacher_BLV: torch.Tensor, labels_B
 class Teacher:
     """Frozen unquantized model in the student's layout.
 
-    Its weights are those that the stage starts from. They are read from that checkpoint at every start, also when the
+    Its weights are those of the checkpoint that the stage starts from. They are read at every start, also when the
     stage resumes, and are never saved.
     """
 

@@ -1,4 +1,4 @@
-"""Starts the ranks of a stage as processes of this machine: one process a rank, gloo over the loopback interface.
+"""Starts the ranks of a stage on this machine: one process per rank, with gloo over the loopback interface.
 
 Ranks are forked from a server that has imported torchtitan once, which saves each of them ten seconds. Runs on a
 cluster are started by Ray (pipelines/ray); tests and benchmarks use this launcher.
@@ -73,10 +73,10 @@ def run_ranks(
     """Start the ranks as `start_ranks` does and wait until all have ended.
 
     Args:
-        timeout: seconds after which ranks that still run are killed.
+        timeout: time in seconds after which ranks that still run are killed.
 
     Raises:
-        RuntimeError: a rank failed or was killed; the message has the end of every rank's log.
+        RuntimeError: a rank failed or was killed; the message contains the end of every rank's log.
     """
     processes = start_ranks(spec, log_folder, function, ranks)
     deadline = time.monotonic() + timeout

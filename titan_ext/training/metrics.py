@@ -1,4 +1,4 @@
-"""Training metrics as TensorBoard scalars (torchtitan's) and as JSON lines that the driver and the report read.
+"""Writes the training metrics as TensorBoard scalars (by torchtitan) and as JSON lines for the driver and the report.
 
 Rank 0 writes these files in the stage folder: metrics.jsonl, heldout.jsonl, expert_load.jsonl, data.jsonl. After a
 resume the lines of steps that are trained again are removed, so every step has one line.
@@ -29,13 +29,16 @@ LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy"
 
 
 def sum_over_ranks(part: torch.Tensor, parallel_dims: ParallelDims) -> float:
-    """Return the sum of a one-element tensor over the ranks that train on different tokens. A collective."""
+    """Return the sum of a one-element tensor over the ranks that train on different tokens.
+
+    This is a collective: every rank must call it.
+    """
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     return float(part) if loss_mesh is None else dist_utils.dist_sum(part, loss_mesh)
 
 
 class StageMetrics(MetricsProcessor):
-    """torchtitan's metrics, and beside them loss, expert load and router z of a step as JSON lines."""
+    """Logs torchtitan's metrics, and also writes loss, expert load and router z of a step as JSON lines."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
@@ -65,7 +68,7 @@ class StageMetrics(MetricsProcessor):
         Such lines are later than the checkpoint that the stage resumes from.
 
         Args:
-            last_step: step that is logged whatever `log_freq` is, so that the files end with the stage.
+            last_step: last step of the stage. It is logged whatever `log_freq` is, so that the files are complete.
             tokens_per_step: number of tokens of an optimizer step over all ranks.
             callbacks: objects whose `metrics()` are logged.
             read_data_statistics: returns padding, repeats and tokens by domain of the batches this rank has taken.
@@ -95,7 +98,7 @@ class StageMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Log a step. A collective: every rank must call it."""
+        """Log a step. This is a collective: every rank must call it."""
         extra_metrics = extra_metrics or {}
         steps, self._last_logged_step = step - self._last_logged_step, step
         layers, means = load_metrics.collect(self.model_parts, self.parallel_dims)
@@ -124,7 +127,10 @@ class StageMetrics(MetricsProcessor):
         self._append("data.jsonl", {"step": step, **data})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        """Log the held-out loss, nats a token. A collective: only the last stage of a pipeline knows the loss."""
+        """Log the held-out loss in nats a token.
+
+        This is a collective, because only the last stage of a pipeline knows the loss: every rank must call it.
+        """
         own_loss = torch.tensor(loss, dtype=torch.float64, device=utils.device_type)
         loss = float(broadcast_from_last_stage(own_loss, self.parallel_dims))
         super().log_validation(loss, step, extra_metrics)

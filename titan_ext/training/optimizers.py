@@ -18,12 +18,12 @@ class SkippableOptimizers(OptimizersContainer):
         pass
 
     skip_reason: str | None = None
-    """Why the next update is skipped; None to take it."""
+    """Reason why the next update is skipped; None to carry it out."""
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update the parameters unless `skip_reason` is set.
 
-        It does not call the base class's method: PyTorch would run the step hooks around that one once more.
+        It does not call the base class's method, because PyTorch would then run the step hooks twice.
         """
         assert closure is None, "a closure would compute the loss again"
         if self.skip_reason is None:

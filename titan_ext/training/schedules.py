@@ -1,6 +1,7 @@
 """Values of the four stages: the published schedule, and its miniature for the flavor `tiny`.
 
-Curves are torchtitan's: titan_ext/training/trainer_config.py hands them warm-up, decay and last learning rate.
+torchtitan computes the learning-rate curve. titan_ext/training/trainer_config.py passes warm-up, decay and last
+learning rate to it.
 
 Published (arXiv 2605.27358, training table): tokens 6T / 500B / 126B / 21B, contexts 2,048 / 8,192 / 8,192 / 8,192,
 learning rates 4e-4 / 4e-5 / 4e-6 / 4e-6, cosine except mid-training's linear, the mixtures, router z-loss 1e-4, expert
@@ -62,7 +63,7 @@ def tiny_stages() -> dict[str, StageConfig]:
 
     Mixtures and dispatch are the published ones. The context grows from pre-training to mid-training, and the learning
     rate falls from stage to stage, though not by the published powers of ten, which would train nothing in so few
-    steps. The expert bias moves by 1e-2 a step instead of 1e-3. Otherwise routing that collapses at the start would
+    steps. The expert bias moves by 1e-2 per step instead of 1e-3. Otherwise routing that collapses at the start would
     still be uneven after so few steps.
     """
     long_context: dict[str, Any] = {"seq_len": 512, "global_batch_size": 8, "local_batch_size": 4}

@@ -1,7 +1,7 @@
 """Decides before every optimizer step whether the update is safe: no update on non-finite numbers or on a spike.
 
 A spike is a loss or a gradient norm more than `sigma` standard deviations above the mean of the last `WINDOW` steps.
-Skipped steps enter the window as well, so training goes on at a level that has changed for good.
+Skipped steps enter the window as well. So if the loss stays at a new level, training continues after some steps.
 """
 
 import math
@@ -12,9 +12,9 @@ import torch
 from titan_ext.training.callbacks import Callback
 
 WINDOW = 128
-"""Number of last steps from which mean and standard deviation are computed."""
+"""Number of most recent steps from which mean and standard deviation are computed."""
 MIN_HISTORY = 32
-"""Number of steps that must have been seen before one is skipped."""
+"""Number of steps that the guard must have seen before it skips one."""
 
 
 class SpikeGuard(Callback):
@@ -32,10 +32,10 @@ class SpikeGuard(Callback):
         self._history_2W = torch.zeros(2, WINDOW, dtype=torch.float64)
 
     def check_update(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Record a step's loss and gradient norm; return why it is skipped, or None if the update may happen.
+        """Record a step's loss and gradient norm. Return the reason to skip the update, or None to accept it.
 
         Raises:
-            RuntimeError: one of the two is not finite; nothing was updated.
+            RuntimeError: the loss or the gradient norm is not finite; nothing was updated.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise RuntimeError(
@@ -63,7 +63,7 @@ class SpikeGuard(Callback):
         return {"skipped_steps": self.num_skipped}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for the checkpoint: a resumed stage decides as the uninterrupted one would."""
+        """Return the state for the checkpoint, so that a resumed stage decides as an uninterrupted one would."""
         return {
             "num_skipped": torch.tensor(self.num_skipped),
             "seen": torch.tensor(self._seen),

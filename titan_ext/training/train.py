@@ -1,4 +1,4 @@
-"""Runs one stage on one rank. The launcher (Ray, titan_ext/training/launch.py) starts it once a rank."""
+"""Runs one stage on one rank. The launcher (Ray or titan_ext/training/launch.py) starts it once per rank."""
 
 import logging
 import os

@@ -34,14 +34,14 @@ class StageTrainer(Trainer):
     device.
 
     Attributes:
-        callbacks: what is added to torchtitan's training loop; titan_ext/training/callbacks.py defines their hooks.
+        callbacks: additions to torchtitan's training loop; titan_ext/training/callbacks.py defines their hooks.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         skip_spikes_sigma: float | None = None
-        """Number of standard deviations above the last steps' mean from which on a
-        step is a spike, whose update is skipped. None skips no spike."""
+        """Number of standard deviations above the mean of the last steps. A step above this limit is a spike, and its
+        update is skipped. None skips no spike."""
         teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
         """Unquantized model whose distribution QAT follows. It needs checkpoint.initial_load_path and a loss of class
         DistilledCrossEntropy."""
@@ -91,7 +91,7 @@ class StageTrainer(Trainer):
             self.fwd_bwd_fn = self.distillation.forward_backward
 
     def train_step(self, data_iterator: Any) -> None:
-        """Train one optimizer step: torchtitan's, with the callbacks' hooks."""
+        """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
         if not self._has_started:
             self._start()
         super().train_step(data_iterator)
@@ -114,7 +114,10 @@ class StageTrainer(Trainer):
         self._has_started = True
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """Return the loss of a micro-batch, or of all in a pipeline; after the last one, decide on the update."""
+        """Return the loss of a micro-batch; in a pipeline, the loss of all micro-batches of the step.
+
+        After the last micro-batch, decide whether the update is skipped.
+        """
         loss = broadcast_from_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
         self._micro_batch_losses.append(loss.detach().clone())
         if len(self._micro_batch_losses) == self.gradient_accumulation_steps:
@@ -123,7 +126,7 @@ class StageTrainer(Trainer):
         return loss
 
     def _check_update(self, loss: torch.Tensor) -> None:
-        """Ask the callbacks whether to skip the update, with all gradients computed and none clipped.
+        """Ask the callbacks whether to skip the update. All gradients are computed, and not yet clipped.
 
         Every rank comes to the same decision: loss and gradient norm are reduced over all ranks.
         """
@@ -145,7 +148,7 @@ class StageTrainer(Trainer):
                 callback.before_skipped_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torchtitan's state of the trainer and the spike guard's."""
+        """Return torchtitan's state of the trainer, with the state of the spike guard added."""
         return super().state_dict() | {_GUARD_STATE: self.spike_guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,7 +166,7 @@ def _set_global_batch_size(config: StageTrainer.Config) -> StageTrainer.Config:
         return dataclasses.replace(loader, global_batch_size=config.training.global_batch_size)
 
     validator = dataclasses.replace(config.validator, dataloader=set_in(config.validator.dataloader))
-    # torchtitan brings no types, so its fields are unknown to mypy.
+    # torchtitan ships no type information, so mypy does not know the fields.
     changes: dict[str, Any] = {"dataloader": set_in(config.dataloader), "validator": validator}
     return dataclasses.replace(config, **changes)
 

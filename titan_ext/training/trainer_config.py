@@ -46,16 +46,16 @@ def build_trainer_config(
     """Build the complete training configuration of one stage.
 
     Args:
-        shards: folder or remote address with one MDS folder a domain.
-        heldout: folder with one MDS folder a domain; None measures no held-out loss.
+        shards: folder or remote address with one MDS folder per domain.
+        heldout: folder with one MDS folder per domain; with None no held-out loss is measured.
         tokenizer: Hugging Face tokenizer folder.
         out: the stage's folder, for checkpoints, TensorBoard and metrics.
         seed: seed of initial weights and order of documents.
         flavor: name of the model in torchtitan's logs.
         initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
             holds a checkpoint already.
-        pad_token_id: token that fills the rest of a sequence that no further conversation fits into.
-        quantization: grid of a stage with `quantize`; other stages ignore it.
+        pad_token_id: token that fills the rest of a sequence if the next conversation does not fit into it.
+        quantization: quantization grid of a stage with `quantize`; other stages ignore it.
 
     Raises:
         RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
@@ -88,7 +88,8 @@ def build_trainer_config(
         ),
         training=_training_config(stage, parallel),
         parallelism=_parallelism_config(model, stage, parallel),
-        # On a GPU only, unless the recipe says otherwise: on the CPU it does not pay at the sizes trained there.
+        # The default is to compile on a GPU only. At the sizes trained on the CPU, compilation takes more time than it
+        # saves.
         compile=CompileConfig(enable=not IS_CPU if parallel.compile is None else parallel.compile),
         activation_checkpoint=_activation_checkpoint(parallel),
         checkpoint=CheckpointManager.Config(
@@ -150,7 +151,10 @@ def _activation_checkpoint(parallel: ParallelConfig) -> ActivationCheckpointingC
 
 
 def _local_batch_size(stage: StageConfig, parallel: ParallelConfig) -> int:
-    """Return torchtitan's local batch: in a pipeline all micro-batches of a step, so that it drains once a step."""
+    """Return torchtitan's local batch size, in sequences.
+
+    In a pipeline it covers all micro-batches of a step, so that the pipeline drains only once per step.
+    """
     if parallel.pipeline_parallel == 1:
         return stage.local_batch_size
     return stage.global_batch_size // parallel.data_parallel
@@ -210,7 +214,11 @@ def _heldout_config(
 
 
 def _select_heldout_domains(mixture: dict[str, float], folder: Path) -> dict[str, float]:
-    """Return the mixture over the domains that have held-out documents, scaled to a sum of 1."""
+    """Return the mixture over the domains that have held-out documents, scaled to a sum of 1.
+
+    Raises:
+        RefusedInput: no domain of the mixture has held-out documents.
+    """
     present = {domain: share for domain, share in mixture.items() if (folder / domain / "index.json").exists()}
     if not present:
         raise RefusedInput(f"{folder}: no held-out shards of any of {sorted(mixture)}; run the data step again")
