@@ -1,1 +1,1 @@
-"""The model on a phone: the ExecuTorch program, its expert op, and profiles of speed and memory."""
+"""This package takes the model to a phone: the ExecuTorch program, its expert op, profiles of speed and memory."""

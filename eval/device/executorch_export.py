@@ -1,9 +1,9 @@
-"""The executorch format: one .pte with KV cache, INT4 linears in XNNPACK and a fused op for the experts.
+"""This module writes the executorch format: one .pte with KV cache, INT4 linears in XNNPACK and a fused expert op.
 
 The program has the signature that ExecuTorch's own Llama runners expect: `forward(tokens [1, T], input_pos [1])`, both
 int64, returns the float32 logits [1, vocab_size] of the last token. T is dynamic up to the context, and `input_pos` is
-the position of the first token. Constant methods tell a runner about the model (`get_bos_id`, `get_eos_ids`,
-`get_max_context_len`, ...). The tokenizer lies beside the program.
+the position of the first token. Constant methods describe the model to a runner (`get_bos_id`, `get_eos_ids`,
+`get_max_context_len`, ...). The tokenizer is in the same folder as the program.
 """
 
 from pathlib import Path
@@ -42,11 +42,12 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
 
     Args:
         weights: INT4 weights of any checkpoint.
-        tokenizer_dir: as `eval.export.hf_folder.write_hf_folder`.
-        out: appears when it is complete and replaces an earlier export there.
+        tokenizer_dir: folder of the tokenizer, as `eval.export.hf_folder.write_hf_folder` takes it.
+        out: folder to write; it appears when it is complete, and replaces an earlier export.
 
     Raises:
-        RefusedInput: a context longer than the model's, a tokenizer that does not fit, or something else at `out`.
+        RefusedInput: the context is below 2 or longer than the model's, the tokenizer does not fit the model, or `out`
+            exists and is not an export.
     """
     config = weights.config
     if not 2 <= device.context <= config.max_position_embeddings:
@@ -83,7 +84,7 @@ def export_dense(dims: DenseDims, out: Path, context: int) -> Path:
 
 
 def _settings(context: int, n_layers: int, vocab_size: int) -> dict[str, Any]:
-    """Return the constant methods by the names that ExecuTorch's runners look for."""
+    """Return the constant methods, with the names that ExecuTorch's runners look for."""
     return {
         "get_max_seq_len": context,
         "get_max_context_len": context,
@@ -101,27 +102,27 @@ def _write_settings(folder: Path, settings: dict[str, Any], op_name: str | None,
 
 
 def lower(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
-    """Trace `model`, delegate its linears and everything else that XNNPACK takes, and write the program to `path`.
+    """Trace `model`, delegate its linears and all other ops that XNNPACK takes, and write the program to `path`.
 
     Args:
-        model: as `moe_transformer` returns it.
+        model: module with the signature that `moe_transformer` describes.
         settings: constant methods of the program; `get_max_context_len` bounds the number of tokens.
     """
     register_executorch_ops()
     context = settings["get_max_context_len"]
     example = (torch.zeros(1, 2, dtype=torch.int64), {"input_pos": torch.zeros(1, dtype=torch.int64)})
-    # At most one token less than the cache holds, as in ExecuTorch's own exporter: torch.export cannot prove the
-    # mask's slice otherwise.
+    # The most tokens in one call are one less than the cache holds, as in ExecuTorch's own exporter. With more,
+    # torch.export cannot prove that the slice of the mask is valid.
     shapes = ({1: torch.export.Dim("token_dim", max=context - 1)}, {"input_pos": {0: 1}})
     with torch.no_grad(), torch.nn.attention.sdpa_kernel([SDPBackend.MATH]):
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=True)
-        # Functional form, torchao's tensors taken apart into quantize and dequantize.
+        # This gives the functional form, in which torchao's tensors are quantize and dequantize ops.
         program = program.run_decompositions({})
         remove_redundant_transposes(program.graph_module)
         edge = to_edge_transform_and_lower(
             program,
-            # This partitioner takes the dynamically quantized linears, too. ExecuTorch's example puts another before it
-            # for them: the numbers are the same, and there are 1.5 times as many delegates.
+            # This partitioner also takes the dynamically quantized linears. ExecuTorch's example has a second one for
+            # them. The numbers are the same; only the number of delegates differs.
             partitioner=[xnnpack_partitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=settings,

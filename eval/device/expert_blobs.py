@@ -1,10 +1,11 @@
-"""Packing expert weights for `llama::quantized_moe_ffn`: torchao's "universal" layout, for x86 and ARM alike.
+"""This module packs expert weights for `llama::quantized_moe_ffn`: torchao's "universal" layout, on x86 and ARM.
 
-torchao packs it in a C++ op that its x86 wheel lacks (torchao/csrc/cpu/torch_free_kernels/weight_packing, nr 8, kr 16,
-sr 2). A matrix [rows, K] becomes 64 bytes of header and then tiles of 8 rows, the last one filled up with rows of zero.
-A tile holds, for every group along K: the values in chunks of 16 along K, 8 float32 scales, 8 int32 sums of the values.
-A chunk is 128 values, k 0-7 of rows 0 to 7 and then k 8-15 of rows 0 to 7, each plus 8; of every run of 32 values,
-byte i of 16 is value i | value i + 16 << 4. At group 32 that is 6 bits a weight, 5 at 64, 4.5 at 128.
+torchao has a C++ op for this, which its x86 wheel lacks (torchao/csrc/cpu/torch_free_kernels/weight_packing, nr 8,
+kr 16, sr 2). A matrix [rows, K] becomes 64 bytes of header and then tiles of 8 rows. The last tile is filled up with
+rows of zero. A tile holds, for every group along K: the values in chunks of 16 along K, 8 float32 scales, 8 int32 sums
+of the values. A chunk has 128 values: k 0-7 of rows 0 to 7, then k 8-15 of rows 0 to 7. Each value is stored plus 8.
+Every run of 32 values becomes 16 bytes: byte i is (value i) | (value i + 16) << 4. A weight takes 6 bits with groups
+of 32, 5 with 64 and 4.5 with 128.
 
 Shape suffixes: E experts, N rows (outputs), K columns (inputs), G groups of a row.
 """
@@ -12,11 +13,11 @@ Shape suffixes: E experts, N rows (outputs), K columns (inputs), G groups of a r
 import torch
 
 HEADER = (6712, 1, 4, 0, 0, 8, 16, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-"""First 64 bytes of a matrix, little-endian int32: magic, universal layout, bits, has zero points, has bias, nr, kr, sr
-and zeros."""
+"""First 64 bytes of a matrix as little-endian int32: magic, universal layout, bits, has zero points, has bias, nr, kr,
+sr and zeros."""
 
 TILE_ROWS, CHUNK = 8, 16
-"""Rows of a tile, and values along K of a chunk: torchao's nr and kr."""
+"""Numbers of rows in a tile and of values along K in a chunk: torchao's nr and kr."""
 
 
 def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
@@ -24,13 +25,13 @@ def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
 
     Args:
         q_ENK: int8 values in -8..7.
-        scale_ENG: float scales of K / G values each; K / G is a multiple of 32.
+        scale_ENG: float scales, one for K / G values; K / G is a multiple of 32.
 
     Returns:
         uint8 [E, bytes of one expert].
 
     Raises:
-        ValueError: K is not a multiple of the number of groups, or the group size not one of 32.
+        ValueError: K is not a multiple of the number of groups, or the group size is not a multiple of 32.
     """
     n_experts, n_rows, k = q_ENK.shape
     n_groups = scale_ENG.shape[2]
@@ -56,6 +57,6 @@ def pack_blobs(q_ENK: torch.Tensor, scale_ENG: torch.Tensor) -> torch.Tensor:
 
 
 def blob_bytes(n_rows: int, k: int, group_size: int) -> int:
-    """Return the bytes of one packed matrix [n_rows, k], header included."""
+    """Return the size in bytes of one packed matrix [n_rows, k], header included."""
     tiles = -(-n_rows // TILE_ROWS)
     return 4 * len(HEADER) + tiles * (k // group_size) * (TILE_ROWS * group_size // 2 + 2 * 4 * TILE_ROWS)

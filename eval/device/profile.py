@@ -1,4 +1,4 @@
-"""`mobilemoe profile`: speed and memory of an artifact on this machine, on real prompts.
+"""This module measures speed and memory of an artifact on this machine, on real prompts: `mobilemoe profile`.
 
 An artifact is a folder: an ExecuTorch program (model.pte), or a Hugging Face folder, INT4 or BF16. Every pair of domain
 and context is measured in a process of its own (eval/device/profile_worker.py); the figures are medians over its
@@ -30,6 +30,7 @@ from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
 CONTEXTS = (512, 1024, 2048, 4096)
+"""Numbers of tokens of prompt and answer that are measured by default."""
 N_ANSWER = 32
 """Number of tokens decoded after the prompt; prompt and answer together fill the context."""
 TIMEOUT_SECONDS = 1800
@@ -49,16 +50,18 @@ def profile(
     """Measure an artifact and write `profile.json`, `speed.png` and `memory.png` into `out`.
 
     Args:
+        artifact: folder of an ExecuTorch program or a Hugging Face model, or the .pte file.
         texts: domain -> prompt text; None takes the three of `eval.device.prompts`.
-        contexts: tokens of prompt and answer together; None takes those of `CONTEXTS` that the artifact has room for.
-        repetitions: runs in each process, whose median is reported.
-        threads: threads of the runtime; None takes the runtime's own choice.
+        contexts: numbers of tokens of prompt and answer together; None takes those of `CONTEXTS` that fit the artifact.
+        repetitions: number of runs in each process; their median is reported.
+        threads: number of threads of the runtime; None takes the runtime's own choice.
 
     Returns:
-        The content of profile.json: the artifact, the machine, and `measurements`, one a domain and context.
+        The content of profile.json: the artifact, the machine, and `measurements`, one for each domain and context.
 
     Raises:
-        RefusedInput: the folder is no artifact, or a context is too short for an answer or longer than the artifact's.
+        RefusedInput: the folder is not an artifact, or a context is too short for an answer or longer than the
+            artifact's.
         RuntimeError: a measuring process failed.
     """
     artifact = artifact.parent if artifact.suffix == ".pte" else artifact
@@ -86,7 +89,7 @@ def profile(
 
 
 def describe(artifact: Path) -> dict[str, Any]:
-    """Return format, context and bytes of an artifact's folder, read from its files without loading the model."""
+    """Return format, context and bytes of an artifact's folder, from its files; the model is not loaded."""
     if (artifact / "model.pte").is_file():
         if not (artifact / "program.json").is_file():
             raise RefusedInput(f"{artifact} has no program.json; give the whole folder that `mobilemoe export` wrote")
@@ -107,7 +110,7 @@ def describe(artifact: Path) -> dict[str, Any]:
 
 
 def count_bf16_bytes(config: MobileMoEConfig) -> dict[str, int]:
-    """Return the bytes that a forward pass reads of a bfloat16 model, with the keys of `count_weight_bytes`.
+    """Return the bytes of a bfloat16 model that a forward pass reads, with the keys of `count_weight_bytes`.
 
     The embedding counts as the output projection: all of it is read for every token's logits.
     """
@@ -148,7 +151,7 @@ def _figures(raw: dict[str, Any], context: int, about: dict[str, Any]) -> dict[s
 
 
 def format_table(result: dict[str, Any]) -> Table:
-    """Return the measurements as a table for people."""
+    """Return the measurements as a table for the terminal."""
     about = result["artifact"]
     out = Table(title=f"{about['folder']} ({about['format']}, {about['file_bytes'] / 1e6:,.1f} MB)")
     columns = (

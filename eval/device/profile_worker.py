@@ -1,7 +1,9 @@
-"""The process of one measurement of `mobilemoe profile`: `python -m eval.device.profile_worker SPEC`, SPEC in JSON.
+"""This module is the process of one measurement of `mobilemoe profile`.
 
-Every measurement has a process of its own: the system counts peak memory a process, and warm caches and thread pools of
-one measurement must not speed up the next. Prints one JSON object.
+    python -m eval.device.profile_worker SPEC
+
+SPEC is JSON, see `main`. The process prints one JSON object. Every measurement has a process of its own, because the
+system counts peak memory for each process, and because warm caches and thread pools must not speed up the next one.
 """
 
 import json
@@ -11,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 CLEAR_PEAK = "5"
-"""Written to /proc/self/clear_refs, it sets the peak to the current size (man 5 proc)."""
+"""Text that sets the peak to the current size when it is written to /proc/self/clear_refs (man 5 proc)."""
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Load the artifact, run prompt and answer `repetitions` times, and return the times and the memory needed.
+    """Load the artifact, run prompt and answer `repetitions` times, and return times in seconds and memory in bytes.
 
     Args:
         spec: `artifact` (folder), `tokens` (prompt, then the answer that is fed token by token), `n_answer`,
@@ -23,8 +25,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         load_seconds, lists prefill_seconds and decode_seconds (of the whole answer), floor_bytes (resident before the
-        artifact is loaded, libraries included), peak_bytes, experts_read (layer x expert matrices that prompt and
-        answer read; None where the op does not say).
+        artifact is loaded, libraries included), peak_bytes, experts_read (number of layer x expert matrices that
+        prompt and answer read; None if the op does not count them).
     """
     artifact, n_answer = Path(spec["artifact"]), spec["n_answer"]
     prompt, answer = spec["tokens"][:-n_answer], spec["tokens"][-n_answer:]
@@ -57,7 +59,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class DeviceModel:
-    """The interface of the measurement to an ExecuTorch program."""
+    """ExecuTorch program behind the interface that `main` measures."""
 
     @staticmethod
     def import_libraries(threads: int | None) -> None:
@@ -85,7 +87,7 @@ class DeviceModel:
 
 
 class TransformersModel:
-    """The interface of the measurement to a Hugging Face folder, run by our modeling code in bfloat16 on the CPU."""
+    """Hugging Face folder behind the same interface, run by our modeling code in bfloat16 on the CPU."""
 
     @staticmethod
     def import_libraries(threads: int | None) -> None:
@@ -137,12 +139,12 @@ class TransformersModel:
 
 
 def reset_peak() -> None:
-    """Set this process's peak memory to what is resident now (Linux)."""
+    """Set this process's peak memory to its current resident size (Linux)."""
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
 
 
 def read_memory(key: str) -> int:
-    """Return bytes of this process's memory: VmRSS is what is resident now, VmHWM the peak since `reset_peak`."""
+    """Return bytes of this process's memory: VmRSS is the resident size, VmHWM its peak since `reset_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Running an exported ExecuTorch program on this machine, through ExecuTorch's Python runtime."""
+"""This module runs an exported ExecuTorch program on this machine, through ExecuTorch's Python runtime."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,15 @@ from eval.device import expert_op
 class DeviceProgram:
     """A loaded program; it keeps the KV cache of one conversation.
 
-    Loading registers the ops the program calls: ExecuTorch's custom and quantized ones, and ours if it uses it.
+    Loading registers the ops that the program calls: ExecuTorch's custom and quantized ones, and our expert op if the
+    program uses it.
 
     Args:
         path: the .pte file.
-        threads: size of ExecuTorch's thread pool; None leaves it as it is (one thread a performance core).
+        threads: number of threads in ExecuTorch's pool; None keeps its default (one thread for each performance core).
 
     Raises:
-        RefusedInput: no such file, or it needs our op and no compiler is here.
+        RefusedInput: the file does not exist, or it needs our op and no compiler is installed.
     """
 
     def __init__(self, path: Path, threads: int | None = None):
@@ -40,7 +41,7 @@ class DeviceProgram:
         self.context: int = self.constant("get_max_context_len")
 
     def constant(self, name: str, default: Any = None) -> Any:
-        """Return the value of a constant method; `default` where the program has none of that name."""
+        """Return the value of a constant method; `default` if the program has no method of that name."""
         if name not in self._program.method_names:
             return default
         values = self._program.load_method(name).execute([])
@@ -49,10 +50,11 @@ class DeviceProgram:
     def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """Return float32 logits [vocab_size] after `tokens`, the first of which is at `position`.
 
-        The tokens before `position` are those of the earlier calls, in the KV cache.
+        The KV cache holds the tokens before `position`, from earlier calls.
 
         Raises:
-            RefusedInput: the tokens end beyond the context, or fill it in one call, which takes one token less.
+            RefusedInput: the tokens end beyond the context, or one call has as many tokens as the context (a call takes
+                at most one less).
         """
         if position + len(tokens) > self.context or len(tokens) == self.context:
             raise RefusedInput(
@@ -62,7 +64,7 @@ class DeviceProgram:
         return self._forward.execute(inputs)[0][0]
 
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the most likely continuation, `max_new_tokens` tokens; stop tokens do not end it."""
+        """Return the greedy continuation of `max_new_tokens` token ids; stop tokens do not end it."""
         new = [int(self.logits(prompt, 0).argmax())]
         while len(new) < max_new_tokens:
             new.append(int(self.logits(new[-1:], len(prompt) + len(new) - 1).argmax()))

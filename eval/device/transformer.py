@@ -1,8 +1,8 @@
-"""Building the modules that ExecuTorch traces: its example Llama transformer, filled with INT4 values and scales.
+"""This module builds what ExecuTorch traces: its example Llama transformer, filled with INT4 values and scales.
 
-ExecuTorch's `llama_transformer` describes a MobileMoE and a dense Llama alike. It is built on the meta device; then
-every matrix is put in as values and scales, read once, so that memory holds the quantized model only, and the program
-holds the numbers of the INT4 folder bit for bit.
+ExecuTorch's `llama_transformer` can be a MobileMoE or a dense Llama. It is built on the meta device. Then every matrix
+is read once and put in as values and scales. So memory holds only the quantized model, and the program holds the
+numbers of the INT4 folder bit for bit.
 
 Shape suffixes: B batch, L sequence, T tokens, D model width, E experts.
 """
@@ -71,7 +71,8 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     """Build the MobileMoE of `weights` with a KV cache of `context` positions, ready to export.
 
     Returns:
-        A module (tokens [1, T], {"input_pos": [1]}), both int64, -> float32 logits [1, vocab_size] of the last token.
+        A module that takes (tokens [1, T], {"input_pos": [1]}), both int64, and returns the float32 logits
+        [1, vocab_size] of the last token.
     """
     register_executorch_ops()  # the layers hold a reference to the stock op
     config = weights.config
@@ -87,7 +88,7 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     )  # fmt: skip
     rotary = rotary_embedding(config, torch.arange(context)[None])[0]
     model.rope.freqs_cos, model.rope.freqs_sin = rotary.real.contiguous(), rotary.imag.contiguous()
-    # The embedding is the output projection, too: the largest matrix of all is quantized once for both.
+    # The embedding is also the output projection. It is the largest matrix, so it is quantized once for both.
     embedding = weights.read_matrix("model.embed_tokens.weight")
     model.tok_embeddings = _embedding(*embedding)
     model.output.weight = _frozen(int4_linear_weight(*embedding))
@@ -135,9 +136,9 @@ class DenseDims:
 
 
 def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> nn.Module:
-    """Build a dense model of random INT4 weights that goes through the same export as a MobileMoE.
+    """Build a dense model with random INT4 weights for the same export as a MobileMoE.
 
-    Args and result as `moe_transformer`.
+    `context` and the returned module are those of `moe_transformer`. `seed` seeds the weights.
     """
     model = build_llama(
         dim=dims.d_model, n_layers=dims.n_layers, n_heads=dims.n_heads, n_kv_heads=dims.n_kv_heads,
@@ -164,8 +165,8 @@ def dense_transformer(dims: DenseDims, context: int, seed: int = 0) -> nn.Module
 def count_weight_bytes(model: nn.Module) -> dict[str, int]:
     """Count the bytes of weights that a token's forward pass reads.
 
-    INT4 linears count half a byte a weight and their bfloat16 scales. A token reads one row of the embedding table,
-    which is left out, but all of the output projection.
+    An INT4 linear counts half a byte for each weight, and its bfloat16 scales. The embedding table is left out, because
+    a token reads only one row of it. The output projection counts in full.
 
     Returns:
         dense_bytes (everything outside the routed experts), expert_bytes (one expert of one layer), experts_a_token.
@@ -189,7 +190,7 @@ def _frozen(weight: torch.Tensor) -> nn.Parameter:
 
 
 def _embedding(q: torch.Tensor, scale: torch.Tensor) -> nn.Module:
-    """Pack INT4 rows as `embedding_4bit` reads them: two values a byte, the high nibble first, each plus 8."""
+    """Pack INT4 rows for `embedding_4bit`: two values a byte, the high nibble first, each stored plus 8."""
     width, n_groups = q.shape[1], scale.shape[1]
     even, odd = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     scales = scale.squeeze(1) if n_groups == 1 else scale

@@ -1,4 +1,4 @@
-"""Reading the weights of any checkpoint as INT4 values and scales, tensor by tensor, for the device program."""
+"""This module reads any checkpoint as INT4 values and scales, tensor by tensor, for the device program."""
 
 import torch
 
@@ -13,11 +13,11 @@ from titan_ext.quantization.formulas import quantize_int4
 
 
 class DeviceWeights:
-    """INT4 values and scales by released tensor names; each is computed when it is asked for, and not kept.
+    """INT4 values and scales by released tensor names; each is computed when it is read, and not kept.
 
-    The values and scales of an INT4 checkpoint are the stored ones. Those of another are what the INT4 format would
-    store, without being packed in between. Experts can get a larger group of their own: then they are rounded again,
-    from the unquantized weights where those are at hand.
+    For an INT4 checkpoint, they are the stored values and scales. For another checkpoint, they are the ones that the
+    INT4 format would store. The experts can get another group size; then they are rounded again, from the unquantized
+    weights if the checkpoint has them.
 
     Args:
         expert_group_size: number of values along the input dimension that share a scale in the experts; None takes the
@@ -29,8 +29,8 @@ class DeviceWeights:
 
     def __init__(self, source: Source, expert_group_size: int | None = None):
         self.config = source.config
-        # Scales stored beside a float folder count only in the default layout: the fused op takes no other axis, so a
-        # folder that came from groups along the output is rounded anew along the input.
+        # Scales that are stored beside a float folder are used only if they have the default layout. The fused op takes
+        # groups along the input only, so a folder that was imported with groups along the output is rounded again.
         layout = source.config.quantization or source.layout or int4_layout(QuantizationConfig())
         self.expert_group_size = expert_group_size or layout.get("expert_group_size", layout["group_size"])
         check_fused_op(self.config, layout, self.expert_group_size)
@@ -38,18 +38,18 @@ class DeviceWeights:
         self._packed = find_packed_tensors(with_layout(self.config, layout))
 
     def read_unquantized(self, name: str) -> torch.Tensor:
-        """Return a tensor that stays float, as float32, rounded to bfloat16 where the INT4 folder rounds it."""
+        """Return an unquantized tensor as float32, rounded to bfloat16 where the INT4 folder rounds it."""
         return cast_unquantized(name, self._source.tensors[name]).float()
 
     def read_matrix(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return int8 values in -8..7 in the weight's shape, and float16 scales, one a group along its grouped axis."""
+        """Return int8 values in -8..7 in the weight's shape, and one float16 scale for each group along its axis."""
         packed = self._packed[name]
         if self._source.is_int4:
             return self._read_stored(packed)
         return quantize_tensor(self._source.tensors[name], packed, self._scales)
 
     def read_expert_matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the experts' values [E, out, in] and scales [E, out, in / group]; checkpoints have in before out."""
+        """Return the experts' values [E, out, in] and scales [E, out, in / group]; checkpoints have [E, in, out]."""
         packed = self._packed[name]
         if self.expert_group_size == packed.group_size:
             q, scale = self.read_matrix(name)
@@ -71,7 +71,7 @@ def check_fused_op(config: MobileMoEConfig, layout: dict, expert_group_size: int
     """Check a model and its INT4 layout against what `llama::quantized_moe_ffn` and XNNPACK's linears take.
 
     Raises:
-        RefusedInput: naming the key that does not fit.
+        RefusedInput: the model or the layout does not fit; the message names the key.
     """
     if layout["expert_group_axis"] != EXPERT_GROUP_AXES["in"]:
         raise RefusedInput(

@@ -1,4 +1,4 @@
-"""MobileMoE for transformers. Importing this package registers it with the Auto classes.
+"""This package is MobileMoE for transformers. Importing it registers the model with the Auto classes.
 
 The five modules beside this file depend on no other module of this project: the exporter copies them into every
 exported folder.

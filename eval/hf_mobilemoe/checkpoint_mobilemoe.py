@@ -1,4 +1,4 @@
-"""The tensors of a MobileMoE checkpoint: names, shapes and the INT4 layout; a copy is in every exported folder."""
+"""This module describes a checkpoint's tensors: names, shapes and INT4 layout; every exported folder has a copy."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,7 +8,7 @@ from .configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig
 
 
 def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of an unquantized checkpoint and its shape, in the order of the network."""
+    """Return tensor name -> shape of an unquantized checkpoint, in the order of the network."""
     d, f, shared = config.hidden_size, config.intermediate_size, config.intermediate_size_mlp
     experts, n_q = config.num_local_experts, config.num_attention_heads * config.head_dim
     n_kv = config.num_key_value_heads * config.head_dim
@@ -34,15 +34,16 @@ def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def kept_in_float32(name: str) -> bool:
-    """Return whether a tensor is float32 whatever the model's dtype: the router's weight and the expert bias."""
+    """Return whether a tensor is float32 for every dtype of the model: the router's weight and the expert bias."""
     return name.endswith(("feed_forward.router.weight", "feed_forward.expert_bias"))
 
 
 class PackedTensor:
     """The layout of one quantized weight in an INT4 file.
 
-    `qweight_name` is uint8 with the weight's shape halved along `dim` (two values a byte, low nibble first, two's
-    complement), `scale_name` float16 with the shape divided by `group_size` along `dim`.
+    The tensor `qweight_name` is uint8 and has the weight's shape, halved along `dim` (two values a byte in two's
+    complement, the low nibble first). The tensor `scale_name` is float16; its shape is divided by `group_size` along
+    `dim`.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], quantization: Mapping) -> None:
@@ -66,7 +67,7 @@ class PackedTensor:
             )
 
     def divided_shape(self, divisor: int) -> tuple[int, ...]:
-        """Return the weight's shape with `dim` divided."""
+        """Return the weight's shape with dimension `dim` divided by `divisor`."""
         return tuple(n // divisor if i == self.dim else n for i, n in enumerate(self.shape))
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,7 +76,7 @@ class PackedTensor:
 
 
 def packed_tensors(config: MobileMoEConfig, quantization: Mapping | None) -> dict[str, PackedTensor]:
-    """Return the weights that an INT4 file holds packed: linears, experts and embedding; not router, bias or norms."""
+    """Return the weights that are packed in an INT4 file: linears, experts and embedding; not router, bias or norms."""
     assert quantization is not None, "the checkpoint is not quantized"
     return {
         name: PackedTensor(name, shape, quantization)
@@ -85,7 +86,7 @@ def packed_tensors(config: MobileMoEConfig, quantization: Mapping | None) -> dic
 
 
 def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the checkpoint that `config` describes: packed ones where it has `quantization`."""
+    """Return the shapes of the checkpoint that `config` describes; with `quantization`, those of the packed tensors."""
     if config.quantization is None:
         return tensor_shapes(config)
     packed = packed_tensors(config, config.quantization)
@@ -96,7 +97,7 @@ def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig, where: str) -> None:
-    """Compare a checkpoint's names and shapes with those of `config`; ValueError naming the first ten differences."""
+    """Compare names and shapes with those of `config`; raise a ValueError that names the first ten differences."""
     expected = checkpoint_shapes(config)
     faults = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
     faults += [f"{n} {list(s)} is not a tensor of this model" for n, s in found.items() if n not in expected]
@@ -124,7 +125,7 @@ def unpack_int4(packed: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:
-    """Return q * scale in float32, which is exact; a scale belongs to `group_size` values along `dim`."""
+    """Return q * scale in float32, which is exact; `group_size` values along `dim` share a scale."""
     groups = q.unflatten(dim, (-1, group_size)).float() * scale.float().unsqueeze(dim + 1)
     return groups.flatten(dim, dim + 1)
 
@@ -157,6 +158,6 @@ def dequantize_tensors(
 def dequantize_state_dict(
     tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Return `dequantize_tensors` at once; ValueError also for a tensor that is missing, superfluous or misshaped."""
+    """Return all of `dequantize_tensors`; a missing, superfluous or misshaped tensor also raises a ValueError."""
     check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config, "the INT4 checkpoint")
     return dict(dequantize_tensors(tensors, config, dtype))

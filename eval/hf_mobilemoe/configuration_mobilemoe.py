@@ -1,4 +1,4 @@
-"""Configuration of MobileMoE (arXiv 2605.27358) for transformers; a copy of this file is in every exported folder."""
+"""This module is MobileMoE's configuration (arXiv 2605.27358) for transformers; every exported folder has a copy."""
 
 import math
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 INT4_FORMAT = "mobilemoe-int4-g32"
+"""Name of the INT4 layout in config.json."""
 
 EXPERT_GROUP_AXES = {"in": "in (dim 1 of [E, in, out])", "out": "out (last dim of [E, in, out])"}
-"""Short name of the grouped axis of an expert tensor [E, in, out] -> its spelling in config.json."""
+"""Short name of the grouped axis of an expert tensor [E, in, out] -> its name in config.json."""
 
 _FIXED = {
     "hidden_act": "silu",
@@ -28,8 +29,8 @@ _COUNTS = (
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
 
 REQUIRED_KEYS = ("model_type", *_COUNTS, *_NUMBERS, "rope_scaling")
-"""Keys that every config.json must have. Flavor S's value would be a guess, and most keys change no tensor's shape, so
-that a wrong guess would load and compute something else."""
+"""Keys that every config.json must have. A default would be a guess. Most keys do not change the shape of a tensor, so
+a model with a wrong guess would load and compute something else."""
 
 _QUANTIZATION_FIXED = {
     "format": INT4_FORMAT,
@@ -51,15 +52,15 @@ DEFAULT_ROPE_SCALING = {
 
 
 class MobileMoEConfig(PretrainedConfig):
-    """A decoder whose every layer is attention plus routed experts and one shared expert.
+    """Configuration of a decoder in which every layer has attention, routed experts and one shared expert.
 
     The defaults are flavor S. `intermediate_size` is the hidden width of one routed expert, `intermediate_size_mlp`
-    that of the shared one. `rope_scaling` is None or the llama3 type, named by `rope_type` or `type`. `quantization`
-    is None or the description of an INT4 checkpoint (see `describe_quantization`). It describes the files: a loaded
-    model no longer has it.
+    that of the shared expert. `rope_scaling` is None or the llama3 type, named by `rope_type` or `type`. `quantization`
+    is None or the description of an INT4 checkpoint (see `describe_quantization`). It describes the files; the config
+    of a model that was dequantized does not have it.
 
     Raises:
-        ValueError: a value the architecture does not allow; the message names the key and the rule.
+        ValueError: the architecture does not allow a value; the message names the key and the rule.
     """
 
     model_type = "mobilemoe"
@@ -124,7 +125,7 @@ class MobileMoEConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the configuration from a config.json's content; ValueError naming file and key for one it lacks."""
+        """Build the configuration from a config.json's content; a missing key raises a ValueError that names it."""
         where = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
         if missing := [key for key in REQUIRED_KEYS if key not in config_dict]:
             raise ValueError(f"{where} lacks {', '.join(missing)}; a MobileMoE's states them")
@@ -138,7 +139,7 @@ class MobileMoEConfig(PretrainedConfig):
             raise ValueError(f"{where}: {error}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return transformers' own dict, with a released key that it omits because the value is its default."""
+        """Return transformers' dict and `tie_word_embeddings`, which transformers omits if it has the default value."""
         return super().to_diff_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
 
     def _check_numbers(self) -> None:
@@ -208,11 +209,11 @@ def describe_quantization(
     Args:
         group_size: number of weights that share a scale.
         expert_group_axis: "in" or "out", the grouped axis of the routed experts.
-        expert_group_size: `group_size` of the routed experts. Released checkpoints do not have the key; it is written
-            only where it differs.
+        expert_group_size: number of weights that share a scale in the routed experts; None for `group_size`. Released
+            checkpoints do not have the key, so it is written only if it differs from `group_size`.
 
     Raises:
-        ValueError: `expert_group_axis` is neither.
+        ValueError: `expert_group_axis` is not "in" or "out".
     """
     if expert_group_axis not in EXPERT_GROUP_AXES:
         raise ValueError(f"expert_group_axis is {expert_group_axis!r}; choose one of {sorted(EXPERT_GROUP_AXES)}")

@@ -1,4 +1,4 @@
-"""Files that `from_pretrained` reads, in a folder or hub repository; a copy of this module is in every export."""
+"""This module reads the files of `from_pretrained` from a folder or hub repository; every export has a copy."""
 
 import copy
 import json
@@ -28,15 +28,15 @@ from .configuration_mobilemoe import MobileMoEConfig
 #   _from_config: test_packed_weights_give_the_same_numbers in tests/eval/test_int4.py
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-"""Options of `from_pretrained` that say where files come from. Every `hub` argument below is a dict of them."""
+"""Options of `from_pretrained` for the origin of files. Every `hub` argument below is a dict of them."""
 
 
 def read_config(
     name_or_path: str | None, config: MobileMoEConfig | str | None, hub: dict, kwargs: dict
 ) -> MobileMoEConfig:
-    """Return `config`, or the folder's configuration changed by those `kwargs` that are its fields.
+    """Return `config`, or the folder's configuration with the fields that `kwargs` has.
 
-    The fields are removed from `kwargs`.
+    These fields are removed from `kwargs`.
     """
     if isinstance(config, MobileMoEConfig):
         return config
@@ -50,12 +50,12 @@ def read_config(
 
 
 def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's tensors by a causal model's names.
+    """Return a checkpoint's tensors with the names of a causal model.
 
     Unquantized tensors are on the meta device, because transformers reads their values itself.
 
     Raises:
-        ValueError: a file or the index is damaged, a dtype is wrong, or the head is not the embedding.
+        ValueError: a file or the index is damaged, a dtype is wrong, or the output projection is not the embedding.
     """
     if state_dict is None:
         device = "meta" if config.quantization is None else "cpu"
@@ -79,7 +79,7 @@ def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, h
 
 
 def load_generation_config(cls: Any, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
-    """Return `kwargs["generation_config"]`, or the folder's; transformers looks for none when it gets no folder."""
+    """Return `kwargs["generation_config"]` or the folder's, which transformers does not read if it gets no folder."""
     if "generation_config" in kwargs:
         return kwargs["generation_config"]
     if cls.can_generate() and _has_file(where, GENERATION_CONFIG_NAME, hub):
@@ -88,7 +88,7 @@ def load_generation_config(cls: Any, where: str, hub: dict, kwargs: dict) -> Gen
 
 
 def choose_dtype(kwargs: dict, config: MobileMoEConfig) -> torch.dtype:
-    """Return the dtype that the options ask for, float32 without one."""
+    """Return the dtype that the options ask for; the default is float32."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     dtype = config.dtype if dtype == "auto" else dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
@@ -99,11 +99,11 @@ def dequantize_checkpoint(
 ) -> dict[str, Any]:
     """Return the options for transformers' `from_pretrained` that load an INT4 checkpoint as an unquantized one.
 
-    They are `kwargs` with the tensors in the dtype asked for, the configuration without `quantization`, and the
-    folder's generation config.
+    They are `kwargs`, the tensors in the requested dtype, the configuration without `quantization`, and the folder's
+    generation config.
 
     Raises:
-        ValueError: the tensors are not those that `config` describes, or a device map puts some on the disk.
+        ValueError: the tensors are not those that `config` describes, or the device map puts some of them on disk.
     """
     device_map = kwargs.get("device_map")
     if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -117,9 +117,9 @@ def dequantize_checkpoint(
 
 
 def keep_float32_on_disk(loaded: Any) -> Any:
-    """Keep router and expert bias float32 where they lie on disk, and return `from_pretrained`'s result.
+    """Keep router and expert bias float32 if they stay on disk, and return `from_pretrained`'s result.
 
-    transformers notes the model's dtype for every tensor that it leaves in its file, and each call rounds to it.
+    transformers records the model's dtype for every tensor that stays in its file, and each call rounds to it.
     """
     for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -130,7 +130,7 @@ def keep_float32_on_disk(loaded: Any) -> Any:
 
 
 def record_source(loaded: Any, where: str) -> Any:
-    """Note in a model where its checkpoint came from, and return `from_pretrained`'s result."""
+    """Record in a model the origin of its checkpoint, and return `from_pretrained`'s result."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = where
     return loaded
@@ -141,7 +141,7 @@ def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
 
 
 def find_checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
-    """Return the safetensors files of a folder or hub repository, each with the tensors that an index puts there.
+    """Return safetensors file -> names of the tensors that the index expects in it; empty if there is no index.
 
     Raises:
         OSError: there is no safetensors file.
@@ -158,7 +158,7 @@ def find_checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
 
 
 def read_index(path: str | Path) -> dict[str, list[str]]:
-    """Return file name -> its tensors from a model.safetensors.index.json; ValueError naming it if it is damaged."""
+    """Return file -> names of its tensors from a model.safetensors.index.json; a damaged one raises a ValueError."""
     try:
         weight_map = json.loads(Path(path).read_text())["weight_map"]
         files: dict[str, list[str]] = {file: [] for file in sorted(weight_map.values())}
@@ -170,7 +170,7 @@ def read_index(path: str | Path) -> dict[str, list[str]]:
 
 
 def open_file(path: str | Path, expected: Sequence[str]) -> Any:
-    """Open a safetensors file; ValueError if it is missing, damaged or lacks one of the `expected` tensors."""
+    """Open a safetensors file; raise ValueError if it is missing, damaged or lacks one of the `expected` tensors."""
     content = f"; its index expects {_join_names(expected)} in it" if expected else ""
     try:
         file = safe_open(path, framework="pt")
@@ -190,10 +190,10 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def remove_tied_head(found: dict[str, Any], read: Callable[[str], torch.Tensor], where: object) -> dict[str, Any]:
-    """Return `found` without an output projection that is the embedding bit for bit.
+    """Return `found` without the output projection, if it equals the embedding bit for bit.
 
     Args:
-        found: anything by tensor name.
+        found: dict whose keys are tensor names.
         read: function that returns the tensor of a name.
 
     Raises:

@@ -1,9 +1,9 @@
-"""MobileMoE (arXiv 2605.27358) for transformers 4.57; a copy of this file is in every exported folder.
+"""This module is MobileMoE (arXiv 2605.27358) for transformers 4.57; a copy is in every exported folder.
 
 It loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
-they are loaded, or with `keep_int4=True` when they are used: q * scale is exact in float32 and rounded once in
-bfloat16. Only weights are quantized here. The device and quantization-aware training also round activations, to INT8
-per token.
+they are loaded, or, with `keep_int4=True`, when they are used. q * scale is exact in float32 and rounded once in
+bfloat16. Only weights are quantized here. The device and quantization-aware training also round activations to INT8,
+with a range for each token.
 
 Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
 E experts, K experts a token, F hidden width of an expert.
@@ -37,14 +37,14 @@ from .loading_mobilemoe import (
 )
 from .packed_mobilemoe import build_packed_model
 
-# loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that hold them.
+# loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that check them.
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
     """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2], with Llama 3.1's scaling.
 
     It is computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
-    Where low_freq_factor equals high_freq_factor there is no band to interpolate in.
+    If low_freq_factor equals high_freq_factor, no frequency is interpolated.
     """
     pair = torch.arange(0, config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
     freqs = 1.0 / config.rope_theta ** (pair / config.head_dim)
@@ -159,9 +159,9 @@ class MobileMoEExperts(nn.Module):
 
 
 class MobileMoERouter(nn.Linear):
-    """Linear layer that scores the experts [T, E], in float32 whatever the model's dtype, and under autocast too.
+    """Linear layer that scores the experts [T, E], in float32 for every dtype of the model, under autocast too.
 
-    Its weight is read here and nowhere else: accelerate loads weights from disk when their module is called.
+    Only this module reads its weight: accelerate loads weights from disk when their module is called.
     """
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -176,14 +176,14 @@ class MobileMoEFeedForward(nn.Module):
         super().__init__()
         self.top_k, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.router = MobileMoERouter(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
-        # No gradient comes through the choice of experts. Not a buffer: accelerate loses those it moves to disk.
+        # The choice of experts has no gradient. It is not a buffer, because accelerate loses buffers on the disk.
         bias_E = torch.zeros(config.num_local_experts, dtype=torch.float32)
         self.expert_bias = nn.Parameter(bias_E, requires_grad=False)
         self.experts = MobileMoEExperts(config)
         self.shared_expert = MobileMoEMLP(config)
 
     def route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each token's experts [T, K] and their float32 weights: chosen with the bias, weighted without it."""
+        """Return each token's experts [T, K], chosen with the bias, and their float32 weights, without the bias."""
         scores_TE = self.router(x_TD)
         experts_TK = (scores_TE + self.expert_bias.float()).topk(self.top_k, dim=-1).indices
         chosen_TK = scores_TE.gather(1, experts_TK)
@@ -195,7 +195,7 @@ class MobileMoEFeedForward(nn.Module):
 
 
 class MobileMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each behind an RMSNorm and beside a residual connection."""
+    """Attention and feed-forward, each after an RMSNorm and with a residual connection."""
 
     def __init__(self, config: MobileMoEConfig, layer_idx: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class MobileMoEPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialization, which both models share."""
+    """Base class with the loading, saving and initialization of both models."""
 
     config: MobileMoEConfig
     config_class = MobileMoEConfig
@@ -237,11 +237,11 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
     ):
         """Load a model as transformers does, with three differences.
 
-        A checkpoint that lacks a tensor, has one too many, or has one of another shape is refused, by a ValueError that
-        names it, instead of being completed with random weights. A checkpoint whose config.json has `quantization` is
-        dequantized to `dtype` (float32 by default); the loaded model's config no longer has the key, so that saving it
-        writes what it is. With `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and
-        more time a token (`packed_mobilemoe`); it allows `dtype`, `attn_implementation` and `generation_config`.
+        A missing or superfluous tensor, or one of another shape, raises a ValueError that names it; transformers would
+        use random weights. A checkpoint whose config.json has `quantization` is dequantized to `dtype` (float32 by
+        default). The loaded model's config does not have the key, because a saved copy would be unquantized. With
+        `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and more time a token
+        (`packed_mobilemoe`). The only options then are `dtype`, `attn_implementation` and `generation_config`.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         config = read_config(pretrained_model_name_or_path, config, hub, kwargs)
@@ -254,24 +254,24 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             options = {"config": config, "state_dict": state_dict} | kwargs
             return keep_float32_on_disk(super().from_pretrained(pretrained_model_name_or_path, *model_args, **options))
         options = dequantize_checkpoint(cls, where, found, config, hub, kwargs)
-        # Without a folder's name, which would make transformers read the packed files.
+        # The folder's name is None, because transformers would read the packed files.
         return record_source(super().from_pretrained(None, *model_args, **options), where)
 
     def save_pretrained(self, *args, **kwargs):
-        """Save the model as transformers does; ValueError for packed weights, whose folder exists already."""
+        """Save the model as transformers does; raise a ValueError for packed weights, whose folder already exists."""
         if self.config.quantization is not None:
             raise ValueError(f"the weights are packed (keep_int4): copy the folder they come from, {self.name_or_path}")
         return super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """Resize the embedding as transformers does; ValueError for packed weights, which take no more rows."""
+        """Resize the embedding as transformers does; raise a ValueError for packed weights, which take no more rows."""
         if self.config.quantization is not None:
             raise ValueError("the embedding is packed (keep_int4): load the model without keep_int4 to resize it")
         return super().resize_token_embeddings(*args, **kwargs)
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):
-    """The decoder without its head."""
+    """The decoder without its output projection."""
 
     def __init__(self, config: MobileMoEConfig) -> None:
         super().__init__(config)
@@ -309,9 +309,9 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             cache_position = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)
         if position_ids is None:
             position_ids = cache_position[None]
-        if isinstance(attention_mask, dict):  # generate with a static cache makes one mask a kind of layer
+        if isinstance(attention_mask, dict):  # generate with a static cache makes a mask for each type of layer
             attention_mask = attention_mask["full_attention"]
-        # Before a cache of our own exists: transformers looks for packed documents only where there is none.
+        # The mask comes before our own cache: transformers detects packed documents only if there is no cache.
         mask = create_causal_mask(
             config=self.config,
             input_embeds=x_BLD,
@@ -339,7 +339,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
 
 
 class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
-    """The language model; its head is the embedding."""
+    """The language model; its output projection is its embedding."""
 
     _tied_weights_keys = ("lm_head.weight",)
 
@@ -367,8 +367,8 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         """Return logits [B, L, vocab_size] in the model's dtype; see `MobileMoEModel.forward` for the other arguments.
 
         Args:
-            labels: [B, L]; adds the mean cross-entropy in nats of predicting label t + 1 at position t; -100 is
-                ignored.
+            labels: [B, L]; the loss is then the mean cross-entropy in nats of predicting label t + 1 at position t.
+                -100 is ignored.
             logits_to_keep: number of last positions to return; 0 returns all.
         """
         outputs = self.model(

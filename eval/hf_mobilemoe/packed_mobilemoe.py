@@ -1,6 +1,6 @@
-"""MobileMoE with its INT4 weights kept packed: each is dequantized when it is used and dropped again.
+"""This module keeps the INT4 weights of MobileMoE packed; each is dequantized when it is used, and dropped after it.
 
-The numbers are those of a model that is dequantized when it is loaded. Memory holds the packed weights, and the floats
+The results are those of a model that is dequantized when it is loaded. Memory holds the packed weights, and the floats
 of one matrix, of one expert or of a slice of the vocabulary at a time. A copy of this file is in every exported folder.
 """
 
@@ -20,7 +20,7 @@ HEAD_ROWS = 1 << 14
 
 
 class PackedWeight(nn.Module):
-    """One INT4 weight; an index into its first dimension gives floats. `PackedTensor` describes its layout."""
+    """One INT4 weight; indexing its first dimension returns floats. `PackedTensor` describes its layout."""
 
     qweight: torch.Tensor
     scale: torch.Tensor
@@ -32,7 +32,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("scale", tensors[packed.scale_name])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Apply a cast or move: a cast changes the dtype of the floats; the packed numbers only move."""
+        """Apply a cast or move. A cast changes the dtype of the floats only; the packed tensors keep theirs."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         self.qweight = fn(self.qweight)
         self.scale = fn(self.scale.view(torch.int16)).view(torch.float16)
@@ -76,8 +76,10 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: s
     """Put an INT4 checkpoint's tensors into a model on the meta device whose config has `quantization`.
 
     Args:
-        prefix: part that the checkpoint's names have before the model's: "" for a causal model, "model." for its
+        tensors: tensors of the checkpoint by name.
+        prefix: prefix of the checkpoint's names that the model's do not have: "" for a causal model, "model." for its
             decoder.
+        dtype: dtype of the floats, except the router's weight and the expert bias.
     """
     config: Any = model.config
     packed = packed_tensors(config, config.quantization)
@@ -115,7 +117,7 @@ def build_packed_model(
     dtype = choose_dtype(kwargs, config)
     generation_config = load_generation_config(cls, where, hub, kwargs)
     attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
-    # The last two are what the Auto classes pass on.
+    # The Auto classes pass on the last two.
     taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
     if unknown := sorted(kwargs.keys() - taken):
         raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")

@@ -1,9 +1,9 @@
-"""Our own MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`: built on first use, loaded, declared to torch.
+"""This package builds, loads and declares our MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`.
 
-It takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn` (eval/device/expert_blobs.py) and
-rounds activations to INT8 as that op's ARM build does. It has AVX512-VNNI, AVX2 and portable kernels; the best one for
-the processor is chosen when the library is loaded. The C++ lies beside this file and is compiled against headers and
-libraries of the installed executorch wheel.
+The operator takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn`
+(eval/device/expert_blobs.py) and rounds activations to INT8 as that op's ARM build does. It has AVX512-VNNI, AVX2 and
+portable kernels; the best one for the processor is chosen when the library is loaded. The C++ sources are beside this
+file. They are compiled on first use against headers and libraries of the installed executorch wheel.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
     "-fno-signed-zeros", "-fassociative-math", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL",
 )  # fmt: skip
-"""Compiler options. -ffast-math is not among them: in a library, it would flush denormals in the whole process.
--freciprocal-math is not either: quantize_row divides as the formula says."""
+"""Compiler options. They leave out -ffast-math, which would flush denormals to zero in the whole process, and
+-freciprocal-math, because quantize_row must divide exactly as the formula of INT8 does."""
 
 _SCHEMA = (
     "(Tensor x, Tensor gate_weight, Tensor expert_bias, Tensor packed_w13, Tensor packed_w2, "
@@ -38,9 +38,9 @@ _SCHEMA = (
 
 
 def library_path() -> Path:
-    """Return the path of the compiled library; it is built now if the cache does not hold it.
+    """Return the path of the compiled library; build it if the cache does not have it.
 
-    It lies in `core.cache.cache_dir()`/device_op, in a folder named by a hash of the sources, the flags and the
+    It is in `core.cache.cache_dir()`/device_op, in a folder named by a hash of the sources, the flags and the
     executorch wheel's version.
 
     Raises:
@@ -79,7 +79,7 @@ def _build(source: Path, wheel: Path, library: Path) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Load the library into this process, which registers the op with ExecuTorch's runtime; once is enough."""
+    """Load the library into this process, once; this registers the op with ExecuTorch's runtime."""
     from executorch.extension.pybindings import portable_lib  # noqa: F401  (the runtime the op registers with)
 
     library = ctypes.CDLL(str(library_path()))
@@ -104,8 +104,10 @@ def run_kernel(
     """Return the routed experts' output [T, D], float32, computed by one of `KERNELS`.
 
     Args:
-        x_TD, gate_ED, bias_E: contiguous float32.
-        packed_w13, packed_w2: as `eval.device.expert_blobs.pack_blobs` returns them.
+        x_TD: tokens, contiguous float32.
+        gate_ED: router weight, contiguous float32.
+        bias_E: expert bias, contiguous float32; None for none.
+        packed_w13, packed_w2: gate and up rows, and down rows, as `eval.device.expert_blobs.pack_blobs` returns them.
 
     Raises:
         ValueError: this processor does not have the kernel's instructions.
@@ -126,7 +128,7 @@ def run_kernel(
 
 @functools.cache
 def declare() -> torch.library.Library:
-    """Declare the op to torch, so that a model that calls it can be exported; call before tracing."""
+    """Declare the op to torch, so that a model that calls it can be exported; call this before tracing."""
     library = torch.library.Library("mobilemoe", "DEF")
     library.define(f"quantized_moe_ffn{_SCHEMA}) -> Tensor")
     library.define(f"quantized_moe_ffn.out{_SCHEMA}, *, Tensor(a!) out) -> Tensor(a!)")

@@ -1,8 +1,8 @@
 // mobilemoe::quantized_moe_ffn: an MoE layer's router and routed experts as one ExecuTorch operator.
 //
-// Takes the arguments and the packed weights of ExecuTorch's own llama::quantized_moe_ffn, whose x86 build dequantizes
-// every expert at every call. Activations are rounded to asymmetric INT8 a token before both products, as torchao's ARM
-// kernels and quantization-aware training do. Router and weighting are float32.
+// It takes the arguments and packed weights of ExecuTorch's own llama::quantized_moe_ffn, whose x86 build dequantizes
+// every active expert at every call. Before both products, activations are rounded to asymmetric INT8 with a range for
+// each token, as in torchao's ARM kernels and quantization-aware training. Router and weighting are float32.
 //
 // Shapes: T tokens, D model width, F expert width, E experts, K experts a token; R = T * K rows sorted by expert.
 
@@ -41,7 +41,7 @@ struct Layer {
   float* out;                // [T, D]
 };
 
-// Rows of activations and what their QuantizedRow points at.
+// Rows of quantized activations; owns the memory to which each QuantizedRow points.
 struct QuantizedRows {
   QuantizedRows(int64_t n, int64_t k, int64_t group_size)
       : k(k), group_size(group_size), q(n * k), group_sums(n * (k / group_size)), rows(n) {}
@@ -51,8 +51,9 @@ struct QuantizedRows {
   std::vector<QuantizedRow> rows;
 };
 
-// The grid of titan_ext/quantization/formulas.py (quantize_int8), which is torchao's choose_qparams_affine(ASYMMETRIC,
-// int8): it always holds 0, and the scale is at least the smallest normal float, whose reciprocal is finite.
+// Quantizes row i on the grid of titan_ext/quantization/formulas.py (quantize_int8), which is that of torchao's
+// choose_qparams_affine(ASYMMETRIC, int8): the grid contains 0, and the scale is at least the smallest normal float,
+// whose reciprocal is finite.
 MOBILEMOE_FOR_EACH_CPU
 void quantize_row(const float* x, int64_t i, QuantizedRows& out) {
   float low = 0.0f, high = 0.0f;
@@ -76,7 +77,7 @@ void quantize_row(const float* x, int64_t i, QuantizedRows& out) {
   out.rows[i] = {q, sums, scale, static_cast<int32_t>(zero)};
 }
 
-// scores[e] = sigmoid(gate[e] . x)
+// Writes scores[e] = sigmoid(dot(gate[e], x)).
 MOBILEMOE_FOR_EACH_CPU
 void score_token(const float* x, const float* gate, int64_t E, int64_t D, float* scores) {
   for (int64_t e = 0; e < E; ++e) {
@@ -86,7 +87,8 @@ void score_token(const float* x, const float* gate, int64_t E, int64_t D, float*
   }
 }
 
-// The K experts of the highest score + bias (ties: the lower index), weighted by their normalized unbiased scores.
+// Writes the K experts with the highest score + bias (in a tie, the lower index) and their weights: the unbiased
+// scores, normalized to a sum of route_scale.
 void choose_experts(const Layer& layer, const float* scores, int32_t* experts, float* weights) {
   std::vector<char> taken(layer.E, 0);
   float sum = 0.0f;
@@ -108,13 +110,13 @@ void choose_experts(const Layer& layer, const float* scores, int32_t* experts, f
   for (int64_t k = 0; k < layer.K; ++k) weights[k] *= layer.route_scale / std::max(sum, 1.17549435e-38f);
 }
 
-// The (token, expert) pairs sorted by expert.
+// The (token, expert) pairs, sorted by expert.
 struct Routing {
   std::vector<int64_t> active;   // experts that have tokens, ascending
-  std::vector<int64_t> offsets;  // [E + 1] of each expert's first row
-  std::vector<int64_t> token;    // [R]
-  std::vector<float> weight;     // [R]
-  int64_t most_rows = 0;         // of one expert
+  std::vector<int64_t> offsets;  // [E + 1], the first row of each expert
+  std::vector<int64_t> token;    // [R], index of each row's token
+  std::vector<float> weight;     // [R], routing weight of each row
+  int64_t most_rows = 0;         // largest number of rows of one expert
 };
 
 Routing route(const Layer& layer) {
@@ -192,7 +194,7 @@ void moe_ffn(const Layer& layer, TileKernel kernel) {
     for (int64_t r = begin; r < end; ++r) quantize_row(&hidden_RF[r * F], r, hidden);
   });
 
-  // Down products. A thread owns whole columns of the output, so rows of one token never collide.
+  // Down products. A thread owns complete columns of the output, so no two threads add to the same element.
   const int64_t hidden_tile = tile_bytes(F, layer.group_size);
   parallel_for(0, D / kTileRows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> product(routing.most_rows * kTileRows);
@@ -260,15 +262,15 @@ Tensor& quantized_moe_ffn_out(executorch::runtime::KernelRuntimeContext& ctx, co
 
 EXECUTORCH_LIBRARY(mobilemoe, "quantized_moe_ffn.out", mobilemoe::quantized_moe_ffn_out);
 
-// What Python calls through ctypes (eval/device/expert_op/__init__.py).
+// The functions that Python calls through ctypes (eval/device/expert_op/__init__.py).
 extern "C" {
 
 const char* mobilemoe_kernel() { return mobilemoe::best_kernel(); }
 
-// Expert matrices read since the library was loaded, an expert counted once a layer and call.
+// Returns the number of experts read since the library was loaded; an expert counts once for each layer and call.
 int64_t mobilemoe_experts_read() { return mobilemoe::experts_read; }
 
-// The layer with one kernel by name; 1 where this processor does not have it.
+// Computes the layer with the kernel of this name. Returns 1 if this processor does not have it, else 0.
 int mobilemoe_run(const char* kernel_name, int64_t T, int64_t D, int64_t F, int64_t E, int64_t K, int64_t group_size,
                   const float* x, const float* gate, const float* bias, const uint8_t* w13, const uint8_t* w2,
                   double route_scale, float* out) {

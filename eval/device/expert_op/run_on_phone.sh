@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Push an ExecuTorch program to an Android phone, run it there on the prompts of three domains, collect the timings.
+# Push an ExecuTorch program to an Android phone, run it there on the prompts of three domains, and collect the timings.
 #
 #   eval/device/expert_op/run_on_phone.sh PROGRAM_FOLDER LLAMA_MAIN OUT_FOLDER [THREADS] [NEW_TOKENS]
 #
-# PROGRAM_FOLDER: what `mobilemoe export --format executorch --expert-op stock` wrote.
-# LLAMA_MAIN: ExecuTorch's runner, built for arm64-v8a (docs/on_device.md says how).
-# OUT_FOLDER gets DOMAIN.log, the runner's output, and DOMAIN.json: its statistics and the peak memory in kB.
+# PROGRAM_FOLDER: the folder that `mobilemoe export --format executorch --expert-op stock` wrote.
+# LLAMA_MAIN: ExecuTorch's runner, built for arm64-v8a (docs/on_device.md has the commands).
+# OUT_FOLDER: receives DOMAIN.log (the runner's output) and DOMAIN.json (its statistics and the peak memory in kB).
 set -euo pipefail
 
 [[ $# -ge 3 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }

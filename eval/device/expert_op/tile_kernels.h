@@ -1,15 +1,15 @@
 // Dot products of INT4 weight tiles with INT8 activation rows: AVX512-VNNI, AVX2 and portable C++.
 //
-// A tile is 8 rows of a weight matrix in the "universal" layout of torchao's 8-bit-activation kernels, the layout
-// that eval/device/expert_blobs.py packs: for every group along K first the values, in chunks of 16 along K, then 8 float
+// A tile is 8 rows of a weight matrix in the "universal" layout of torchao's 8-bit-activation kernels, which
+// eval/device/expert_blobs.py writes. For every group along K it has the values, in chunks of 16 along K, then 8 float
 // scales, then 8 int32 sums of the group's values. A chunk is 64 bytes, four runs of 16:
 //   run 0: rows 0-3, k 0-7   run 1: rows 4-7, k 0-7   run 2: rows 0-3, k 8-15   run 3: rows 4-7, k 8-15
-// and in a run the low nibbles are the first two rows (8 values each), the high nibbles the other two. A nibble is the
-// value plus 8, so it is unsigned, which is what the byte dot product instructions want of one operand.
+// In a run, the low nibbles are the first two rows (8 values each), and the high nibbles are the other two. A nibble is
+// the value plus 8, so it is unsigned. The byte dot product instructions need one unsigned operand.
 //
 // With weights w = s_g * (n - 8) and activations x = scale * (q - zero), a row's product with x is
-//   scale * sum over groups g of s_g * (sum n * q  -  8 * sum q  -  zero * sum (n - 8)),
-// where the second sum comes with the activations and the third with the weights.
+//   scale * sum over groups g of s_g * (sum n * q  -  8 * sum q  -  zero * sum (n - 8)).
+// The second sum is stored with the activations, and the third with the weights.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct QuantizedRow {
   int32_t zero;
 };
 
-// out[i * 8 + r] = row r of the tile . rows[i], for i < n_rows; group_size is a multiple of 32.
+// A kernel writes out[i * 8 + r] = dot(row r of the tile, rows[i]) for i < n_rows; group_size is a multiple of 32.
 using TileKernel = void (*)(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows, int64_t n_rows,
                             float* out);
 
@@ -78,8 +78,8 @@ inline void tile_portable(const uint8_t* tile, int64_t k, int64_t group_size, co
 #define MOBILEMOE_AVX2 __attribute__((target("avx2,fma")))
 #define MOBILEMOE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
-// Both vector kernels keep partial sums in the lanes the layout gives: with one 256-bit half of a chunk,
-// low nibbles are rows 0 0 1 1 | 4 4 5 5 and high nibbles rows 2 2 3 3 | 6 6 7 7 after the sums over four k.
+// Both vector kernels keep partial sums in the lane order of the layout. After the sums over four k of one 256-bit half
+// of a chunk, the low nibbles are rows 0 0 1 1 | 4 4 5 5 and the high nibbles are rows 2 2 3 3 | 6 6 7 7.
 // _mm256_hadd_ps of the two then yields rows 0 1 2 3 | 4 5 6 7.
 
 template <int M>
@@ -94,7 +94,7 @@ MOBILEMOE_AVX2 void block_avx2(const uint8_t* tile, int64_t k, int64_t group_siz
     __m256i low[M], high[M];
     for (int i = 0; i < M; ++i) low[i] = high[i] = _mm256_setzero_si256();
     for (int64_t start = g * group_size; start < (g + 1) * group_size; start += 32) {
-      // 16-bit sums of 8 products of at most 15 * 128 each hold 32 values along K.
+      // A 16-bit sum has 8 products of at most 15 * 128, so it cannot overflow within 32 values along K.
       __m256i low16[M], high16[M];
       for (int i = 0; i < M; ++i) low16[i] = high16[i] = _mm256_setzero_si256();
       for (int half = 0; half < 4; ++half, tile += 32) {
@@ -181,7 +181,8 @@ MOBILEMOE_AVX512 void block_avx512(const uint8_t* tile, int64_t k, int64_t group
   }
 }
 
-// Blocks of four rows: the weights are unpacked once for four, and four rows' sums still fit the registers.
+// Rows are processed in blocks of four: the weights are unpacked once for four rows, and the sums of four rows still
+// fit into the registers.
 #define MOBILEMOE_IN_BLOCKS(block)                                                              \
   int64_t i = 0;                                                                                \
   for (; i + 4 <= n_rows; i += 4) block<4>(tile, k, group_size, rows + i, out + i * kTileRows); \
@@ -203,7 +204,7 @@ inline void tile_avx512(const uint8_t* tile, int64_t k, int64_t group_size, cons
 #undef MOBILEMOE_IN_BLOCKS
 #endif  // __x86_64__
 
-// The kernels by name; nullptr where this processor lacks the instructions.
+// Returns the kernel of this name, or nullptr if this processor lacks its instructions.
 inline TileKernel find_kernel(const char* name) {
 #if defined(__x86_64__)
   if (!std::strcmp(name, "avx512_vnni")) {

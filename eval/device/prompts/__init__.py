@@ -1,4 +1,4 @@
-"""Prompts of three domains for profiling, as token ids of any model."""
+"""This package holds the prompts of three domains for profiling, and turns them into token ids of any model."""
 
 import re
 import zlib
@@ -9,20 +9,20 @@ from core.errors import RefusedInput
 
 DOMAINS = ("knowledge", "code", "maths")
 DUMMY = "repeated token"
-"""Name of the prompt that repeats one token. A MoE reads few of its experts for it, so its memory looks too good."""
+"""Name of the prompt that repeats one token. An MoE reads few of its experts for it, so its memory looks too low."""
 
 
 def load_texts() -> dict[str, str]:
-    """Return domain -> text, about 3,000 characters each, written for this purpose."""
+    """Return domain -> text of about 3,000 characters, written for this purpose."""
     return {domain: (Path(__file__).parent / f"{domain}.txt").read_text() for domain in DOMAINS}
 
 
 def tokenize(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
     """Return domain -> `length` token ids, and one more entry for DUMMY.
 
-    A text that is too short is repeated. The artifact's tokenizer makes the ids. A baseline of random weights has none:
-    then the checksum of every word, with the space before it, is its id, which keeps the frequency and the order of
-    words.
+    A text that is too short is repeated. The artifact's tokenizer makes the ids. A baseline with random weights has no
+    tokenizer. Then the id of a word is a checksum of the word and the space before it, modulo the vocabulary, which
+    keeps the frequency and the order of words.
 
     Raises:
         RefusedInput: a text is empty.
