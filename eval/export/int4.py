@@ -6,20 +6,18 @@ dequantization lie in `eval.hf_mobilemoe.checkpoint_mobilemoe`, which ships with
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from core.errors import RefusedInput, refuse_value_errors
 from eval.config import ExportConfig
 from eval.export.artifact_folder import new_folder
-from eval.export.dimensions import config_from_dims, int4_layout, with_layout
+from eval.export.dimensions import int4_layout, with_layout
 from eval.export.hf_folder import fill_folder
 from eval.export.source import Source
 from eval.export.stored_scales import SCALES_FILE
 from eval.hf_mobilemoe.checkpoint_mobilemoe import PackedTensor, dequantize_int4, packed_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from titan_ext.config import ModelDims
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.formulas import LARGEST_INT4_SCALE, int4_scale, quantize_int4
 
@@ -45,23 +43,6 @@ def export_int4(source: Source, out: Path, *, max_shard_bytes: int = ExportConfi
     with new_folder(out) as partial:
         fill_folder(stream, config, source.tokenizer, partial, max_shard_bytes)
     return out
-
-
-def write_int4_folder(
-    tensors: Mapping[str, torch.Tensor],
-    dims: ModelDims,
-    tokenizer_dir: Path,
-    out: Path,
-    quantization: QuantizationConfig,
-    *,
-    max_shard_bytes: int = ExportConfig.max_shard_bytes,
-    extra_config: dict[str, Any] | None = None,
-) -> Path:
-    """Write the INT4 folder of unquantized tensors; arguments and errors as `write_hf_folder`."""
-    config = config_from_dims(dims, **(extra_config or {}))
-    config.dtype = torch.bfloat16
-    source = Source(tensors, config, tokenizer_dir, layout=int4_layout(quantization))
-    return export_int4(source, out, max_shard_bytes=max_shard_bytes)
 
 
 def quantize_tensors(

@@ -9,10 +9,9 @@ from transformers import AutoTokenizer
 
 from eval.device import prompts
 from eval.export.dimensions import config_from_dims
-from eval.export.int4 import write_int4_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
-from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, write_int4_folder, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
 
 ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)

@@ -21,11 +21,11 @@ from eval.device.transformer import DenseDims, count_weight_bytes, dense_transfo
 from eval.device.weights import DeviceWeights
 from eval.export.artifact_folder import verify_checksums
 from eval.export.dimensions import config_from_dims
-from eval.export.int4 import derive_scale, write_int4_folder
+from eval.export.int4 import derive_scale
 from eval.export.source import Source, open_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import REFUSED, main
-from tests.eval.tiny_checkpoint import DIMS, dequantize_folder, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, dequantize_folder, random_tensors, write_int4_folder, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.formulas import quantize_int4
 

@@ -13,14 +13,21 @@ from torchao.quantization.quant_primitives import MappingType, choose_qparams_af
 from eval.export.artifact_folder import verify_checksums
 from eval.export.dimensions import config_from_dims
 from eval.export.hf_folder import write_hf_folder
-from eval.export.int4 import derive_scale, pack_int4, quantize_tensors, write_int4_folder
+from eval.export.int4 import derive_scale, pack_int4, quantize_tensors
 from eval.export.sizes import int4_bytes
 from eval.export.stored_scales import SCALES_FILE
 from eval.export.tensor_files import TensorFiles
 from eval.hf_mobilemoe import MobileMoEForCausalLM, MobileMoEModel, packed_mobilemoe
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4, dequantize_state_dict, packed_tensors, unpack_int4
 from eval.hf_mobilemoe.configuration_mobilemoe import describe_quantization
-from tests.eval.tiny_checkpoint import DIMS, dequantize_folder, quantize_folder, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import (
+    DIMS,
+    dequantize_folder,
+    quantize_folder,
+    random_tensors,
+    write_int4_folder,
+    write_tokenizer,
+)
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.formulas import quantize_int4
 from titan_ext.quantization.qat import fake_quantize_weight

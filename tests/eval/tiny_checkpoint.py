@@ -1,16 +1,19 @@
 """A tiny MobileMoE with random weights and a tokenizer of its own, for the tests of this folder."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from eval.config import ExportConfig
 from eval.export.bf16 import export_bf16
 from eval.export.dimensions import config_from_dims, int4_layout
 from eval.export.int4 import export_int4
-from eval.export.source import open_folder
+from eval.export.source import Source, open_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from titan_ext.config import ModelDims, RopeScaling
 from titan_ext.quantization.config import QuantizationConfig
@@ -75,3 +78,20 @@ def quantize_folder(
 def dequantize_folder(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the unquantized folder of an INT4 one."""
     return export_bf16(open_folder(folder), out, dtype=dtype)
+
+
+def write_int4_folder(
+    tensors: Mapping[str, torch.Tensor],
+    dims: ModelDims,
+    tokenizer_dir: Path,
+    out: Path,
+    quantization: QuantizationConfig,
+    *,
+    max_shard_bytes: int = ExportConfig.max_shard_bytes,
+    extra_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write the INT4 folder of unquantized tensors, as `export_int4` does for a checkpoint of a run."""
+    config = config_from_dims(dims, **(extra_config or {}))
+    config.dtype = torch.bfloat16
+    source = Source(tensors, config, tokenizer_dir, layout=int4_layout(quantization))
+    return export_int4(source, out, max_shard_bytes=max_shard_bytes)
