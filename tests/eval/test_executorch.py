@@ -111,7 +111,7 @@ def test_the_program_computes_what_the_traced_model_does(int4_folder, program_fo
 
 
 class Residual(nn.Module):
-    """What a block gives to XNNPACK, at its smallest: a norm, a quantized linear, a sum."""
+    """The smallest model with all that a block gives to XNNPACK: a norm, a quantized linear, a sum."""
 
     def __init__(self):
         super().__init__()

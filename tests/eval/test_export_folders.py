@@ -28,7 +28,7 @@ def bf16(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["in", "out"])
 def int4(request, bf16):
-    """As someone else made it: any values, and scales that no max|w| / 7.5 gives, some of them no bfloat16."""
+    """A folder that another program made: any values, and scales that are not max|w| / 7.5 and not all bfloat16."""
     folder = quantize_folder(
         bf16, bf16.with_name(f"int4_{request.param}"), QuantizationConfig(expert_group_axis=request.param)
     )

@@ -35,7 +35,7 @@ def tokenizer_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bf16(tokenizer_dir, tmp_path_factory):
-    """In several files with an index, as the larger releases are."""
+    """A folder of several files with an index, as the larger releases are."""
     out = tmp_path_factory.mktemp("released") / "bf16"
     return write_hf_folder(random_tensors(), DIMS, tokenizer_dir, out, max_shard_bytes=60_000)
 

@@ -249,7 +249,7 @@ def test_packed_weights_and_what_does_not_go_with_them(bf16, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packed_weights_follow_a_cast(dtype, bf16, tmp_path):
-    """Of the floats alone: values and scales stay as they are, and another cast gives the first numbers again."""
+    """A cast changes the floats alone: values and scales stay, and another cast gives the first numbers again."""
     int4 = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig())
     model = MobileMoEForCausalLM.from_pretrained(int4, keep_int4=True)
     weight, tokens = model.model.layers[0].self_attn.q_proj.weight, torch.arange(8, 40)[None]

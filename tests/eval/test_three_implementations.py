@@ -56,7 +56,7 @@ def test_packed_documents_agree_with_the_released_scaling(tokens):
 
 @torch.no_grad()
 def test_bfloat16_stays_within_its_rounding(tokens):
-    """Where a token's fourth and fifth expert are nearly equal, bfloat16 may choose the other: hence the median."""
+    """The median counts: where a token's fourth and fifth expert are nearly equal, bfloat16 may choose the other."""
     exact = build_titan(DIMS)(tokens, positions=torch.arange(60)[None])[0]
     titan = build_titan(DIMS).bfloat16()
     for block in titan.layers.values():
