@@ -163,7 +163,7 @@ class StepRunner:
     workers: int
     """Number of tasks that run at once."""
     logs: Path
-    """Folder of datatrove's logs, statistics and completion markers, with one folder a step."""
+    """Folder of datatrove's logs, statistics and completion markers, with one folder per step."""
     progress: Progress
     """Called with (step name, completed tasks, all tasks)."""
 

@@ -1,4 +1,4 @@
-"""Assignment of documents to held-out data and to the stages, by a hash of their text."""
+"""Assigns documents to held-out data and to the stages, by a hash of their text."""
 
 import hashlib
 

@@ -16,6 +16,7 @@ from data.catalogue.corpus import Unit
 from data.readers.instruction_readers import TOOLS_PROMPT, make_message
 
 NUM_SAMPLES = 400
+"""Number of conversations that are generated."""
 
 
 def _numbers(rng: random.Random) -> list[int]:

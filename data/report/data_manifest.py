@@ -95,7 +95,7 @@ def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: li
     """Return, for each corpus, the documents that every step read, dropped, changed and kept.
 
     Args:
-        logs: folder of datatrove's logs, with one folder a step.
+        logs: folder of datatrove's logs, with one folder per step.
         read: folder that `data.readers.corpus_reader.CorpusReader` wrote its counts to.
     """
     filtering = sum_block_statistics(logs, "1-read-and-filter", units)
@@ -172,8 +172,8 @@ def compute_entropy(counts: np.ndarray) -> float:
 def compute_entropies(statistics: dict[str, ShardStatistics]) -> dict[str, dict[str, float]]:
     """Return the unigram entropy in nats a token of held-out text, held-out answers and sft answers.
 
-    Each has an entry a domain and `overall`. The tokens are those that a model is trained to predict: all but bos of a
-    document, the masked tokens of a conversation.
+    Each has one entry per domain and `overall`. The tokens are those that a model is trained to predict: all but bos of
+    a document, the masked tokens of a conversation.
     """
     entropies = {}
     for group, prefix in (

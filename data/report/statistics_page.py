@@ -1,4 +1,4 @@
-"""The statistics page of a data step: one HTML file that needs no other file."""
+"""Writes the statistics page of a data step: one HTML file that needs no other file."""
 
 from collections.abc import Iterable
 from pathlib import Path

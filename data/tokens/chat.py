@@ -1,4 +1,4 @@
-"""Encoding of documents and conversations to token ids, with the mask that says which tokens are trained."""
+"""Encodes documents and conversations to token ids, with the mask that says which tokens are trained."""
 
 from typing import NamedTuple
 

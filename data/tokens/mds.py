@@ -1,4 +1,4 @@
-"""Writing MDS shards, and joining the shards of all tasks.
+"""Writes MDS shards, and joins the shards of all tasks.
 
 A task writes its part of every destination (`shards/pretrain/web`, `heldout/sft/math`, ...) below `parts/<rank>/`;
 `assemble` joins the parts of a destination to one ordinary MDS folder. core/samples.py has the schema of the samples.

@@ -1,4 +1,4 @@
-"""The last block of the pipeline: documents to tokens to MDS shards."""
+"""The last block of the pipeline: it encodes documents and writes them as MDS shards."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from data.tokens import mds, tokenizer
 from data.tokens.chat import Encoder
 
 BATCH_CHARS = 1 << 20
-"""Text encoded at once: so much that the calls into the tokenizer cost nothing, and little enough to hold in memory."""
+"""Characters of a batch: so many that the calls into the tokenizer cost nothing, and few enough for memory."""
 
 
 class ShardWriter(PipelineStep):
@@ -107,7 +107,7 @@ class ShardWriter(PipelineStep):
 
 @lru_cache(maxsize=1)
 def load_encoder(folder: Path, sha256: str) -> Encoder:
-    """Load the encoder of a tokenizer folder, once a process, because it takes a second.
+    """Load the encoder of a tokenizer folder, once per process, because it takes a second.
 
     Args:
         sha256: `tokenizer.hash_tokenizer` of the folder. It is only part of the cache's key: Ray's processes may live

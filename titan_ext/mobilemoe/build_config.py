@@ -1,4 +1,4 @@
-"""Dimensions to torchtitan configs: `model_config` for the model, `model_spec` for a Trainer.
+"""Makes torchtitan configs from dimensions: `model_config` for the model, `model_spec` for a Trainer.
 
 Initial weights are normal with std 0.02. Projections into the residual stream (`wo`, the experts' `w2`) are scaled by
 1 / sqrt(2 * layers), as torchtitan's Qwen3 does. The paper (arXiv 2605.27358) does not state its initialisation.

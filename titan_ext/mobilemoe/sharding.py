@@ -1,4 +1,4 @@
-"""The layout of MobileMoE's parameters and activations over the tensor- and expert-parallel axes of the mesh."""
+"""Lays out MobileMoE's parameters and activations over the tensor- and expert-parallel axes of the mesh."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ class TiedEmbedding:
     def reduce_tied_grad(self) -> None:
         """Add the replica's gradient to the owner's and set the replica's to None.
 
-        Call it once an optimizer step, before the gradient norm is taken.
+        Call it once per optimizer step, before the gradient norm is taken.
         """
         if self._replica is not None:
             assert self._replica.grad is not None, "call it after the backward pass"
