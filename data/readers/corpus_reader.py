@@ -17,7 +17,7 @@ from datatrove.pipeline.readers.base import BaseReader
 from core.special_tokens import SPECIAL_TOKENS
 from data import compat
 from data.catalogue.corpus import RemoteFiles, Unit
-from data.readers import remote_readers
+from data.readers import remote_files
 from data.readers.instruction_readers import ROLES
 
 
@@ -69,7 +69,7 @@ class CorpusReader(BaseReader):
 
     Records that cannot be used are written to `<malformed>/<corpus>.<shard>.jsonl` with the reason.
     `<read>/<rank>.json` gets the number of records read and rejected, a SHA-256 over the records read, and the identity
-    of each remote file (`data.readers.remote_readers.list_inputs`).
+    of each remote file (`data.readers.remote_files.list_inputs`).
 
     A document of an sft corpus has the contents of its messages as text and the conversation in `metadata["messages"]`.
     """
@@ -106,7 +106,7 @@ class CorpusReader(BaseReader):
         if counts["malformed"] == 0:
             rejected_path.unlink()
         self.read.mkdir(parents=True, exist_ok=True)
-        inputs = remote_readers.list_inputs(unit) if isinstance(unit.corpus.source, RemoteFiles) else []
+        inputs = remote_files.list_inputs(unit) if isinstance(unit.corpus.source, RemoteFiles) else []
         summary = {**counts, "sha256": digest.hexdigest(), "inputs": inputs}
         (self.read / f"{rank:05d}.json").write_text(json.dumps(summary))
 

@@ -1,149 +1,34 @@
-"""Readers of parquet, arrow, json and jsonl files under any fsspec address, as data set hubs and mirrors serve them.
+"""Readers of the rows of remote files (data/readers/remote_files.py) as documents and conversations.
 
-A reader takes the columns that its corpus names (`RemoteFiles.columns`), in the order that its docstring states. `hf://`
-needs the hub; to use a mirror of the same files, change `RemoteFiles.address`.
+A reader takes the columns that its corpus names (`RemoteFiles.columns`), in the order that its docstring states.
 """
 
-import io
 import json
-from collections.abc import Iterable, Iterator
-from itertools import chain
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet
-
-from core.errors import RefusedInput
-from core.hashing import sha256_file
-from data.catalogue.corpus import RemoteFiles, Unit
+from data.catalogue.corpus import Unit
 from data.readers.instruction_readers import ROLES_BY_SPEAKER, TOOLS_PROMPT, make_exchange, make_message
-
-ROWS_PER_BATCH = 1024
-ARROW_FILE_MAGIC = b"ARROW1"
-"""First bytes of Arrow's file format; its stream format has none."""
-
-
-def _get_source(unit: Unit) -> RemoteFiles:
-    source = unit.corpus.source
-    assert isinstance(source, RemoteFiles), f"{unit.corpus.name} is no corpus of remote files"
-    return source
-
-
-def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """Return the file system and the unit's files on it: every `shards`-th file of the corpus in sorted order.
-
-    Raises:
-        RefusedInput: no file matches the corpus's pattern.
-    """
-    source = _get_source(unit)
-    fs, root = fsspec.core.url_to_fs(unit.location)
-    files = sorted(fs.glob(f"{root.rstrip('/')}/{source.pattern}"))
-    if not files:
-        raise RefusedInput(
-            f"corpora: {unit.corpus.name} finds no {source.pattern!r} under {unit.location}; check the address"
-        )
-    return fs, files[unit.shard :: unit.corpus.shards]
-
-
-def list_inputs(unit: Unit) -> list[dict]:
-    """Return `path`, `bytes` and `checksum` of each file of the unit, for the manifest.
-
-    The checksum is the SHA-256 where the file is local or the hub states it. Otherwise it is the store's ETag or MD5,
-    and None where the store states neither.
-    """
-    fs, files = list_files(unit)
-    return [_describe_file(fs, path) for path in files]
-
-
-def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
-    info = fs.info(path)
-    checksum: str | None
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        checksum = f"sha256:{sha256_file(Path(path))}"
-    elif info.get("lfs"):
-        checksum = f"sha256:{info['lfs']['sha256']}"
-    else:
-        stated = (f"{key}:{info[key]}" for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key))
-        checksum = next(stated, None)
-    return {"path": path, "bytes": info["size"], "checksum": checksum}
-
-
-def read_rows(unit: Unit) -> Iterator[dict]:
-    """Yield the rows of the unit's files as dictionaries, with at least those of the corpus's columns that a file has.
-
-    A jsonl line that does not parse is `{"malformed": reason, "raw": line}`.
-    """
-    fs, files = list_files(unit)
-    columns = _get_source(unit).columns
-    for path in files:
-        if path.endswith(".parquet"):
-            with fs.open(path) as file:
-                yield from _read_parquet_rows(file, columns)
-        elif path.endswith(".arrow"):
-            with fs.open(path) as file:
-                for batch in _read_arrow_batches(file):
-                    yield from batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
-        else:
-            with fs.open(path, compression="infer") as file:
-                yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
-
-
-def _read_parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
-    table = pyarrow.parquet.ParquetFile(file)
-    present = [name for name in columns if name in table.schema_arrow.names]
-    for batch in table.iter_batches(ROWS_PER_BATCH, columns=present):
-        yield from batch.to_pylist()
-
-
-def _read_arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
-    """Return the batches of Arrow's file format, or of its stream format; `datasets` writes both with one suffix."""
-    magic = file.read(len(ARROW_FILE_MAGIC))
-    file.seek(0)
-    if magic == ARROW_FILE_MAGIC:
-        reader = pa.ipc.open_file(file)
-        return (reader.get_batch(index) for index in range(reader.num_record_batches))
-    return pa.ipc.open_stream(file)
-
-
-def _read_json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
-    """Yield the rows of one JSON array, or of one row a line."""
-    first = file.readline()
-    if first.lstrip().startswith("["):
-        array: Any = _parse_json(first + file.read())
-        yield from array if isinstance(array, list) else [array]
-        return
-    for line in chain([first], file):
-        if line.strip():
-            row = _parse_json(line)
-            yield row if isinstance(row, dict) else {"malformed": "json: not an object", "raw": line}
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return {"malformed": f"json: {error.msg}", "raw": text}
+from data.readers.remote_files import get_source, read_rows
 
 
 def read_text(unit: Unit) -> Iterator[dict]:
     """Yield documents. Columns: the text."""
-    (text,) = _get_source(unit).columns
+    (text,) = get_source(unit).columns
     for row in read_rows(unit):
         yield row if "malformed" in row else {"text": row.get(text)}
 
 
 def read_pairs(unit: Unit) -> Iterator[dict]:
     """Yield conversations of one question and one answer. Columns: question, answer."""
-    question, answer = _get_source(unit).columns
+    question, answer = get_source(unit).columns
     for row in read_rows(unit):
         yield row if "malformed" in row else make_exchange(row.get(question), row.get(answer))
 
 
 def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
     """Yield pairs whose answer is labelled unharmful, and reject the others. Columns: question, answer, label."""
-    question, answer, label = _get_source(unit).columns
+    question, answer, label = get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row:
             yield row
@@ -155,7 +40,7 @@ def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
 
 def read_messages(unit: Unit) -> Iterator[dict]:
     """Yield conversations. Columns: messages ({role, content, tool_calls} or {from, value}), and any system prompt."""
-    messages, *system = _get_source(unit).columns
+    messages, *system = get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
@@ -166,7 +51,7 @@ def read_messages(unit: Unit) -> Iterator[dict]:
 
 def read_prompted(unit: Unit) -> Iterator[dict]:
     """Yield conversations of given messages and the assistant's answer to them. Columns: messages, answer."""
-    messages, answer = _get_source(unit).columns
+    messages, answer = get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
@@ -176,7 +61,7 @@ def read_prompted(unit: Unit) -> Iterator[dict]:
 
 def read_function_calls(unit: Unit) -> Iterator[dict]:
     """Yield requests answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
-    request, tools, calls = _get_source(unit).columns
+    request, tools, calls = get_source(unit).columns
     for row in read_rows(unit):
         if "malformed" in row:
             yield row

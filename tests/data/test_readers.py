@@ -24,7 +24,7 @@ from data.catalogue.corpora import CATALOGUE, PACKAGES, SMOKE_CORPORA
 from data.catalogue.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, PackageFile, RemoteFiles, Unit
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
-from data.readers import package_readers, remote_readers
+from data.readers import package_readers, remote_files, remote_readers
 from data.readers.corpus_reader import find_problem
 from data.readers.wikitext import extract_prose, read_articles
 from titan_ext.training.schedules import published_stages
@@ -304,7 +304,7 @@ def test_nested_folders_match_and_inputs_are_named_with_their_hash(tmp_path):
     write_rows(tmp_path / "data/wiki/2024/b.jsonl.zst", [{"text": "b"}])
     corpus = remote(tmp_path, "data/wiki/**/*.json*", remote_readers.read_text)
     assert sorted(record["text"] for record in records(corpus)) == ["a", "b"]
-    named = {Path(file["path"]).name: file for file in remote_readers.list_inputs(Unit(corpus, str(tmp_path), 0, 0))}
+    named = {Path(file["path"]).name: file for file in remote_files.list_inputs(Unit(corpus, str(tmp_path), 0, 0))}
     content = (tmp_path / "data/wiki/a.json.gz").read_bytes()
     assert named["a.json.gz"]["bytes"] == len(content)
     assert named["a.json.gz"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
