@@ -54,5 +54,12 @@ class DataConfig:
     first answer fits, the conversation is rejected."""
     shard_bytes: int = 64 << 20
     """Largest uncompressed size of one MDS shard: 64 MiB are 16.8M tokens, some 30 MB as an object in a store."""
+    max_malformed_share: float = 0.01
+    """Largest share of a corpus's rows that may be malformed. The step stops above it, because then the corpus is
+    probably not what its entry in the catalogue says. Up to 10 rows never stop it, unless the share is 0."""
     workers: int = 2
     """Number of datatrove tasks that run at once."""
+
+
+RUNTIME_FIELDS = ("max_malformed_share", "workers")
+"""Fields that change no output of the step, so that a change of them makes nothing stale."""

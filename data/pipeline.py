@@ -29,13 +29,13 @@ from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data.catalogue.corpora import LANGUAGE_PACKAGE, list_units, select_corpora
 from data.catalogue.corpus import Corpus, Unit
-from data.config import DataConfig
+from data.config import RUNTIME_FIELDS, DataConfig
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
 from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
-from data.report import data_manifest, shard_statistics
+from data.report import data_manifest, malformed_limit, shard_statistics
 from data.report.statistics_page import write_page
 from data.tokens import mds, tokenizer
 from data.tokens.shard_writer import ShardWriter
@@ -154,7 +154,7 @@ def _make_plan(
     return json.loads(
         json.dumps(
             {
-                "config": dataclasses.asdict(config),
+                "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in RUNTIME_FIELDS},
                 "seed": seed,
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
@@ -195,7 +195,7 @@ def _clean(
     exact, near = work / "exact", work / "near"
     num_text = sum(unit.corpus.kind == "text" for unit in units)
     read = [
-        CorpusReader(units, out / "set_aside" / "malformed", work / "read"),
+        CorpusReader(units, out / "set_aside", work / "read", config.max_malformed_share),
         TextRepair(),
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
@@ -203,6 +203,8 @@ def _clean(
         dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
     runner.run("1-read-and-filter", read, len(units))
+    rows = data_manifest.count_malformed(work / "read", units)
+    malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
     runner.run("2-exact-find", [dedup.make_exact_find(exact)], 1)
     drop_exact = [
         RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),

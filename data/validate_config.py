@@ -71,6 +71,10 @@ def validate_config(config: DataConfig) -> None:
         MIN_SHARD_BYTES <= config.shard_bytes <= MAX_SHARD_BYTES, "shard_bytes", config.shard_bytes,
         f"must be from {MIN_SHARD_BYTES} to {MAX_SHARD_BYTES} (MDS keeps 32-bit offsets)", "67108864 is the default",
     )  # fmt: skip
+    _require(
+        0 <= config.max_malformed_share <= 1, "max_malformed_share", config.max_malformed_share,
+        "is a share of the rows, from 0 to 1", "0.01 is the default",
+    )  # fmt: skip
     _require(config.workers >= 1, "workers", config.workers, "must be at least 1", "use the number of cores")
     _validate_tokenizer(config)
 

@@ -14,11 +14,13 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.readers.base import BaseReader
 
-from core.special_tokens import SPECIAL_TOKENS
 from data import compat
 from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers import remote_files
-from data.readers.instruction_readers import ROLES
+from data.readers.messages import ROLES
+from data.readers.rows import dump_row, quote_name
+from data.report import malformed_limit as limit
+from data.report.set_aside import SetAside
 
 
 def rank_file(rank: int) -> str:
@@ -33,8 +35,9 @@ def find_problem(record: dict, kind: str) -> str | None:
         record: what a corpus's reader yields (`Corpus.read`).
         kind: `text` or `sft`, which says the fields that the record must have.
     """
-    if "malformed" in record:
-        return record["malformed"]
+    for marker in ("malformed", "excluded"):
+        if marker in record:
+            return record[marker]
     if kind == "text":
         return _find_text_problem(record.get("text"))
     messages = record.get("messages")
@@ -42,12 +45,12 @@ def find_problem(record: dict, kind: str) -> str | None:
         return "no messages"
     for message in messages:
         if message.get("role") not in ROLES:
-            return f"unknown role {message.get('role')!r}"
+            return f"unknown role {quote_name(message.get('role'))}"
+        # A function may return nothing.
+        if message["role"] == "tool" and message.get("content") == "":
+            continue
         if reason := _find_text_problem(message.get("content")):
             return reason
-        # Conversations are encoded after rendering, so a special token in a message would be taken as the real one.
-        if any(token in message["content"] for token in SPECIAL_TOKENS):
-            return "special token inside a message"
     if messages[-1]["role"] != "assistant":
         return "last message is not the assistant's"
     return None
@@ -67,47 +70,56 @@ def _find_text_problem(text: object) -> str | None:
 class CorpusReader(BaseReader):
     """Reads unit `rank` as documents.
 
-    Records that cannot be used are written to `<malformed>/<corpus>.<shard>.jsonl` with the reason.
-    `<read>/<rank>.json` gets the number of records read and rejected, a SHA-256 over the records read, and the identity
-    of each remote file (`data.readers.remote_files.list_inputs`).
+    Records that cannot be used are counted by reason, and samples of them go to `<malformed>/<corpus>.<shard>.jsonl`
+    (`data.report.set_aside.SetAside`); excluded ones go to `<excluded>` in the same way. `<read>/<rank>.json` gets the
+    counts, a SHA-256 over the records read, and the identity of each remote file
+    (`data.readers.remote_files.list_inputs`).
 
     A document of an sft corpus has the contents of its messages as text and the conversation in `metadata["messages"]`.
     """
 
     name = "corpus"
 
-    def __init__(self, units: list[Unit], malformed: Path, read: Path):
+    def __init__(self, units: list[Unit], set_aside: Path, read: Path, max_malformed_share: float):
         super().__init__()
         self.units = units
-        self.malformed = malformed
+        self.set_aside = set_aside
         self.read = read
+        self.max_malformed_share = max_malformed_share
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield the documents of unit `rank`."""
+        """Yield the documents of unit `rank`.
+
+        Raises:
+            RefusedInput: most of the unit's rows are malformed, as they are where a column has another name.
+        """
         assert data is None and world_size == len(self.units)
         unit = self.units[rank]
-        self.malformed.mkdir(parents=True, exist_ok=True)
-        rejected_path = self.malformed / f"{unit.corpus.name}.{unit.shard:05d}.jsonl"
-        counts = {"read": 0, "malformed": 0}
         digest = hashlib.sha256()
-        with rejected_path.open("w", encoding="utf-8") as rejected:
+        rows = 0
+        name = f"{unit.corpus.name}.{unit.shard:05d}.jsonl"
+        with (
+            SetAside(self.set_aside / "malformed" / name) as malformed,
+            SetAside(self.set_aside / "excluded" / name) as excluded,
+        ):
             for index, record in enumerate(self._records(unit)):
-                line = json.dumps(record, sort_keys=True, default=str)
-                digest.update(line.encode())
-                counts["read"] += 1
-                reason = find_problem(record, unit.corpus.kind)
-                if reason:
-                    counts["malformed"] += 1
-                    rejected.write(json.dumps({"row": index, "reason": reason, "record": line}) + "\n")
-                    continue
-                document = self._make_document(unit, record, index)
-                self.update_doc_stats(document)
-                yield document
-        if counts["malformed"] == 0:
-            rejected_path.unlink()
+                digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+                rows += 1
+                if "excluded" in record:
+                    excluded.add(record["excluded"], record["raw"], row=index)
+                elif reason := find_problem(record, unit.corpus.kind):
+                    malformed.add(reason, record["raw"] if "malformed" in record else dump_row(record), row=index)
+                    limit.check_unit(unit.corpus.name, rows, malformed, self.max_malformed_share)
+                else:
+                    document = self._make_document(unit, record, index)
+                    self.update_doc_stats(document)
+                    yield document
         self.read.mkdir(parents=True, exist_ok=True)
         inputs = remote_files.list_inputs(unit) if isinstance(unit.corpus.source, RemoteFiles) else []
-        summary = {**counts, "sha256": digest.hexdigest(), "inputs": inputs}
+        summary = {
+            "read": rows, "malformed": malformed.counts, "excluded": excluded.counts, "sha256": digest.hexdigest(),
+            "inputs": inputs,
+        }  # fmt: skip
         (self.read / f"{rank:05d}.json").write_text(json.dumps(summary))
 
     @staticmethod

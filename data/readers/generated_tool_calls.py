@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 from data.catalogue.corpus import Unit
-from data.readers.instruction_readers import TOOLS_PROMPT, make_message
+from data.readers.messages import TOOLS_PROMPT, make_message
 
 NUM_SAMPLES = 400
 """Number of conversations that are generated."""

@@ -1,15 +1,15 @@
 """Readers of instruction corpora: each record is one conversation, `{"messages": [{"role", "content"}, ...]}`."""
 
 import ast
-import json
 from collections.abc import Iterator
 
 import yaml
 
 from data.catalogue.corpus import Unit
-from data.readers.package_readers import get_package_file, list_stdlib_modules, read_archive_members, read_package_file
+from data.readers.messages import TOOLS_PROMPT, convert_messages, make_exchange, make_message
+from data.readers.package_readers import get_package_file, list_stdlib_modules, read_archive_members, read_json_array
+from data.readers.rows import MalformedRow, convert_rows
 
-ROLES = ("system", "user", "assistant", "tool")
 SAMPLES_PER_TASK = 150
 """Number of questions generated for each task of reasoning-gym."""
 
@@ -24,20 +24,6 @@ LOGIC_TASKS = (
     "spell_backward", "string_manipulation", "syllogism", "word_sorting", "word_sequence_reversal",
 )  # fmt: skip
 """isomorphic_strings is left out: it draws from sets of letters, so every process would get other samples."""
-TOOLS_PROMPT = "You may call these functions:"
-"""Beginning of the system message that lists the functions a conversation may call."""
-ROLES_BY_SPEAKER = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-"""ShareGPT's names of the speakers -> roles."""
-
-
-def make_message(role: str | None, content: str | None) -> dict:
-    """Return one message of a conversation. The pipeline rejects a record whose role or content is None."""
-    return {"role": role, "content": content}
-
-
-def make_exchange(question: str | None, answer: str | None) -> dict:
-    """Return a conversation of one question and one answer."""
-    return {"messages": [make_message("user", question), make_message("assistant", answer)]}
 
 
 def read_reasoning_gym(unit: Unit, tasks: tuple[str, ...]) -> Iterator[dict]:
@@ -73,27 +59,25 @@ def read_tool_calls(unit: Unit) -> Iterator[dict]:
     """Yield conversations with function calls: the system message lists the tools, an assistant's message may be a call
     in JSON.
     """
-    for row in json.loads(read_package_file(unit)):
-        try:
-            messages = [
-                make_message(ROLES_BY_SPEAKER[message["from"]], message["value"]) for message in row["conversations"]
-            ]
-        except KeyError as error:
-            yield {"malformed": f"unknown field or speaker {error}", "raw": json.dumps(row)}
-            continue
-        if row.get("tools"):
-            messages.insert(0, make_message("system", f"{TOOLS_PROMPT}\n{row['tools']}"))
-        # Only answers are trained, so nothing is lost with the messages after the last one.
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        yield {"messages": messages}
+
+    def convert(row: dict) -> dict:
+        messages = convert_messages(row.get("conversations"), "conversations")
+        tools = [make_message("system", f"{TOOLS_PROMPT}\n{row['tools']}")] if row.get("tools") else []
+        return {"messages": [*tools, *messages]}
+
+    yield from convert_rows(read_json_array(unit), convert)
 
 
 def read_alpaca(unit: Unit) -> Iterator[dict]:
     """Yield conversations from rows of instruction, optional input and output."""
-    for row in json.loads(read_package_file(unit)):
+
+    def convert(row: dict) -> dict:
+        if missing := [name for name in ("instruction", "output") if name not in row]:
+            raise MalformedRow(f"no {', '.join(missing)}")
         question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        yield make_exchange(question, row["output"])
+        return make_exchange(question, row["output"])
+
+    yield from convert_rows(read_json_array(unit), convert)
 
 
 def _find_documented_functions() -> Iterator[tuple[str, ast.FunctionDef, str, str]]:

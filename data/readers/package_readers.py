@@ -4,7 +4,6 @@ import ast
 import bz2
 import hashlib
 import importlib.metadata
-import json
 import re
 import sysconfig
 import tarfile
@@ -14,8 +13,9 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput
 from data.catalogue.corpus import Installed, PackageFile, Unit
+from data.readers.rows import convert_rows, parse_json
 from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
@@ -81,18 +81,35 @@ def read_package_file(unit: Unit) -> bytes:
 
 def read_jsonl(unit: Unit) -> Iterator[dict]:
     """Yield the rows of a jsonl file with a field `text`."""
-    for line in read_package_file(unit).decode("utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            yield {"malformed": f"json: {error.msg}", "raw": line}
+    lines = (line for line in _read_package_text(unit).split("\n") if line.strip())
+    yield from convert_rows(map(parse_json, lines), lambda row: {"text": row.get("text")})
+
+
+def read_json_array(unit: Unit) -> list:
+    """Return the rows of a file that is one JSON array.
+
+    Raises:
+        DamagedData: the file is no JSON array; names it.
+    """
+    rows = parse_json(_read_package_text(unit))
+    if not isinstance(rows, list):
+        problem = rows["malformed"] if isinstance(rows, dict) and "malformed" in rows else "no array"
+        raise DamagedData(
+            f"{unit.location}: {get_package_file(unit).member} is no JSON array ({problem}); fetch the package again"
+        )
+    return rows
 
 
 def read_lines(unit: Unit) -> Iterator[dict]:
     """Yield every line that is not blank as a document."""
-    for line in read_package_file(unit).decode("utf-8").splitlines():
+    for line in _read_package_text(unit).split("\n"):
         if line.strip():
             yield {"text": line.strip()}
+
+
+def _read_package_text(unit: Unit) -> str:
+    """Return the unit's file as text, without a byte order mark. Bytes that are not UTF-8 become U+FFFD."""
+    return read_package_file(unit).decode("utf-8-sig", errors="replace")
 
 
 def read_wikipedia_dump(unit: Unit) -> Iterator[dict]:

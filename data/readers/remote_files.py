@@ -4,7 +4,6 @@
 """
 
 import io
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,8 @@ import pyarrow.parquet
 from core.errors import RefusedInput
 from core.hashing import sha256_file
 from data.catalogue.corpus import RemoteFiles, Unit
+from data.readers.arrow_rows import read_batch
+from data.readers.rows import parse_json
 
 ROWS_PER_BATCH = 1024
 ARROW_FILE_MAGIC = b"ARROW1"
@@ -83,7 +84,7 @@ def read_rows(unit: Unit) -> Iterator[dict]:
         elif path.endswith(".arrow"):
             with fs.open(path) as file:
                 for batch in _read_arrow_batches(file):
-                    yield from batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
+                    yield from read_batch(batch.select([name for name in columns if name in batch.schema.names]))
         else:
             with fs.open(path, compression="infer") as file:
                 yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
@@ -93,7 +94,7 @@ def _read_parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[di
     table = pyarrow.parquet.ParquetFile(file)
     present = [name for name in columns if name in table.schema_arrow.names]
     for batch in table.iter_batches(ROWS_PER_BATCH, columns=present):
-        yield from batch.to_pylist()
+        yield from read_batch(batch)
 
 
 def _read_arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
@@ -110,17 +111,10 @@ def _read_json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
     """Yield the rows of one JSON array, or of one row a line."""
     first = file.readline()
     if first.lstrip().startswith("["):
-        array: Any = _parse_json(first + file.read())
+        array: Any = parse_json(first + file.read())
         yield from array if isinstance(array, list) else [array]
         return
     for line in chain([first], file):
         if line.strip():
-            row = _parse_json(line)
+            row = parse_json(line)
             yield row if isinstance(row, dict) else {"malformed": "json: not an object", "raw": line}
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return {"malformed": f"json: {error.msg}", "raw": text}

@@ -3,79 +3,97 @@
 A reader takes the columns that its corpus names (`RemoteFiles.columns`), in the order that its docstring states.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from data.catalogue.corpus import Unit
-from data.readers.instruction_readers import ROLES_BY_SPEAKER, TOOLS_PROMPT, make_exchange, make_message
+from data.readers.messages import (
+    TOOLS_PROMPT,
+    convert_messages,
+    dump_tools,
+    join_content,
+    make_exchange,
+    make_message,
+    read_calls,
+)
 from data.readers.remote_files import get_source, read_rows
+from data.readers.rows import ExcludedRow, MalformedRow, convert_rows
 
 
 def read_text(unit: Unit) -> Iterator[dict]:
-    """Yield documents. Columns: the text."""
+    """Yield documents. Columns: the text, as a string or as UTF-8 bytes."""
     (text,) = get_source(unit).columns
-    for row in read_rows(unit):
-        yield row if "malformed" in row else {"text": row.get(text)}
+    yield from convert_rows(read_rows(unit), lambda row: {"text": _decode(row.get(text))})
+
+
+def _decode(text: Any) -> Any:
+    """Return bytes as text; the pipeline refuses what is neither."""
+    try:
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise MalformedRow("text is bytes that are not UTF-8") from error
 
 
 def read_pairs(unit: Unit) -> Iterator[dict]:
     """Yield conversations of one question and one answer. Columns: question, answer."""
     question, answer = get_source(unit).columns
-    for row in read_rows(unit):
-        yield row if "malformed" in row else make_exchange(row.get(question), row.get(answer))
+    yield from convert_rows(
+        read_rows(unit),
+        lambda row: make_exchange(join_content(row.get(question)), join_content(row.get(answer))),
+    )
 
 
 def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
-    """Yield pairs whose answer is labelled unharmful, and reject the others. Columns: question, answer, label."""
+    """Yield pairs whose answer is labelled unharmful, and exclude the others. Columns: question, answer, label."""
     question, answer, label = get_source(unit).columns
-    for row in read_rows(unit):
-        if "malformed" in row:
-            yield row
-        elif row.get(label) != "unharmful":
-            yield {"malformed": f"{label} is {row.get(label)!r}, not 'unharmful'", "raw": json.dumps(row)}
-        else:
-            yield make_exchange(row.get(question), row.get(answer))
+
+    def convert(row: dict) -> dict:
+        if label not in row:
+            raise MalformedRow(f"no `{label}`")
+        if row[label] != "unharmful":
+            raise ExcludedRow(f"{label} is not 'unharmful'")
+        return make_exchange(join_content(row.get(question)), join_content(row.get(answer)))
+
+    yield from convert_rows(read_rows(unit), convert)
 
 
 def read_messages(unit: Unit) -> Iterator[dict]:
     """Yield conversations. Columns: messages ({role, content, tool_calls} or {from, value}), and any system prompt."""
     messages, *system = get_source(unit).columns
-    for row in read_rows(unit):
-        if "malformed" in row or not isinstance(row.get(messages), list):
-            yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
-            continue
-        before = [make_message("system", row[name]) for name in system if row.get(name)]
-        yield {"messages": [*before, *map(_convert_message, row[messages])]}
+
+    def convert(row: dict) -> dict:
+        before = [make_message("system", join_content(row[name])) for name in system if row.get(name)]
+        return {"messages": [*before, *convert_messages(row.get(messages), messages)]}
+
+    yield from convert_rows(read_rows(unit), convert)
 
 
 def read_prompted(unit: Unit) -> Iterator[dict]:
     """Yield conversations of given messages and the assistant's answer to them. Columns: messages, answer."""
     messages, answer = get_source(unit).columns
-    for row in read_rows(unit):
-        if "malformed" in row or not isinstance(row.get(messages), list):
-            yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
-        else:
-            yield {"messages": [*map(_convert_message, row[messages]), make_message("assistant", row.get(answer))]}
+
+    def convert(row: dict) -> dict:
+        given = row.get(messages)
+        prompt = [*given, {"role": "assistant", "content": row.get(answer)}] if isinstance(given, list) else given
+        return {"messages": convert_messages(prompt, messages)}
+
+    yield from convert_rows(read_rows(unit), convert)
 
 
 def read_function_calls(unit: Unit) -> Iterator[dict]:
-    """Yield requests answered by calls. Columns: request, tools, calls; the last two are JSON in a string."""
+    """Yield requests answered by calls. Columns: request, tools, calls; the last two are JSON text or objects."""
     request, tools, calls = get_source(unit).columns
-    for row in read_rows(unit):
-        if "malformed" in row:
-            yield row
-            continue
-        conversation = make_exchange(row.get(request), row.get(calls))["messages"]
-        yield {"messages": [make_message("system", f"{TOOLS_PROMPT}\n{row.get(tools)}"), *conversation]}
 
+    def convert(row: dict) -> dict:
+        answer = row.get(calls)
+        found = read_calls(answer)
+        if not found:
+            raise MalformedRow(f"no calls in `{calls}`")
+        system = make_message("system", f"{TOOLS_PROMPT}\n{dump_tools(row.get(tools), tools)}")
+        # Calls that the row has as text stay as they are.
+        exchange = make_exchange(
+            join_content(row.get(request)), answer if isinstance(answer, str) else dump_tools(found, calls)
+        )
+        return {"messages": [system, *exchange["messages"]]}
 
-def _convert_message(message: dict) -> dict:
-    """Return a message as {role, content}, with the functions that it calls appended to its content as JSON."""
-    role: Any = message.get("role") or message.get("from")
-    content = message.get("content") if "content" in message else message.get("value")
-    if message.get("tool_calls"):
-        calls = json.dumps([call["function"] for call in message["tool_calls"]])
-        content = f"{content}\n{calls}" if content else calls
-    # A role that has its usual name already stays as it is.
-    return make_message(ROLES_BY_SPEAKER.get(role, role), content)
+    yield from convert_rows(read_rows(unit), convert)

@@ -44,7 +44,7 @@ def summarize_filter(counters: Counter) -> dict:
 
 
 def sum_rows_read(read: Path, units: list[Unit]) -> dict[str, dict]:
-    """Return, for each corpus, the rows read and malformed, the SHA-256 of the records and the remote files.
+    """Return, for each corpus, the rows read, malformed and excluded, the SHA-256 of the records and the remote files.
 
     Args:
         read: folder that `data.readers.corpus_reader.CorpusReader` wrote its counts to.
@@ -52,12 +52,25 @@ def sum_rows_read(read: Path, units: list[Unit]) -> dict[str, dict]:
     corpora: dict[str, dict] = {}
     for rank, unit in enumerate(units):
         part = json.loads((read / f"{rank:05d}.json").read_text())
-        entry = corpora.setdefault(unit.corpus.name, {"read": 0, "malformed": 0, "records_sha256": [], "inputs": []})
+        entry = corpora.setdefault(
+            unit.corpus.name,
+            {
+                "read": 0, "malformed": 0, "malformed_reasons": Counter(), "excluded": Counter(), "records_sha256": [],
+                "inputs": [],
+            },
+        )  # fmt: skip
         entry["read"] += part["read"]
-        entry["malformed"] += part["malformed"]
+        entry["malformed_reasons"].update(part["malformed"])
+        entry["malformed"] = entry["malformed_reasons"].total()
+        entry["excluded"].update(part["excluded"])
         entry["records_sha256"].append(part["sha256"])
         entry["inputs"] += part["inputs"]
     return corpora
+
+
+def count_malformed(read: Path, units: list[Unit]) -> dict[str, tuple[int, Counter[str]]]:
+    """Return, for each corpus, the number of rows read, and the number of malformed ones by reason."""
+    return {name: (entry["read"], entry["malformed_reasons"]) for name, entry in sum_rows_read(read, units).items()}
 
 
 def describe_source(corpus: Corpus, packages: dict[str, Path]) -> dict:
@@ -145,9 +158,10 @@ def check_not_empty(counts: dict[str, dict]) -> None:
         if entry["kept"] == 0:
             dropped = {label: flow["dropped"] for label, flow in entry["filters"].items()}
             raise RuntimeError(
-                f"data.corpora: nothing is left of {name!r}: {entry['read']} rows read, {entry['malformed']} malformed,"
-                f" dropped by filters {dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near "
-                f"duplicates, contaminated {entry['contaminated']}; take it out of data.corpora or check its source"
+                f"data.corpora: nothing is left of {name!r}: {entry['read']} rows read, malformed "
+                f"{dict(entry['malformed_reasons'])}, excluded {dict(entry['excluded'])}, dropped by filters "
+                f"{dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near duplicates, contaminated "
+                f"{entry['contaminated']}; take it out of data.corpora or check its source"
             )
 
 

@@ -89,6 +89,7 @@ def make_corpus_rows(manifest: dict) -> Iterable[dict]:
         outcomes = {
             "kept": entry["kept"] - entry["too_long"],
             "malformed": entry["malformed"],
+            "excluded": sum(entry["excluded"].values()),
             "filtered": sum(sum(flow["dropped"].values()) for flow in entry["filters"].values()),
             "exact duplicate": entry["exact_duplicates"],
             "near duplicate": entry["near_duplicates"],
@@ -102,9 +103,14 @@ def make_corpus_rows(manifest: dict) -> Iterable[dict]:
 
 
 def make_reason_rows(manifest: dict) -> Iterable[dict]:
-    """Yield a row for each corpus and filter: documents that reached it and were dropped, most common reason first."""
+    """Yield a row for each corpus and cause: documents that reached it and were dropped, most common reason first.
+
+    The causes are malformed and excluded rows, and then the filters.
+    """
     for name, entry in manifest["corpora"].items():
-        for label, flow in entry["filters"].items():
-            reasons = sorted(flow["dropped"].items(), key=lambda item: -item[1])
-            yield {"corpus": name, "filter": label, "in": flow["in"], "dropped": flow["in"] - flow["out"],
-                   "reasons": reasons}  # fmt: skip
+        causes = [("malformed rows", entry["malformed_reasons"]), ("excluded rows", entry["excluded"])]
+        flows = [(cause, entry["read"], reasons) for cause, reasons in causes if reasons]
+        flows += [(label, flow["in"], flow["dropped"]) for label, flow in entry["filters"].items()]
+        for cause, reached, dropped in flows:
+            reasons = sorted(dropped.items(), key=lambda item: -item[1])
+            yield {"corpus": name, "filter": cause, "in": reached, "dropped": sum(dropped.values()), "reasons": reasons}

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
 from data.catalogue.corpora import Requirement, packages_needed
+from data.config import RUNTIME_FIELDS
 from pipelines.engine.step import Result, Step
 from pipelines.recipe import to_dict
 from pipelines.steps.context import Context
@@ -36,7 +37,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     """
     recipe = context.recipe
     tree = to_dict(recipe)
-    data = {key: value for key, value in tree["data"].items() if key != "workers"}
+    data = {key: value for key, value in tree["data"].items() if key not in RUNTIME_FIELDS}
     wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
     evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_size"}
 
