@@ -1,7 +1,7 @@
 """Convert the conversations of public instruction corpora to `[{"role", "content"}, ...]`.
 
-Their messages are {role, content} (OpenAI) or {from, value} (ShareGPT), with content as text or in parts, and with calls
-of functions in the several forms that `read_calls` reads. What has no place in a text conversation is refused by name.
+Their messages are {role, content} (OpenAI) or {from, value} (ShareGPT), with content as text or in parts, and with
+calls of functions in the forms that `read_calls` reads. What has no place in a text conversation is refused by name.
 """
 
 import json
@@ -131,8 +131,8 @@ def _read_part(part: Any) -> str:
 def read_calls(calls: Any) -> list[dict]:
     """Return the calls of a message as [{"name", "arguments"}], the arguments as the row has them.
 
-    Read are a list of calls or a single one, each an object or JSON text, in OpenAI's form ({"type", "function": {"name",
-    "arguments"}}) or flat ({"name", "arguments"}).
+    Read are a list of calls or a single one, each an object or JSON text, in OpenAI's form ({"type", "function":
+    {"name", "arguments"}}) or flat ({"name", "arguments"}).
 
     Raises:
         MalformedRow: it is no call.

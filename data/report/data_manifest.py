@@ -160,8 +160,8 @@ def check_not_empty(counts: dict[str, dict]) -> None:
             raise RuntimeError(
                 f"data.corpora: nothing is left of {name!r}: {entry['read']} rows read, malformed "
                 f"{dict(entry['malformed_reasons'])}, excluded {dict(entry['excluded'])}, dropped by filters "
-                f"{dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near duplicates, contaminated "
-                f"{entry['contaminated']}; take it out of data.corpora or check its source"
+                f"{dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near duplicates, "
+                f"contaminated {entry['contaminated']}; take it out of data.corpora or check its source"
             )
 
 
