@@ -55,7 +55,8 @@ def test_parts_of_text_are_joined_also_beside_calls():
     ("speaker", "role"),
     [
         ("human", "user"), ("User", "user"), ("gpt", "assistant"), ("model", "assistant"), ("developer", "system"),
-        ("function", "tool"), ("ipython", "tool"), ("observation", "tool"), ("tool_response", "tool"), (" tool ", "tool"),
+        ("function", "tool"), ("ipython", "tool"), ("observation", "tool"), ("tool_response", "tool"),
+        (" tool ", "tool"),
         ("function_call", "assistant"),
     ],
 )  # fmt: skip
@@ -116,7 +117,7 @@ def test_messages_as_json_text_and_as_a_struct_of_lists_are_read():
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text"]),
+        st.sampled_from("role content from value tool_calls function name arguments type text".split()),
         inner, max_size=4,
     ),
     max_leaves=12,
@@ -201,7 +202,8 @@ def test_set_aside_counts_every_row_and_keeps_ten_samples_a_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("malformed", "read", "share", "stops"),
-    [(10, 20, 0.01, False), (11, 20, 0.01, True), (11, 1_100, 0.01, False), (12, 1_100, 0.01, True), (1, 10**6, 0, True),
+    [(10, 20, 0.01, False), (11, 20, 0.01, True), (11, 1_100, 0.01, False), (12, 1_100, 0.01, True),
+     (1, 10**6, 0, True),
      (0, 10, 0, False), (900, 1000, 1, False)],
 )  # fmt: skip
 def test_more_than_the_share_stops_with_the_reasons(tmp_path, malformed, read, share, stops):
