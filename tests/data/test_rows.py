@@ -114,10 +114,11 @@ def test_messages_as_json_text_and_as_a_struct_of_lists_are_read():
     assert convert_messages({"from": ["human", "gpt"], "value": ["q", "a"]}, "conversations") == messages
 
 
+FIELDS = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text"]
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from("role content from value tool_calls function name arguments type text".split()),
+        st.sampled_from(FIELDS),
         inner, max_size=4,
     ),
     max_leaves=12,
