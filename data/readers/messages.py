@@ -4,21 +4,26 @@ Their messages are {role, content} (OpenAI) or {from, value} (ShareGPT), with co
 calls of functions in the forms that `read_calls` reads. What has no place in a text conversation is refused by name.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from data.readers.rows import MalformedRow, describe_type, parse_json, quote_name
+from data.readers.tool_calls import dump_json, read_calls
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLES_BY_SPEAKER = {
     **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant", "model": "assistant", "function_call": "assistant", "tool_call": "assistant",
     "developer": "system",
+    "human": "user", "prompter": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "bot": "assistant",
+    "chatbot": "assistant", "model": "assistant", "ai": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
     "function": "tool", "ipython": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
-"""Names of the speakers in public corpora -> roles: OpenAI's, ShareGPT's, Llama's, Gemma's and LLaMA-Factory's."""
+"""Names of the speakers in public corpora -> roles: OpenAI's, ShareGPT's, Llama's, Gemma's and LLaMA-Factory's.
+
+They are compared in lower case, with `_` for a space or hyphen.
+"""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Kinds of content parts that hold text."""
 TOOLS_PROMPT = "You may call these functions:"
@@ -78,7 +83,7 @@ def convert_message(message: Any) -> dict:
     content = join_content(message["content"] if "content" in message else message.get("value"))
     calls = read_calls(message.get("tool_calls")) or read_calls(message.get("function_call"))
     if calls:
-        text = json.dumps(calls)
+        text = dump_json(calls)
         content = f"{content}\n{text}" if content else text
     return make_message(role, content)
 
@@ -91,7 +96,7 @@ def read_role(speaker: Any) -> str:
     """
     if not isinstance(speaker, str):
         raise MalformedRow(f"role is {describe_type(speaker)}, not a string")
-    role = ROLES_BY_SPEAKER.get(speaker.strip().lower())
+    role = ROLES_BY_SPEAKER.get(speaker.strip().lower().replace(" ", "_").replace("-", "_"))
     if role is None:
         raise MalformedRow(f"unknown role {quote_name(speaker)}")
     return role
@@ -126,50 +131,3 @@ def _read_part(part: Any) -> str:
     if not isinstance(part.get("text"), str):
         raise MalformedRow(f"text of a content part is {describe_type(part.get('text'))}, not a string")
     return part["text"]
-
-
-def read_calls(calls: Any) -> list[dict]:
-    """Return the calls of a message as [{"name", "arguments"}], the arguments as the row has them.
-
-    Read are a list of calls or a single one, each an object or JSON text, in OpenAI's form ({"type", "function":
-    {"name", "arguments"}}) or flat ({"name", "arguments"}).
-
-    Raises:
-        MalformedRow: it is no call.
-    """
-    if isinstance(calls, str) and calls.strip():
-        parsed = parse_json(calls)
-        if isinstance(parsed, dict) and "malformed" in parsed:
-            raise MalformedRow("tool calls are text that is no JSON")
-        calls = parsed
-    if not calls:
-        return []
-    if isinstance(calls, dict):
-        calls = [calls]
-    if not isinstance(calls, list):
-        raise MalformedRow(f"tool calls are {describe_type(calls)}, not a list")
-    return [_read_call(call) for call in calls]
-
-
-def _read_call(call: Any) -> dict:
-    if isinstance(call, str):
-        call = parse_json(call)
-    if isinstance(call, dict) and call.get("function") is not None:
-        call = parse_json(call["function"]) if isinstance(call["function"], str) else call["function"]
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        raise MalformedRow("tool call without a name")
-    arguments = call.get("arguments", call.get("parameters"))
-    return {"name": call["name"], "arguments": {} if arguments is None else arguments}
-
-
-def dump_tools(tools: Any, column: str) -> str:
-    """Return the functions that a conversation may call as JSON text: as the row has it, or made from objects.
-
-    Raises:
-        MalformedRow: there are none.
-    """
-    if isinstance(tools, str) and tools.strip():
-        return tools
-    if isinstance(tools, list | dict) and tools:
-        return json.dumps(tools)
-    raise MalformedRow(f"no functions in `{column}`")

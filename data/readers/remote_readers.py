@@ -7,17 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.catalogue.corpus import Unit
-from data.readers.messages import (
-    TOOLS_PROMPT,
-    convert_messages,
-    dump_tools,
-    join_content,
-    make_exchange,
-    make_message,
-    read_calls,
-)
+from data.readers.messages import TOOLS_PROMPT, convert_messages, join_content, make_exchange, make_message
 from data.readers.remote_files import get_source, read_rows
 from data.readers.rows import ExcludedRow, MalformedRow, convert_rows
+from data.readers.tool_calls import dump_tools, read_calls
 
 
 def read_text(unit: Unit) -> Iterator[dict]:

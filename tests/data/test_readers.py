@@ -275,7 +275,7 @@ def test_calls_and_tools_become_words_the_model_can_write(tmp_path):
         columns = CATALOGUE[corpus].source.columns
         return records(remote(tmp_path, f"{corpus}.jsonl", CATALOGUE[corpus].read, "sft", columns=columns))[0]
 
-    assert first("nemotron-tools")["messages"][-1]["content"] == '[{"name": "f", "arguments": "{}"}]'
+    assert first("nemotron-tools")["messages"][-1]["content"] == '[{"name": "f", "arguments": {}}]'
     assert first("toolace")["messages"][0] == {"role": "system", "content": "Here are functions."}
     assert first("xlam-function-calling")["messages"] == [
         {"role": "system", "content": 'You may call these functions:\n[{"name": "f"}]'},

@@ -39,9 +39,9 @@ def test_calls_in_every_form_give_the_same_text(form):
     )
 
 
-def test_the_older_function_call_is_read_and_text_arguments_stay_text():
+def test_the_older_function_call_is_read_and_its_arguments_are_parsed():
     turn = {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": '{"a": 1}'}}
-    assert convert_messages([turn], "messages")[0]["content"] == '[{"name": "f", "arguments": "{\\"a\\": 1}"}]'
+    assert convert_messages([turn], "messages")[0]["content"] == '[{"name": "f", "arguments": {"a": 1}}]'
 
 
 def test_parts_of_text_are_joined_also_beside_calls():
