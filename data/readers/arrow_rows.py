@@ -47,7 +47,10 @@ def _drop_absent(value: Any, kind: pa.DataType) -> Any:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return any(check(kind) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+    return pa.types.is_fixed_size_list(kind) or any(
+        check(kind)
+        for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    )
 
 
 def _get_storage(kind: pa.DataType) -> pa.DataType:
