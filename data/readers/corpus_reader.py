@@ -18,7 +18,7 @@ from data import compat
 from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers import remote_files
 from data.readers.messages import ROLES
-from data.readers.rows import dump_row, quote_name
+from data.readers.rows import describe_type, dump_row, quote_name
 from data.report import malformed_limit as limit
 from data.report.set_aside import SetAside
 
@@ -58,7 +58,7 @@ def find_problem(record: dict, kind: str) -> str | None:
 
 def _find_text_problem(text: object) -> str | None:
     if not isinstance(text, str):
-        return f"text is {type(text).__name__}, not a string"
+        return f"text is {describe_type(text)}, not a string"
     if not text.strip():
         return "empty text"
     # UTF-8 cannot encode a lone surrogate: every later step would fail on it.

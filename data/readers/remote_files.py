@@ -17,7 +17,7 @@ from core.errors import RefusedInput
 from core.hashing import sha256_file
 from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers.arrow_rows import read_batch
-from data.readers.rows import parse_json
+from data.readers.rows import MALFORMED_FIELDS, parse_json
 
 ROWS_PER_BATCH = 1024
 ARROW_FILE_MAGIC = b"ARROW1"
@@ -87,7 +87,7 @@ def read_rows(unit: Unit) -> Iterator[dict]:
                     yield from read_batch(batch.select([name for name in columns if name in batch.schema.names]))
         else:
             with fs.open(path, compression="infer") as file:
-                yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"))
+                yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"), columns)
 
 
 def _read_parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
@@ -107,14 +107,18 @@ def _read_arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
     return pa.ipc.open_stream(file)
 
 
-def _read_json_rows(file: io.TextIOWrapper) -> Iterator[dict]:
-    """Yield the rows of one JSON array, or of one row a line."""
+def _read_json_rows(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Any]:
+    """Yield the rows of one JSON array, or of one row a line, with the corpus's columns alone.
+
+    Another column may have any name, `malformed` too.
+    """
     first = file.readline()
     if first.lstrip().startswith("["):
         array: Any = parse_json(first + file.read())
-        yield from array if isinstance(array, list) else [array]
-        return
-    for line in chain([first], file):
-        if line.strip():
-            row = parse_json(line)
-            yield row if isinstance(row, dict) else {"malformed": "json: not an object", "raw": line}
+        rows = iter(array if isinstance(array, list) else [array])
+    else:
+        rows = (parse_json(line) for line in chain([first], file) if line.strip())
+    for row in rows:
+        if isinstance(row, dict) and row.keys() != MALFORMED_FIELDS:
+            row = {name: row[name] for name in columns if name in row}
+        yield row

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+MALFORMED_FIELDS = {"malformed", "raw"}
+"""Fields of a record that stands for a row that cannot be used."""
 MAX_INTEGER_DIGITS = 4300
 """Digits of the longest integer that Python reads from text. A longer one in a column of JSON stays text."""
 MAX_NAME_CHARS = 40
@@ -33,7 +35,7 @@ def convert_rows(rows: Iterable[Any], convert: Callable[[dict], dict]) -> Iterat
         convert: function that returns the record of one row. It raises MalformedRow or ExcludedRow.
     """
     for row in rows:
-        if isinstance(row, dict) and "malformed" in row:
+        if isinstance(row, dict) and row.keys() == MALFORMED_FIELDS:
             yield row
             continue
         try:
