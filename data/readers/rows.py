@@ -45,10 +45,15 @@ def convert_rows(rows: Iterable[Any], convert: Callable[[dict], dict]) -> Iterat
         except ExcludedRow as error:
             record = {"excluded": str(error), "raw": dump_row(row)}
         except MalformedRow as error:
-            record = {"malformed": str(error), "raw": dump_row(row)}
+            record = make_malformed(error, dump_row(row))
         except Exception as error:
-            record = {"malformed": f"unforeseen form ({type(error).__name__})", "raw": dump_row(row)}
+            record = make_malformed(f"unforeseen form ({type(error).__name__})", dump_row(row))
         yield record
+
+
+def make_malformed(reason: str | MalformedRow, raw: str) -> dict:
+    """Return the record that stands for a row that cannot be used."""
+    return {"malformed": str(reason), "raw": raw}
 
 
 def dump_row(row: Any) -> str:
@@ -64,9 +69,9 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, parse_int=_parse_integer)
     except json.JSONDecodeError as error:
-        return {"malformed": f"json: {error.msg}", "raw": text}
+        return make_malformed(f"json: {error.msg}", text)
     except RecursionError:
-        return {"malformed": "json: nested too deeply", "raw": text}
+        return make_malformed("json: nested too deeply", text)
 
 
 def _parse_integer(digits: str) -> int | str:
