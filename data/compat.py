@@ -52,6 +52,11 @@ def count_completed_ranks(logging_dir: Path) -> int:
     return len(list(logging_dir.glob("completions/*")))
 
 
+def forget_completed_rank(logging_dir: Path, rank: int) -> None:
+    """Remove a rank's completion marker, so that the next run of its step runs it again."""
+    (logging_dir / "completions" / f"{rank:05d}").unlink(missing_ok=True)
+
+
 def read_rank_statistics(logging_dir: Path, rank: int) -> list[tuple[str, Counter]]:
     """Return (block name, counters) of every block that a completed rank ran, in order.
 

@@ -27,6 +27,7 @@ from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
+from data import compat
 from data.catalogue.corpora import LANGUAGE_PACKAGE, list_units, select_corpora
 from data.catalogue.corpus import Corpus, Unit
 from data.config import RUNTIME_FIELDS, DataConfig
@@ -202,6 +203,7 @@ def _clean(
         _make_jsonl_writer(work / "filtered"),
         dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
+    _forget_refused(config.max_malformed_share, work, units)
     runner.run("1-read-and-filter", read, len(units))
     rows = data_manifest.count_malformed(work / "read", units)
     malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
@@ -232,6 +234,19 @@ def _clean(
         _make_jsonl_writer(work / "clean"),
     ]
     runner.run("7-decontaminate-and-split", finish, len(units))
+
+
+def _forget_refused(share: float, work: Path, units: list[Unit]) -> None:
+    """Let the corpora be read again that stopped the last run with too many malformed rows.
+
+    Their files or their entries may have been corrected since. Where the limit was raised instead, what was read stays.
+    """
+    stopped_there = not (work / "logs" / "2-exact-find").exists()
+    if stopped_there and all((work / "read" / f"{rank:05d}.json").exists() for rank in range(len(units))):
+        refused = malformed_limit.find_exceeding(data_manifest.count_malformed(work / "read", units), share)
+        for rank, unit in enumerate(units):
+            if unit.corpus.name in refused:
+                compat.forget_completed_rank(work / "logs" / "1-read-and-filter", rank)
 
 
 def _make_jsonl_writer(folder: Path) -> JsonlWriter:

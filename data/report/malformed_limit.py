@@ -31,6 +31,11 @@ def check_unit(corpus: str, read: int, malformed: SetAside, share: float) -> Non
         raise _make_refusal(corpus, read, malformed.counts, share, malformed.path)
 
 
+def find_exceeding(rows: dict[str, tuple[int, Counter[str]]], share: float) -> list[str]:
+    """Return the corpora of `rows` (see `check_corpora`) of which more than `share` of the rows are malformed."""
+    return [corpus for corpus, (read, reasons) in rows.items() if is_exceeded(reasons.total(), read, share)]
+
+
 def check_corpora(rows: dict[str, tuple[int, Counter[str]]], share: float, folder: Path) -> None:
     """Check all rows of every corpus.
 
@@ -42,9 +47,8 @@ def check_corpora(rows: dict[str, tuple[int, Counter[str]]], share: float, folde
     Raises:
         RefusedInput: more than `share` of a corpus's rows are malformed; states the reasons.
     """
-    for corpus, (read, reasons) in rows.items():
-        if is_exceeded(reasons.total(), read, share):
-            raise _make_refusal(corpus, read, reasons, share, folder)
+    for corpus in find_exceeding(rows, share):
+        raise _make_refusal(corpus, *rows[corpus], share, folder)
 
 
 def _make_refusal(corpus: str, read: int, reasons: Counter[str], share: float, samples: Path) -> RefusedInput:
@@ -53,5 +57,5 @@ def _make_refusal(corpus: str, read: int, reasons: Counter[str], share: float, s
     return RefusedInput(
         f"corpus {corpus}: {total:,} of {read:,} rows ({total / read:.1%}) cannot be used, more than "
         f"data.max_malformed_share = {share:g} allows ({listed}); look at the samples in {samples}, correct the "
-        "corpus's entry or its files, or raise --data.max-malformed-share"
+        "corpus's entry or its files, or raise --data.max-malformed-share, and run again: the others are not read again"
     )

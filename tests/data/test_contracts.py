@@ -68,6 +68,17 @@ def test_a_failing_rank_raises_and_is_not_completed(tmp_path):
     assert compat.list_incomplete_ranks(executor) == [0]
 
 
+def test_a_rank_whose_marker_is_removed_is_run_again(tmp_path):
+    """Broken: a corpus with too many malformed rows is not read again after its files were corrected."""
+    pipeline = [make_documents(), JsonlWriter(str(tmp_path / "out"))]
+    executor = LocalPipelineExecutor(pipeline, tasks=2, logging_dir=str(tmp_path / "logs"))
+    for rank in (0, 1):
+        compat.run_rank(executor, rank)
+    compat.forget_completed_rank(tmp_path / "logs", 1)
+    compat.forget_completed_rank(tmp_path / "logs", 7)  # nothing to forget
+    assert compat.list_incomplete_ranks(executor) == [1]
+
+
 def test_an_executor_is_pickled_with_its_blocks(executed):
     """Broken: ranks cannot be sent to worker processes, Ray tasks or Slurm jobs."""
     executor, _ = executed
