@@ -9,9 +9,31 @@ from typing import Any
 
 import pyarrow as pa
 
+from data.readers.rows import make_malformed
+
+NO_PYTHON_VALUE = (ValueError, ArithmeticError, LookupError, pa.ArrowException)
+"""Errors of values that Python cannot hold: text that is not UTF-8, a time of the year 30,000 or of an unknown zone."""
+
 
 def read_batch(batch: pa.RecordBatch) -> list[dict]:
-    """Return the rows of a batch, without null fields of structs."""
+    """Return the rows of a batch, without null fields of structs.
+
+    A row with a value that Python cannot hold is the record of a malformed row.
+    """
+    try:
+        return _convert(batch)
+    except NO_PYTHON_VALUE:
+        return [_convert_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _convert_row(row: pa.RecordBatch) -> dict:
+    try:
+        return _convert(row)[0]
+    except NO_PYTHON_VALUE as error:
+        return make_malformed(f"value that Python cannot hold ({type(error).__name__})", "(cannot be shown)")
+
+
+def _convert(batch: pa.RecordBatch) -> list[dict]:
     columns = [(field.name, field.type, _needs_change(field.type)) for field in batch.schema]
     rows = batch.to_pylist()
     for name, kind, changes in columns:

@@ -54,7 +54,7 @@ def convert_messages(messages: Any, column: str) -> list[dict]:
         MalformedRow: a message cannot be read, or has content that is no text.
     """
     converted = [convert_message(message) for message in _list_messages(messages, column)]
-    kept = [message for message in converted if message["role"] != "system" or message["content"]]
+    kept = [message for message in converted if message["role"] != "system" or (message["content"] or "").strip()]
     answers = [index for index, message in enumerate(kept) if message["role"] == "assistant"]
     return kept[: answers[-1] + 1] if answers else kept
 

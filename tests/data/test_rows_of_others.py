@@ -259,6 +259,10 @@ OTHERS = {
             ("assistant", "a"),
         ),
     ),
+    "system messages that say nothing": (
+        [{"role": "system", "content": None}, {"role": "system", "content": " \n"}, ASKED, ANSWER],
+        [ASKED, ANSWER],
+    ),
     "ends after the user": (
         [ASKED, {"role": "assistant", "content": "a"}, {"role": "user", "content": "bye"}],
         [ASKED, {"role": "assistant", "content": "a"}],
@@ -380,6 +384,31 @@ def calling(calls: object) -> list[dict]:
 def saying(content: object) -> list[dict]:
     """Return a message of the user with this content, and an answer."""
     return [{"role": "user", "content": content}, ANSWER]
+
+
+@pytest.mark.parametrize("name", ("a.parquet", "a.arrow"))
+def test_a_value_that_python_cannot_hold_sets_aside_its_row(tmp_path, name):
+    """Some writers put bytes that are not UTF-8 into a column of text, or times that no calendar has among messages."""
+    text = pa.array([b"before", b"\xff\xfe", b"after"]).view(pa.string())
+    turn = {"role": "assistant", "content": "a"}
+    times = [10**9, 10**9, 10**12]
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("s"))]))
+    messages = pa.array([[turn | {"at": time}] for time in times], kind)
+    table = pa.table({"text": text, "messages": messages})
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    texts = read_local(tmp_path, dataclasses.replace(make_corpus(("text",), remote_readers.read_text), kind="text"))
+    assert [record.get("text") for record in texts] == ["before", None, "after"]
+    assert texts[1]["malformed"] == "value that Python cannot hold (UnicodeDecodeError)"
+    conversations = read_local(tmp_path, make_corpus(("messages",)))
+    assert [find_problem(record, "sft") for record in conversations] == [
+        None,
+        None,
+        "value that Python cannot hold (OverflowError)",
+    ]
 
 
 BAD_MESSAGES = {
