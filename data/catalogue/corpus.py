@@ -69,7 +69,8 @@ class Corpus:
         kind: `text` feeds pre-training and mid-training, `sft` instruction tuning and QAT.
         licence: licence that the source states; where a package redistributes data of others, that of the data.
         read: function that yields records, `{"text": str}` for text and `{"messages": [{"role", "content"}]}` for sft;
-            a row that it cannot parse is `{"malformed": reason, "raw": str}`.
+            a row that cannot be used is `{"malformed": reason, "raw": str}`, and one that is left out on purpose
+            `{"excluded": reason, "raw": str}` (data/readers/rows.py).
         text_bytes: estimate of the UTF-8 bytes that it yields, for the disk check.
         shards: number of units that the corpus is divided into, each read by one task.
         stages: stages that a text corpus feeds; `midtrain_fraction` divides a corpus that feeds both.

@@ -9,7 +9,9 @@ OLMo 2's, whose card lists the same folders, while OLMoE's no longer has the arX
 columns of ToolACE, xLAM, OpenThoughts and the Nemotron sets. NOT checked: the sizes of FineWeb-Edu and xLAM; the file
 names of OpenCodeInstruct, Tulu 3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of
 OpenCoder's `synthetic_qa`; OpenThoughts' licence. No address was opened: the data step names a wrong one when it reads
-it. Gated sets need an accepted agreement and HF_TOKEN.
+it. Gated sets need an accepted agreement and HF_TOKEN. NVIDIA's sets are reported to withhold prompts that belong to
+others (LMSYS's in `chat`): such a row has a user's message without text, so it is malformed here. Where they are more
+than `data.max_malformed_share`, fill them in from their source, raise it, or leave the corpus out.
 
 `tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
 the uncompressed text where a card states it. Otherwise it is an estimate for the disk check: 4.5 bytes a token or, for
