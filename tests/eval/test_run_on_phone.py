@@ -30,7 +30,7 @@ echo 'I 00:00:01 executorch:stats.h:100] PyTorchObserver {"prompt_tokens":3,"gen
 
 @pytest.fixture
 def phone(tmp_path):
-    """Runs the script and gives the finished process. The phone's own paths are plain; those of this machine are not."""
+    """Runs the script and gives the finished process. The phone's own paths are plain, this machine's are not."""
     with tempfile.TemporaryDirectory(prefix="phone-") as root:
         yield make_phone(tmp_path, root)
 
