@@ -1,5 +1,6 @@
 """Cases of public bug reports, tried here. docs/known_reports.md lists them all; most have their tests in the rooms."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -19,11 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import compat
+from eval.export.hf_folder import write_hf_folder
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.stage_of_shards import DOCUMENTS, G, build, sequences, write_stage
 from titan_ext.config import FLAVORS
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.config import QuantizationConfig
-from titan_ext.quantization.qat import convert_to_qat, fake_quantize_activation
+from titan_ext.quantization.qat import convert_to_qat, fake_quantize_activation, fake_quantize_weight
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "known_reports.md"
@@ -76,6 +79,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import compat
+from eval.export.hf_folder import write_hf_folder
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.stage_of_shards import G, build, sequences
 rows = sequences([build(sys.argv[1], Path(sys.argv[2]))], G)
 print(int(rows.sum()), flush=True)
@@ -115,7 +120,7 @@ def _list_links(pid):
 
 @pytest.mark.parametrize("counts", [[5, 0, 3, 0, 0, 0, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [0, 12, 0, 0, 0, 0, 0, 0]])
 def test_quantized_experts_take_ragged_and_empty_groups(counts):
-    """ao #4917 tests these routings; pytorch #172439 gives an expert without tokens a gradient; torchtitan #1237 NaN."""
+    """The routings of ao #4917; in pytorch #172439 and torchtitan #1237 rows that are not there gave gradients and NaN."""
     torch.manual_seed(0)
     model = convert_to_qat(model_config(FLAVORS["tiny"]), QuantizationConfig()).build()
     model.init_states()
@@ -142,6 +147,26 @@ def test_quantized_experts_take_ragged_and_empty_groups(counts):
     for parameter, gradient in zip(experts.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
         assert torch.equal(gradient[count_E == 0], torch.zeros_like(gradient[count_E == 0]))
+
+
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_quantized_training_takes_the_group_size_that_was_asked_for(group_size):
+    """ao #3572: quantization-aware training took groups of 128 whatever the configuration said."""
+    model = convert_to_qat(model_config(FLAVORS["tiny"]), QuantizationConfig(group_size=group_size)).build()
+    model.init_states()
+    experts = model.layers["0"].moe.routed_experts.inner_experts
+    for plain, quantized in zip((experts.w1_EFD, experts.w2_EDF, experts.w3_EFD), experts.local_weights(), strict=True):
+        assert torch.equal(quantized, fake_quantize_weight(plain, group_size))
+    assert {m.group_size for m in model.modules() if hasattr(m, "group_size")} == {group_size}
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
+    """llama.cpp #6111, transformers #24899: a 32,001st token beside an embedding of 32,000 rows."""
+    small = dataclasses.replace(DIMS, vocab_size=256)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"has \d+ tokens, the model's vocab_size is 256"):
+        write_hf_folder(random_tensors(small), small, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_of_a_benchmark_begins_with_one_bos():

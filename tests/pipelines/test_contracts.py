@@ -45,3 +45,9 @@ def test_temporary_folder_of_a_local_ray(tmp_path_factory):
         assert [path for path in folder.iterdir() if path.name.startswith("session_")]
     finally:
         ray.shutdown()
+
+
+def test_ray_train_waits_a_minute_for_the_workers_of_a_gang():
+    """If this fails, a gang whose processes take half a minute to start is taken down and begun again for ever (ray
+    #60376); set RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S."""
+    assert constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S >= 60
