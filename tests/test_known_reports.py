@@ -15,7 +15,6 @@ import torch
 import xxhash
 from datatrove.utils.hashing import HashConfig, create_hash_func
 from lm_eval.models.huggingface import HFLM
-from packaging.requirements import Requirement
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,9 +47,7 @@ def test_text_is_hashed_as_its_utf8_bytes_and_no_xxhash_that_refuses_text_is_ins
         hash_text = create_hash_func(HashConfig(precision=precision, hash_fc="xxhash"))
         for text in ("", "a", "Größe 中 \U0001f600"):
             assert hash_text(text) == reference(text.encode())
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (requirement,) = (Requirement(line) for line in declared if Requirement(line).name == "xxhash")
-    assert not requirement.specifier.contains("4.0.0")
+    assert "xxhash<4" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
 def test_documents_go_on_exactly_over_epochs_and_several_resumes(tmp_path):
@@ -74,7 +71,6 @@ KILLED = """
 import sys
 from pathlib import Path
 from lm_eval.models.huggingface import HFLM
-from packaging.requirements import Requirement
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -120,7 +116,7 @@ def _list_links(pid):
 
 @pytest.mark.parametrize("counts", [[5, 0, 3, 0, 0, 0, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [0, 12, 0, 0, 0, 0, 0, 0]])
 def test_quantized_experts_take_ragged_and_empty_groups(counts):
-    """The routings of ao #4917; in pytorch #172439 and torchtitan #1237 rows that are not there gave gradients and NaN."""
+    """The routings of ao #4917. In pytorch #172439 and torchtitan #1237 missing rows gave gradients or NaN."""
     torch.manual_seed(0)
     model = convert_to_qat(model_config(FLAVORS["tiny"]), QuantizationConfig()).build()
     model.init_states()
