@@ -7,13 +7,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
-
 from core.errors import DamagedData, RefusedInput
 from pipelines.commands import COMMANDS
 from pipelines.commands.command import UsageShown, parse_arguments, require_known
 from pipelines.engine.step import StepFailed
+from pipelines.printing import print_error, print_result
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -29,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
-        print(format_usage())
+        print_result(format_usage())
         return DONE if words else REFUSED
     try:
         name, *rest = words
@@ -37,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         command.handle(command.parse(rest) if command.parse else parse_arguments(command.arguments, rest, name))
     except UsageShown as usage:
-        print(usage)
+        print_result(str(usage))
         return DONE if usage.asked else REFUSED
     except RefusedInput as error:
         print_error(f"refused: {error}")
@@ -53,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception:
         # Not foreseen, so the traceback is what helps. A ValueError of a library is no refusal: work had started.
-        traceback.print_exc()
+        print_error(traceback.format_exc())
         return FAILED
     return DONE
 
@@ -62,11 +60,6 @@ def format_usage() -> str:
     """Return the list of subcommands with their summaries."""
     lines = [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: mobilemoe COMMAND ...  (mobilemoe COMMAND --help says more)", "", *lines])
-
-
-def print_error(text: str) -> None:
-    """Print a message on stderr, without breaking its lines and without reading markup in it."""
-    Console(stderr=True, soft_wrap=True).print(escape(text), highlight=False)
 
 
 if __name__ == "__main__":

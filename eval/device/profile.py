@@ -187,17 +187,24 @@ def _draw(result: dict[str, Any], out: Path) -> None:
     }
     domains = list(dict.fromkeys(m["domain"] for m in result["measurements"]))
     for name, keys in panels.items():
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for axis, (key, label) in zip(axes, keys, strict=True):
-            for domain in domains:
-                points = [(m["context"], m[key]) for m in result["measurements"] if m["domain"] == domain]
-                axis.plot(*zip(*points, strict=True), marker="o", label=domain)
-            axis.set(xlabel="prompt and answer, tokens", ylabel=label, ylim=(0, None))
-        axes[0].legend()
-        figure.suptitle(f"{result['artifact']['folder']}, {result['artifact']['format']}")
-        figure.tight_layout()
-        figure.savefig(out / name, dpi=120)
-        plt.close(figure)
+        _draw_panels(result, domains, keys, out / name)
+
+
+# matplotlib would read a `$` in a folder's or a domain's name as the begin of a formula.
+@plt.rc_context({"text.parse_math": False})
+def _draw_panels(result: dict[str, Any], domains: list[str], keys: tuple[tuple[str, str], ...], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, (key, label) in zip(axes, keys, strict=True):
+        for domain in domains:
+            points = [(m["context"], m[key]) for m in result["measurements"] if m["domain"] == domain]
+            axis.plot(*zip(*points, strict=True), marker="o", label=domain)
+        axis.set(xlabel="prompt and answer, tokens", ylabel=label, ylim=(0, None))
+    # With its lines named, it shows labels that begin with an underscore too.
+    axes[0].legend(axes[0].get_lines(), domains)
+    figure.suptitle(f"{result['artifact']['folder']}, {result['artifact']['format']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _cpu_name() -> str:

@@ -46,8 +46,8 @@ def write_model_card(folder: Path, dims: ModelDims, form: str) -> None:
     card = _CARD.format(
         dims=dims, form=form, library=library, total=_format_count(count.total), active=_format_count(count.active)
     )
-    (folder / "README.md").write_text(card)
-    (folder / "LICENSE-NOTE.txt").write_text(_LICENSE_NOTE)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "LICENSE-NOTE.txt").write_text(_LICENSE_NOTE, encoding="utf-8")
 
 
 def _format_count(n: int) -> str:

@@ -229,11 +229,11 @@ def list_missing(results: dict) -> list[str]:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _read_lines(path: Path) -> list[dict]:
     """Return the records of a JSON-lines file that may be growing, without a last line that has no end yet."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,6 +1,7 @@
 """The report of a run: `write_report` collects the results, draws the figures and renders the pages."""
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
+from core.printable import make_line, make_printable
 from eval.report import figures
 from eval.report.collect import MODELS, collect_results, collect_stages
+
+_MARKUP = re.compile(r"[\\`*_\[\]<>#|~&$@:]")
+"""Characters that Markdown, or an extension of it, may read as markup."""
 
 
 def write_report(run: Path) -> dict[str, Any]:
@@ -60,8 +65,8 @@ def _render_pages(results: dict, pictures: dict[str, str], folder: Path) -> None
     }
     environment = _make_environment()
     for template, images in (("report.html.j2", embedded), ("report.md.j2", pictures)):
-        text = environment.get_template(template).render(**results, images=images, models=MODELS)
-        (folder / template.removesuffix(".j2")).write_text(text)
+        text = make_printable(environment.get_template(template).render(**results, images=images, models=MODELS))
+        (folder / template.removesuffix(".j2")).write_text(text, encoding="utf-8")
 
 
 def _make_environment() -> Environment:
@@ -73,6 +78,8 @@ def _make_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "text": _escape_markdown,
+        "code": _quote_code,
         "percent": _make_filter("{:.1f}", 100),
         "points": _make_filter("{:+.1f}", 100),
         "nats": _make_filter("{:.4f}"),
@@ -83,6 +90,21 @@ def _make_environment() -> Environment:
         "duration": _format_duration,
     }
     return environment
+
+
+def _escape_markdown(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, in one line."""
+    return _MARKUP.sub(r"\\\g<0>", make_line(text))
+
+
+def _quote_code(text: str) -> str:
+    """Return a text as a code span of a Markdown table, in one line.
+
+    The fence is longer than every run of backticks in the text, and only `|` is escaped: it would end the cell.
+    """
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{make_line(text)}{space}{fence}".replace("|", r"\|")
 
 
 def _make_filter(template: str, scale: float = 1.0) -> Callable[[float | None], str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from rich.console import Console
+from rich.console import RenderableType
 
 from core.errors import RefusedInput
+from pipelines.printing import print_result
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def require_known(kind: str, name: str, choices: Collection[str]) -> None:
         raise RefusedInput(f"{name!r} is no {kind}; choose one of {', '.join(choices)}.{hint}")
 
 
-def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[], Any]) -> None:
+def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[], RenderableType]) -> None:
     """Print a command's result on stdout.
 
     Args:
@@ -77,4 +78,4 @@ def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[]
     if as_json:
         print(json.dumps(value))
     else:
-        Console(soft_wrap=False).print(format_result())
+        print_result(format_result())

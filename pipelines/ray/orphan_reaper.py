@@ -19,27 +19,28 @@ from pathlib import Path
 import psutil
 
 MARKER_VARIABLE = "MOBILEMOE_RUN"
-"""Environment variable `RUN#DRIVER` that every process started for a run inherits."""
+"""Environment variable `DRIVER#RUN` that every process started for a run inherits."""
 PATIENCE_SECONDS = 3.0
 """Time that processes get to exit by themselves before they are killed."""
 
 
 def make_marker(run: Path) -> str:
-    """Return the value of the variable for the processes of this driver."""
-    return f"{run_prefix(run)}{os.getpid()}.{time.time_ns()}"
+    """Return the value of the variable for the processes of this driver: `PID.TIME#RUN`, the time in nanoseconds."""
+    # The run stands last, since a path may hold any character: `r#1` is another run than `r`.
+    return f"{os.getpid()}.{time.time_ns()}#{run}"
 
 
-def run_prefix(run: Path) -> str:
-    """Return the beginning of the markers of all drivers of a run."""
-    return f"{run}#"
+def find_processes(run: Path | str, driver: str = "") -> list[psutil.Process]:
+    """Return the running processes of a run, except this one.
 
-
-def find_processes(prefix: str) -> list[psutil.Process]:
-    """Return the running processes whose marker begins with `prefix`, except this one."""
+    Args:
+        driver: `PID.TIME` of the driver that started them; processes of any driver if empty.
+    """
     found, own = [], os.getpid()
     for process in psutil.process_iter():
         try:
-            marked = process.pid != own and process.environ().get(MARKER_VARIABLE, "").startswith(prefix)
+            started_by, _, belongs_to = process.environ().get(MARKER_VARIABLE, "").partition("#")
+            marked = process.pid != own and belongs_to == str(run) and driver in ("", started_by)
             if marked and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended since, or belongs to another user
@@ -47,27 +48,31 @@ def find_processes(prefix: str) -> list[psutil.Process]:
     return found
 
 
-def end_processes(prefix: str) -> None:
-    """Wait until the marked processes have exited, and kill those that have not after PATIENCE_SECONDS.
+def end_processes(run: Path | str, driver: str = "") -> None:
+    """Wait until the processes of a run have exited, and kill those that have not after PATIENCE_SECONDS.
+
+    Args:
+        driver: as `find_processes`.
 
     Raises:
         RuntimeError: a process survives its SIGKILL.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while (left := find_processes(prefix)) and time.monotonic() < deadline:
+    while (left := find_processes(run, driver)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in left:
         process.kill()
     _, alive = psutil.wait_procs(left, timeout=PATIENCE_SECONDS)
     if alive:
-        raise RuntimeError(f"processes {[p.pid for p in alive]} of {prefix} do not end; end them by hand")
+        raise RuntimeError(f"processes {[p.pid for p in alive]} of {run} do not end; end them by hand")
 
 
 def main(marker: str, folder: Path) -> None:
     """Wait for the driver's end, then end its processes and remove its temporary folder."""
     sys.stdin.read()
     try:
-        end_processes(marker)
+        driver, _, run = marker.partition("#")
+        end_processes(run, driver)
     finally:  # on a machine under load a killed process can take longer to go, and the folder must not stay for it
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,12 +14,13 @@ from tests.eval.tiny_checkpoint import DIMS
 
 def test_a_program(program_folder, tmp_path, capsys):
     texts = tmp_path / "prompts.json"
-    texts.write_text(json.dumps({"proverbs": "A stitch in time saves nine. Look before you leap. "}))
+    domain = "_[/x] $\\bad{$"  # neither markup of the terminal nor a formula of the picture
+    texts.write_text(json.dumps({domain: "A stitch in time saves nine. Look before you leap. "}))
     command = ["profile", str(program_folder), "--prompts", str(texts), "--contexts", "64", "--threads", "1"]
     assert main([*command, "--repetitions", "2", "--out", str(tmp_path / "out"), "--json"]) == DONE
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert [(m["domain"], m["context"]) for m in result["measurements"]] == [("proverbs", 64), (prompts.DUMMY, 64)]
+    assert [(m["domain"], m["context"]) for m in result["measurements"]] == [(domain, 64), (prompts.DUMMY, 64)]
     about = result["artifact"]
     for m in result["measurements"]:
         assert m["prefill_tokens_per_second"] == pytest.approx((64 - N_ANSWER) / m["ttft_seconds"])

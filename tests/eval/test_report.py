@@ -3,8 +3,10 @@
 import json
 import math
 import re
+from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 
 from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.suites import FOUNDATIONAL, SUITES
@@ -142,7 +144,7 @@ def test_html_needs_nothing_but_itself_and_markdown_only_its_pictures(finished):
     markdown = (run / "report/report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
     assert sorted(pictures) == sorted(p.name for p in (run / "report").glob("*.png"))
-    assert "ODC-BY <1.0>" in markdown
+    assert r"ODC-BY \<1.0\>" in markdown
     assert all(benchmark.title in text for benchmark in FOUNDATIONAL for text in (html, markdown))
 
 
@@ -217,3 +219,67 @@ def test_an_average_needs_every_benchmark():
     rows = [{"title": str(i), "sft_bf16": {"value": i / 10, "verdict": None}, "int4": None} for i in range(3)]
     assert average_scores(rows) == {"sft_bf16": pytest.approx(0.1), "int4": None}
     assert describe_chance(rows, "int4") == "QAT, INT4: no benchmark has been scored yet."
+
+
+NAMES = [
+    "x [v1]", "[/x](javascript:alert(1))", "<script>alert(1)</script>", "a|b `c` ``d`` |",
+    "*a* _b_ __c__ ~~d~~ $e$ :smile: #1",
+    "a & b &lt; \"c\" 'd'", "tail\\", "{{ 7 * 7 }} {% x %}", "two\nlines",
+]  # fmt: skip
+"""Names that Markdown, HTML or the templates would read as markup."""
+
+
+class Texts(HTMLParser):
+    """Collects the texts of headings and table cells, and the names of all elements."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self.elements, self._open = [], set(), None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add(tag)
+        if tag in ("h1", "td", "th", "li"):
+            self._open = ""
+
+    def handle_data(self, data):
+        if self._open is not None:
+            self._open += data
+
+    def handle_endtag(self, tag):
+        if tag in ("h1", "td", "th", "li"):
+            self.texts.append(self._open)
+            self._open = None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_users_and_files_stand_in_both_pages_as_they_are(name, tmp_path):
+    run = tmp_path / name.replace("/", "_")
+    make_run(run)
+    counts = {"documents": 1, "tokens": 2, "trained_tokens": 3, "bytes": 4}
+    put(
+        run / "data/data_manifest.json",
+        {
+            "shards": {"pretrain": {name: counts}},
+            "heldout": {},
+            "corpora": {name: {"domain": name, "licence": name, "read": 300, "kept": 287}},
+            "missing": [{"corpus": name, "package": name, "fallback": name}],
+            "decontamination": {"hits": {name: {"c4": 2}}},
+            "unigram_entropy_nats": {},
+        },
+    )
+    artifact = run / "artifacts" / run.name
+    put(artifact / run.name, "weights")
+    write_report(run)
+    line, title = name.replace("\n", "\\n"), run.name.replace("\n", "\\n")
+    html = Texts((run / "report/report.html").read_text(encoding="utf-8"))
+    page = (run / "report/report.md").read_text(encoding="utf-8")
+    markdown = Texts(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(page))
+    assert html.texts[0].replace("\n", "\\n") == markdown.texts[0] == title
+    assert html.texts.count(name) >= 4  # domain, corpus, licence
+    # The heading, an artifact and a domain.
+    assert [text for text in markdown.texts if text in (title, line)] == [title, title, line]
+    assert f"{line} ({line}, {line}): 300 read, 287 kept." in markdown.texts
+    assert f"{line}: package {line} could not be fetched; instead: {line}." in markdown.texts
+    assert f"{title}, 7" in markdown.texts  # its largest file, in a code span
+    assert not {"script", "a", "em", "s"} & (html.elements | markdown.elements)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ ADB = """#!/bin/sh
 case $1 in
   get-state) echo "${ADB_STATE:-device}" ;;
   shell) shift; sh -c "$(echo "$*" | sed "s|/data/local/tmp|$PHONE|g")" ;;
-  push) shift 2; for last; do :; done; mkdir -p "$PHONE/mobilemoe"
-        for file; do [ "$file" = "$last" ] || cp "$file" "$PHONE/mobilemoe/"; done ;;
+  push) shift 2; for last; do :; done; last=$(echo "$last" | sed "s|/data/local/tmp|$PHONE|")
+        for file; do [ ! -f "$file" ] || cp "$file" "$last"; done ;;
   pull) cp "$(echo "$3" | sed "s|/data/local/tmp|$PHONE|")" "$4" ;;
 esac
 """
@@ -29,8 +30,13 @@ echo 'I 00:00:01 executorch:stats.h:100] PyTorchObserver {"prompt_tokens":3,"gen
 
 @pytest.fixture
 def phone(tmp_path):
-    """Runs the script and gives the finished process."""
-    for name, content in {"bin/adb": ADB, "llama_main": RUNNER}.items():
+    """Runs the script and gives the finished process. The phone's own paths are plain, this machine's are not."""
+    with tempfile.TemporaryDirectory(prefix="phone-") as root:
+        yield make_phone(tmp_path, root)
+
+
+def make_phone(tmp_path, root):
+    for name, content in {"bin/adb": ADB, "llama main": RUNNER}.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
@@ -42,8 +48,8 @@ def phone(tmp_path):
     (program / "program.json").write_text('{"uses_fast_expert_op": false}')
 
     def run(**environment):
-        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PHONE": str(tmp_path)} | environment
-        command = [str(SCRIPT), str(program), str(tmp_path / "llama_main"), str(tmp_path / "out"), "2", "9"]
+        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PHONE": root} | environment
+        command = [str(SCRIPT), str(program), str(tmp_path / "llama main"), str(tmp_path / "out"), "2", "9"]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     run.folder = tmp_path

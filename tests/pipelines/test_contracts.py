@@ -1,6 +1,8 @@
 """The private parts of Ray that pipelines/compat.py takes: each is where it was and still does what is asked of it."""
 
 import inspect
+import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -36,12 +38,19 @@ def test_trainer_takes_a_backend_of_our_own():
     assert wanted <= parameters.keys()
 
 
-def test_temporary_folder_of_a_local_ray(tmp_path_factory):
+def test_temporary_folder_of_a_local_ray():
     """If this fails, the folder of a killed driver's Ray stays: `ray.init(_temp_dir=...)` no longer decides where
     sessions lie."""
-    folder = Path(tmp_path_factory.mktemp("r"))
+    folder = Path(tempfile.mkdtemp())  # short, as the sockets below it need
     try:
         compat.start_local_ray(str(folder), num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
         assert [path for path in folder.iterdir() if path.name.startswith("session_")]
     finally:
         ray.shutdown()
+        shutil.rmtree(folder)
+
+
+def test_ray_train_waits_a_minute_for_the_workers_of_a_gang():
+    """If this fails, a gang whose processes take half a minute to start is taken down and begun again for ever (ray
+    #60376); set RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S."""
+    assert constants.DEFAULT_WORKER_GROUP_START_TIMEOUT_S >= 60

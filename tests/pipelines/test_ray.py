@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pipelines.ray.cluster import Cluster, Task, WorkerFailed
-from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes
+from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes, make_marker
 from pipelines.recipe import ClusterConfig
 from tests.pipelines import gang_functions as gang
 
@@ -28,7 +28,7 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's Ray is not joined
         with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
             yield cluster
-    assert find_processes(f"{run}#") == []
+    assert find_processes(run) == []
 
 
 def test_gang_gets_its_environment_and_survives_a_sigkill(cluster, tmp_path):
@@ -72,13 +72,18 @@ def test_gang_larger_than_the_cluster_is_refused(cluster):
 
 def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
     def sleeper(run):
-        return subprocess.Popen(["sleep", "600"], env=os.environ | {MARKER_VARIABLE: f"{run}#1"})
+        return subprocess.Popen(["sleep", "600"], env=os.environ | {MARKER_VARIABLE: make_marker(run)})
 
-    ours, other = sleeper(tmp_path), sleeper(tmp_path / "other")
-    end_processes(f"{tmp_path}#")
+    others = [sleeper(run) for run in (tmp_path / "r" / "other", tmp_path / "r#1", tmp_path / "r1", f"/x#{tmp_path}/r")]
+    ours = sleeper(tmp_path / "r")
+    end_processes(tmp_path / "r", driver="1.1")
+    assert ours.poll() is None
+    end_processes(tmp_path / "r")
     assert not psutil.pid_exists(ours.pid)
-    assert other.poll() is None
-    other.kill()
+    for other in others:
+        assert other.poll() is None
+        other.kill()
+        other.wait()
 
 
 def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
@@ -87,9 +92,9 @@ def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert driver.stdout.readline() == "training\n"
-    assert len(find_processes(f"{tmp_path}#")) > 5
+    assert len(find_processes(tmp_path)) > 5
     driver.kill()
     deadline = time.monotonic() + 20
-    while find_processes(f"{tmp_path}#") and time.monotonic() < deadline:
+    while find_processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert find_processes(f"{tmp_path}#") == []
+    assert find_processes(tmp_path) == []

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.export.dcp_checkpoint import read_checkpoint
-from tests.titan_ext.stage_data import find_differences, write_data
+from tests.titan_ext.stage_data import find_differences, load_tensors, write_data
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 from titan_ext.training.launch import run_ranks, start_ranks
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
@@ -43,6 +45,16 @@ def stage_spec(data: Path, out: Path, world_size: int, **changes) -> StageSpec:
 
 def lines(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def plain_folder():
+    """A folder for torch's writer of Hugging Face shards: it looks for its own files by a pattern made of their path.
+
+    Below the folder of other tests it finds none and writes files that no reader takes. The product writes its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +124,8 @@ def save_as_hugging_face(spec: StageSpec) -> None:
     dist.destroy_process_group()
 
 
-def test_torchtitans_hugging_face_checkpoint_is_the_exporters(data, two_processes, tmp_path):
-    spec = stage_spec(data, tmp_path / "stage", world_size=2)
+def test_torchtitans_hugging_face_checkpoint_is_the_exporters(data, two_processes, plain_folder, tmp_path):
+    spec = stage_spec(data, plain_folder / "stage", world_size=2)
     before = find_final_checkpoint(two_processes, STAGE.steps)
     shutil.copytree(before, spec.out / "checkpoint" / before.name)
     run_ranks(spec, tmp_path / "scratch", save_as_hugging_face)
@@ -133,20 +145,27 @@ def test_padding_and_repeats_are_reported(one_process):
     assert all(told[-1]["epochs"][domain] > told[0]["epochs"][domain] > 0 for domain in STAGE.mixture)
 
 
-def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
-    spec = stage_spec(data, tmp_path / "stage", world_size=2)
-    processes = start_ranks(spec, tmp_path / "scratch")
+def kill_at_step(step: int, spec: StageSpec, scratch: Path) -> None:
+    processes = start_ranks(spec, scratch)
     metrics = spec.out / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 11):
-        assert time.monotonic() < deadline, (tmp_path / "scratch/rank_0.log").read_text()[-2000:]
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert time.monotonic() < deadline, (scratch / "rank_0.log").read_text()[-2000:]
         assert all(process.is_alive() for process in processes)
         time.sleep(0.02)
     for process in processes:
         process.kill()
         process.join()
+
+
+def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
+    """It is killed twice: torchtitan #571 and #3907 began the third start at the step, or the data, of the second."""
+    spec = stage_spec(data, tmp_path / "stage", world_size=2)
+    for step in (11, 17):
+        kill_at_step(step, spec, tmp_path / "scratch")
     run_ranks(spec, tmp_path / "scratch")
-    assert "step-8" in (spec.out / "logs/rank_0.log").read_text(), "the second start must load the checkpoint of step 8"
+    log = (spec.out / "logs/rank_0.log").read_text()
+    assert re.search(r"step-8\b(.|\n)*step-16\b", log), "every start loads the newest checkpoint"
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "router_z")
     resumed, whole = lines(spec.out, "metrics.jsonl"), lines(two_processes, "metrics.jsonl")
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole]
@@ -180,6 +199,41 @@ def test_qat_stage_starts_from_the_parent_on_another_layout(data, two_processes,
         weights.append(state[name])
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
     assert lines(spec.out, "metrics.jsonl")[0]["loss"] < 6
+
+
+def test_a_stage_killed_before_its_first_checkpoint_starts_from_its_parent_again(data, one_process, tmp_path):
+    """torchtitan #3732: with a folder but no checkpoint in it, a stage began with random weights without a word."""
+    parent = find_final_checkpoint(one_process, STAGE.steps)
+    stage = dataclasses.replace(STAGE, steps=1, learning_rate=1e-9)
+    spec = stage_spec(data, tmp_path / "stage", world_size=1, stage=stage, initial_checkpoint=parent)
+    half = spec.out / "checkpoint" / "step-1"
+    half.mkdir(parents=True)
+    (half / "__0_0.distcp").write_bytes(b"cut off")
+    run_ranks(spec, tmp_path / "scratch")
+    first, trained = lines(spec.out, "metrics.jsonl")[0]["loss"], lines(one_process, "metrics.jsonl")
+    assert abs(first - trained[-1]["loss"]) < 0.5 < trained[0]["loss"] - 0.5 - first
+
+
+def test_the_expert_bias_of_a_checkpoint_is_the_trained_one(two_processes):
+    """torchtitan #1222: checkpoints held the zeros that the bias began with."""
+    tensors = load_tensors(find_final_checkpoint(two_processes, STAGE.steps))
+    biases = [tensor for name, tensor in tensors.items() if "expert_bias" in name]
+    assert len(biases) == DIMS.n_layers
+    assert all(bias.abs().max() > 0 and bias.dtype == torch.float32 for bias in biases)
+
+
+def test_held_out_loss_of_conversations_is_the_mean_over_all_targets(data, one_process, tmp_path):
+    """torchtitan #4167 took the mean of the batches' means, and #1759 divided by the steps of the accumulation."""
+    losses = []
+    for batch in (1, 4):  # four micro-batches a step, of which some have few targets; and one
+        stage = dataclasses.replace(STAGE, steps=1, shards="sft", local_batch_size=batch, heldout_interval=1)
+        spec = stage_spec(
+            data, tmp_path / f"stage-{batch}", world_size=1, stage=stage, name="sft",
+            initial_checkpoint=find_final_checkpoint(one_process, STAGE.steps),
+        )  # fmt: skip
+        run_ranks(spec, tmp_path / "scratch")
+        losses.append(lines(spec.out, "heldout.jsonl")[-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_unfinished_stage_has_no_final_checkpoint(two_processes):

@@ -6,13 +6,33 @@ the file win over the stock ones; `generation_kwargs` is merged key by key. `{su
 stock task's dataset_name. Data files are paths below the items folder: `<benchmark>/<split>.jsonl`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from eval import compat
 from eval.benchmarks.suites import Benchmark
+
+
+class LocalTask(ConfigurableTask):
+    """An lm-eval task whose documents are read from files, by their paths as they are.
+
+    lm-eval gives the paths to `datasets.load_dataset`, which reads them as patterns: below a folder named `x [v1]` it
+    finds no file. It would also keep a copy of every file in a cache in the user's home.
+    """
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Read the task's `data_files`, one file of JSON lines for each split. lm-eval calls this."""
+        assert dataset_kwargs is not None, "load_task_configs names the files"
+        self.dataset = {split: _read_items(Path(path)) for split, path in dataset_kwargs["data_files"].items()}
+
+
+def _read_items(path: Path) -> datasets.Dataset:
+    with path.open(encoding="utf-8") as lines:
+        return datasets.Dataset.from_list([json.loads(line) for line in lines])
 
 
 def find_stock_files(key: str) -> list[Path]:
@@ -30,9 +50,9 @@ def load_task_configs(benchmark: Benchmark, items: Path) -> list[dict[str, Any]]
     ]
 
 
-def build_tasks(benchmark: Benchmark, items: Path) -> list[ConfigurableTask]:
+def build_tasks(benchmark: Benchmark, items: Path) -> list[LocalTask]:
     """Build a benchmark's lm-eval tasks and load their items."""
-    return [ConfigurableTask(config=config) for config in load_task_configs(benchmark, items)]
+    return [LocalTask(config=config) for config in load_task_configs(benchmark, items)]
 
 
 def _load_overrides(key: str) -> dict[str, Any]:

@@ -24,12 +24,13 @@ fi
 
 mkdir -p "$out"
 adb shell mkdir -p $remote
-adb push --sync "$folder/model.pte" "$folder/tokenizer.json" "$runner" "$prompts"/*.txt $remote/
-adb shell chmod +x "$remote/$(basename "$runner")"
+adb push --sync "$folder/model.pte" "$folder/tokenizer.json" "$prompts"/*.txt $remote/
+adb push --sync "$runner" $remote/llama_main # a name of our own: the phone's shell would split another at its spaces
+adb shell chmod +x $remote/llama_main
 
 for domain in knowledge code maths; do
   # The runner is polled for its peak memory; its statistics are one line of JSON after "PyTorchObserver".
-  adb shell "cd $remote || exit 1; ./$(basename "$runner") --model_path model.pte --tokenizer_path tokenizer.json \
+  adb shell "cd $remote || exit 1; ./llama_main --model_path model.pte --tokenizer_path tokenizer.json \
       --prompt_file $domain.txt --temperature 0 --ignore_eos --max_new_tokens $new_tokens --cpu_threads $threads --warmup \
       > run.log 2>&1 & pid=\$!; while grep VmHWM /proc/\$pid/status > peak.new 2>/dev/null; do mv peak.new peak; sleep 0.1; done;
       wait \$pid; code=\$?; cat peak >> run.log; exit \$code"
