@@ -38,6 +38,7 @@ from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
 from data.report import data_manifest, shard_statistics
 from data.report.statistics_page import write_page
 from data.tokens import mds, tokenizer
+from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
 from data.tokens.verify_shards import MANIFEST
 from data.validate_config import validate_config
@@ -246,7 +247,7 @@ def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: 
     if not folder.exists():
         progress("8-tokenizer", 0, 1)
         if config.tokenizer.path:
-            made = tokenizer.load_existing(config.tokenizer.path)
+            made = load_existing(config.tokenizer.path, config.tokenizer.template_date)
         else:
             texts = _read_pretrain_texts(out / "work" / "clean", units)
             made = tokenizer.train(texts, config.tokenizer.train_vocab_size)

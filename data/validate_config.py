@@ -83,10 +83,14 @@ def _validate_tokenizer(config: DataConfig) -> None:
             file.is_file(), "tokenizer.path", path, f"{file} does not exist",
             "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",
         )  # fmt: skip
-        from data.tokens.tokenizer import load_existing  # transformers takes seconds to import
+        from data.tokens.existing_tokenizer import load_existing  # transformers takes seconds to import
 
-        load_existing(path)  # refuses a tokenizer without the special tokens
+        load_existing(path, config.tokenizer.template_date)  # refuses what training or an export cannot use
     else:
+        _require(
+            not config.tokenizer.template_date, "tokenizer.template_date", config.tokenizer.template_date,
+            "the chat template of a trained tokenizer prints no date", "leave it empty",
+        )  # fmt: skip
         _require(
             size >= MIN_VOCAB_SIZE, "tokenizer.train_vocab_size", size,
             f"must be at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)", "4096 is the default",

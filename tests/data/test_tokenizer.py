@@ -9,6 +9,7 @@ from core.errors import RefusedInput
 from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder, UnusableConversationError
+from data.tokens.existing_tokenizer import load_existing
 from tests.data.planted import page
 
 CONVERSATION = [
@@ -99,8 +100,8 @@ def test_conversation_whose_past_the_template_rewrites_is_refused(trained):
 def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_path):
     folder = tmp_path / "tokenizer"
     tokenizer.save(trained, folder)
-    from_folder = tokenizer.load_existing(str(folder))
-    from_json = tokenizer.load_existing(str(folder / "tokenizer.json"))
+    from_folder = load_existing(str(folder))
+    from_json = load_existing(str(folder / "tokenizer.json"))
     ids = Encoder(trained).encode_documents(["A river of 1234 lanterns."])[0].tolist()
     for loaded in (from_folder, from_json):
         assert Encoder(loaded).encode_documents(["A river of 1234 lanterns."])[0].tolist() == ids
@@ -113,5 +114,5 @@ def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):
 
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE()).save(str(path))
-    with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path: .* lacks <\|begin_of_text\|>"):
-        tokenizer.load_existing(str(path))
+    with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path = .*lacks <\|begin_of_text\|>"):
+        load_existing(str(path))
