@@ -7,8 +7,8 @@ from datatrove.data import Document
 from transformers import AutoTokenizer
 
 from data.tokens import mds, tokenizer
-from data.tokens.chat import TOO_LONG, Encoder, UnusableConversationError
-from data.tokens.shard_writer import ShardWriter
+from data.tokens.chat import NO_ANSWER, TOO_LONG, Encoder, UnusableConversationError
+from data.tokens.shard_writer import REFUSED_PREFIX, ShardWriter
 from tests.data.planted import page
 from tests.data.test_pipeline import samples
 
@@ -85,3 +85,56 @@ def test_saved_tokenizer_renders_as_the_encoder_does(folder):
     loaded = AutoTokenizer.from_pretrained(folder)
     found = Encoder(loaded).encode_conversation(TOOLS, 8192)
     assert found.tokens.tolist() == loaded.apply_chat_template(TOOLS)
+
+
+def count_renders(encoder: Encoder, num_turns: int, monkeypatch) -> int:
+    """Encode a conversation of many short turns; return how often the template was rendered."""
+    calls = []
+    with monkeypatch.context() as patch:
+        render = encoder.tokenizer.apply_chat_template
+        patch.setattr(
+            encoder.tokenizer, "apply_chat_template", lambda *args, **kwargs: calls.append(1) or render(*args, **kwargs)
+        )
+        assert encoder.encode_conversation(TOOLS[1:3] * num_turns, 512).shortened
+    return len(calls)
+
+
+def test_what_comes_after_the_last_answer_that_fits_costs_no_rendering(encoder, monkeypatch):
+    assert count_renders(encoder, 10_000, monkeypatch) == count_renders(encoder, 20, monkeypatch) < 20
+
+
+def answer_after(*messages: dict) -> list[dict]:
+    return [*messages, {"role": "assistant", "content": "Yes."}]
+
+
+ALTERNATING = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate!') }}{% endif %}{% endfor %}"
+)
+
+
+def test_conversations_that_the_template_refuses_are_set_aside_by_reason(folder, tmp_path):
+    """Mistral's and Gemma's templates raise on system messages, and on two of one role in a row."""
+    made = tokenizer.load(folder)
+    made.chat_template = ALTERNATING + made.chat_template
+    tokenizer.save(made, tmp_path / "tokenizer")
+    user, system = {"role": "user", "content": "Hi?"}, {"role": "system", "content": "Be brief."}
+    chats = [answer_after(user), answer_after(system, user), answer_after(user, user), [*answer_after(user), user]]
+    chats += [answer_after(user, user)] * 20 + [[user], answer_after(user, {"role": "user", "content": None})]
+    chats += [answer_after()]
+    metadata = {"corpus": "c", "domain": "chat", "kind": "sft", "split": "sft"}
+    documents = [
+        Document(text="t", id=str(number), metadata=metadata | {"messages": messages})
+        for number, messages in enumerate(chats)
+    ]
+    writer = ShardWriter(tmp_path / "tokenizer", tmp_path / "parts", tmp_path / "set_aside", 1 << 20, 8192)
+    writer.run(documents, 0, 1)
+    lines = [json.loads(line) for line in (tmp_path / "set_aside/00000.jsonl").read_text().splitlines()]
+    alternate = "the chat template fails with TemplateError: Conversation roles must alternate!"
+    # Ten samples of a reason, and all of them counted.
+    assert [line["reason"] for line in lines].count(alternate) == 10
+    assert json.loads(lines[0]["sample"]) == chats[1] and lines[0]["id"] == "1"
+    counted = {key: value.total for key, value in writer.stats.stats.items() if key.startswith(REFUSED_PREFIX)}
+    assert counted == {f"{REFUSED_PREFIX}{alternate}": 24, f"{REFUSED_PREFIX}{NO_ANSWER}": 1}
+    mds.assemble(tmp_path / "parts", tmp_path, "shards/sft/chat", "v")
+    assert len(samples(tmp_path / "shards/sft/chat")) == 2
