@@ -10,6 +10,7 @@ outputs outside datatrove (tokenizer, joined MDS folders, manifest) are written 
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -40,6 +41,7 @@ from data.report.statistics_page import write_page
 from data.tokens import mds, tokenizer
 from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
+from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST
 from data.validate_config import validate_config
 
@@ -110,7 +112,7 @@ def prepare(
         manifest = {
             "plan": plan,
             "versions": data_manifest.read_versions(),
-            "tokenizer": _describe_tokenizer(out / "tokenizer"),
+            "tokenizer": _describe_tokenizer(config, out / "tokenizer"),
             "corpora": _describe_corpora(corpora, packages, counts, units, out),
             "missing": missing,
             "language": language.describe_language_filter(wheel, config.languages),
@@ -160,6 +162,7 @@ def _make_plan(
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
+                "tokenizer_sha256": hash_tokenizer_files(config.tokenizer.path) if config.tokenizer.path else {},
             }
         )
     )
@@ -291,12 +294,15 @@ def _assemble(out: Path, progress: Progress) -> dict:
     return {**data_manifest.nest_by_folder(entries), "unigram_entropy_nats": entropies}
 
 
-def _describe_tokenizer(folder: Path) -> dict:
-    vocabulary = tokenizer.load(folder).get_vocab()
+def _describe_tokenizer(config: DataConfig, folder: Path) -> dict:
+    made = tokenizer.load(folder)
+    assert isinstance(made.chat_template, str)
     return {
         "sha256": tokenizer.hash_tokenizer(folder),
-        VOCABULARY_KEY: hash_vocabulary(vocabulary),
-        "vocab_size": len(vocabulary),
+        "chat_template_sha256": hashlib.sha256(made.chat_template.encode()).hexdigest(),
+        "template_date": config.tokenizer.template_date,
+        VOCABULARY_KEY: hash_vocabulary(made.get_vocab()),
+        "vocab_size": len(made),
     }
 
 

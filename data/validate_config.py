@@ -1,12 +1,11 @@
 """Validation of a DataConfig before anything starts, and the estimate of the disk it needs."""
 
-from pathlib import Path
-
 from core.errors import RefusedInput
 from core.special_tokens import MIN_VOCAB_SIZE
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import Corpus
 from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
+from data.tokens.tokenizer_files import locate_tokenizer
 
 MAX_SHARD_BYTES = 2**32 - 1
 """Largest shard: MDS stores offsets in 32 bits."""
@@ -78,7 +77,7 @@ def validate_config(config: DataConfig) -> None:
 def _validate_tokenizer(config: DataConfig) -> None:
     path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
     if path:
-        file = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+        file = locate_tokenizer(path)
         _require(
             file.is_file(), "tokenizer.path", path, f"{file} does not exist",
             "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",

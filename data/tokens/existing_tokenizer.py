@@ -18,6 +18,7 @@ from data.tokens.chat import Encoder, UnusableConversationError
 from data.tokens.marked_text import MarkedTextEncoder
 from data.tokens.template_date import pin_date
 from data.tokens.tokenizer import CHAT_TEMPLATE
+from data.tokens.tokenizer_files import CONFIG, TEMPLATE, locate_tokenizer
 
 FIELD = "data.tokenizer.path"
 PROBE_TEXTS = (
@@ -42,7 +43,7 @@ def load_existing(path: str, template_date: str = "") -> PreTrainedTokenizerFast
         RefusedInput: the tokenizer loses or changes text, or its files contradict each other, or it lacks a special
             token, or its chat template cannot be used; names the rule and the way out.
     """
-    file = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+    file = locate_tokenizer(path)
     text = _read_text(file)
     try:
         backend = Tokenizer.from_str(text)
@@ -94,7 +95,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    file = Path(path) / "tokenizer_config.json"
+    file = Path(path) / CONFIG
     if not file.exists():
         return {}
     try:
@@ -164,7 +165,7 @@ def _read_template(path: str, config: dict[str, Any]) -> str:
         stated = {entry["name"]: entry["template"] for entry in stated}.get("default", "")
         if not stated:
             _refuse(path, "none of its chat templates is named default", "name the one to train with so")
-    file = Path(path) / "chat_template.jinja"
+    file = Path(path) / TEMPLATE
     if not file.exists():
         return stated
     written = _read_text(file)
