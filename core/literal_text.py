@@ -21,7 +21,16 @@ def list_control_tokens(tokenizer: Any) -> dict[str, int]:
     An added token that is not marked as special and consists of white space alone is no control token: GPT-NeoX and
     CodeGen have such tokens for indented text. Nor is one that the merges of a BPE make of ordinary text.
     """
-    return _list_control(json.loads(tokenizer.to_str()))
+    added = {token.content: (index, token) for index, token in tokenizer.get_added_tokens_decoder().items()}
+    # Only for these the merges are looked at: to write a large tokenizer as JSON and read it takes a second.
+    ordinary = [text for text, (_, token) in added.items() if not token.special]
+    words = {text for text in ordinary if tokenizer.model.token_to_id(text) is not None}
+    merged = _list_merged(json.loads(tokenizer.to_str())["model"]) if words else set()
+    return {
+        text: index
+        for text, (index, token) in added.items()
+        if token.special or (text.strip() and text not in words & merged)
+    }
 
 
 def copy_literal_tokenizer(tokenizer: Any) -> Any:
@@ -33,8 +42,8 @@ def copy_literal_tokenizer(tokenizer: Any) -> Any:
     Raises:
         RefusedInput: ordinary text becomes one of the control tokens even without its entry; names the token.
     """
+    control = list_control_tokens(tokenizer)
     state = json.loads(tokenizer.to_str())
-    control = _list_control(state)
     unknown = state["model"].get("unk_token")
     state["truncation"] = state["padding"] = None
     _hide_from_model(state["model"], set(control))
@@ -60,16 +69,6 @@ def compile_spelling_pattern(control: dict[str, int]) -> re.Pattern[str]:
     # Without alternatives the group would match everywhere, where nothing shall match.
     spellings = "|".join(map(re.escape, control)) or "(?!)"
     return re.compile(f"(?={spellings})(?s:.)")
-
-
-def _list_control(state: dict[str, Any]) -> dict[str, int]:
-    """Return text -> id of the control tokens of a tokenizer.json's content."""
-    merged = _list_merged(state["model"])
-    return {
-        token["content"]: token["id"]
-        for token in state["added_tokens"]
-        if token["special"] or (token["content"].strip() and token["content"] not in merged)
-    }
 
 
 def _hide_from_model(model: dict[str, Any], control: set[str]) -> None:

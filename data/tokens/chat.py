@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from core.literal_text import compile_spelling_pattern, list_control_tokens
+from core.literal_text import compile_spelling_pattern
 from data.tokens.marked_text import MarkedTextEncoder, holds_escaped_mark, mark_messages
 
 TOO_LONG = "the first answer does not fit into data.max_conversation_tokens"
@@ -45,16 +45,15 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        control = list_control_tokens(tokenizer.backend_tokenizer)
-        self.control_ids = set(control.values())
-        self._spelling = compile_spelling_pattern(control)
-        self._marked = MarkedTextEncoder(tokenizer.backend_tokenizer)
+        self.marked = MarkedTextEncoder(tokenizer.backend_tokenizer)
+        self.control_ids = set(self.marked.control.values())
+        self._spelling = compile_spelling_pattern(self.marked.control)
 
     def encode_documents(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """Return the tokens of each text between bos and eos, uint32 [n]."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         # The fast form leaves out the offsets, which are not used here.
-        encodings = self._marked.literal.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.marked.literal.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([bos, *encoding.ids, eos], dtype=np.uint32) for encoding in encodings]
 
     def encode_conversation(self, messages: list[dict], max_tokens: int) -> Conversation:
@@ -87,7 +86,7 @@ class Encoder:
 
     def _encode_rendered(self, texts: tuple[str, str], mark: str) -> list[list[int]]:
         if mark:
-            return [self._marked.encode(text, mark) for text in texts]
+            return [self.marked.encode(text, mark) for text in texts]
         backend = self.tokenizer.backend_tokenizer
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 

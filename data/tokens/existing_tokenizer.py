@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from core.errors import RefusedInput
@@ -59,23 +59,22 @@ def load_existing(path: str, template_date: str = "") -> PreTrainedTokenizerFast
         config = _read_config(path)
         _check_config(path, config, backend)
         template = _read_template(path, config) or CHAT_TEMPLATE
-    try:
-        marked = MarkedTextEncoder(backend)
-        template = pin_date(template, template_date)
-    except RefusedInput as error:
-        raise RefusedInput(f"{FIELD} = {path!r}: {error}") from error
-    _check_texts(path, backend, marked)
     backend.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]),
         ]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    _check_template(path, tokenizer)
+    try:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD,
+            chat_template=pin_date(template, template_date), clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+        encoder = Encoder(tokenizer)
+    except RefusedInput as error:
+        raise RefusedInput(f"{FIELD} = {path!r}: {error}") from error
+    _check_texts(path, backend, encoder.marked)
+    _check_template(path, encoder)
     return tokenizer
 
 
@@ -107,28 +106,27 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _check_entries(path: str, backend: Tokenizer, file: dict[str, Any]) -> None:
     """Check the kind of tokenizer and its vocabulary: ids without holes, the special tokens, nothing random."""
-    state = json.loads(backend.to_str())
-    if state["model"]["type"] != "BPE":
-        _refuse(path, f"is a {state['model']['type']}, which loses text", "take a byte-level BPE, as Llama 3's")
+    if not isinstance(backend.model, models.BPE):
+        _refuse(path, f"is a {type(backend.model).__name__}, which loses text", "take a byte-level BPE, as Llama 3's")
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         rule = f"its {len(vocabulary)} entries do not have the ids 0 to {len(vocabulary) - 1}, each once"
         _refuse(path, rule, "save it with an entry for every row of the model")
-    added = {token["content"]: token for token in state["added_tokens"]}
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     moved = [t["content"] for t in file.get("added_tokens", ()) if vocabulary.get(t["content"]) != t["id"]]
     if moved:
         _refuse(path, f"other entries have the ids of {', '.join(moved[:5])}", "save it with transformers again")
-    absent = [token for token in REQUIRED_TOKENS if token not in added or not added[token]["special"]]
+    absent = [token for token in REQUIRED_TOKENS if token not in added or not added[token].special]
     if absent:
         rule = f"lacks {', '.join(absent)} among its special tokens, which training and export need"
         _refuse(path, rule, "take a tokenizer of the Llama-3 family, from 3.1 on")
-    if state["normalizer"] is not None:
-        rule = f"its normalizer ({state['normalizer']['type']}) changes text before it is encoded"
+    if backend.normalizer is not None:
+        rule = f"its normalizer ({type(backend.normalizer).__name__}) changes text before it is encoded"
         _refuse(path, rule, "take a byte-level BPE without one, as Llama 3's")
-    if state["model"].get("dropout"):
+    if backend.model.dropout:
         _refuse(path, "BPE with dropout gives other tokens each time", 'set "dropout" to null in tokenizer.json')
     for text in list_control_tokens(backend):
-        if added[text]["lstrip"] or added[text]["rstrip"]:
+        if added[text].lstrip or added[text].rstrip:
             _refuse(path, f"{text!r} takes the white space beside it away", "set lstrip and rstrip to false")
         if len(text) == 1:
             _refuse(path, f"the added token {text!r} is one character, which any text may hold", "remove it")
@@ -181,7 +179,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def _check_texts(path: str, backend: Tokenizer, marked: MarkedTextEncoder) -> None:
     """Check that every text comes back as it was: no unknown token or prefix space changes it."""
     for text in PROBE_TEXTS:
-        found = backend.decode(_encode(marked.literal, text), skip_special_tokens=False)
+        found = backend.decode(_encode(backend, text), skip_special_tokens=False)
         if found != text:
             same = next(i for i in range(len(text) + 1) if text[: i + 1] != found[: i + 1])
             rule = f"it changes text: {text[same : same + 20]!r} comes back as {found[same : same + 20]!r}"
@@ -192,20 +190,20 @@ def _check_texts(path: str, backend: Tokenizer, marked: MarkedTextEncoder) -> No
             _refuse(path, rule, "take a byte-level BPE without a prefix space, as Llama 3's")
 
 
-def _check_template(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_template(path: str, encoder: Encoder) -> None:
     """Check the chat template on a plain conversation of two turns."""
     messages = []
     for question, answer in zip(PROBE_QUESTIONS, PROBE_ANSWERS, strict=True):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        tokens, mask, _ = Encoder(tokenizer).encode_conversation(messages, 1 << 20)
+        tokens, mask, _ = encoder.encode_conversation(messages, 1 << 20)
     except UnusableConversationError as error:
         _refuse(path, f"its chat template cannot render two plain turns: {error}", "give it a template that can")
-    written = tokenizer.decode(tokens.tolist())
+    written = encoder.tokenizer.decode(tokens.tolist())
     absent = [message["content"] for message in messages if message["content"] not in written]
     if absent:
         _refuse(path, f"its chat template leaves out or changes the message {absent[0]!r}", "give it one that does not")
-    trained = tokenizer.decode(tokens[mask == 1].tolist())
+    trained = encoder.tokenizer.decode(tokens[mask == 1].tolist())
     if not all(any(answer + stop in trained for stop in STOP_TOKENS) for answer in PROBE_ANSWERS):
         stops = ", ".join(STOP_TOKENS)
         rule = f"its chat template closes an answer with none of {stops}: a model would learn {trained!r}"

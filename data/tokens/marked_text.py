@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from core.literal_text import copy_literal_tokenizer, list_control_tokens
 
@@ -70,7 +70,8 @@ class MarkedTextEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.literal = copy_literal_tokenizer(tokenizer)
-        self._control_ids = set(list_control_tokens(tokenizer).values())
+        self.control = list_control_tokens(tokenizer)
+        self._control_ids = set(self.control.values())
         self._finder = _make_finder(tokenizer)
 
     def encode(self, rendered: str, mark: str) -> list[int]:
@@ -93,8 +94,8 @@ def _make_finder(tokenizer: Tokenizer) -> Tokenizer:
 
     It finds them by the tokenizer's own rules (lstrip, rstrip, single_word, the longest of several).
     """
-    state = json.loads(tokenizer.to_str())
-    vocabulary = {token["content"]: token["id"] for token in state["added_tokens"]}
-    state |= {"pre_tokenizer": None, "post_processor": None, "decoder": None, "truncation": None, "padding": None}
-    state["model"] = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    return Tokenizer.from_str(json.dumps(state))
+    added = tokenizer.get_added_tokens_decoder()
+    finder = Tokenizer(models.BPE({token.content: index for index, token in added.items()}, []))
+    finder.normalizer = tokenizer.normalizer
+    finder.add_tokens(list(added.values()))
+    return finder
