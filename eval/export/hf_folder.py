@@ -134,6 +134,8 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         model_max_length=config.max_position_embeddings,
+        # Llama 3's own files ask to remove the space in front of a full stop when ids become text.
+        clean_up_tokenization_spaces=False,
     )
     if len(tokenizer) > config.vocab_size:
         raise RefusedInput(

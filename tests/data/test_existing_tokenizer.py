@@ -266,20 +266,40 @@ def test_batches_and_threads_do_not_change_the_tokens(original, threads, monkeyp
     assert [ids.tolist() for ids in together] == [encoder.encode_documents([text])[0].tolist() for text in texts]
 
 
-def test_saved_and_loaded_the_tokens_are_those_of_the_file(original, tmp_path):
-    """transformers' classes may change a tokenizer when they load it; what is saved here has the plainest of them."""
-    tokenizer.save(load_existing(str(original)), tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["tokenizer_class"] == (
-        "PreTrainedTokenizerFast"
-    )
-    file = Tokenizer.from_file(str(original / "tokenizer.json"))
-    raw = Tokenizer.from_file(str(tmp_path / "saved/tokenizer.json"))
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for text in (*PROBE_TEXTS, TEXT, "it 's , is n't ."):
+def test_saved_and_loaded_the_tokens_are_those_of_the_file(folder, tmp_path):
+    """transformers may change a tokenizer on loading, by its class or its config; what is saved has the plainest."""
+    change(
+        folder, "tokenizer_config.json", clean_up_tokenization_spaces=True, split_special_tokens=True,
+        fix_mistral_regex=True, add_prefix_space=True, add_bos_token=True, legacy=True,
+    )  # fmt: skip
+    tokenizer.save(load_existing(str(folder)), tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    check_tokens(folder, tmp_path / "saved")
+
+
+def check_tokens(folder: Path, saved: Path) -> None:
+    """Check that AutoTokenizer makes the tokens of `folder`'s tokenizer.json, and gives their text back."""
+    file, raw = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (folder, saved))
+    loaded = AutoTokenizer.from_pretrained(saved)
+    for text in (*PROBE_TEXTS, TEXT, "it 's , is n't . x != y"):
         ids = file.encode(text, add_special_tokens=False).ids
         assert raw.encode(text, add_special_tokens=False).ids == ids
         assert loaded.encode(text, add_special_tokens=False) == ids
         assert loaded.decode(ids) == text
+
+
+@pytest.mark.parametrize("model_type", ["mobilemoe", "mistral"])
+def test_a_large_vocabulary_beside_a_model_keeps_its_tokens(folder, tmp_path, model_type):
+    """transformers takes a local tokenizer of more than 100,000 entries beside a config.json for Mistral's."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    content["model"]["vocab"] |= {f"unused {index}": 400 + index for index in range(100_000)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer.save(load_existing(str(folder)), tmp_path / "saved")
+    config = {"model_type": model_type, "transformers_version": "4.57.6"}
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    check_tokens(folder, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "BertTokenizer"])
