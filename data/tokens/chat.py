@@ -8,16 +8,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from core.literal_text import compile_spelling_pattern
-from data.tokens.marked_text import MarkedTextEncoder, holds_escaped_mark, mark_messages
+from data.tokens.marked_text import (
+    MarkedTextEncoder,
+    UnusableConversationError,
+    holds_escaped_mark,
+    mark_messages,
+)
 
 TOO_LONG = "the first answer does not fit into data.max_conversation_tokens"
 NO_ANSWER = "no message of the assistant"
 NOT_APPENDED = "the chat template changes the text of messages when others follow"
 ESCAPED = "the chat template escapes characters of a message that spells a special token"
-
-
-class UnusableConversationError(Exception):
-    """A conversation cannot be trained on; the message is a reason that many conversations may share."""
 
 
 class Conversation(NamedTuple):

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from core.errors import RefusedInput
 from core.literal_text import list_control_tokens
 from core.special_tokens import BOS, EOS, PAD, REQUIRED_TOKENS, STOP_TOKENS
-from data.tokens.chat import Encoder, UnusableConversationError
-from data.tokens.marked_text import MarkedTextEncoder
+from data.tokens.chat import Encoder
+from data.tokens.marked_text import MarkedTextEncoder, UnusableConversationError
 from data.tokens.template_date import pin_date
 from data.tokens.tokenizer import CHAT_TEMPLATE
 from data.tokens.tokenizer_files import CONFIG, TEMPLATE, locate_tokenizer
@@ -57,8 +57,11 @@ def load_existing(path: str, template_date: str = "") -> PreTrainedTokenizerFast
     template = CHAT_TEMPLATE
     if not path.endswith(".json"):
         config = _read_config(path)
-        _check_config(path, config, backend)
-        template = _read_template(path, config) or CHAT_TEMPLATE
+        try:
+            _check_config(path, config, backend)
+            template = _read_template(path, config) or CHAT_TEMPLATE
+        except (AttributeError, KeyError, TypeError) as error:
+            _refuse(path, f"{CONFIG} is not of transformers' form ({error!r})", "save the tokenizer with transformers")
     backend.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
@@ -137,8 +140,9 @@ def _check_config(path: str, config: dict[str, Any], backend: Tokenizer) -> None
     if config.get("auto_map"):
         rule = "tokenizer_config.json asks for code of its own (auto_map), which is never run"
         _refuse(path, rule, "save the tokenizer as PreTrainedTokenizerFast")
+    added = {str(index): token.content for index, token in backend.get_added_tokens_decoder().items()}
     for index, token in config.get("added_tokens_decoder", {}).items():
-        if backend.id_to_token(int(index)) != token["content"]:
+        if added.get(index) != token["content"]:
             rule = f"token {index} is {token['content']!r} in tokenizer_config.json, not in tokenizer.json"
             _refuse(path, rule, "copy both files from one place")
     if config.get("tokenizer_class", "PreTrainedTokenizerFast") == "PreTrainedTokenizerFast":
@@ -163,6 +167,8 @@ def _read_template(path: str, config: dict[str, Any]) -> str:
         stated = {entry["name"]: entry["template"] for entry in stated}.get("default", "")
         if not stated:
             _refuse(path, "none of its chat templates is named default", "name the one to train with so")
+    if not isinstance(stated, str):
+        raise TypeError(f"chat_template is {type(stated).__name__}")
     file = Path(path) / TEMPLATE
     if not file.exists():
         return stated

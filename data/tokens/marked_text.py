@@ -8,13 +8,19 @@ text between them loses its marks and is encoded as text.
 import json
 import re
 from typing import Any
+from urllib.parse import quote
 
 from tokenizers import Tokenizer, models
 
 from core.literal_text import copy_literal_tokenizer, list_control_tokens
 
+NO_MARK = "holds every character that could mark where it spells a special token"
 MARKS = tuple(map(chr, range(0xE000, 0xF8FF)))
 """Candidates for the mark, of Unicode's private use area: no letters, no white space, the same in upper case."""
+
+
+class UnusableConversationError(Exception):
+    """A conversation cannot be trained on; the message is a reason that many conversations may share."""
 
 
 def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list[dict], str]:
@@ -27,11 +33,16 @@ def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list
 
     Returns:
         the messages and the mark; the messages themselves and "" where none of them spells a control token.
+
+    Raises:
+        UnusableConversationError: no character is left to be the mark.
     """
     if not any(_spells(message, spelling) for message in messages):
         return messages, ""
     written = json.dumps(messages, ensure_ascii=False)
-    mark = next(mark for mark in MARKS if mark not in written and _escape(mark) not in written)
+    mark = next((mark for mark in MARKS if mark not in written and not holds_escaped_mark(written, mark)), None)
+    if mark is None:
+        raise UnusableConversationError(NO_MARK)
 
     def mark_value(value: Any) -> Any:
         if isinstance(value, str):
@@ -46,12 +57,8 @@ def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list
 
 
 def holds_escaped_mark(rendered: str, mark: str) -> bool:
-    """Return whether a template wrote the mark in another form (JSON in ASCII), in which it cannot be taken out."""
-    return bool(mark) and _escape(mark) in rendered.lower()
-
-
-def _escape(mark: str) -> str:
-    return f"\\u{ord(mark):04x}"
+    """Return whether a text holds the mark in a form in which it cannot be taken out: JSON in ASCII, or a URL's."""
+    return bool(mark) and any(form in rendered.lower() for form in (f"\\u{ord(mark):04x}", quote(mark).lower()))
 
 
 def _spells(value: Any, spelling: re.Pattern[str]) -> bool:

@@ -17,7 +17,9 @@ from data.report import shard_statistics
 from data.report.set_aside import SetAside
 from data.report.shard_statistics import ShardStatistics
 from data.tokens import mds, tokenizer
-from data.tokens.chat import TOO_LONG, Encoder, UnusableConversationError
+from data.tokens.chat import TOO_LONG, Encoder
+from data.tokens.marked_text import UnusableConversationError
+from data.tokens.tokenizer_files import hash_tokenizer_files
 
 BATCH_CHARS = 1 << 20
 """Characters of a batch: so many that the calls into the tokenizer cost nothing, and few enough for memory."""
@@ -63,7 +65,7 @@ class ShardWriter(PipelineStep):
 
     def _write_samples(self, data: DocumentsPipeline, folder: Path, set_aside: SetAside) -> None:
         """Write the samples and their statistics below `folder`."""
-        encoder = load_encoder(self.tokenizer_folder, tokenizer.hash_tokenizer(self.tokenizer_folder))
+        encoder = load_encoder(self.tokenizer_folder, tuple(hash_tokenizer_files(str(self.tokenizer_folder)).items()))
         writers: dict[str, MDSWriter] = {}
         statistics: dict[str, ShardStatistics] = {}
         for batch in _split_into_batches(data):
@@ -102,12 +104,12 @@ class ShardWriter(PipelineStep):
 
 
 @lru_cache(maxsize=1)
-def load_encoder(folder: Path, sha256: str) -> Encoder:
+def load_encoder(folder: Path, sha256: tuple[tuple[str, str], ...]) -> Encoder:
     """Load the encoder of a tokenizer folder, once per process, because it takes a second.
 
     Args:
-        sha256: `tokenizer.hash_tokenizer` of the folder. It is only part of the cache's key: Ray's processes may live
-            longer than a folder keeps its content.
+        sha256: items of `hash_tokenizer_files`. They are only part of the cache's key: Ray's processes may live longer
+            than a folder keeps its content.
     """
     return Encoder(tokenizer.load(folder))
 

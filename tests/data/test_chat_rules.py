@@ -6,9 +6,12 @@ import pytest
 from datatrove.data import Document
 from transformers import AutoTokenizer
 
+from core.atomic import remove
 from data.tokens import mds, tokenizer
-from data.tokens.chat import NO_ANSWER, TOO_LONG, Encoder, UnusableConversationError
-from data.tokens.shard_writer import REFUSED_PREFIX, ShardWriter
+from data.tokens.chat import NO_ANSWER, TOO_LONG, Encoder
+from data.tokens.marked_text import UnusableConversationError
+from data.tokens.shard_writer import REFUSED_PREFIX, ShardWriter, load_encoder
+from data.tokens.tokenizer_files import hash_tokenizer_files
 from tests.data.planted import page
 from tests.data.test_pipeline import samples
 
@@ -138,3 +141,16 @@ def test_conversations_that_the_template_refuses_are_set_aside_by_reason(folder,
     assert counted == {f"{REFUSED_PREFIX}{alternate}": 24, f"{REFUSED_PREFIX}{NO_ANSWER}": 1}
     mds.assemble(tmp_path / "parts", tmp_path, "shards/sft/chat", "v")
     assert len(samples(tmp_path / "shards/sft/chat")) == 2
+
+
+def test_another_template_in_the_same_folder_is_another_encoder(folder, tmp_path):
+    """A worker process outlives a run, and the next run may write another template to the same place."""
+    made = tokenizer.load(folder)
+    rendered = []
+    for text in ("one", "two"):
+        made.chat_template = f"{tokenizer.CHAT_TEMPLATE}{{# {text} #}}"
+        remove(tmp_path / "tokenizer")
+        tokenizer.save(made, tmp_path / "tokenizer")
+        hashes = tuple(hash_tokenizer_files(str(tmp_path / "tokenizer")).items())
+        rendered.append(load_encoder(tmp_path / "tokenizer", hashes).tokenizer.chat_template[-9:])
+    assert rendered == ["{# one #}", "{# two #}"]

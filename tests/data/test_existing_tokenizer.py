@@ -215,6 +215,15 @@ def test_files_that_are_no_json_are_refused_by_name(folder, name):
     refuse(folder, str(folder / name))
 
 
+@pytest.mark.parametrize(
+    "values", [{"chat_template": 3}, {"chat_template": ["x"]}, {"added_tokens_decoder": []}, {"chat_template": [{}]}]
+)
+def test_a_config_of_another_form_is_refused(folder, values):
+    (folder / "chat_template.jinja").unlink()
+    change(folder, "tokenizer_config.json", **values)
+    refuse(folder, "tokenizer_config.json is not of transformers' form")
+
+
 def test_code_is_never_run(folder):
     change(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]})
     (folder / "mine.py").write_text("raise SystemExit('ran')")

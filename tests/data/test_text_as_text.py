@@ -7,8 +7,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from data.tokens import tokenizer
-from data.tokens.chat import ESCAPED, Encoder, UnusableConversationError
-from data.tokens.marked_text import MarkedTextEncoder
+from data.tokens.chat import ESCAPED, Encoder
+from data.tokens.marked_text import MARKS, NO_MARK, MarkedTextEncoder, UnusableConversationError
 from tests.data.planted import page
 
 FLAGS = {"normalized": False}
@@ -99,6 +99,23 @@ def test_the_rest_of_a_conversation_keeps_its_ids(made):
     spelled = encoder.encode_conversation(chat("<|eot_id|>", "a river of 1234 lanterns"), 8192).tokens.tolist()
     answer = plain[plain.index(encoder.tokenizer.convert_tokens_to_ids("<|eot_id|>")) :]
     assert spelled[-len(answer) :] == answer
+
+
+@pytest.mark.parametrize("escape", ["tojson(ensure_ascii=true)", "urlencode", "pprint"])
+def test_an_escaped_mark_is_seen(made, escape):
+    made.chat_template = TEMPLATE.replace("message['content']", f"message['content'] | {escape}")
+    with pytest.raises(UnusableConversationError, match=ESCAPED):
+        Encoder(made).encode_conversation(chat("é <|eot_id|>", "ü"), 8192)
+
+
+def test_a_conversation_of_all_marks_is_set_aside(made):
+    made.chat_template = TEMPLATES["ours"]
+    encoder = Encoder(made)
+    all_but_one = "".join(MARKS[:-1])
+    tokens, mask, _ = encoder.encode_conversation(chat(all_but_one, "<|eot_id|>"), 1 << 20)
+    assert made.decode(tokens[mask == 1].tolist()) == "<|eot_id|><|eot_id|>"
+    with pytest.raises(UnusableConversationError, match=NO_MARK):
+        encoder.encode_conversation(chat("".join(MARKS), "<|eot_id|>"), 1 << 20)
 
 
 def test_a_template_that_writes_ascii_json_sets_such_a_conversation_aside(made):

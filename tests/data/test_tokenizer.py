@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from core.errors import RefusedInput
 from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
-from data.tokens.chat import Encoder, UnusableConversationError
+from data.tokens.chat import Encoder
 from data.tokens.existing_tokenizer import load_existing
+from data.tokens.marked_text import UnusableConversationError
 from tests.data.planted import page
 
 CONVERSATION = [
