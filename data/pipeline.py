@@ -108,12 +108,13 @@ def prepare(
         data_manifest.check_not_empty(counts)
         _make_tokenizer(config, units, out, progress)
         _write_shards(config, runner, units, out)
+        conversations = data_manifest.count_conversations(out / "work" / "logs", units)
         shards = _assemble(out, progress)
         manifest = {
             "plan": plan,
             "versions": data_manifest.read_versions(),
             "tokenizer": _describe_tokenizer(config, out / "tokenizer"),
-            "corpora": _describe_corpora(corpora, packages, counts, units, out),
+            "corpora": _describe_corpora(corpora, packages, counts, conversations),
             "missing": missing,
             "language": language.describe_language_filter(wheel, config.languages),
             "filters": [block.description() for block in filters],
@@ -307,9 +308,8 @@ def _describe_tokenizer(config: DataConfig, folder: Path) -> dict:
 
 
 def _describe_corpora(
-    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], units: list[Unit], out: Path
+    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], conversations: dict[str, dict]
 ) -> dict[str, dict]:
-    conversations = data_manifest.count_conversations(out / "work" / "logs", units)
     return {
         corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | conversations[corpus.name]
         for corpus in corpora

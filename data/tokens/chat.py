@@ -109,11 +109,12 @@ class Encoder:
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
             # As a batch of one: transformers does not take an empty list of messages for a conversation.
-            (text,) = self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 [messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         # A template is a program: it raises what it will (TemplateError, TypeError, ...) on what it is given.
         except Exception as error:
             reason = f"the chat template fails with {type(error).__name__}: {error}"
             raise UnusableConversationError(reason.splitlines()[0][:200]) from error
-        return text
+        assert isinstance(rendered, list) and isinstance(rendered[0], str), "tokenize=False gives the texts"
+        return rendered[0]

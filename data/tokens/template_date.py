@@ -7,9 +7,10 @@ template prints the pinned date instead, wherever the template is rendered.
 import re
 from collections.abc import Iterator
 from datetime import date
+from typing import ClassVar
 
 from jinja2 import Environment, TemplateSyntaxError, meta, nodes
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from core.errors import RefusedInput
@@ -22,15 +23,13 @@ MONTHS = (
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-class GenerationTag(loopcontrols):
-    """transformers' `{% generation %}` block, which marks an answer, and `{% break %}` and `{% continue %}`."""
+class GenerationTag(Extension):
+    """The block `{% generation %}`, in which transformers lets a template mark an answer."""
 
-    tags = frozenset({"generation", "break", "continue"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Read one of the blocks."""
-        if parser.stream.current.value != "generation":
-            return super().parse(parser)
+        """Read the block as what it contains."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
@@ -42,7 +41,9 @@ def parse_template(template: str) -> nodes.Template:
         RefusedInput: it is no Jinja template.
     """
     try:
-        return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag]).parse(template)
+        return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]).parse(
+            template
+        )
     except TemplateSyntaxError as error:
         raise RefusedInput(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from error
 
