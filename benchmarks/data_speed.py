@@ -41,6 +41,7 @@ from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, Tex
 from data.readers.corpus_reader import RankReader, rank_file
 from data.tokens import mds, shard_writer, tokenizer
 from data.tokens.chat import Encoder
+from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
 
 CORPORA = ("package-descriptions", "python-topics", "sympy-docs", "scipy-docs", "sklearn-docs", "python-stdlib")
@@ -241,7 +242,7 @@ def time_shard_writing(scratch: Path, cores: int) -> tuple[float, float]:
     """Return (seconds from the start of the first task to the end of the last, CPU seconds of all)."""
     for leftover in (scratch / "parts", scratch / "logs"):
         shutil.rmtree(leftover, ignore_errors=True)
-    writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "too_long", 64 << 20, 8192)
+    writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "set_aside", 64 << 20, 8192)
     runner = StepRunner("local", cores, scratch / "logs", lambda *_: None)
     runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
     times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]
@@ -250,7 +251,7 @@ def time_shard_writing(scratch: Path, cores: int) -> tuple[float, float]:
 
 def measure_sizes(archive: Path | None, path: str, scratch: Path) -> None:
     """Print the sizes that data/planning.py assumes of web text, measured on small samples, for comparison."""
-    made = tokenizer.load_existing(path)
+    made = load_existing(path)
     encoder = Encoder(made)
     print(f"\nvocabulary {len(made):,}\n")
     print("| corpus | documents | bytes a token | bytes of shard a token | tokens a document |\n|---|--:|--:|--:|--:|")

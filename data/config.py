@@ -21,6 +21,8 @@ class TokenizerConfig:
     """Folder or `tokenizer.json` of an existing tokenizer; empty trains one."""
     train_vocab_size: int = 4096
     """Number of entries of the trained tokenizer, special tokens included. Ignored where `path` is set."""
+    template_date: str = ""
+    """Date (2024-07-26) that the chat template of `path` prints where it would print today's; empty for the others."""
 
 
 @dataclass(frozen=True)

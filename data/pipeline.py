@@ -10,6 +10,7 @@ outputs outside datatrove (tokenizer, joined MDS folders, manifest) are written 
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -39,7 +40,9 @@ from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
 from data.report import data_manifest, malformed_limit, shard_statistics
 from data.report.statistics_page import write_page
 from data.tokens import mds, tokenizer
+from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
+from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST
 from data.validate_config import validate_config
 
@@ -106,12 +109,13 @@ def prepare(
         data_manifest.check_not_empty(counts)
         _make_tokenizer(config, units, out, progress)
         _write_shards(config, runner, units, out)
+        conversations = data_manifest.count_conversations(out / "work" / "logs", units)
         shards = _assemble(out, progress)
         manifest = {
             "plan": plan,
             "versions": data_manifest.read_versions(),
-            "tokenizer": _describe_tokenizer(out / "tokenizer"),
-            "corpora": _describe_corpora(corpora, packages, counts, units, out),
+            "tokenizer": _describe_tokenizer(config, out / "tokenizer"),
+            "corpora": _describe_corpora(corpora, packages, counts, conversations),
             "missing": missing,
             "language": language.describe_language_filter(wheel, config.languages),
             "filters": [block.description() for block in filters],
@@ -160,6 +164,7 @@ def _make_plan(
                 "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
+                "tokenizer_sha256": hash_tokenizer_files(config.tokenizer.path) if config.tokenizer.path else {},
             }
         )
     )
@@ -263,7 +268,7 @@ def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: 
     if not folder.exists():
         progress("8-tokenizer", 0, 1)
         if config.tokenizer.path:
-            made = tokenizer.load_existing(config.tokenizer.path)
+            made = load_existing(config.tokenizer.path, config.tokenizer.template_date)
         else:
             texts = _read_pretrain_texts(out / "work" / "clean", units)
             made = tokenizer.train(texts, config.tokenizer.train_vocab_size)
@@ -289,7 +294,7 @@ def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
 def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out: Path) -> None:
     """Run step 9, which writes the shards of every task below `work/parts`."""
     writer = ShardWriter(
-        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "too_long", config.shard_bytes,
+        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", config.shard_bytes,
         config.max_conversation_tokens,
     )  # fmt: skip
     runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(units))
@@ -307,21 +312,23 @@ def _assemble(out: Path, progress: Progress) -> dict:
     return {**data_manifest.nest_by_folder(entries), "unigram_entropy_nats": entropies}
 
 
-def _describe_tokenizer(folder: Path) -> dict:
-    vocabulary = tokenizer.load(folder).get_vocab()
+def _describe_tokenizer(config: DataConfig, folder: Path) -> dict:
+    made = tokenizer.load(folder)
+    assert isinstance(made.chat_template, str)
     return {
         "sha256": tokenizer.hash_tokenizer(folder),
-        VOCABULARY_KEY: hash_vocabulary(vocabulary),
-        "vocab_size": len(vocabulary),
+        "chat_template_sha256": hashlib.sha256(made.chat_template.encode()).hexdigest(),
+        "template_date": config.tokenizer.template_date,
+        VOCABULARY_KEY: hash_vocabulary(made.get_vocab()),
+        "vocab_size": len(made),
     }
 
 
 def _describe_corpora(
-    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], units: list[Unit], out: Path
+    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], conversations: dict[str, dict]
 ) -> dict[str, dict]:
-    long = data_manifest.count_long_conversations(out / "work" / "logs", units)
     return {
-        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | long[corpus.name]
+        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | conversations[corpus.name]
         for corpus in corpora
     }
 

@@ -1,12 +1,11 @@
 """Validation of a DataConfig before anything starts, and the estimate of the disk it needs."""
 
-from pathlib import Path
-
 from core.errors import RefusedInput
 from core.special_tokens import MIN_VOCAB_SIZE
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import Corpus
 from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
+from data.tokens.tokenizer_files import locate_tokenizer
 
 MAX_SHARD_BYTES = 2**32 - 1
 """Largest shard: MDS stores offsets in 32 bits."""
@@ -82,15 +81,19 @@ def validate_config(config: DataConfig) -> None:
 def _validate_tokenizer(config: DataConfig) -> None:
     path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
     if path:
-        file = Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+        file = locate_tokenizer(path)
         _require(
             file.is_file(), "tokenizer.path", path, f"{file} does not exist",
             "give a tokenizer folder or a tokenizer.json, or leave it empty to train one",
         )  # fmt: skip
-        from data.tokens.tokenizer import load_existing  # transformers takes seconds to import
+        from data.tokens.existing_tokenizer import load_existing  # transformers takes seconds to import
 
-        load_existing(path)  # refuses a tokenizer without the special tokens
+        load_existing(path, config.tokenizer.template_date)  # refuses what training or an export cannot use
     else:
+        _require(
+            not config.tokenizer.template_date, "tokenizer.template_date", config.tokenizer.template_date,
+            "the chat template of a trained tokenizer prints no date", "leave it empty",
+        )  # fmt: skip
         _require(
             size >= MIN_VOCAB_SIZE, "tokenizer.train_vocab_size", size,
             f"must be at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)", "4096 is the default",

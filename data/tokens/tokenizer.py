@@ -7,9 +7,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from core.atomic import atomic_write
-from core.errors import RefusedInput
 from core.hashing import sha256_file
-from core.special_tokens import BOS, EOS, EOT, PAD, SPECIAL_TOKENS
+from core.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
 PRE_TOKENIZATION = "|".join(
     (
@@ -71,29 +70,6 @@ def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def load_existing(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder or `tokenizer.json`, and add the chat template where it has none.
-
-    Raises:
-        RefusedInput: it lacks one of the special tokens that the shards need.
-    """
-    if path.endswith(".json"):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    vocabulary = tokenizer.get_vocab()
-    absent = [token for token in (BOS, EOS, EOT, "<|start_header_id|>", "<|end_header_id|>") if token not in vocabulary]
-    if absent:
-        raise RefusedInput(
-            f"data.tokenizer.path: {path} lacks {', '.join(absent)}; take a tokenizer of the Llama-3 family"
-        )
-    tokenizer.bos_token, tokenizer.eos_token = BOS, EOS
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = PAD if PAD in vocabulary else EOS
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    return tokenizer
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

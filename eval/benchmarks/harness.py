@@ -35,6 +35,7 @@ from core.progress import Progress
 from eval import compat
 from eval.benchmarks.suites import Benchmark, get_suite
 from eval.benchmarks.tasks import build_tasks, load_task_configs
+from eval.benchmarks.text_lm import TextLM
 from eval.config import EvaluationConfig
 
 VERSIONS = {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")}
@@ -115,7 +116,7 @@ def load_model(model_dir: Path, batch_size: int) -> HFLM:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with refuse_value_errors():
-        return HFLM(pretrained=str(model_dir), backend="causal", device=device, dtype="auto", batch_size=batch_size)
+        return TextLM(pretrained=str(model_dir), backend="causal", device=device, dtype="auto", batch_size=batch_size)
 
 
 def run_benchmark(lm: HFLM, benchmark: Benchmark, items: Path, limit: int | None) -> tuple[dict, list[dict]]:

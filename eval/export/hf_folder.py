@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 import eval.hf_mobilemoe
 from core.atomic import write_json
 from core.errors import RefusedInput, refuse_value_errors
-from core.special_tokens import BOS, EOS, EOT, PAD
+from core.special_tokens import BOS, PAD, REQUIRED_TOKENS, STOP_TOKENS
 from eval.config import ExportConfig
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import config_from_dims, dims_from_config
@@ -22,9 +22,6 @@ from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.config import ModelDims
-
-TURN_END_TOKENS = (EOT, "<|eom_id|>")
-"""Generation stops at these as well as at the end of the text; a tokenizer may lack the second."""
 
 _CODE_FILES = (
     "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py",
@@ -137,6 +134,8 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         model_max_length=config.max_position_embeddings,
+        # Llama 3's own files ask to remove the space in front of a full stop when ids become text.
+        clean_up_tokenization_spaces=False,
     )
     if len(tokenizer) > config.vocab_size:
         raise RefusedInput(
@@ -145,12 +144,12 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     if not tokenizer.chat_template:
         raise RefusedInput(f"{tokenizer_dir} has no chat template; save the tokenizer with one")
     vocab = tokenizer.get_vocab()
-    missing = [token for token in (BOS, EOS, PAD, EOT) if token not in vocab]
+    missing = [token for token in REQUIRED_TOKENS if token not in vocab]
     if missing:
         raise RefusedInput(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
     config.bos_token_id, config.pad_token_id = vocab[BOS], vocab[PAD]
     # transformers types one id; generation takes several.
-    eos_token_ids: Any = [vocab[token] for token in (EOS, *TURN_END_TOKENS) if token in vocab]
+    eos_token_ids: Any = [vocab[token] for token in STOP_TOKENS if token in vocab]
     config.eos_token_id = eos_token_ids
     tokenizer.save_pretrained(folder)
     GenerationConfig(

@@ -13,6 +13,7 @@ from typing import Any
 from core.stages import STAGE_FOLDERS, STAGES
 from data.catalogue.corpora import Requirement, packages_needed
 from data.config import RUNTIME_FIELDS
+from data.tokens.tokenizer_files import hash_tokenizer_files
 from pipelines.engine.step import Result, Step
 from pipelines.recipe import to_dict
 from pipelines.steps.context import Context
@@ -38,6 +39,8 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     recipe = context.recipe
     tree = to_dict(recipe)
     data = {key: value for key, value in tree["data"].items() if key not in RUNTIME_FIELDS}
+    if recipe.data.tokenizer.path:
+        data |= {"tokenizer_sha256": hash_tokenizer_files(recipe.data.tokenizer.path)}
     wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
     evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_size"}
 
@@ -56,10 +59,10 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 2, ("fetch",), {}, ("items",), prepare_items),
-        step("data", 3, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
+        step("data", 4, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
-        step("eval", 1, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
+        step("eval", 2, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
         step("report", 1, ("eval",), {}, ("report",), write_report),
     ]
 

@@ -9,6 +9,8 @@ from core.errors import RefusedInput
 from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder
+from data.tokens.existing_tokenizer import load_existing
+from data.tokens.marked_text import UnusableConversationError
 from tests.data.planted import page
 
 CONVERSATION = [
@@ -22,7 +24,7 @@ CONVERSATION = [
 
 def conversation(encoder: Encoder, messages: list[dict] = CONVERSATION, max_tokens: int = 8192):
     """tokens, mask, shortened of one conversation."""
-    return encoder.encode_conversations([messages], max_tokens)[0]
+    return encoder.encode_conversation(messages, max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +87,12 @@ def test_what_a_template_adds_after_the_closing_token_is_not_trained(trained):
     assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
 
 
-def test_template_that_rewrites_the_past_is_refused(trained):
+def test_conversation_whose_past_the_template_rewrites_is_refused(trained):
     encoder = Encoder(trained)
     original = trained.chat_template
     trained.chat_template = "{{ messages | length }}" + original
     try:
-        with pytest.raises(RefusedInput, match="chat_template"):
+        with pytest.raises(UnusableConversationError, match="changes the text of messages"):
             conversation(encoder)
     finally:
         trained.chat_template = original
@@ -99,8 +101,8 @@ def test_template_that_rewrites_the_past_is_refused(trained):
 def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_path):
     folder = tmp_path / "tokenizer"
     tokenizer.save(trained, folder)
-    from_folder = tokenizer.load_existing(str(folder))
-    from_json = tokenizer.load_existing(str(folder / "tokenizer.json"))
+    from_folder = load_existing(str(folder))
+    from_json = load_existing(str(folder / "tokenizer.json"))
     ids = Encoder(trained).encode_documents(["A river of 1234 lanterns."])[0].tolist()
     for loaded in (from_folder, from_json):
         assert Encoder(loaded).encode_documents(["A river of 1234 lanterns."])[0].tolist() == ids
@@ -113,5 +115,5 @@ def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):
 
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE()).save(str(path))
-    with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path: .* lacks <\|begin_of_text\|>"):
-        tokenizer.load_existing(str(path))
+    with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path = .*lacks <\|begin_of_text\|>"):
+        load_existing(str(path))

@@ -1,9 +1,12 @@
 """Recipes for the tests of this room."""
 
-import json
-
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
+from core.special_tokens import SPECIAL_TOKENS
 from pipelines.recipes import RECIPES
 
 
@@ -14,18 +17,12 @@ def smoke():
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer(tmp_path_factory):
-    """A tokenizer.json as large as Llama 3's vocabulary, with the special tokens the shards need."""
-    special = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    words = [f"w{index}" for index in range(128_256 - len(special))]
-    vocab = {word: index for index, word in enumerate([*words, *special])}
-    added = [
-        {"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}
-        for token in special
-    ]  # fmt: skip
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}
+    """A byte-level tokenizer.json as large as Llama 3's vocabulary, with the special tokens of Llama 3.1."""
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [f"w{index}" for index in range(128_256 - len(alphabet) - len(SPECIAL_TOKENS))]
+    tokenizer = Tokenizer(BPE({text: index for index, text in enumerate(alphabet + words)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     path = tmp_path_factory.mktemp("llama3") / "tokenizer.json"
-    path.write_text(
-        json.dumps({"version": "1.0", "added_tokens": added, "model": model, "pre_tokenizer": {"type": "Whitespace"}})
-    )
+    tokenizer.save(str(path))
     return path

@@ -44,12 +44,30 @@ def touched(recipe, path, value):
         ("stages.sft.learning_rate", 1.0, ["sft", "qat", "export", "eval", "report"]),
         ("stages.pretrain.steps", 9, [*STEPS[3:]]),
         ("data.heldout_fraction", 0.1, [*STEPS[2:]]),
+        ("data.tokenizer.template_date", "2024-07-26", [*STEPS[2:]]),
         ("seed", 1, [*STEPS[2:]]),
         ("data.corpora", ("c4-sample",), [*STEPS]),
     ],
 )
 def test_a_change_touches_what_depends_on_it(smoke, path, value, steps):
     assert touched(smoke, path, value) == steps
+
+
+def test_another_tokenizer_at_the_same_path_is_another_run(smoke, tmp_path):
+    recipe = change(smoke, "data.tokenizer.path", str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    def identify() -> str:
+        steps = {step.name: step for step in build_steps(Context(recipe, Path("run"), None, print), "items==1")}
+        return fingerprint(steps["data"], {})
+
+    found = [identify()]
+    for name, text in (("tokenizer.json", "{ }"), ("chat_template.jinja", "a"), ("tokenizer_config.json", "{}")):
+        (tmp_path / name).write_text(text)
+        found.append(identify())
+    assert len(set(found)) == 4
+    (tmp_path / "README.md").write_text("other files decide no token")
+    assert identify() == found[-1]
 
 
 def test_domain_without_shards_is_refused_before_training(smoke, tmp_path):
