@@ -10,7 +10,6 @@ from core.errors import RefusedInput
 from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
 
-
 CONSTANTS = ("get_max_context_len", "get_vocab_size")
 """Constant methods without which inputs cannot be checked."""
 

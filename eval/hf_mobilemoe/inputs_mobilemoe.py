@@ -1,13 +1,14 @@
 """This module checks what MobileMoE's `forward` and `generate` are given; a copy of it is in every exported folder.
 
-An input that the model cannot mean anything by raises a ValueError with the value and its limit. Without the checks some
-end as an IndexError, some stop a GPU, and others compute: a negative id of a packed embedding is a row from its end, and
-a gap in the positions is a border between documents.
+An input that the model cannot mean anything by raises a ValueError with the value and its limit. Without the checks
+some end as an IndexError, some stop a GPU, and others compute: a negative id of a packed embedding is a row from its
+end, and a gap in the positions is a border between documents.
 
 Shapes, dtypes and lengths are checked at every call. Values are compared where that does not wait for a GPU: on the CPU
 at every call, elsewhere once in `generate`. While torch compiles or exports, nothing is checked.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def check_ids(ids: Any, vocab_size: int, *, look: bool) -> None:
         raise ValueError(f"input_ids is {_describe(ids)}: give int64 ids [batch, length]")
     if not ids.numel():
         raise ValueError(
-            f"input_ids is {_describe(ids)}: the prompt is empty; give at least one token, such as the begin-of-text token"
+            f"input_ids is {_describe(ids)}: the prompt is empty; give at least one token, such as begin-of-text"
         )
     if look:
         for value in (int(ids.min()), int(ids.max())):
@@ -104,7 +105,7 @@ def check_cache(cache: Any, config: MobileMoEConfig, batch: int) -> int | None:
         raise ValueError(f"past_key_values is {_describe(cache)}: give a Cache of transformers, as a call returned it")
     if len(cache.layers) not in (0, config.num_hidden_layers):
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it is another model's"
+            f"past_key_values has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it is another's"
         )
     keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
     if keys is not None and keys.dim() == 4:
@@ -210,7 +211,7 @@ def check_positions(
 
 def _check_row(positions: list[int], places: list[int], *, knows_places: bool, padded: bool) -> None:
     """Check the positions of one sequence's tokens, padding left out."""
-    for before, after in zip(positions, positions[1:], strict=False):
+    for before, after in pairwise(positions):
         if after not in (before + 1, 0):
             raise ValueError(
                 f"position_ids go from {before} to {after}: {before + 1} follows, or 0, where a document begins"
@@ -328,7 +329,7 @@ def check_length(length: int, new: Any, max_length: Any, limit: int) -> None:
     if end > limit:
         asked = f"max_new_tokens is {new}" if new is not None else f"max_length is {max_length}"
         raise ValueError(
-            f"the prompt has {length} tokens and {asked if end > length else 'an answer needs more'}: the model's context "
+            f"the prompt has {length} tokens and {asked if end > length else 'an answer needs more'}: the context "
             f"(max_position_embeddings) is {limit} tokens for both"
         )
 

@@ -44,8 +44,8 @@ def tokenize(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: 
             raise RefusedInput(f"the prompt of domain {domain!r} has no tokens; give it some text")
         if max(found) >= vocab_size:
             raise RefusedInput(
-                f"the tokenizer of {artifact} gives id {max(found)}: the model's ids are 0 to {vocab_size - 1}; put the "
-                "model's own tokenizer there"
+                f"the tokenizer of {artifact} gives id {max(found)}: the model's ids are 0 to {vocab_size - 1}; put "
+                "the model's own tokenizer there"
             )
     repeated = {domain: (found * (length // len(found) + 1))[:length] for domain, found in ids.items()}
     first = next(iter(repeated.values()))[0]
