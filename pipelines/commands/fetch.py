@@ -115,12 +115,14 @@ def read_checksums(system: "AbstractFileSystem", remote: str, source: str) -> st
     Raises:
         RefusedInput: it is not there, cannot be read, or is no text.
     """
+    from pipelines.commands.transfer import decode_checksums
+
     try:
-        return system.cat_file(remote).decode()
+        return decode_checksums(system.cat_file(remote), source)
+    except RefusedInput:
+        raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise RefusedInput(f"{source} has no SHA256SUMS: no artifact, or not completely published") from error
-    except UnicodeDecodeError as error:
-        raise RefusedInput(f"{remote} is no text in UTF-8 ({error}); have the artifact published again") from error
     except Exception as error:
         # Each file system has errors of its own (aiohttp's, pyarrow's, the hub's), and nothing has started yet.
         raise RefusedInput(f"{source} cannot be read ({error or type(error).__name__}); correct the address") from error

@@ -62,13 +62,14 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
         DamagedData: a file of the artifact has another hash than SHA256SUMS says, or reads back with another one.
         OSError: sending was cut off.
     """
-    from eval.export.artifact_folder import verify_checksums
-    from pipelines.commands.transfer import check_names
+    from eval.export.artifact_folder import CHECKSUMS, verify_checksums
+    from pipelines.commands.transfer import check_names, decode_checksums
 
     folders = find_artifacts(source, destination)
     check_names([folder.name for folder in folders.values()], str(source))
     for address, folder in folders.items():
         with inputs.refuse_os_errors("SOURCE"):
+            decode_checksums((folder / CHECKSUMS).read_bytes(), str(folder))
             verify_checksums(folder)
         check_destination(source, folder, address)
     for address, folder in folders.items():
@@ -85,7 +86,8 @@ def find_artifacts(source: Path, destination: str) -> dict[str, Path]:
     from eval.export.artifact_folder import CHECKSUMS
 
     inputs.require_folder("SOURCE", source)
-    address = destination.rstrip("/") or "/"
+    # The slashes of `s3://` alone stay: without them it would be a folder.
+    address = destination if destination.endswith("://") else destination.rstrip("/") or "/"
     if (source / CHECKSUMS).is_file():
         return {address: source}
     found = sorted(path.parent for path in source.glob(f"artifacts/*/{CHECKSUMS}"))

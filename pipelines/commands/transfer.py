@@ -39,6 +39,8 @@ def open_address(address: str) -> tuple[AbstractFileSystem, str]:
     if (local := find_local_path(address)) is not None:
         return LocalFileSystem(), str(local.absolute())
     protocol, path = address.split("://", 1)
+    if len(protocol) < 2:
+        raise RefusedInput(f"{address}: give PROTOCOL://..., such as s3://, or a path")
     if protocol in PROTOCOLS:
         path = path.strip("/")
         if any(part in ("", ".", "..") for part in path.split("/")):
@@ -80,6 +82,14 @@ def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:
 def locate(system: AbstractFileSystem, root: str, name: str) -> str:
     """Return the path of an artifact's file below its address. In a URL, `#`, `?` and `%` of a name are escaped."""
     return f"{root}/{urllib.parse.quote(name) if 'http' in system.protocol else name}"
+
+
+def decode_checksums(content: bytes, where: str) -> str:
+    """Return the text of a SHA256SUMS; raise RefusedInput if it is none."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RefusedInput(f"{where}/{CHECKSUMS} is no text in UTF-8 ({error}); have it published again") from error
 
 
 def check_names(names: Iterable[str], where: str) -> None:
