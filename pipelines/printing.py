@@ -28,6 +28,10 @@ class PlainConsole(Console):
         shown = make_printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
         return super().render_str(shown, **options | {"markup": False, "emoji": False})
 
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError on: the command knows what was done. rich would end the process with 1."""
+        raise
+
 
 def print_result(result: RenderableType) -> None:
     """Print a command's result on stdout. The lines of a string are not broken, so that a path stays in one piece.

@@ -25,7 +25,7 @@ from titan_ext.config import ModelDims
 
 _CODE_FILES = (
     "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py",
-    "modeling_mobilemoe.py",
+    "inputs_mobilemoe.py", "modeling_mobilemoe.py",
 )  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",

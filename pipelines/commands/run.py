@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from core.errors import RefusedInput
+from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
 from pipelines.display import LIVE_INTERVAL_SECONDS, Display, format_table
 from pipelines.engine.manifest import Manifest
@@ -98,6 +99,7 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
         raise RefusedInput(
             f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
         )
+    inputs.require_output_folder("--out", run)
     check_disk(recipe, run)
     # Slow to import, as Ray is below: only once the input has been accepted.
     from eval.benchmarks.items import PACKAGE

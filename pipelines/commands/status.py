@@ -8,6 +8,7 @@ import tyro
 from rich.live import Live
 
 from core.errors import RefusedInput
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 from pipelines.display import format_table
 from pipelines.printing import PlainConsole
@@ -36,6 +37,7 @@ def show_status(arguments: Status) -> None:
     """
     if arguments.watch and arguments.json:
         raise RefusedInput("--watch --json: a watch has no single answer; drop one of them")
+    inputs.require_run_folder(arguments.run)
     status = read_status(arguments.run)
     if not arguments.watch:
         emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
