@@ -41,12 +41,12 @@ def cache_dir() -> Path:
         home = Path("~/.cache/mobilemoe").expanduser()
     except RuntimeError:  # no HOME, and no entry of this user in the table of passwords
         home = None
-    if home is not None and _can_create(home):
+    if home is not None and can_create(home):
         return home
     return Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
 
 
-def _can_create(folder: Path) -> bool:
+def can_create(folder: Path) -> bool:
     """Create a folder and return whether this process may write to it. Only the attempt tells: root may write anywhere
     by its permissions, but not on a read-only file system.
     """

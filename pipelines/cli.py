@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from core.environment import prepare_environment
 from core.errors import DamagedData, RefusedInput
 from pipelines.commands import COMMANDS
 from pipelines.commands.command import UsageShown, parse_arguments, require_known
@@ -32,6 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(format_usage())
         return DONE if words else REFUSED
     try:
+        prepare_environment()
         name, *rest = words
         require_known("command", name, COMMANDS)
         command = COMMANDS[name]
