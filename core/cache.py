@@ -1,9 +1,123 @@
-"""Find the cache: the folder for files that can be made again, such as registry packages and compiled code."""
+"""Find the caches: folders for files that can be made again, such as registry packages and compiled code.
 
+Compiled code is kept apart for each kind of machine. torch's inductor keys its cache by the source and not by the
+vector instructions that it compiled for: with AVX-512 code on an AVX2 processor a process dies, and with code that
+assumes other vector lengths it computes wrong numbers without a word. A home, an image or /tmp that two kinds of
+machine share is enough for that.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
 import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+COMPILED_PREFIX = "compiled-"
+"""Beginning of the name of a machine's folder of compiled code."""
+LIBRARIES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": "extensions",
+}  # fmt: skip
+"""Variable that a library reads its cache folder from -> name of the folder."""
+CAPABILITY_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CXX")
+"""Variables that choose the instructions or the compiler of compiled code."""
+KEYED_PACKAGES = ("torch", "triton")
+"""Distributions whose versions decide what compiled code looks like."""
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: $MOBILEMOE_CACHE, or ~/.cache/mobilemoe if that is not set. It may not exist yet."""
-    return Path(os.environ.get("MOBILEMOE_CACHE", "~/.cache/mobilemoe")).expanduser()
+    """Return the cache folder.
+
+    It is $MOBILEMOE_CACHE, or else ~/.cache/mobilemoe. Where the home is absent or cannot be written, as in many
+    containers, it is a folder of this user below the folder for temporary files.
+    """
+    if chosen := os.environ.get("MOBILEMOE_CACHE"):
+        return Path(chosen).expanduser()
+    try:
+        home = Path("~/.cache/mobilemoe").expanduser()
+    except RuntimeError:  # no HOME, and no entry of this user in the table of passwords
+        home = None
+    if home is not None and can_create(home):
+        return home
+    return Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
+
+
+def can_create(folder: Path) -> bool:
+    """Create a folder and return whether this process may write to it. Only the attempt tells: root may write anywhere
+    by its permissions, but not on a read-only file system.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def identify_machine() -> str:
+    """Return a hash of what decides whether compiled code runs here and computes right.
+
+    It covers the processor's instructions, the variables that restrict them, the C++ compiler, and the versions of
+    Python, torch and triton.
+    """
+    facts = [platform.machine(), platform.system(), sys.version, _read_cpu_flags(), _describe_compiler()]
+    facts += [f"{name}={os.environ.get(name, '')}" for name in CAPABILITY_VARIABLES]
+    facts += [f"{name}={_read_version(name)}" for name in KEYED_PACKAGES]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _read_cpu_flags() -> str:
+    """Return the processor's instruction set extensions, or its name where the system does not list them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _describe_compiler() -> str:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return "no compiler"
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    return f"{compiler} {done.stdout}"
+
+
+def _read_version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def compiled_code_dir() -> Path:
+    """Return the folder of this machine's compiled code below the cache folder; it may not exist yet."""
+    return cache_dir() / f"{COMPILED_PREFIX}{identify_machine()}"
+
+
+def keep_compiled_code_apart() -> None:
+    """Point inductor, triton and torch's extensions to caches that only this kind of machine uses.
+
+    Call it before anything is compiled; children inherit the variables. A folder that the user chose becomes the parent
+    of a folder of this machine. A call in a process that inherited the variables changes nothing, unless the process
+    runs on another kind of machine than its parent.
+    """
+    for variable, name in LIBRARIES.items():
+        chosen = os.environ.get(variable)
+        # importing torch sets inductor's variable to torch's own default, which is nobody's choice
+        if chosen is None or (variable == "TORCHINDUCTOR_CACHE_DIR" and _is_torch_default(Path(chosen))):
+            folder = compiled_code_dir() / name
+        else:
+            parent = Path(chosen)
+            if parent.parent.name.startswith(COMPILED_PREFIX):
+                parent = parent.parent.parent
+            folder = parent / f"{COMPILED_PREFIX}{identify_machine()}" / name
+        os.environ[variable] = str(folder)
+
+
+def _is_torch_default(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("torchinductor_")

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
+from core.environment import prepare_environment
 from core.errors import DamagedData, RefusedInput, TransferFailed
 from pipelines.commands import COMMANDS
 from pipelines.commands.command import UsageShown, parse_arguments, require_known
@@ -71,6 +72,7 @@ def run_command(words: list[str]) -> int:
         print_result(format_usage())
         return DONE if words else REFUSED
     try:
+        prepare_environment()
         name, *rest = words
         require_known("command", name, COMMANDS)
         command = COMMANDS[name]

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
+from core.cache import keep_compiled_code_apart
+
+keep_compiled_code_apart()
+
 # Matrices this small are slower on several threads, much slower on a busy machine, and training them differs.
 torch.set_num_threads(1)
 

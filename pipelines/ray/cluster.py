@@ -1,11 +1,11 @@
 """`Cluster`: the Ray of a run, started here or joined by its address, with tasks and gangs on it."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 
+from core.environment import find_socket_folder
 from core.errors import RefusedInput
 from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
 from pipelines.ray import orphan_reaper
@@ -21,6 +22,10 @@ from pipelines.ray.worker_log import redirect_output
 from pipelines.recipe import ClusterConfig
 from titan_ext.cpu.allocator import allocator_environment
 
+FOLDER_PREFIX = "mobilemoe-ray-"
+"""Beginning of the name of the folder of a Ray started here."""
+LONGEST_FOLDER = 107 - len("/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
+"""Bytes of the longest folder in which Ray's sockets can have their paths."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of the object store of a Ray started here. Configurations and results pass through it, never data."""
 
@@ -40,7 +45,7 @@ class Task:
     num_gpus: int = 0
 
 
-class Cluster(AbstractContextManager):
+class Cluster(contextlib.AbstractContextManager):
     """A connection to Ray for one run; what it started ends with it.
 
     A Ray started here is a set of child processes, watched by `pipelines.ray.orphan_reaper`: after a SIGKILL of the
@@ -52,18 +57,30 @@ class Cluster(AbstractContextManager):
         self.local = config.ray_address == ""
         self.dashboard_url = ""
         self._reaper: subprocess.Popen | None = None
+        self._working_directory = os.getcwd() if self.local else None
+        """Directory that workers on this machine change to: a recipe's paths may be relative to it."""
 
     def __enter__(self) -> "Cluster":
         address = self.config.ray_address
-        context = self._start() if self.local else ray.init(address=address, log_to_driver=False)
+        if self.local:
+            context = self._start()
+        else:
+            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+                context = ray.init(address=address, log_to_driver=False)
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         return self
 
     def _start(self) -> Any:
         # Only the holder of the run's lock comes here, so processes marked with this run belong to a dead driver.
         orphan_reaper.end_processes(self.run)
-        # The folder lies directly below /tmp: Ray puts its sockets there, and a socket's path has at most 107 bytes.
-        folder = tempfile.mkdtemp(prefix="mobilemoe-ray-")
+        parent = find_socket_folder(LONGEST_FOLDER - len(f"/{FOLDER_PREFIX}12345678"))
+        if parent is None:
+            raise RefusedInput(
+                f"no folder for Ray's sockets: their paths have at most 107 bytes, and neither TMPDIR "
+                f"({tempfile.gettempdir()}) nor /tmp, /var/tmp and /dev/shm can be used; set TMPDIR to a folder with a "
+                f"path of at most {LONGEST_FOLDER - len(FOLDER_PREFIX) - 9} bytes that can be written"
+            )
+        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent)
         marker = orphan_reaper.make_marker(self.run)
         self._reaper = subprocess.Popen(
             [sys.executable, "-m", "pipelines.ray.orphan_reaper", marker, folder],
@@ -73,14 +90,17 @@ class Cluster(AbstractContextManager):
         os.environ[orphan_reaper.MARKER_VARIABLE] = marker
         os.environ |= LOCAL_RAY_TRAIN
         config = self.config
-        return start_local_ray(
-            folder,
-            num_cpus=max(os.cpu_count() or 1, self.world_size * config.cpus_per_worker, config.cpus_per_task),
-            include_dashboard=True,
-            dashboard_port=config.dashboard_port or None,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-        )
+        # Ray puts the working directory of this call at the front of every worker's module path. There a `data.py` of
+        # the user would be imported in place of ours, so the call is made from Ray's own folder.
+        with contextlib.chdir(folder):
+            return start_local_ray(
+                folder,
+                num_cpus=max(os.cpu_count() or 1, self.world_size * config.cpus_per_worker, config.cpus_per_task),
+                include_dashboard=True,
+                dashboard_port=config.dashboard_port or None,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+            )
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -119,7 +139,7 @@ class Cluster(AbstractContextManager):
         remote = ray.remote(_run_logged)
         refs = [
             remote.options(num_cpus=task.num_cpus, num_gpus=task.num_gpus, max_retries=self.config.max_failures).remote(
-                task.fn, task.args, task.log
+                task.fn, task.args, task.log, self._working_directory
             )
             for task in tasks
         ]
@@ -156,6 +176,7 @@ class Cluster(AbstractContextManager):
                 resources_per_worker={"CPU": self.config.cpus_per_worker, "GPU": gpus},
             ),
             max_failures=self.config.max_failures,
+            working_directory=self._working_directory,
         )
         try:
             trainer.fit()
@@ -171,6 +192,8 @@ class Cluster(AbstractContextManager):
         return variables
 
 
-def _run_logged(fn: Callable[..., Any], args: tuple[Any, ...], log: Path) -> Any:
+def _run_logged(fn: Callable[..., Any], args: tuple[Any, ...], log: Path, working_directory: str | None) -> Any:
+    if working_directory is not None:
+        os.chdir(working_directory)
     with redirect_output(log):
         return fn(*args)

@@ -78,6 +78,7 @@ def build_trainer(
     worker_environment: dict[str, str],
     scaling: ray.train.ScalingConfig,
     max_failures: int,
+    working_directory: str | None,
 ) -> DataParallelTrainer:
     """Return a Ray Train trainer whose `fit()` runs `fn(argument)` on every rank.
 
@@ -86,10 +87,16 @@ def build_trainer(
         environment: variables that each worker sets before `fn` is called.
         worker_environment: variables that each worker's process is started with, for what must be known at its start.
         max_failures: number of restarts of the gang before `fit()` raises.
+        working_directory: directory that each worker changes to; None leaves Ray's own.
     """
     return DataParallelTrainer(
         _run_rank,
-        train_loop_config={"fn": fn, "argument": argument, "log": str(logs / name)},
+        train_loop_config={
+            "fn": fn,
+            "argument": argument,
+            "log": str(logs / name),
+            "working_directory": working_directory,
+        },
         backend_config=EnvironmentConfig(environment),
         scaling_config=scaling,
         # ray.train exports the classes of Train v2 at run time, and those of v1 to type checkers: hence the ignores.
@@ -104,6 +111,8 @@ def build_trainer(
 
 
 def _run_rank(config: dict[str, Any]) -> None:
+    if config["working_directory"] is not None:
+        os.chdir(config["working_directory"])
     with redirect_output(Path(f"{config['log']}.rank{os.environ['RANK']}.log")):
         try:
             config["fn"](config["argument"])

@@ -1,5 +1,6 @@
 """Functions for the gangs of the tests, in a module of their own: Ray's workers import it as they do the steps."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -37,3 +38,22 @@ def task(text: str, fail: bool) -> str:
     if fail:
         raise ValueError(f"{text} is not wanted")
     return text.upper()
+
+
+def describe_process() -> dict[str, str]:
+    """Return where this process found our rooms, and where it works."""
+    import core
+    import data
+    import eval as evaluation
+
+    rooms = {module.__name__: str(Path(module.__file__).parent.parent) for module in (core, data, evaluation)}
+    return rooms | {
+        "cwd": os.getcwd(),
+        "home": os.path.expanduser("~"),
+        "inductor": os.environ["TORCHINDUCTOR_CACHE_DIR"],
+    }
+
+
+def write_process(out: Path) -> None:
+    """Write `describe_process` of rank 0 to gang.json."""
+    (out / "gang.json").write_text(json.dumps(describe_process()))

@@ -13,11 +13,13 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
+from core.errors import DamagedData
 from titan_ext.config import FLAVORS
+from titan_ext.cpu import kernels
 from titan_ext.cpu.kernels import COMPILED_ELEMENTS
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.config import QuantizationConfig
-from titan_ext.quantization.formulas import round_scale
+from titan_ext.quantization.formulas import round_scale, round_to_int4
 from titan_ext.quantization.qat import (
     QATEmbedding,
     QATExperts,
@@ -137,3 +139,31 @@ def test_experts_are_grouped_along_the_chosen_axis(axis, dim):
 def test_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"48 values along axis -1 are no multiple of group_size 32"):
         fake_quantize_weight(torch.zeros(4, 48), 32)
+
+
+def test_compiled_code_that_computes_something_else_is_refused(monkeypatch):
+    """Code that was compiled for other vector instructions computed numbers of 1e28 without a word."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x, *args: function(x, *args) * (1 + 2e-7))
+    fused = kernels.fuse_if_large(round_to_int4)
+    large = torch.randn(COMPILED_ELEMENTS // 1024, 1024, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(
+        DamagedData, match=r"compiled round_to_int4 differs .* in [\d,]+ of 1,048,576 values: .*inductor"
+    ):
+        fused(large, -1, 32)
+    assert torch.equal(fused(large[:8], -1, 32), round_to_int4(large[:8], -1, 32)), "small tensors are not compiled"
+
+
+def test_compiled_code_is_compared_on_the_first_shapes_alone(monkeypatch):
+    calls = []
+
+    def double(x):
+        calls.append(x.shape)
+        return x * 2
+
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x * 2)
+    fused = kernels.fuse_if_large(double)
+    for rows in (1024, 1024, 1025, 1026, 1027, 1024):
+        assert torch.equal(fused(torch.ones(rows, 1024)), torch.full((rows, 1024), 2.0))
+    fused(torch.full((1024, 1024), float("nan")))
+    fused(torch.ones(1024, 1024, dtype=torch.bfloat16))
+    assert [shape[0] for shape in calls] == [1024, 1025, 1026, 1024]

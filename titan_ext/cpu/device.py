@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torchtitan.tools.utils as titan_utils
 
+from core.cache import keep_compiled_code_apart
 from titan_ext.cpu.allocator import keep_freed_memory
 
 IS_CPU = not torch.accelerator.is_available()
@@ -51,13 +52,15 @@ class _CPUDeviceModule:
 
 
 def use_cpu() -> None:
-    """Make torchtitan use the CPU where no accelerator is present. The function does nothing on an accelerator.
+    """Make torchtitan use the CPU where no accelerator is present. On an accelerator the device stays as it is.
 
-    It may be called more than once.
+    Compiled code is kept apart from that of other kinds of machines in either case. The function may be called more
+    than once.
 
     torchtitan reads the device when it builds a trainer, so a call after its modules were imported is early enough.
     Modules that copied `device_type` and `device_module` from `torchtitan.tools.utils` get the new values.
     """
+    keep_compiled_code_apart()
     if not IS_CPU:
         return
     keep_freed_memory()

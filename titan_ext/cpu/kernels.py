@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from core.cache import keep_compiled_code_apart
+from core.errors import DamagedData
 from titan_ext.cpu.device import IS_CPU
 
 ROWS_MULTIPLE = 32
@@ -20,6 +22,10 @@ ROWS_MULTIPLE = 32
 COMPILED_ELEMENTS = 1 << 20
 """`fuse_if_large` compiles for tensors of at least this many elements. A fused kernel of that size saves more time in a
 hundred steps than its compilation takes."""
+
+CHECKED_SHAPES = 3
+"""Number of shapes for each dtype and set of options on which a compiled function is compared with the uncompiled one.
+The first is compiled for its own sizes, the second for any: these are two different programs."""
 
 
 def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,22 +49,44 @@ def pad_groups(x_RD: torch.Tensor, counts_E: torch.Tensor) -> tuple[torch.Tensor
 def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return `function`, compiled on the CPU for large plain tensors.
 
-    The function is returned unchanged on an accelerator, and where there is no C++ compiler.
+    The function is returned unchanged on an accelerator, and where there is no C++ compiler. The first results of the
+    compiled function are compared with those of `function`, bit for bit (`CHECKED_SHAPES`).
 
     Args:
         function: function whose first argument is a tensor. Its result must not depend on intermediate rounding, which
             fusion leaves out.
+
+    Raises:
+        DamagedData: by the returned function, if the compiled code computes something else.
     """
     if not IS_CPU or shutil.which(os.environ.get("CXX", "g++")) is None:
         return function
+    keep_compiled_code_apart()
     compiled = torch.compile(function)
+    checked: dict[tuple, set[torch.Size]] = {}
 
     @functools.wraps(function)
     def fused(x: torch.Tensor, *args: Any) -> torch.Tensor:
         # A compiled block traces through this function; its number of rows may be symbolic, so it cannot be compared.
         if torch.compiler.is_compiling():
             return function(x, *args)
-        large = x.numel() >= COMPILED_ELEMENTS and not isinstance(x, DTensor)
-        return (compiled if large else function)(x, *args)
+        if x.numel() < COMPILED_ELEMENTS or isinstance(x, DTensor):
+            return function(x, *args)
+        result = compiled(x, *args)
+        shapes = checked.setdefault((x.dtype, x.dim(), args), set())
+        if len(shapes) < CHECKED_SHAPES and x.shape not in shapes:
+            _compare_with_eager(function.__name__, result, function(x, *args))
+            shapes.add(x.shape)
+        return result
 
     return fused
+
+
+def _compare_with_eager(name: str, compiled: torch.Tensor, eager: torch.Tensor) -> None:
+    different = int((~torch.isclose(compiled, eager, rtol=0, atol=0, equal_nan=True)).sum())
+    if different:
+        raise DamagedData(
+            f"compiled {name} differs from the uncompiled function in {different:,} of {eager.numel():,} values: the "
+            f"compiled code in {os.environ.get('TORCHINDUCTOR_CACHE_DIR')} was made for another processor, or is "
+            "damaged; remove that folder and start again"
+        )

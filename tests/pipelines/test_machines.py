@@ -1,0 +1,96 @@
+"""The cluster starts, and workers import our code, on machines of every kind: homes, users, folders, other files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.environment import find_socket_folder
+from pipelines.ray.cluster import FOLDER_PREFIX, LONGEST_FOLDER
+
+ROOT = Path(__file__).parents[2]
+NOBODY = 54321
+"""A user without an entry in the table of passwords, as containers have with --user."""
+
+
+def start_cluster(run, cwd, user=None, **variables):
+    """Return what the workers of a cluster saw that a process with these variables started; None removes a variable."""
+    removed = ("TMPDIR", "MOBILEMOE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "PYTHONSAFEPATH", "RAY_ADDRESS")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    environment |= {"PYTHONPATH": str(ROOT)} | {name: value for name, value in variables.items() if value is not None}
+    for name in (name for name, value in variables.items() if value is None):
+        environment.pop(name, None)
+    command = [sys.executable, "-P", "-m", "tests.pipelines.machine_driver", str(run)]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        **({"user": user, "group": user, "extra_groups": []} if user else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_workers(seen, cwd):
+    for worker in (seen["task"], seen["gang"]):
+        assert [worker[room] for room in ("core", "data", "eval")] == [str(ROOT)] * 3
+        assert worker["cwd"] == str(cwd), "relative paths of a recipe mean the same on workers"
+        assert "compiled-" in worker["inductor"]
+
+
+def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_home_that_cannot_be_written(tmp_path):
+    cwd, long = tmp_path / "x [v1] #1", tmp_path / ("t" * 90)
+    for folder in (cwd, long, tmp_path / "run"):
+        folder.mkdir()
+    for name in ("core", "data", "eval", "pipelines", "titan_ext", "random", "ray"):
+        (cwd / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
+    seen = start_cluster(tmp_path / "run", cwd, HOME="/proc/nobody", TMPDIR=str(long))
+    check_workers(seen, cwd)
+    home = Path(seen["task"]["home"])
+    assert home.resolve() == long.resolve() / f"mobilemoe-cache-{os.getuid()}" / "home"
+    link = home.parents[1]
+    assert link.is_symlink() and len(str(link)) < 50
+    link.unlink()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can run a process as another user")
+def test_a_user_whom_the_system_does_not_know(tmp_path_factory):
+    can_run = subprocess.run([sys.executable, "-c", ""], user=NOBODY, group=NOBODY, extra_groups=[], check=False)
+    if can_run.returncode:
+        pytest.skip("another user cannot run this interpreter")
+    folder = find_socket_folder(40) / f"mobilemoe-test-{os.getpid()}"  # pytest's folders are closed to other users
+    run, temporary = folder / "run", folder / "tmp"
+    try:
+        for path in (folder, run, temporary):
+            path.mkdir()
+            os.chown(path, NOBODY, NOBODY)
+        seen = start_cluster(
+            run, folder, user=NOBODY, HOME=None, USER=None, LOGNAME=None, TMPDIR=str(temporary)
+        )  # fmt: skip
+        check_workers(seen, folder)
+    finally:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
+    longest = LONGEST_FOLDER - len(f"/{FOLDER_PREFIX}12345678")
+    assert (
+        len(f"{'x' * longest}/{FOLDER_PREFIX}12345678/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
+        == 107
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "long" * 30))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert find_socket_folder(longest) == Path("/tmp")
+    monkeypatch.setattr("core.environment.SOCKET_FOLDERS", ())
+    assert find_socket_folder(longest) is None
+
+
+def test_a_removed_working_directory_is_refused(tmp_path):
+    (tmp_path / "gone").mkdir()
+    code = "import os; os.rmdir(os.getcwd()); from pipelines.cli import main; raise SystemExit(main(['recipes']))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path / "gone", env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "the working directory was removed" in done.stderr
