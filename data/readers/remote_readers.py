@@ -41,7 +41,7 @@ def read_unharmful_pairs(unit: Unit) -> Iterator[dict]:
 def read_messages(unit: Unit) -> Iterator[dict]:
     """Yield conversations. Columns: messages ({role, content, tool_calls} or {from, value}), and any system prompt."""
     messages, *system = get_source(unit).columns
-    for row in read_rows(unit):
+    for row in read_rows(unit, optional=system):
         if "malformed" in row or not isinstance(row.get(messages), list):
             yield row if "malformed" in row else {"malformed": f"no list in `{messages}`", "raw": json.dumps(row)}
             continue
