@@ -30,6 +30,7 @@ from typing import Literal, TextIO
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from core.errors import RefusedInput
 from core.progress import Progress
 from data import compat
 
@@ -188,9 +189,12 @@ class SlurmExecutor(LocalExecutor):
         """Submit all ranks that are not completed and wait; yield (rank, error) of each one that failed.
 
         Raises:
+            RefusedInput: sbatch cannot write to the folder of the logs.
             RuntimeError: Slurm does not take the job.
         """
         folder = Path(self.logging_dir.path) / "slurm"
+        if "\\" in str(folder):
+            raise RefusedInput(f"{folder}: sbatch drops a backslash from the path of its output; name another folder")
         shutil.rmtree(folder / "errors", ignore_errors=True)
         (folder / "errors").mkdir(parents=True)
         incomplete = compat.list_incomplete_ranks(self)
@@ -207,12 +211,12 @@ class SlurmExecutor(LocalExecutor):
 
     def _submit_and_wait(self, folder: Path, job: Path, tasks: int) -> str:
         """Run a job array to its end, and return its number."""
-        # sbatch reads `%` and a backslash in the name of the output as a pattern. It does not in a working directory.
-        python = shlex.join([sys.executable, "-m", "data.execution", str(job)])
+        # sbatch replaces patterns in the whole path of its output; `%%` stands for one percent sign.
+        output = str(folder).replace("%", "%%")
         command = [
             "sbatch", "--wait", "--parsable", f"--array=0-{tasks - 1}%{self.workers}", "--ntasks=1",
-            "--cpus-per-task=1", f"--chdir={folder}", "--output=%A_%a.out", "--job-name=mobilemoe-data",
-            f"--wrap=cd {shlex.quote(os.getcwd())} && exec {python}",
+            "--cpus-per-task=1", f"--output={output}/%A_%a.out", "--job-name=mobilemoe-data",
+            f"--wrap={shlex.join([sys.executable, '-m', 'data.execution', str(job)])}",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         array = done.stdout.strip().partition(";")[0]

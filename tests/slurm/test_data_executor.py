@@ -17,7 +17,7 @@ def test_failed_rank_is_raised_and_run_again_through_slurm(slurm, tmp_path_facto
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # sbatch would replace %j, and a shell would see the quote and the dollar.
-    folder = tmp_path_factory.mktemp("array") / "50%j \\ [x] it's $HOME"
+    folder = tmp_path_factory.mktemp("array") / "50%j [x] it's $HOME a::b\n%"
     folder.mkdir()
     runner = StepRunner("slurm", 2, folder / "logs", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[1\] of 4 did not complete") as caught:
@@ -47,3 +47,8 @@ def test_a_task_that_is_killed_names_slurms_own_output(slurm, tmp_path_factory, 
     folder = tmp_path_factory.mktemp("killed")
     with pytest.raises(RuntimeError, match=r"rank 1 \(corpus.00001\): it ended without an error of its own; see .*out"):
         StepRunner("slurm", 2, folder / "logs", lambda *_: None).run("touch", [Touch(folder, killed=True)], LABELS)
+
+
+def test_a_folder_that_sbatch_cannot_write_to_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"RefusedInput.*sbatch drops a backslash.*name another folder"):
+        StepRunner("slurm", 2, tmp_path / "a\\b", lambda *_: None).run("touch", [Touch(tmp_path)], LABELS)
