@@ -3,7 +3,6 @@
 `hf://` needs the hub; to use a mirror of the same files, change `RemoteFiles.address`.
 """
 
-import glob
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from fsspec.implementations.local import LocalFileSystem
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from data.catalogue.corpus import RemoteFiles, Unit
-from data.readers import file_formats
 from data.readers.file_formats import (
     MAX_JSON_BYTES,
     TABLE_MAGICS,
@@ -28,6 +26,7 @@ from data.readers.file_formats import (
     read_lines,
     read_table,
 )
+from data.readers.match_files import match_files
 
 CHECKED_ROWS = 1000
 """Number of rows of a JSON file among which each column has to occur."""
@@ -72,41 +71,22 @@ def open_address(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     """Return the file system and the unit's files on it: every `shards`-th file of the corpus in sorted order.
 
-    As in a shell, a pattern matches no hidden file (`.cache`, `._copy.jsonl`) unless it spells the dot.
-
     Raises:
-        RefusedInput: no file matches the corpus's pattern.
+        RefusedInput: no file matches the corpus's pattern, or a folder may not be listed.
     """
     source = get_source(unit)
     fs, root = open_address(unit.location)
-    matched = _match(fs, root.rstrip("/"), source.pattern.lstrip("/"))
-    files = sorted(path for path, folder in matched.items() if not folder or _looks_like_a_file(path, matched))
+    try:
+        files = match_files(fs, root, source.pattern)
+    except PermissionError as error:
+        raise RefusedInput(
+            f"corpora: {unit.corpus.name}: {error.filename} may not be listed; give this user the right to read it"
+        ) from error
     if not files:
         raise RefusedInput(
             f"corpora: {unit.corpus.name} finds no {source.pattern!r} under {unit.location}; check the address"
         )
     return fs, files[unit.shard :: unit.corpus.shards]
-
-
-def _match(fs: fsspec.AbstractFileSystem, root: str, pattern: str) -> dict[str, bool]:
-    """Return path -> whether it is a folder, of everything below `root` that matches the pattern."""
-    if isinstance(fs, LocalFileSystem):
-        paths = [f"{root}/{name}" for name in glob.glob(pattern, root_dir=f"{root}/", recursive=True)]
-        # A link to a folder above itself would give its files again and again.
-        distinct = {os.path.realpath(path): path for path in sorted(paths, reverse=True)} if "**" in pattern else {}
-        return {path: os.path.isdir(path) for path in distinct.values() or paths}
-    found = fs.glob(f"{glob.escape(root)}/{pattern}", detail=True)
-    hidden = [path for path in found if "/." in path.removeprefix(root) and "/." not in f"/{pattern}"]
-    return {path: info["type"] == "directory" for path, info in found.items() if path not in hidden}
-
-
-def _looks_like_a_file(folder: str, matched: dict[str, bool]) -> bool:
-    """Return whether a folder was meant as a file: Spark writes a folder `x.parquet` with parts in it.
-
-    Reading it fails, and names it. A pattern that matches the parts too may well match their folder.
-    """
-    named = folder.endswith((*file_formats.BINARY_SUFFIXES, ".json", ".jsonl"))
-    return named and not any(path.startswith(f"{folder}/") for path in matched)
 
 
 def list_inputs(unit: Unit) -> list[dict]:

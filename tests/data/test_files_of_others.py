@@ -6,10 +6,13 @@ import gzip
 import io
 import json
 import lzma
+import multiprocessing
 import os
 import random
+import re
 import struct
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import zstandard
 
 from core.errors import DamagedData, RefusedInput
 from data.catalogue.corpus import Corpus, RemoteFiles, Unit
+from data.filters import decontaminate
 from data.readers import file_formats, remote_files, remote_readers
 from data.readers.text_decoding import decode_text, split_lines
 
@@ -232,12 +236,42 @@ def test_damage_is_not_passed_over_where_a_corpus_has_enough_documents(tmp_path)
             next(rows)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(JSONL)
-    (tmp_path / "a.jsonl").chmod(0)
-    with pytest.raises(DamagedData, match=r"a\.jsonl cannot be read at its beginning: PermissionError"):
-        read(tmp_path)
+def read_as_nobody(folder: Path, pattern: str, answer) -> None:
+    """Put the error of reading a folder into a queue, as a user for whom permissions hold: for root they do not."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        answer.put(f"read {read(folder, pattern)}")
+    except (DamagedData, RefusedInput) as error:
+        answer.put(str(error))
+
+
+@pytest.mark.parametrize(
+    ("closed", "pattern", "said"),
+    [
+        ("a.jsonl", "*.jsonl", r"a\.jsonl cannot be read at its beginning: PermissionError"),
+        ("sub", "**/*.jsonl", r"/sub/? may not be listed"),
+        ("sub", "*/*.jsonl", r"/sub/? may not be listed"),
+        (".", "*.jsonl", r"may not be listed"),
+        ("sub", "*.jsonl", r"read \['a'\]"),
+    ],
+)
+def test_what_may_not_be_read_is_named(closed, pattern, said):
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to others altogether
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "sub").mkdir()
+        for path in (folder / "a.jsonl", folder / "sub/b.jsonl"):
+            path.write_bytes(b'{"text": "a"}\n')
+        (folder / closed).chmod(0)
+        process = context.Process(target=read_as_nobody, args=(folder, pattern, answer))
+        process.start()
+        assert re.search(said, answer.get(timeout=60))
+        process.join()
+        folder.chmod(0o755)
+        (folder / closed).chmod(0o755)
 
 
 def test_one_bad_line_or_value_costs_its_row_only(tmp_path):
@@ -294,8 +328,9 @@ def test_linked_folders_are_read_and_a_loop_ends(tmp_path):
     (tmp_path / "disk/part/a.jsonl").write_bytes(b'{"text": "a"}\n')
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/part").symlink_to(tmp_path / "disk/part")
-    (tmp_path / "corpus/loop").symlink_to(tmp_path / "corpus")
-    for pattern in ("*/*.jsonl", "**/*.jsonl", "part/a.jsonl"):
+    for name in ("loop", "again", "disk"):  # one folder gives 2^40 paths of two loops
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "corpus")
+    for pattern in ("part/*.jsonl", "**/*.jsonl", "**/part/**", "**", "part/a.jsonl", "/**/a.jsonl", "**/**/*"):
         assert read(tmp_path / "corpus", pattern) == ["a"], pattern
 
 
@@ -332,3 +367,20 @@ def test_texts_are_decoded_by_their_mark_and_split_at_line_feeds(encoding):
     assert split_lines(decode_text(text.encode(encoding))) == ["a\u2028b", "c\x0bd", "", "e"]
     with pytest.raises(UnicodeDecodeError):
         decode_text(b"\xff\xfea")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_benchmark_texts_are_read_behind_a_mark_and_with_windows_line_ends(tmp_path, encoding):
+    items = [
+        f"a{separator}b c d e f g h i j k l m n {number}" for number, separator in enumerate(["\u2028", " ", "\x85"])
+    ]
+    lines = "".join(json.dumps({"benchmark": "b", "text": item}, ensure_ascii=False) + "\r\n" for item in items)
+    (tmp_path / "texts.jsonl").write_bytes(lines.encode(encoding))
+    counts = decontaminate.build_index(tmp_path / "texts.jsonl", 13, tmp_path / "index")
+    assert (counts["b"]["items"], counts["b"]["too_short"]) == (3, 0)
+
+
+def test_benchmark_texts_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(b'{"benchmark": "b", "text": "\xfc"}\n')
+    with pytest.raises(DamagedData, match=r"texts\.jsonl is no text .*byte 0xfc"):
+        decontaminate.build_index(tmp_path / "texts.jsonl", 13, tmp_path / "index")
