@@ -72,6 +72,8 @@ class Place:
 def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
     """Return the content of a file behind all its compressions, and its first PEEKED_BYTES.
 
+    A compressed table is unpacked in memory.
+
     Raises:
         DamagedData: the file is empty, or holds something else than its name says.
     """
@@ -95,6 +97,9 @@ def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
     text = suffix not in (".parquet", ".arrow") and beginning.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] in (b"{", b"[")
     if suffix in BINARY_SUFFIXES and not (columnar or compressed or text):
         raise DamagedData(f"is no {suffix} file; it begins with {beginning[:16]!r}")
+    if compressed and columnar:
+        # A table is not read from its beginning to its end, as a compressed file is.
+        file = io.BufferedReader(cast(io.RawIOBase, io.BytesIO(file.read())))
     return file, beginning
 
 

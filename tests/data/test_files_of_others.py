@@ -109,6 +109,8 @@ READ_RIGHTLY = {
     "one.jsonl.zip": zipped(["a.jsonl"]),
     "parquet-by-another-name.json": parquet(ROWS),
     "checksums.parquet": CHECKED_PARQUET,
+    "compressed.parquet.gz": gzip.compress(parquet(ROWS)),
+    "compressed.arrow.zst": zstandard.compress(arrow(ROWS, pa.ipc.new_stream)),
     "file.arrow": arrow(ROWS),
     "stream.arrow": arrow(ROWS, pa.ipc.new_stream),
     "crlf.jsonl": JSONL.replace(b"\n", b"\r\n"),
