@@ -230,7 +230,7 @@ def _run_array_task(job: str) -> None:
     executor, ranks = pickle.loads(Path(job).read_bytes())
     rank = ranks[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     if error := executor.try_rank(rank):
-        (Path(job).parent / "errors" / f"{rank:05d}").write_text(error)
+        (Path(job).parent / "errors" / f"{rank:05d}").write_text(error, errors="backslashreplace")
         sys.exit(error)
 
 

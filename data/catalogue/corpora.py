@@ -176,7 +176,7 @@ def list_units(corpora: list[Corpus], packages: dict[str, Path], seed: int) -> l
         source = corpus.source
         location = ""
         if isinstance(source, PackageFile):
-            location = str(packages[source.package])
+            location = str(packages[source.package].absolute())
         elif isinstance(source, RemoteFiles):
             location = make_absolute(source.address)
         units += [Unit(corpus, location, shard, seed) for shard in range(corpus.shards)]

@@ -22,6 +22,7 @@ from tests.data import planted
 NAMES = (
     "x [v1]", "[/x]", "a*b", "q?", "{a,b}", "**", "a::b", "s3:x", "file:x", "%20", "%j", "#1", "~", "-n", "two  spaces",
     "end ", "größe", "line\nbreak", "back\\slash", "it's", "$HOME", "[!x]", "a&b;c", "zip::x",
+    os.fsdecode(b"latin-1 \xff"),
 )  # fmt: skip
 
 
