@@ -5,8 +5,10 @@ function here and says what breaks. Subclasses of datatrove's public classes (Pi
 that follow its documentation are not listed here.
 """
 
+import glob
 import importlib.metadata  # noqa: F401  datatrove's dependency check uses this submodule without importing it
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
-from datatrove.io import get_datafolder
+from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import ExactDedupFilter, MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.filters import GopherRepetitionFilter, LanguageFilter
@@ -24,10 +26,35 @@ from datatrove.pipeline.filters.gopher_repetition_filter import find_duplicates
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.utils.lid import FastTextLID
 from datatrove.utils.word_tokenizers import SpaCyTokenizer
+from fsspec.implementations.local import LocalFileSystem
 from spacy.lang.lex_attrs import is_punct
 from spacy.pipeline import Sentencizer
 
 __all__ = ["find_duplicates", "is_punct"]
+
+# --- Folders ---
+
+
+class LocalFolder(DataFolder):
+    """A folder of this machine whose path is a name and nothing else.
+
+    datatrove's own DataFolder reads a path as an address (`a::b`, `file:x`, `s3:x`), and lists files by a pattern of
+    which the path is a part. Below a folder `x [v1]` it finds no file, and its blocks take that for nothing to do. So
+    every folder that a block of datatrove gets is one of these.
+    """
+
+    def __init__(self, path: str | Path):
+        # Only an absolute path is safe: fsspec reads a relative one as an address, and expands a tilde.
+        super().__init__(os.path.abspath(path), fs=LocalFileSystem())
+
+    def glob(self, path: str, maxdepth: int | None = None, **kwargs: Any) -> dict[str, dict]:
+        """Return name relative to the folder -> fsspec's description of each file that matches a pattern.
+
+        Only the pattern is one. datatrove passes `detail=True`, and patterns without `**`, whose depth is their own.
+        """
+        found = glob.glob(path, root_dir=self.path, include_hidden=True)
+        return {name: self.info(name) for name in sorted(found)}
+
 
 # --- datatrove's executor and the files it keeps in its logging folder ---
 
@@ -156,7 +183,7 @@ def set_language_classifier(block: LanguageFilter, classifier: FastTextLID) -> N
 
 def set_signature_folder(block: MinhashDedupSignature, folder: Path) -> None:
     """Let a MinHash signature block write below another folder than it was made with."""
-    block.output_folder = get_datafolder(str(folder))
+    block.output_folder = LocalFolder(folder)
 
 
 def share_statistics(block: PipelineStep, owner: PipelineStep) -> None:

@@ -10,18 +10,18 @@ outputs outside datatrove (tokenizer, joined MDS folders, manifest) are written 
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import fsspec
 from datatrove.pipeline.writers import JsonlWriter
-from filelock import FileLock, Timeout
 
 from core.atomic import remove, write_json
 from core.errors import RefusedInput
@@ -31,6 +31,7 @@ from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data import compat
 from data.catalogue.corpora import LANGUAGE_PACKAGE, list_units, select_corpora
 from data.catalogue.corpus import Corpus, Unit
+from data.compat import LocalFolder
 from data.config import RUNTIME_FIELDS, DataConfig
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
@@ -86,6 +87,8 @@ def prepare(
         RuntimeError: a task failed, or nothing is left of a corpus.
     """
     validate_config(config)
+    # Libraries read a relative path as an address where it looks like one.
+    out = Path(os.path.abspath(out))
     corpora, missing = select_corpora(config, packages)
     for entry in missing:
         log.warning("corpus %(corpus)s: package %(package)s is missing, fallback: %(fallback)s", entry)
@@ -133,18 +136,22 @@ def _lock_folder(out: Path) -> Iterator[None]:
     The kernel releases the lock of a process that dies, so a killed run blocks no later one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RefusedInput(
-            f"{out} is being written by another process; wait until it has ended, or name another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink()
-        lock.release()
+    path = out / ".lock"
+    refusal = RefusedInput(
+        f"{out} is being written by another process; wait until it has ended, or name another folder"
+    )
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise refusal from error
+        # A process that ended between our open and our lock has removed this file: to lock it keeps nobody out.
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            raise refusal
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _make_plan(
@@ -199,6 +206,7 @@ def _clean(
     """Run steps 1 to 7, which write the kept documents, each with its split, to `work/clean/<rank>`."""
     work = out / "work"
     exact, near = work / "exact", work / "near"
+    labels = [unit.label for unit in units]
     num_text = sum(unit.corpus.kind == "text" for unit in units)
     read = [
         CorpusReader(units, out / "set_aside", work / "read", config.max_malformed_share),
@@ -209,36 +217,36 @@ def _clean(
         dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
     _forget_refused(config.max_malformed_share, work, units)
-    runner.run("1-read-and-filter", read, len(units))
+    runner.run("1-read-and-filter", read, labels)
     rows = data_manifest.count_malformed(work / "read", units)
     malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
-    runner.run("2-exact-find", [dedup.make_exact_find(exact)], 1)
+    runner.run("2-exact-find", [dedup.make_exact_find(exact)], ["all corpora"])
     drop_exact = [
         RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),
     ]  # fmt: skip
-    runner.run("3-exact-filter", drop_exact, len(units))
+    runner.run("3-exact-filter", drop_exact, labels)
     # Text units come first, so the ranks of steps 4 and 7 agree. For other ranks step 4 writes nothing, and the near
     # filter of step 7 passes all their documents.
     groups = dedup.assign_near_groups(units[:num_text], config.near_duplicates_within)
     sign = [RankReader(work / "distinct"), dedup.make_near_signature(near, groups)]
-    runner.run("4-near-signatures", sign, num_text)
-    for name, (block, tasks) in (
+    runner.run("4-near-signatures", sign, labels[:num_text])
+    for name, (block, near_labels) in (
         ("5-near-buckets", dedup.make_near_buckets(near, groups)),
         ("6-near-cluster", dedup.make_near_cluster(near, groups)),
     ):
-        runner.run(name, [block], tasks)
+        runner.run(name, [block], near_labels)
     finish = [RankReader(work / "distinct"), dedup.make_near_filter(near)]
     if benchmark_texts:
         index = work / "benchmarks"
         if not (index / "benchmarks.json").exists():
             decontaminate.build_index(benchmark_texts, config.decontaminate_ngram, index)
-        dropped = JsonlWriter(str(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
+        dropped = JsonlWriter(LocalFolder(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
         finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
     finish += [
         SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
         _make_jsonl_writer(work / "clean"),
     ]
-    runner.run("7-decontaminate-and-split", finish, len(units))
+    runner.run("7-decontaminate-and-split", finish, labels)
 
 
 def _forget_refused(share: float, work: Path, units: list[Unit]) -> None:
@@ -259,7 +267,7 @@ def _make_jsonl_writer(folder: Path) -> JsonlWriter:
 
     It compresses with zstd: gzip at datatrove's level would take most of the time.
     """
-    return JsonlWriter(str(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
+    return JsonlWriter(LocalFolder(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
 
 
 def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: Progress) -> None:
@@ -281,10 +289,9 @@ def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
     ranks = [rank for rank, unit in enumerate(units) if unit.corpus.kind == "text"]
     for rank in ranks:
         remaining = TOKENIZER_TRAINING_CHARS // len(ranks)
-        path = clean / rank_file(rank)
-        if not path.exists():
+        if not (clean / rank_file(rank)).exists():
             continue
-        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as lines:
+        with LocalFolder(clean).open(rank_file(rank), "rt", encoding="utf-8", compression="infer") as lines:
             for document in map(json.loads, lines):
                 if document["metadata"]["split"] == "pretrain" and remaining > 0:
                     remaining -= len(document["text"])
@@ -297,7 +304,7 @@ def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out
         out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", config.shard_bytes,
         config.max_conversation_tokens,
     )  # fmt: skip
-    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(units))
+    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], [unit.label for unit in units])
 
 
 def _assemble(out: Path, progress: Progress) -> dict:

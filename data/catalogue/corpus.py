@@ -50,7 +50,7 @@ class RemoteFiles:
     """Files under an fsspec address that match a glob pattern.
 
     Attributes:
-        address: `hf://datasets/...`, `s3://...`, a local folder, ...
+        address: `hf://datasets/...`, `s3://...`, a local folder, ... Only the pattern is a pattern.
         columns: fields that the reader takes, in the order that its docstring states. Of a parquet file only these are
             fetched.
     """
@@ -113,3 +113,8 @@ class Unit:
     """Number of the unit among the corpus's `shards`."""
     seed: int
     """Seed of generated corpora."""
+
+    @property
+    def label(self) -> str:
+        """Name of the unit in file names and messages: `<corpus>.<shard>`."""
+        return f"{self.corpus.name}.{self.shard:05d}"

@@ -27,6 +27,7 @@ from xxhash import xxh64_intdigest
 
 from core.atomic import write_json
 from core.errors import DamagedData
+from data.readers.text_decoding import decode_text, split_lines
 
 NORMALISATION = TextNormConfig(norm_numbers=False)
 MIN_WORDS = 8
@@ -83,27 +84,30 @@ def build_index(benchmark_texts: Path, n: int, folder: Path) -> dict[str, dict[s
         holds the same.
 
     Raises:
-        DamagedData: a line has another form; names its number.
+        DamagedData: the file is no text in UTF-8, or a line has another form; names its number.
     """
     counts: dict[str, dict[str, int]] = {}
     hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.uint16)]
-    with benchmark_texts.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                benchmark, text = str(row["benchmark"]), row["text"]
-                item = hash_item(text, n)
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise DamagedData(
-                    f'benchmark_texts: line {number} of {benchmark_texts} is not {{"benchmark", "text"}} ({error!r}); '
-                    "write the file again"
-                ) from error
-            count = counts.setdefault(benchmark, {"items": 0, "runs": 0, "too_short": 0})
-            count["items"] += 1
-            count["runs"] += len(item)
-            count["too_short"] += len(item) == 0
-            hashes.append(item)
-            owners.append(np.full(len(item), list(counts).index(benchmark), dtype=np.uint16))
+    try:
+        lines = split_lines(decode_text(benchmark_texts.read_bytes()))
+    except UnicodeDecodeError as error:
+        raise DamagedData(f"benchmark_texts: {benchmark_texts} is no text ({error}); write the file again") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            benchmark, text = str(row["benchmark"]), row["text"]
+            item = hash_item(text, n)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedData(
+                f'benchmark_texts: line {number} of {benchmark_texts} is not {{"benchmark", "text"}} ({error!r}); '
+                "write the file again"
+            ) from error
+        count = counts.setdefault(benchmark, {"items": 0, "runs": 0, "too_short": 0})
+        count["items"] += 1
+        count["runs"] += len(item)
+        count["too_short"] += len(item) == 0
+        hashes.append(item)
+        owners.append(np.full(len(item), list(counts).index(benchmark), dtype=np.uint16))
     # `return_index` gives the first occurrence: a shared run stays with the benchmark that comes first.
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 
 from data import compat
 from data.catalogue.corpus import Unit
+from data.compat import LocalFolder
 from data.filters.spacy_cache import EnglishWords
 
 HIGHEST_PRIORITY = 65_535
@@ -61,17 +62,17 @@ def make_exact_signature(folder: Path, corpora: list[str]) -> PipelineStep:
     """
     config = _exact_config()
     config.document_priority = partial(_priority, corpora=corpora)
-    return ExactDedupSignature(str(folder / "signatures"), config)
+    return ExactDedupSignature(LocalFolder(folder / "signatures"), config)
 
 
 def make_exact_find(folder: Path) -> PipelineStep:
     """Return the block that finds the documents whose text occurs in another one of higher priority; one task."""
-    return ExactFindDedups(str(folder / "signatures"), str(folder / "duplicates"), _exact_config())
+    return ExactFindDedups(LocalFolder(folder / "signatures"), LocalFolder(folder / "duplicates"), _exact_config())
 
 
 def make_exact_filter(folder: Path) -> PipelineStep:
     """Return the block that drops exact duplicates; it knows a document by its position in the signature step."""
-    return ExactDedupFilter(str(folder / "duplicates"), _exact_config())
+    return ExactDedupFilter(LocalFolder(folder / "duplicates"), _exact_config())
 
 
 def assign_near_groups(units: list[Unit], within: str) -> list[str]:
@@ -83,7 +84,7 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str]:
     name_group = {
         "all": lambda unit: "all",
         "corpus": lambda unit: unit.corpus.name,
-        "shard": lambda unit: f"{unit.corpus.name}.{unit.shard:05d}",
+        "shard": lambda unit: unit.label,
     }
     return [name_group[within](unit) for unit in units]
 
@@ -92,7 +93,7 @@ class GroupSignature(MinhashDedupSignature):
     """Writes the MinHash signatures of rank r to the folder of its group."""
 
     def __init__(self, folder: Path, groups: list[str]):
-        super().__init__(str(folder), MINHASH, language=EnglishWords())
+        super().__init__(LocalFolder(folder), MINHASH, language=EnglishWords())
         self.folder, self.groups = folder, groups
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
@@ -120,12 +121,12 @@ class EveryGroup(PipelineStep):
 
 
 def _make_group_buckets(folder: Path) -> PipelineStep:
-    return MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), config=MINHASH)
+    return MinhashDedupBuckets(LocalFolder(folder / "signatures"), LocalFolder(folder / "pairs"), config=MINHASH)
 
 
 def _make_group_cluster(folder: Path) -> PipelineStep:
     # Ranks are numbered over all groups, so the lists of documents to remove may share one folder.
-    return MinhashDedupCluster(str(folder / "pairs"), str(folder.parent / "remove"), MINHASH)
+    return MinhashDedupCluster(LocalFolder(folder / "pairs"), LocalFolder(folder.parent / "remove"), MINHASH)
 
 
 def make_near_signature(folder: Path, groups: list[str]) -> PipelineStep:
@@ -133,22 +134,25 @@ def make_near_signature(folder: Path, groups: list[str]) -> PipelineStep:
     return GroupSignature(folder, groups)
 
 
-def make_near_buckets(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
-    """Return the block that finds pairs of documents that agree in all hashes of a bucket, and its number of tasks."""
-    folders = _list_folders(folder, groups)
-    return EveryGroup("buckets", _make_group_buckets, folders, MINHASH.num_buckets), len(folders) * MINHASH.num_buckets
+def make_near_buckets(folder: Path, groups: list[str]) -> tuple[PipelineStep, list[str]]:
+    """Return the block that finds pairs of documents that agree in all hashes of a bucket, and the label of each task.
+
+    There is a task for each bucket of each group.
+    """
+    names, buckets = list(dict.fromkeys(groups)), range(MINHASH.num_buckets)
+    block = EveryGroup("buckets", _make_group_buckets, [folder / name for name in names], len(buckets))
+    return block, [f"bucket {bucket} of {name}" for name in names for bucket in buckets]
 
 
-def make_near_cluster(folder: Path, groups: list[str]) -> tuple[PipelineStep, int]:
-    """Return the block that joins pairs to clusters and lists all but one document of each, and its number of tasks."""
-    folders = _list_folders(folder, groups)
-    return EveryGroup("clusters", _make_group_cluster, folders, 1), len(folders)
+def make_near_cluster(folder: Path, groups: list[str]) -> tuple[PipelineStep, list[str]]:
+    """Return the block that joins pairs to clusters and lists all but one document of each, and the label of each task.
+
+    There is a task for each group.
+    """
+    names = list(dict.fromkeys(groups))
+    return EveryGroup("clusters", _make_group_cluster, [folder / name for name in names], 1), names
 
 
 def make_near_filter(folder: Path) -> PipelineStep:
     """Return the block that drops near duplicates; it knows a document by its position in the signature step."""
-    return MinhashDedupFilter(str(folder / "remove"))
-
-
-def _list_folders(folder: Path, groups: list[str]) -> list[Path]:
-    return [folder / group for group in dict.fromkeys(groups)]
+    return MinhashDedupFilter(LocalFolder(folder / "remove"))

@@ -147,7 +147,7 @@ class RankReader(JsonlReader):
     name = "rank"
 
     def __init__(self, folder: Path):
-        super().__init__(str(folder), add_file_path=False)
+        super().__init__(compat.LocalFolder(folder), add_file_path=False)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents of the rank's file."""

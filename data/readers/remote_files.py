@@ -3,25 +3,35 @@
 `hf://` needs the hub; to use a mirror of the same files, change `RemoteFiles.address`.
 """
 
-import io
-from collections.abc import Iterable, Iterator
-from itertools import chain
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet
+from fsspec.implementations.local import LocalFileSystem
 
-from core.errors import RefusedInput
+from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from data.catalogue.corpus import RemoteFiles, Unit
-from data.readers.arrow_rows import read_batch
-from data.readers.rows import MALFORMED_FIELDS, parse_json
+from data.readers.file_formats import (
+    MAX_JSON_BYTES,
+    TABLE_MAGICS,
+    Place,
+    describe_missing_columns,
+    open_content,
+    read_lines,
+    read_table,
+)
+from data.readers.match_files import match_files
+from data.readers.rows import dump_row, is_malformed, make_malformed, parse_json
 
-ROWS_PER_BATCH = 1024
-ARROW_FILE_MAGIC = b"ARROW1"
-"""First bytes of Arrow's file format; its stream format has none."""
+CHECKED_ROWS = 1000
+"""Number of rows of a JSON file among which each column has to occur."""
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://")
+"""Beginning of an address with a protocol."""
 
 
 def get_source(unit: Unit) -> RemoteFiles:
@@ -31,15 +41,47 @@ def get_source(unit: Unit) -> RemoteFiles:
     return source
 
 
+def make_absolute(address: str) -> str:
+    """Return a corpus's address so that it means the same in every working directory.
+
+    An address with a protocol (`s3://`, `hf://`, or a chain such as `simplecache::s3://`) is fsspec's and stays as it
+    is. Every other one is a folder of this machine, whatever characters it has; `~/` at its beginning is the home.
+    """
+    if ADDRESS.match(address) and not address.startswith("file://"):
+        return address
+    folder = address.removeprefix("file://")
+    return os.path.abspath(Path.home() / folder[2:] if folder.startswith("~/") else folder)
+
+
+def open_address(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a corpus's address, and the folder on it.
+
+    Raises:
+        RefusedInput: the protocol is not known, or the package for it is not installed.
+    """
+    address = make_absolute(address)
+    if not ADDRESS.match(address):
+        return LocalFileSystem(), address
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError) as error:
+        raise RefusedInput(f"corpora: the address {address} cannot be opened: {error}") from error
+
+
 def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     """Return the file system and the unit's files on it: every `shards`-th file of the corpus in sorted order.
 
     Raises:
-        RefusedInput: no file matches the corpus's pattern.
+        RefusedInput: no file matches the corpus's pattern, or a folder may not be listed.
     """
     source = get_source(unit)
-    fs, root = fsspec.core.url_to_fs(unit.location)
-    files = sorted(fs.glob(f"{root.rstrip('/')}/{source.pattern}"))
+    fs, root = open_address(unit.location)
+    try:
+        files = match_files(fs, root, source.pattern)
+    except PermissionError as error:
+        raise RefusedInput(
+            f"corpora: {unit.corpus.name}: {error.filename} may not be listed; give this user the right to read it"
+        ) from error
     if not files:
         raise RefusedInput(
             f"corpora: {unit.corpus.name} finds no {source.pattern!r} under {unit.location}; check the address"
@@ -60,7 +102,7 @@ def list_inputs(unit: Unit) -> list[dict]:
 def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
     info = fs.info(path)
     checksum: str | None
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if isinstance(fs, LocalFileSystem):
         checksum = f"sha256:{sha256_file(Path(path))}"
     elif info.get("lfs"):
         checksum = f"sha256:{info['lfs']['sha256']}"
@@ -70,55 +112,137 @@ def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
     return {"path": path, "bytes": info["size"], "checksum": checksum}
 
 
-def read_rows(unit: Unit) -> Iterator[dict]:
+def read_rows(unit: Unit, optional: Sequence[str] = ()) -> Iterator[dict]:
     """Yield the rows of the unit's files as dictionaries, with at least those of the corpus's columns that a file has.
 
-    A jsonl line that does not parse is `{"malformed": reason, "raw": line}`.
+    A row that cannot be read is `{"malformed": reason, "raw": text}`. When a file cannot be read, the others are still
+    read through, so that one error names all such files, but no more rows are yielded: the unit has to be read again.
+
+    Args:
+        optional: columns that a file may lack.
+
+    Raises:
+        DamagedData: files cannot be read to their end, or lack a column; names each with the place in it.
     """
     fs, files = list_files(unit)
     columns = get_source(unit).columns
-    for path in files:
-        if path.endswith(".parquet"):
-            with fs.open(path) as file:
-                yield from _read_parquet_rows(file, columns)
-        elif path.endswith(".arrow"):
-            with fs.open(path) as file:
-                for batch in _read_arrow_batches(file):
-                    yield from read_batch(batch.select([name for name in columns if name in batch.schema.names]))
-        else:
-            with fs.open(path, compression="infer") as file:
-                yield from _read_json_rows(io.TextIOWrapper(file, encoding="utf-8", errors="replace"), columns)
+    required = [name for name in columns if name not in optional]
+    for number, path in enumerate(files):
+        try:
+            yield from read_file(fs, path, columns, required)
+        except DamagedData as error:
+            others = (_find_damage(fs, other, columns, required) for other in files[number + 1 :])
+            damage = [str(error), *filter(None, others)]
+            raise DamagedData(
+                f"{len(damage)} of {len(files)} files of {unit.label} cannot be used. Mend or replace them, or leave "
+                "them out of the corpus's pattern, and run again:\n" + "\n".join(f"  {text}" for text in damage)
+            ) from error
 
 
-def _read_parquet_rows(file: io.IOBase, columns: tuple[str, ...]) -> Iterator[dict]:
-    table = pyarrow.parquet.ParquetFile(file)
-    present = [name for name in columns if name in table.schema_arrow.names]
-    for batch in table.iter_batches(ROWS_PER_BATCH, columns=present):
-        yield from read_batch(batch)
+def _find_damage(fs: fsspec.AbstractFileSystem, path: str, columns: Sequence[str], required: Sequence[str]) -> str:
+    """Read a file through; return what is wrong with it, or nothing."""
+    try:
+        for _ in read_file(fs, path, columns, required):
+            pass
+    except DamagedData as error:
+        return str(error)
+    return ""
 
 
-def _read_arrow_batches(file: io.IOBase) -> Iterable[pa.RecordBatch]:
-    """Return the batches of Arrow's file format, or of its stream format; `datasets` writes both with one suffix."""
-    magic = file.read(len(ARROW_FILE_MAGIC))
-    file.seek(0)
-    if magic == ARROW_FILE_MAGIC:
-        reader = pa.ipc.open_file(file)
-        return (reader.get_batch(index) for index in range(reader.num_record_batches))
-    return pa.ipc.open_stream(file)
+def read_file(
+    fs: fsspec.AbstractFileSystem, path: str, columns: Sequence[str], required: Sequence[str]
+) -> Iterator[dict]:
+    """Yield the rows of one file.
 
-
-def _read_json_rows(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Any]:
-    """Yield the rows of one JSON array, or of one row a line, with the corpus's columns alone.
-
-    Another column may have any name, `malformed` too.
+    Raises:
+        DamagedData: the file cannot be read to its end, or lacks a required column; names the file and the place.
     """
-    first = file.readline()
-    if first.lstrip().startswith("["):
-        array: Any = parse_json(first + file.read())
-        rows = iter(array if isinstance(array, list) else [array])
-    else:
-        rows = (parse_json(line) for line in chain([first], file) if line.strip())
-    for row in rows:
-        if isinstance(row, dict) and row.keys() != MALFORMED_FIELDS:
-            row = {name: row[name] for name in columns if name in row}
-        yield row
+    place = Place()
+    try:
+        with fs.open(path) as raw:
+            file, beginning = open_content(raw, path)
+            if beginning.startswith(TABLE_MAGICS):
+                yield from read_table(file, beginning, columns, required, place)
+            else:
+                rows = _check_columns(_read_json_rows(read_lines(file, beginning, raw, place)), required)
+                yield from (_select(row, columns) for row in rows)
+    except DamagedData as error:
+        raise DamagedData(f"{path} {error}") from error
+    except IsADirectoryError as error:
+        raise DamagedData(f"{path} is a folder; let the pattern match the files in it") from error
+    # File systems, decompressors and parsers raise errors of their own, few of which name a file.
+    except Exception as error:
+        raise DamagedData(f"{path} cannot be read {place}: {type(error).__name__}: {error}") from error
+
+
+def _select(row: dict, columns: Sequence[str]) -> dict:
+    """Return a row with the corpus's columns alone. Another column may have any name, `malformed` too."""
+    return row if is_malformed(row) else {name: row[name] for name in columns if name in row}
+
+
+def _check_columns(rows: Iterator[dict], required: Sequence[str]) -> Iterator[dict]:
+    """Yield the rows of a JSON file, once every required column was in one of the first CHECKED_ROWS.
+
+    Raises:
+        DamagedData: a column was in none of them. This is so for JSON in a form that is not read, too: an object over
+            several lines, objects without a line between them.
+    """
+    first = list(islice(rows, CHECKED_ROWS))
+    names = list(dict.fromkeys(name for row in first if not is_malformed(row) for name in row))
+    missing = [name for name in required if name not in names]
+    if first and missing:
+        problem = f" ({first[0]['malformed']})" if is_malformed(first[0]) else ""
+        raise DamagedData(
+            f"{describe_missing_columns(missing, names)}. Looked at: {len(first):,} rows{problem}. JSON is read as one "
+            "object a line, or as one array of objects"
+        )
+    yield from first
+    yield from rows
+
+
+def _read_json_rows(lines: Iterator[bytes]) -> Iterator[dict]:
+    """Yield the rows of one JSON array, which is held in memory, or of one row a line.
+
+    Raises:
+        DamagedData: an array does not parse or is too large.
+    """
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
+    rows: Any = _parse_line(first)
+    if first.startswith(b"[") and (second is None or not isinstance(rows, list)):
+        if second is not None:
+            rows = _parse_array(chain([first, second], lines))
+        elif not isinstance(rows, list):
+            raise DamagedData(f"is no JSON array ({rows['malformed']}): perhaps it is cut off")
+        yield from (row if isinstance(row, dict) else _refuse(row) for row in rows)
+        return
+    for line in chain([first, second] if second is not None else [first], lines):
+        row = _parse_line(line)
+        yield row if isinstance(row, dict) else _refuse(row)
+
+
+def _refuse(row: object) -> dict:
+    return make_malformed("json: not an object", dump_row(row))
+
+
+def _parse_array(lines: Iterator[bytes]) -> list:
+    """Return the elements of an array over many lines. A blank line cannot be a part of a string in JSON."""
+    content = bytearray()
+    for line in lines:
+        content += line + b"\n"
+        if len(content) > MAX_JSON_BYTES:
+            raise DamagedData(
+                f"is a JSON array of more than {MAX_JSON_BYTES:,} bytes, which is parsed whole; write one row a line"
+            )
+    array: Any = parse_json(content.decode())
+    if not isinstance(array, list):
+        raise DamagedData(f"is no JSON array ({array['malformed']}): perhaps it is cut off")
+    return array
+
+
+def _parse_line(line: bytes) -> object:
+    try:
+        return parse_json(line.decode())
+    except UnicodeDecodeError:
+        return make_malformed("not UTF-8", line.decode(errors="backslashreplace"))

@@ -58,7 +58,7 @@ def read_messages(unit: Unit) -> Iterator[dict]:
         before = [make_message("system", join_content(row[name])) for name in system if row.get(name)]
         return {"messages": [*before, *convert_messages(row.get(messages), messages)]}
 
-    yield from convert_rows(read_rows(unit), convert)
+    yield from convert_rows(read_rows(unit, optional=system), convert)
 
 
 def read_prompted(unit: Unit) -> Iterator[dict]:

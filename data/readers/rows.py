@@ -35,7 +35,7 @@ def convert_rows(rows: Iterable[Any], convert: Callable[[dict], dict]) -> Iterat
         convert: function that returns the record of one row. It raises MalformedRow or ExcludedRow.
     """
     for row in rows:
-        if isinstance(row, dict) and row.keys() == MALFORMED_FIELDS:
+        if is_malformed(row):
             yield row
             continue
         try:
@@ -49,6 +49,11 @@ def convert_rows(rows: Iterable[Any], convert: Callable[[dict], dict]) -> Iterat
         except Exception as error:
             record = make_malformed(f"unforeseen form ({type(error).__name__})", dump_row(row))
         yield record
+
+
+def is_malformed(row: Any) -> bool:
+    """Return whether a row is the record that stands for one that cannot be used."""
+    return isinstance(row, dict) and row.keys() == MALFORMED_FIELDS
 
 
 def make_malformed(reason: str | MalformedRow, raw: str) -> dict:

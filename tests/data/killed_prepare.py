@@ -7,6 +7,7 @@ SIGKILL when a phase is reported done, as in a crash of the node. The processes 
 one, so that the libraries are imported once and not seven times.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -46,6 +47,10 @@ def main(source: Path, benchmark_texts: Path, out: Path) -> None:
         process = FORK.Process(target=end_badly, args=(benchmark_texts, out, *end))
         process.start()
         process.join()
+        # The workers are forked here, and share the lock of the folder until they notice that their parent is gone.
+        if (out / ".lock").exists():
+            with (out / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
         left.append(
             {
                 "exitcode": process.exitcode,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.dedup import ExactDedupSignature, MinhashDedupCluster
+from datatrove.io import get_datafolder
+from datatrove.pipeline.dedup import ExactDedupSignature, ExactFindDedups, MinhashDedupCluster
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.filters import (
     C4QualityFilter,
@@ -22,6 +24,7 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils import text as datatrove_text
+from datatrove.utils.hashing import HashConfig, create_hash_func
 from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
 
 from data import compat
@@ -203,3 +206,20 @@ def test_spacy_splits_lines_apart_and_names_sentence_ends():
     assert compat.tokenize_lines(EnglishWords(), []) == []
     assert {".", "!", "?", "\u3002"} <= compat.SENTENCE_ENDS and "," not in compat.SENTENCE_ENDS
     assert compat.is_punct(")") and not compat.is_punct("a")
+
+
+@pytest.mark.parametrize("text", ["", "a page", "größe \U0001f600"])
+def test_datatroves_hash_of_a_text_is_that_of_its_utf_8(text):
+    """Exact deduplication and decontamination compare these hashes. xxhash 4 refuses a str."""
+    assert create_hash_func(HashConfig(), str)(text) == xxhash.xxh64_intdigest(text.encode())
+
+
+def test_a_block_of_datatrove_keeps_the_folder_that_it_is_given(tmp_path):
+    """LocalFolder: a block that made a DataFolder of its own would read the path as a pattern and an address."""
+    folder = compat.LocalFolder(tmp_path / "x [v1]")
+    assert get_datafolder(folder) is folder
+    config = ExactDedupConfig(content_getter=dedup._get_text)
+    assert ExactFindDedups(folder, folder, config).data_folder is folder
+    assert JsonlWriter(folder, output_filename="${rank}.jsonl").output_folder is folder
+    assert compat.JsonlReader(folder).data_folder is folder
+    assert LocalPipelineExecutor([], logging_dir=folder).logging_dir is folder

@@ -1,5 +1,6 @@
-"""Failures are raised and name their ranks; what was done stays done."""
+"""Every rank runs, the failed ones are named with what they work on, and what was done stays done."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -8,53 +9,85 @@ import pytest
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data.execution import StepRunner
+from data.execution import MAX_SHOWN_FAILURES, MAX_TRIES, StepRunner
+
+LABELS = ["corpus.00000", "corpus.00001", "corpus.00002", "other.00000"]
+
+
+class UnpicklableError(Exception):
+    """An error that cannot be sent to another process: its constructor takes two arguments, and pickle gives one."""
+
+    def __init__(self, code: int, text: str):
+        super().__init__(f"{text} ({code})")
 
 
 class Touch(PipelineStep):
-    """Appends a line to a file of its rank; one rank fails until a file says otherwise."""
+    """Appends a line to a file of its rank; rank 1 fails until a file says otherwise, and others as `failing` says."""
 
-    def __init__(self, folder: Path, killed: bool):
+    def __init__(self, folder: Path, killed: bool = False, failing: tuple[int, ...] = ()):
         super().__init__()
         self.folder = str(folder)
         self.killed = killed
+        self.failing = failing
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         with (Path(self.folder) / str(rank)).open("a") as file:
             file.write("ran\n")
-        if rank == 1 and not (Path(self.folder) / "repaired").exists():
+        if (Path(self.folder) / "repaired").exists():
+            return
+        if rank in self.failing:
+            raise UnpicklableError(7, "the far store did not answer")
+        if rank == 1:
             if self.killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError("disk is full")
 
 
 def check_failure_and_resume(kind: str, folder: Path, killed: bool = False) -> None:
+    """All ranks but one complete, and the second run repeats that one alone."""
     reports = []
     runner = StepRunner(kind, 2, folder / "logs", lambda *args: reports.append(args))
-    with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[.*1.*\] of 3 did not complete"):
-        runner.run("touch", [Touch(folder, killed)], 3)
-    done = {int(marker.name) for marker in folder.glob("logs/touch/completions/*")}  # perhaps none: a pool dies whole
-    assert 1 not in done
+    with pytest.raises(RuntimeError, match=r"data step 'touch': ranks \[1\] of 4 did not complete") as caught:
+        runner.run("touch", [Touch(folder, killed)], LABELS)
+    assert "rank 1 (corpus.00001): " in str(caught.value)
+    assert str(folder / "logs/touch/logs/task_00001.log") in str(caught.value)
+    if not killed:
+        assert "OSError: disk is full" in str(caught.value)
     (folder / "repaired").touch()
-    runner.run("touch", [Touch(folder, killed)], 3)
-    for rank in done:
-        assert (folder / str(rank)).read_text() == "ran\n"
-    assert reports[-1] == ("touch", 3, 3)
+    runner.run("touch", [Touch(folder, killed)], LABELS)
+    ran = [(folder / str(rank)).read_text().count("ran") for rank in range(4)]
+    assert ran == [1, 2 if not killed else MAX_TRIES + 1, 1, 1]
+    assert reports[-1] == ("touch", 4, 4)
 
 
 def test_failed_rank_is_raised_and_run_again_locally(tmp_path):
     check_failure_and_resume("local", tmp_path)
 
 
-def test_worker_killed_by_the_system_is_raised_and_run_again(tmp_path):
+def test_a_rank_that_kills_its_worker_fails_alone_and_is_run_again(tmp_path):
     check_failure_and_resume("local", tmp_path, killed=True)
 
 
-def test_failed_rank_is_raised_and_run_again_on_ray(tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_failed_rank_is_raised_and_run_again_on_ray(tmp_path, killed):
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        check_failure_and_resume("ray", tmp_path)
+        check_failure_and_resume("ray", tmp_path, killed)
     finally:
         ray.shutdown()
+
+
+def test_every_failure_is_logged_at_once_and_the_message_states_the_first_ones(tmp_path, caplog):
+    failing = tuple(range(2, 15))
+    labels = [f"corpus.{rank:05d}" for rank in range(16)]
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError) as caught:
+        StepRunner("local", 2, tmp_path / "logs", lambda *_: None).run(
+            "touch", [Touch(tmp_path, False, failing)], labels
+        )
+    message = str(caught.value)
+    assert message.count("UnpicklableError: the far store did not answer (7)") == MAX_SHOWN_FAILURES - 1
+    assert f"and {len(failing) + 1 - MAX_SHOWN_FAILURES} more" in message
+    assert sum("the far store did not answer" in record.getMessage() for record in caplog.records) == len(failing)
+    assert sorted(int(path.name) for path in tmp_path.glob("logs/touch/completions/*")) == [0, 15]

@@ -1,5 +1,6 @@
 """Full disks, two writers, changed files: found, named, and mended by running again."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from datatrove.data import Document
-from filelock import FileLock
 
 from core.errors import DamagedData, RefusedInput
+from data import pipeline
 from data.pipeline import prepare
 from data.tokens import mds
 from data.tokens.shard_writer import ShardWriter
@@ -60,9 +61,31 @@ def test_a_second_writer_of_one_folder_is_refused_and_disturbs_nothing(prepared,
     plant(monkeypatch, prepared.source)
     out = tmp_path / "out"
     out.mkdir()
-    with FileLock(out / ".lock"), pytest.raises(RefusedInput, match="is being written by another process"):
-        prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, progress=lambda *_: None)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RefusedInput, match="is being written by another process"):
+            prepare(CONFIG, packages={}, benchmark_texts=prepared.benchmark_texts, out=out, progress=lambda *_: None)
     assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("third_writer", [False, True])
+def test_the_lock_of_a_writer_that_ended_meanwhile_lets_no_two_in(tmp_path, monkeypatch, third_writer):
+    """Between our open and our lock, the other process removes the file, and perhaps a third one makes a new one."""
+    lock_file = fcntl.flock
+
+    def lock_a_removed_file(file, operation: int) -> None:
+        (tmp_path / ".lock").unlink()
+        if third_writer:
+            (tmp_path / ".lock").touch()
+        lock_file(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_a_removed_file)
+    with pytest.raises(RefusedInput, match="is being written by another process"), pipeline._lock_folder(tmp_path):
+        pytest.fail("two processes write to one folder")
+    monkeypatch.undo()
+    with pipeline._lock_folder(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
 
 
 def _write_with_little_room(folder: Path, parts: Path, result) -> None:

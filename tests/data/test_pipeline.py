@@ -1,9 +1,12 @@
 """The whole data step on a small subset: what it drops, what it keeps, and that a kill -9 changes nothing."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +201,26 @@ def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
     )
     assert again == prepared.manifest
     assert (prepared.out / "data_manifest.json").stat().st_mtime_ns == before
+
+
+def test_damaged_files_are_named_and_the_other_units_are_kept(prepared, tmp_path, monkeypatch):
+    source = tmp_path / "source [1]"
+    shutil.copytree(prepared.source, source)
+    (source / "b.jsonl").rename(source / "c.jsonl")  # the second unit has b and d, the first has a and c
+    whole = gzip.compress(b"".join((source / name).read_bytes() for name in ("a.jsonl", "c.jsonl")))
+    for name in ("b.jsonl", "d.jsonl"):
+        (source / name).write_bytes(whole[: len(whole) // 2])
+    plant(monkeypatch, source)
+    config = dataclasses.replace(CONFIG, corpora=("planted", "mirror"))
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match=r"data step '1-read-and-filter': ranks \[1\] of 3 did not") as caught:
+        prepare(config, packages={}, benchmark_texts=None, out=out, progress=lambda *_: None)
+    message = str(caught.value)
+    assert "rank 1 (planted.00001): DamagedData: 2 of 2 files of planted.00001 cannot be used" in message
+    for name in ("b.jsonl", "d.jsonl"):
+        assert re.search(rf"{re.escape(str(source / name))} cannot be read .*byte [\d,]+: EOFError", message)
+    completed = (out / "work/logs/1-read-and-filter/completions").iterdir()
+    assert sorted(path.name for path in completed) == ["00000", "00002"]
 
 
 def test_interrupted_join_goes_on(tmp_path):
