@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
+from data.filters.time_limit import SlowDocuments
 from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
 from data.report import data_manifest, malformed_limit, shard_statistics
 from data.report.statistics_page import write_page
@@ -213,6 +215,7 @@ def _clean(
         TextRepair(),
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
+        SlowDocuments(out / "set_aside" / "too_slow" / "filter"),
         _make_jsonl_writer(work / "filtered"),
         dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
@@ -243,6 +246,7 @@ def _clean(
         dropped = JsonlWriter(LocalFolder(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
         finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
     finish += [
+        SlowDocuments(out / "set_aside" / "too_slow" / "decontaminate"),
         SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
         _make_jsonl_writer(work / "clean"),
     ]
@@ -279,7 +283,13 @@ def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: 
             made = load_existing(config.tokenizer.path, config.tokenizer.template_date)
         else:
             texts = _read_pretrain_texts(out / "work" / "clean", units)
-            made = tokenizer.train(texts, config.tokenizer.train_vocab_size)
+            first = next(texts, None)
+            if first is None:
+                raise RuntimeError(
+                    "data.tokenizer: no document is left for pre-training, so a tokenizer has nothing to learn from; "
+                    "lower data.heldout_fraction or data.midtrain_fraction, add corpora, or give data.tokenizer.path"
+                )
+            made = tokenizer.train(chain([first], texts), config.tokenizer.train_vocab_size)
         tokenizer.save(made, folder)
     progress("8-tokenizer", 1, 1)
 

@@ -14,7 +14,7 @@ Shape suffixes: W words.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ from xxhash import xxh64_intdigest
 
 from core.atomic import write_json
 from core.errors import DamagedData
+from data.filters.mark_runs import remove_mark_runs
+from data.filters.time_limit import run_limited
 from data.readers.text_decoding import decode_text, split_lines
 
 NORMALISATION = TextNormConfig(norm_numbers=False)
@@ -43,7 +45,7 @@ HIT_PREFIX = "hit_"
 
 def hash_words(text: str) -> NDArray[np.uint64]:
     """Return the xxh64 of every normalised word, uint64 [W]."""
-    words = simplify_text(text, NORMALISATION).split()
+    words = simplify_text(remove_mark_runs(text), NORMALISATION).split()
     return np.fromiter(map(xxh64_intdigest, words), dtype=np.uint64, count=len(words))
 
 
@@ -182,9 +184,15 @@ class DecontaminationFilter(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Return True, or False and the first benchmark."""
-        benchmarks: dict[str, None] = {}
-        for _, hashes in hash_runs(hash_words(doc.text), self.n):
-            benchmarks.update(dict.fromkeys(self.index.find_benchmarks(hashes)))
+        none: dict[str, None] = {}
+        benchmarks = run_limited(doc, self.name, partial(self._find_benchmarks, doc.text), otherwise=none)
         for benchmark in benchmarks:
             self.stat_update(f"{HIT_PREFIX}{benchmark}")
         return (False, next(iter(benchmarks))) if benchmarks else True
+
+    def _find_benchmarks(self, text: str) -> dict[str, None]:
+        """Return the benchmarks that the text shares a run with, as keys, those with the shortest runs first."""
+        benchmarks: dict[str, None] = {}
+        for _, hashes in hash_runs(hash_words(text), self.n):
+            benchmarks.update(dict.fromkeys(self.index.find_benchmarks(hashes)))
+        return benchmarks

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
@@ -33,7 +34,9 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from data import compat
 from data.catalogue.corpus import Unit
 from data.compat import LocalFolder
+from data.filters.mark_runs import remove_mark_runs
 from data.filters.spacy_cache import EnglishWords
+from data.filters.time_limit import TooSlow, limit_time
 
 HIGHEST_PRIORITY = 65_535
 """Largest priority of a document: datatrove stores it in 16 bits."""
@@ -90,7 +93,13 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str]:
 
 
 class GroupSignature(MinhashDedupSignature):
-    """Writes the MinHash signatures of rank r to the folder of its group."""
+    """Writes the MinHash signatures of rank r to the folder of its group.
+
+    A document that it would work on for too long (data/filters/time_limit.py) gets no signature: it is kept without
+    having been compared, and counted as `not_compared`. Documents are known by their position, so none can be left out.
+    """
+
+    name = "signatures"
 
     def __init__(self, folder: Path, groups: list[str]):
         super().__init__(LocalFolder(folder), MINHASH, language=EnglishWords())
@@ -100,6 +109,15 @@ class GroupSignature(MinhashDedupSignature):
         """Write the signatures of the rank's documents."""
         compat.set_signature_folder(self, self.folder / self.groups[rank] / "signatures")
         super().run(data, rank, world_size)
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """Return the hashes of the text's word n-grams, uint64 [N, 1]; none where that takes too long."""
+        try:
+            with limit_time():
+                return super().get_shingles(remove_mark_runs(text))
+        except TooSlow:
+            self.stat_update("not_compared")
+            return np.empty((0, 1), np.uint64)
 
 
 class EveryGroup(PipelineStep):

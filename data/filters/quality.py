@@ -9,6 +9,7 @@ rules that formulas and examples do not break by their nature. Code and conversa
 import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from datatrove.data import Document, DocumentsPipeline
@@ -21,11 +22,12 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 
 from data.catalogue.corpus import Style
-from data.compat import read_filter_parameters
+from data.compat import bound_email_pattern, read_filter_parameters
 from data.config import DataConfig
 from data.filters.language import make_language_filter
 from data.filters.repetition import RepetitionFilter
 from data.filters.spacy_cache import EnglishWords
+from data.filters.time_limit import run_limited
 
 REWRITTEN_STYLES: tuple[Style, ...] = ("prose", "encyclopedia", "documentation")
 """Styles that repair and redaction may change. In code and tool calls an address or an unusual character is the subject
@@ -48,7 +50,7 @@ class StyleFilter(BaseFilter):
         """Return the inner filter's verdict and its reason; True for a document of another style."""
         if doc.metadata["style"] not in self.styles:
             return True
-        verdict = self.inner.filter(doc)
+        verdict = run_limited(doc, self.name, partial(self.inner.filter, doc), otherwise=True)
         # The language filter gives no reason; the language that it found is one.
         return verdict if verdict is not False else (False, doc.metadata.pop("language", "dropped"))
 
@@ -66,6 +68,7 @@ class StyleFilter(BaseFilter):
 class _ProseOnly:
     """Lets a datatrove formatter change documents of REWRITTEN_STYLES only, and counts the changed ones."""
 
+    name: str
     counter: str
     """Name of the counter of changed documents in the block's statistics."""
     track_time: Callable[[], AbstractContextManager]
@@ -77,7 +80,9 @@ class _ProseOnly:
         for document in data:
             if document.metadata["style"] in REWRITTEN_STYLES:
                 with self.track_time():
-                    text = self.format(document.text)
+                    text = run_limited(
+                        document, self.name, partial(self.format, document.text), otherwise=document.text
+                    )
                 if text != document.text:
                     self.stat_update(self.counter)
                     document.text = text
@@ -103,6 +108,10 @@ class PIIRedaction(_ProseOnly, PIIFormatter):
 
     name = "pii"
     counter = "redacted"
+
+    def __init__(self):
+        super().__init__()
+        bound_email_pattern(self)
 
 
 def make_quality_filters() -> list[StyleFilter]:

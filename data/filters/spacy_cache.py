@@ -4,6 +4,10 @@ datatrove runs spaCy's pipeline on every text inside a memory zone, which forget
 tokenizer splits a text at white space and each piece by its rules; here a piece is split once and remembered. The
 results are those of spaCy on each piece alone. On a whole text spaCy also looks for emoticons across a blank. That
 changes a few words in ten thousand of code, and none of the prose that the tests compare.
+
+spaCy's time grows with the square of a piece's length, because it takes punctuation off the ends one character at a
+time and searches the rest again. So a run of characters without white space is cut into pieces of MAX_PIECE_CHARS: a
+shorter one gives spaCy's words, and a longer one the words of its pieces.
 """
 
 import re
@@ -15,7 +19,10 @@ from data import compat
 
 MAX_REMEMBERED = 1_000_000
 """Largest number of pieces in the cache, some 200 bytes each; a piece beyond it empties the cache."""
-_RUN = re.compile(r"\S+|\s+")
+MAX_PIECE_CHARS = 256
+"""Largest number of characters that spaCy gets at once. In ordinary text only addresses and encoded data are longer."""
+_PIECE = re.compile(rf"\S{{1,{MAX_PIECE_CHARS}}}")
+_RUN = re.compile(rf"\S{{1,{MAX_PIECE_CHARS}}}|\s+")
 
 
 class EnglishWords(SpaCyTokenizer):
@@ -38,7 +45,7 @@ class EnglishWords(SpaCyTokenizer):
 
     def word_tokenize(self, text: str) -> list[str]:
         """Return the words of a text."""
-        pieces = text.split()
+        pieces = _PIECE.findall(text)
         self._learn(pieces)
         return [word for piece in pieces for word in self._words[piece]]
 
@@ -48,7 +55,7 @@ class EnglishWords(SpaCyTokenizer):
         The next word after closing punctuation begins a sentence. White space beyond a single blank counts as a word,
         as it does in spaCy.
         """
-        self._learn(text.split())
+        self._learn(_PIECE.findall(text))
         spans: list[tuple[int, int]] = []
         start = end = 0
         closed = False

@@ -22,6 +22,11 @@ from data.readers.rows import describe_type, dump_row, quote_name
 from data.report import malformed_limit as limit
 from data.report.set_aside import SetAside
 
+MAX_DOCUMENT_CHARS = 10_000_000
+"""Largest number of characters of a document or conversation: three times the longest books. A block holds some copies
+of the text and its words, about a gigabyte, and the tokenizer encodes it in one call."""
+TOO_LARGE = f"longer than {MAX_DOCUMENT_CHARS:,} characters"
+
 
 def rank_file(rank: int) -> str:
     """Return the name of the file that holds a rank's documents between two steps."""
@@ -51,6 +56,8 @@ def find_problem(record: dict, kind: str) -> str | None:
             continue
         if reason := _find_text_problem(message.get("content")):
             return reason
+    if sum(len(message["content"]) for message in messages) > MAX_DOCUMENT_CHARS:
+        return TOO_LARGE
     if messages[-1]["role"] != "assistant":
         return "last message is not the assistant's"
     return None
@@ -59,6 +66,8 @@ def find_problem(record: dict, kind: str) -> str | None:
 def _find_text_problem(text: object) -> str | None:
     if not isinstance(text, str):
         return f"text is {describe_type(text)}, not a string"
+    if len(text) > MAX_DOCUMENT_CHARS:
+        return TOO_LARGE
     if not text.strip():
         return "empty text"
     # UTF-8 cannot encode a lone surrogate: every later step would fail on it.

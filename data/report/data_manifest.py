@@ -15,6 +15,8 @@ from core.hashing import sha256_file
 from data import compat
 from data.catalogue.corpus import Corpus, Installed, PackageFile, Unit
 from data.filters.decontaminate import HIT_PREFIX
+from data.filters.dedup import GroupSignature
+from data.filters.time_limit import SlowDocuments
 from data.report.shard_statistics import ShardStatistics
 from data.tokens.shard_writer import REFUSED_PREFIX, TOO_LONG_COUNTER, ShardWriter
 
@@ -115,6 +117,8 @@ def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: li
     filtering = sum_block_statistics(logs, "1-read-and-filter", units)
     exact = sum_block_statistics(logs, "3-exact-filter", units)
     final = sum_block_statistics(logs, "7-decontaminate-and-split", units)
+    text_units = [unit for unit in units if unit.corpus.kind == "text"]
+    compared = sum_block_statistics(logs, "4-near-signatures", text_units)
     corpora = sum_rows_read(read, units)
     for name, entry in corpora.items():
         entry["filters"] = {
@@ -126,6 +130,9 @@ def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: li
         entry["redacted"] = filtering[name].get("pii", Counter())["redacted"]
         entry["exact_duplicates"] = exact[name][compat.EXACT_FILTER_BLOCK][compat.FILTER_DROPPED]
         entry["near_duplicates"] = final[name][compat.NEAR_FILTER_BLOCK][compat.FILTER_DROPPED]
+        entry["not_compared"] = compared.get(name, {}).get(GroupSignature.name, Counter())["not_compared"]
+        slow = filtering[name][SlowDocuments.name] + final[name][SlowDocuments.name]
+        entry["too_slow"] = summarize_filter(slow)["dropped"]
         decontamination = final[name].get("decontamination", Counter())
         entry["contaminated"] = summarize_filter(decontamination)["dropped"]
         entry["contamination_hits"] = {
@@ -169,7 +176,8 @@ def check_not_empty(counts: dict[str, dict]) -> None:
                 f"data.corpora: nothing is left of {name!r}: {entry['read']} rows read, malformed "
                 f"{dict(entry['malformed_reasons'])}, excluded {dict(entry['excluded'])}, dropped by filters "
                 f"{dropped}, {entry['exact_duplicates']} exact and {entry['near_duplicates']} near duplicates, "
-                f"contaminated {entry['contaminated']}; take it out of data.corpora or check its source"
+                f"contaminated {entry['contaminated']}, too slow {entry['too_slow']}; take it out of data.corpora or "
+                "check its source"
             )
 
 

@@ -95,6 +95,7 @@ def make_corpus_rows(manifest: dict) -> Iterable[dict]:
             "exact duplicate": entry["exact_duplicates"],
             "near duplicate": entry["near_duplicates"],
             "contaminated": sum(entry["contaminated"].values()),
+            "too slow": sum(entry["too_slow"].values()),
             "too long": entry["too_long"],
             "refused": refused,
         }

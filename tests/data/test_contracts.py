@@ -21,6 +21,7 @@ from datatrove.pipeline.filters import (
     LambdaFilter,
     LanguageFilter,
 )
+from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils import text as datatrove_text
@@ -128,6 +129,20 @@ def test_repetition_rules_are_those_of_the_filter():
     assert rules.paragraph_separator.split("a\n\n\nb\nc") == ["a", "b\nc"]
     assert rules.line_separator.split("a\n\nb\nc") == ["a", "b", "c"]
     assert compat.find_duplicates(["a", "bb", "bb", "a", "bb"]) == (3, 5)
+
+
+def test_the_bounded_email_pattern_finds_the_same_addresses():
+    """`bound_email_pattern` takes datatrove's pattern apart: addresses would stay in the text."""
+    ours, theirs = PIIFormatter(), PIIFormatter()
+    compat.bound_email_pattern(ours)
+    assert ours.emails_replacer.regex.pattern != theirs.emails_replacer.regex.pattern
+    texts = [
+        "jane.doe@company.com", "'a-b'@c.de, x+y=z@a-b.co.uk!", "a@b", "a..b@c.d", ".a@b.c", "no @ here", "a@[1.2.3.4]",
+        "{x}@y.z.", "a@b.c@d.e", "-a@b-.c", "ü.x@y.z", "q" * 64 + "@a.b", ".".join("abcdefghijk") + "@l.m",
+    ]  # fmt: skip
+    for text in (*texts, " ".join(texts)):
+        assert ours.emails_replacer.regex.findall(text) == theirs.emails_replacer.regex.findall(text), text
+    assert ours.format("jane.doe@company.com") == "email@example.com"
 
 
 def test_parameters_of_a_filter_are_its_attributes():

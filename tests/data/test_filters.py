@@ -9,10 +9,12 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
 from data.config import FILTERS, DataConfig
-from data.filters.decontaminate import DecontaminationFilter, build_index
+from data.filters.decontaminate import DecontaminationFilter, build_index, hash_words
 from data.filters.language import describe_language_filter, unpack_model
+from data.filters.mark_runs import remove_mark_runs
 from data.filters.quality import PIIRedaction, TextRepair, make_filters, make_quality_filters
 from pipelines.steps.package_cache import download_packages
+from tests.data.growth import measure_growth
 from tests.data.planted import page
 
 ENGLISH = "The river carries the copper of the old bridge down to the harbour, where the sailors repair their lanterns."
@@ -71,6 +73,24 @@ def test_wrongly_decoded_text_is_repaired_in_prose_and_not_in_code():
     assert prose.text == "The café isn’t open & the river rises.\nA “quoted” ﬁne line."
     assert code.text == broken and plain.text == "Nothing here, “kept”."
     assert block.stats["repaired"].total == 1
+
+
+@pytest.mark.parametrize("unit", ["a-", "'a", "a.", "a@", "a@a-", "a", "1.1.", "@a.", "{a}"])
+def test_redaction_takes_linear_time(unit):
+    # 16 times as long: 16 times the work where it is linear, 256 times where it is quadratic.
+    assert measure_growth(PIIRedaction().format, unit * 1_000, unit * 16_000) < 64
+
+
+@pytest.mark.parametrize("unit", ["\u0301\u0316", "\U0001d16d\U0001d165", "e\u0316\u0301"])
+def test_words_of_a_text_of_marks_are_hashed_in_linear_time(unit):
+    assert measure_growth(hash_words, unit * 2_000, unit * 32_000) < 64
+
+
+def test_marks_as_writing_has_them_are_kept():
+    text = "Tiếng Việt, हिन्दी, ภาษาไทย, e\u0316\u0301 and z" + "\u0316\u0301" * 15
+    assert remove_mark_runs(text) == text
+    assert remove_mark_runs("z" + "\u0316\u0301" * 16 + "a") == "za"
+    assert hash_words("z" + "\u0316\u0301" * 16 + "a").tolist() == hash_words("za").tolist()
 
 
 @pytest.fixture

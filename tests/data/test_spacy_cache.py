@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import Unit
-from data.filters.spacy_cache import EnglishWords
+from data.filters.spacy_cache import MAX_PIECE_CHARS, EnglishWords
 
 OURS, THEIRS = EnglishWords(), SpaCyTokenizer("en")
 ODD = [
@@ -62,3 +62,42 @@ def test_remembers_no_more_than_it_may(monkeypatch):
     for number in range(200):
         assert words.word_tokenize(f"piece{number} of text.") == [f"piece{number}", "of", "text", "."]
         assert len(words._words) <= 50
+
+
+class CountingTokenizer:
+    """Passes texts to spaCy and remembers how long their longest piece without white space was."""
+
+    def __init__(self, words: EnglishWords):
+        self.nlp, self.longest = words.tokenizer, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.nlp, name)
+
+    def make_doc(self, text: str):
+        self.longest = max([self.longest, *map(len, text.split())])
+        return self.nlp.make_doc(text)
+
+
+@pytest.mark.parametrize("unit", ["_", ".", "a.", "x'", "☃", "😀👩", "1.", "字", "http://a.b/"])
+def test_spacy_never_gets_a_piece_beyond_the_bound(unit):
+    words = EnglishWords()
+    words._tokenizer = counting = CountingTokenizer(words)
+    text = (unit * 2_000)[:2_000]
+    assert "".join(words.word_tokenize(text)) == text
+    assert words.span_tokenize(text)[0][0] == 0
+    assert counting.longest == MAX_PIECE_CHARS
+
+
+@pytest.mark.parametrize("unit", ["_", "ab.", "x'y-", "1,2;", "("])
+def test_a_piece_of_the_bound_is_cut_as_by_spacy_and_a_longer_one_as_its_pieces(unit):
+    text = (unit * MAX_PIECE_CHARS)[: MAX_PIECE_CHARS + 7]
+    first, rest = text[:MAX_PIECE_CHARS], text[MAX_PIECE_CHARS:]
+    assert OURS.word_tokenize(first) == THEIRS.word_tokenize(first)
+    assert OURS.span_tokenize(first) == THEIRS.span_tokenize(first)
+    assert OURS.word_tokenize(text) == THEIRS.word_tokenize(first) + THEIRS.word_tokenize(rest)
+
+
+def test_long_runs_are_not_remembered_whole():
+    words = EnglishWords()
+    words.word_tokenize("ab" * 50_000)
+    assert max(map(len, words._words)) == MAX_PIECE_CHARS
