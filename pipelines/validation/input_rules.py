@@ -24,15 +24,18 @@ def find_start_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _find_initial_model_problems(folder: Path, recipe: Recipe) -> Iterator[Problem]:
-    """Yield the broken rules of an initial model: it fits the recipe's dimensions and brings its tokenizer."""
+    """Yield the broken rules of an initial model: it fits the recipe's dimensions and brings its tokenizer.
+
+    Every tensor is read once: the step that imports the weights comes after days of data.
+    """
     if not recipe.data.tokenizer.path:
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
     from eval.export.dimensions import dims_from_config
-    from eval.export.tensor_files import read_config
+    from eval.export.tensor_files import check_checkpoint
 
     try:
-        found = dataclasses.asdict(dims_from_config(read_config(folder)))
+        found = dataclasses.asdict(dims_from_config(check_checkpoint(folder)))
     except RefusedInput as error:
         yield Problem("initial_model", str(folder), str(error), "give a folder in the released format")
         return
