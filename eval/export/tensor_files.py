@@ -11,6 +11,7 @@ from core.errors import RefusedInput, refuse_value_errors
 from eval.hf_mobilemoe import tensors_mobilemoe
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.folder_mobilemoe import check_folder, read_json
+from eval.hf_mobilemoe.spellings_mobilemoe import ARCHITECTURES
 
 
 def read_config(folder: Path) -> MobileMoEConfig:
@@ -37,7 +38,8 @@ def check_config(folder: Path) -> None:
     """
     with refuse_value_errors():
         values = read_json(Path(folder) / "config.json")
-    if values.get("model_type") == MobileMoEConfig.model_type:
+    is_ours = values.get("model_type") == MobileMoEConfig.model_type
+    if is_ours or not set(ARCHITECTURES).isdisjoint(values.get("architectures") or []):
         read_config(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .spellings_mobilemoe import TOKEN_IDS, check_token_ids
+from .spellings_mobilemoe import TOKEN_IDS, check_elsewhere, check_token_ids
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 """Keys of tokenizer_config.json and special_tokens_map.json that name one token."""
@@ -29,6 +29,10 @@ def check_folder(folder: Path) -> None:
     folder = Path(folder)
     _check_weight_files(folder)
     config = _read_optional(folder / "config.json")
+    try:
+        check_elsewhere(config)  # transformers follows `configuration_files` before it gives us the values
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
     ids = check_tokenizer(folder, config.get("vocab_size"))
     generation = _read_optional(folder / "generation_config.json")
     try:

@@ -23,6 +23,7 @@ from .tensors_mobilemoe import full_name, open_checkpoint, remove_tied_head
 #   _init_weights, _tied_weights_keys: test_untrained_model_is_initialized
 #   cached_file(_raise_exceptions_for_missing_entries): test_save_pretrained_round_trip
 #   _no_split_modules, accelerate's module._hf_hook: test_layers_on_disk_compute_the_same
+#   _from_config, accelerate's infer_auto_device_map: test_int4_is_not_left_on_disk in tests/eval/test_one_reading.py
 #   _from_config: test_packed_weights_give_the_same_numbers in tests/eval/test_int4.py
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
@@ -104,15 +105,41 @@ def dequantize_checkpoint(
     Raises:
         ValueError: the tensors are not those that `config` describes, or the device map puts some of them on disk.
     """
-    device_map = kwargs.get("device_map")
+    unquantized = copy.deepcopy(config)
+    unquantized.quantization = None
+    device_map = _infer_device_map(cls, unquantized, kwargs)
     if isinstance(device_map, dict) and "disk" in device_map.values():
-        raise ValueError(_not_on_disk(where))
+        raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
     options = kwargs | {"state_dict": dequantize_state_dict(packed, config, choose_dtype(kwargs, config))}
+    if device_map is not None:
+        options["device_map"] = device_map
     if (generation_config := load_generation_config(cls, where, hub, kwargs)) is not None:
         options["generation_config"] = generation_config
-    options["config"] = copy.deepcopy(config)
-    options["config"].quantization = None
+    options["config"] = unquantized
     return options
+
+
+def _infer_device_map(cls: Any, config: MobileMoEConfig, kwargs: dict) -> Any:
+    """Return `kwargs["device_map"]`, with the devices that accelerate chooses where it is "auto" or the like.
+
+    transformers would ask accelerate later. If some layers go to disk then, it drops the tensors that it was given.
+    """
+    device_map = kwargs.get("device_map")
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return device_map
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    dtype = choose_dtype(kwargs, config)
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype)
+    model.tie_weights()
+    options: dict[str, Any] = {"no_split_module_classes": list(cls._no_split_modules), "dtype": dtype}
+    memory = kwargs.get("max_memory")
+    if device_map != "sequential":
+        low_zero = device_map == "balanced_low_0"
+        memory = get_balanced_memory(model, max_memory=memory, low_zero=low_zero, **options)
+    return infer_auto_device_map(model, max_memory=memory, **options)
 
 
 def keep_float32_on_disk(loaded: Any) -> Any:
@@ -129,20 +156,10 @@ def keep_float32_on_disk(loaded: Any) -> Any:
 
 
 def record_source(loaded: Any, where: str) -> Any:
-    """Record in a model the origin of its checkpoint, and return `from_pretrained`'s result.
-
-    Raises:
-        ValueError: a device map of accelerate's put a part of the model on disk, where INT4 weights have no file.
-    """
+    """Record in a model the origin of its checkpoint, and return `from_pretrained`'s result."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-        raise ValueError(_not_on_disk(where))
     model.name_or_path = model.config.name_or_path = where
     return loaded
-
-
-def _not_on_disk(where: str) -> str:
-    return f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4"
 
 
 def _has_file(name_or_path: str, file: str, hub: dict) -> bool:

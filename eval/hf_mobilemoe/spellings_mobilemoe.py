@@ -84,9 +84,7 @@ def join_spellings(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a fact stands there twice with two values, a switch of another architecture is on, a key points to
             another file, or a token id is outside of the vocabulary; the message names keys and values.
     """
-    for key in ELSEWHERE:
-        if values.get(key) is not None:
-            raise ValueError(f"{key} is {values[key]!r}; MobileMoE's tensors and numbers lie nowhere else: remove it")
+    check_elsewhere(values)
     for key, neutral in NEUTRAL_VALUES.items():
         if values.get(key) is not None and not is_same(values[key], neutral):
             raise ValueError(f"{key} is {values[key]!r}; MobileMoE computes {neutral!r} and nothing else")
@@ -100,6 +98,13 @@ def join_spellings(values: Mapping[str, Any]) -> dict[str, Any]:
     _check_classes(values)
     check_token_ids(values, values.get("vocab_size"))
     return _join_rope(dict(values))
+
+
+def check_elsewhere(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a key of config.json points to another file or another form of the weights."""
+    for key in ELSEWHERE:
+        if values.get(key) is not None:
+            raise ValueError(f"{key} is {values[key]!r}; MobileMoE's tensors and numbers lie nowhere else: remove it")
 
 
 def is_same(a: Any, b: Any) -> bool:
@@ -123,7 +128,7 @@ def _agree(stated: Mapping[str, Any]) -> None:
     """Raise ValueError if the values, by the keys that state them, are not all the same."""
     first = next(iter(stated), "")
     for key, value in stated.items():
-        if not is_same(value, stated[first]):
+        if key != first and not is_same(value, stated[first]):
             raise ValueError(
                 f"{first} is {stated[first]!r} and {key} is {value!r}; they state the same fact: correct one of them"
             )

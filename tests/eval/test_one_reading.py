@@ -4,80 +4,47 @@ A case changes one file of a small folder that states a fact twice. The readers 
 the device, the evaluation and the validation of an initial model.
 """
 
-import json
-import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from eval.benchmarks.harness import load_model
-from eval.device.weights import DeviceWeights
 from eval.export.bf16 import export_bf16
 from eval.export.dcp_checkpoint import read_checkpoint
-from eval.export.dimensions import dims_from_config
 from eval.export.hf_folder import write_hf_folder
 from eval.export.import_hf import import_folder
 from eval.export.source import open_folder
-from eval.export.tensor_files import TensorFiles, check_checkpoint, read_config
+from eval.export.stored_scales import SCALES_FILE
 from eval.hf_mobilemoe import MobileMoEForCausalLM
-from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict, kept_in_float32, tensor_shapes
-from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
+from tests.eval.readings import (
+    BIAS,
+    EMBEDDING,
+    INDEX,
+    NORM,
+    TINY,
+    Case,
+    both,
+    check_case,
+    config,
+    copy,
+    edit,
+    from_auto,
+    index,
+    last_file,
+    link,
+    quantization,
+    repeat_in_the_last_file,
+    tensors,
+    text,
+    without_prefix,
+)
+from tests.eval.tiny_checkpoint import quantize_folder, random_tensors, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
-
-TINY = replace(DIMS, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, top_k=2)
-EMBEDDING, NORM, BIAS = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.feed_forward.expert_bias"
-ROUTER = "model.layers.0.feed_forward.router.weight"
-INDEX = "model.safetensors.index.json"
-
-
-def from_transformers(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    return dict(MobileMoEForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
-
-
-def from_auto(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    """With the dtype of config.json, as the evaluation loads."""
-    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict())
-
-
-def from_import(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    dims = import_folder(folder, out / "dcp")
-    assert dims_from_config(open_folder(out / "dcp").config) == dims
-    return read_checkpoint(out / "dcp", dims)
-
-
-def from_export(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    return dict(TensorFiles(export_bf16(open_folder(folder), out / "bf16", dtype=torch.float32)))
-
-
-def from_device(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor as the program's exporter does; the packed ones of a float folder are rounded, so left out."""
-    weights = DeviceWeights(open_folder(folder))
-    for name, shape in tensor_shapes(weights.config).items():
-        if len(shape) > 1 and not kept_in_float32(name):
-            weights.read_matrix(name)
-    weights.read_unquantized(BIAS)
-    return {name: weights.read_unquantized(name) for name in (NORM, ROUTER)}
-
-
-def from_evaluation(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    return dict(load_model(folder, 1).model.state_dict())
-
-
-def from_validation(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    check_checkpoint(folder)
-    return {}
-
-
-READERS = (
-    from_transformers, from_auto, from_import, from_export, from_device, from_evaluation, from_validation
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,93 +66,6 @@ def sharded(whole) -> Path:
 @pytest.fixture(scope="module")
 def int4(whole) -> Path:
     return quantize_folder(whole, whole.with_name("int4"), QuantizationConfig())
-
-
-@dataclass(frozen=True)
-class Case:
-    """One change of a folder, and the words of the refusal; None if all readers take it."""
-
-    change: Callable[[Path], None]
-    words: str | None = None
-
-
-def edit(file: str, **keys: Any) -> Callable[[Path], None]:
-    """Set keys of a JSON file; `...` removes one."""
-
-    def change(folder: Path) -> None:
-        path = folder / file
-        values = (json.loads(path.read_text()) if path.is_file() else {}) | keys
-        path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-
-    return change
-
-
-def config(**keys: Any) -> Callable[[Path], None]:
-    return edit("config.json", **keys)
-
-
-def text(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
-    """Change a file's text."""
-
-    def apply(folder: Path) -> None:
-        (folder / file).write_text(change((folder / file).read_text()), encoding="utf-8")
-
-    return apply
-
-
-def tensors(change: Callable[[dict], dict], **metadata: str) -> Callable[[Path], None]:
-    """Change the tensors of model.safetensors, or of the file that holds the embedding."""
-
-    def apply(folder: Path) -> None:
-        (path,) = (p for p in folder.glob("model*.safetensors") if any("embed" in n for n in load_file(p)))
-        changed = {name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}
-        save_file(changed, path, metadata=metadata or {"format": "pt"})
-
-    return apply
-
-
-def index(change: Callable[[dict], Any]) -> Callable[[Path], None]:
-    """Change the content of the index in place."""
-
-    def apply(folder: Path) -> None:
-        values = json.loads((folder / INDEX).read_text())
-        change(values)
-        (folder / INDEX).write_text(json.dumps(values))
-
-    return apply
-
-
-def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        for change in changes:
-            change(folder)
-
-    return apply
-
-
-def copy(source: str, name: str) -> Callable[[Path], None]:
-    """Put a copy of a file beside it; `source` may be a pattern, whose first file counts."""
-    return lambda folder: shutil.copyfile(sorted(folder.glob(source))[0], folder / name)
-
-
-def repeat_in_the_last_file(folder: Path) -> None:
-    """Write the first file's embedding into the last file, too, with other values."""
-    first, *_, last = sorted(folder.glob("*.safetensors"))
-    value = next(tensor for name, tensor in load_file(first).items() if name == EMBEDDING)
-    save_file(load_file(last) | {EMBEDDING: value + 1}, last, metadata={"format": "pt"})
-
-
-def link(folder: Path) -> None:
-    """Lay the folder out as the hub's cache does: links from a snapshot to files named by their hashes."""
-    blobs = folder.parent / "blobs"
-    blobs.mkdir()
-    for number, path in enumerate(sorted(folder.iterdir())):
-        path.rename(blobs / f"{number:064x}")
-        path.symlink_to(os.path.relpath(blobs / f"{number:064x}", folder))
-
-
-def without_prefix(values: dict) -> dict:
-    return {name.removeprefix("model."): tensor for name, tensor in values.items()}
 
 
 ROPE = {
@@ -251,19 +131,24 @@ CONFIGS = {
         config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is"
     ),
     "weights of another name": Case(config(transformers_weights="other.safetensors"), "transformers_weights is"),
-    "config of another name": Case(config(configuration_files=["config.4.0.0.json"]), "configuration_files is"),
+    "config of another name": Case(
+        both(copy("config.json", "config.4.0.0.json"), config(configuration_files=["config.4.0.0.json"])),
+        "configuration_files is",
+    ),
     "another architecture": Case(config(architectures=["Llama4ForCausalLM"]), "architectures names 'Llama4"),
     "another class in auto_map": Case(
         config(auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}), "auto_map.AutoModelForCausalLM"
     ),
-    "another model_type": Case(config(model_type="llama4_text"), "model_type is 'llama4_text'"),
+    "another model_type": Case(
+        config(model_type="llama4_text"), "model_type is 'llama4_text'", not_read_by=(from_auto,)
+    ),
     "an unknown key": Case(config(frobnicate=3)),
     "a number as text": Case(config(hidden_size="32"), "hidden_size is '32'"),
     "8.0 for 8": Case(config(num_hidden_layers=1.0), "num_hidden_layers is 1.0"),
     "true for 1": Case(config(num_hidden_layers=True), "num_hidden_layers is True"),
     "1 for true": Case(config(norm_topk_prob=1), "norm_topk_prob is 1"),
     "a negative number": Case(config(num_local_experts=-4), "num_local_experts is -4"),
-    "NaN": Case(text("config.json", lambda t: t.replace("10000.0", "NaN", 1)), "NaN is no number"),
+    "NaN": Case(text("config.json", lambda t: t.replace("10000.0", "NaN", 1)), "nan"),
     "infinity": Case(text("config.json", lambda t: t.replace("10000.0", "1e999", 1)), "rope_theta is inf"),
     "a key twice": Case(
         text("config.json", lambda t: t.replace("{", '{"num_experts_per_tok": 4,', 1)), "'num_experts_per_tok' stands"
@@ -299,7 +184,7 @@ TENSORS = {
     ),
     "of MobileMoEModel": Case(tensors(without_prefix)),
     "prefix of a compiled model": Case(
-        tensors(lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}), "is not a tensor of this model"
+        tensors(lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}), f"{EMBEDDING} [320, 32] is missing"
     ),
     "of another program": Case(tensors(lambda t: t, format="tf"), "has format 'tf'"),
     "metadata without format": Case(tensors(lambda t: t, step="3"), "has format None"),
@@ -321,23 +206,19 @@ TENSORS = {
 }  # fmt: skip
 
 
-def last_file(values: dict) -> str:
-    return max(values["weight_map"].values())
-
-
 SHARDS = {
     "unchanged": Case(index(lambda v: None)),
     "no total_size": Case(index(lambda v: v["metadata"].clear())),
     "another total_size": Case(index(lambda v: v["metadata"].update(total_size=7)), "has total_size 7, the files hold"),
     "no metadata": Case(index(lambda v: v.pop("metadata")), "is no index of tensors"),
     "a tensor that the index does not name": Case(
-        index(lambda v: v["weight_map"].pop(EMBEDDING)), f"holds {EMBEDDING}, but {INDEX} says it is in no file"
+        index(lambda v: v["weight_map"].pop(NORM)), f"holds {NORM}, but {INDEX} says it is in no file"
     ),
     "a tensor that no file has": Case(
         index(lambda v: v["weight_map"].update({"lm_head.weight": last_file(v)})), "lacks lm_head.weight"
     ),
     "a tensor in another file": Case(
-        index(lambda v: v["weight_map"].update({EMBEDDING: last_file(v)})), f"lacks {EMBEDDING}"
+        index(lambda v: v["weight_map"].update({NORM: v["weight_map"][EMBEDDING]})), f"lacks {NORM}"
     ),
     "a tensor in two files": Case(repeat_in_the_last_file, f"holds {EMBEDDING}, but {INDEX} says it is in model-00001"),
     "a file of an older set": Case(
@@ -357,7 +238,11 @@ SHARDS = {
 
 TOKENIZERS = {
     "a larger tokenizer": Case(
-        text("tokenizer.json", lambda t: t.replace('"id": 7', '"id": 320')), "vocab_size 320"
+        text("tokenizer.json", lambda t: re.sub('("id"|<.eom_id.>"): 7', r"\1: 320", t)),
+        "gives '<|eom_id|>' the id 320, config.json has vocab_size 320",
+    ),
+    "a token with two ids": Case(
+        text("tokenizer.json", lambda t: t.replace('"id": 7', '"id": 319')), "added_tokens give '<|eom_id|>' the id 319"
     ),
     "a smaller tokenizer": Case(lambda folder: None),
     "bos of config.json": Case(config(bos_token_id=5), "bos_token_id is 5 in config.json and 0 in"),
@@ -398,14 +283,6 @@ TOKENIZERS = {
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 
 
-def quantization(**keys: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text())["quantization"]
-        config(quantization=values | keys)(folder)
-
-    return change
-
-
 INT4 = {
     "unchanged": Case(config()),
     "no quantization": Case(config(quantization=None), "is missing"),
@@ -421,42 +298,6 @@ INT4 = {
     ),
     "links of the hub's cache": Case(link),
 }
-
-
-def read_files(folder: Path) -> dict[str, torch.Tensor]:
-    """Return a folder's tensors as safetensors reads them, packed ones unpacked."""
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("model*.safetensors"):
-        found |= load_file(path)
-    found = {f"model.{n.removeprefix('model.')}": t for n, t in found.items() if not n.startswith("lm_head")}
-    values = json.loads((folder / "config.json").read_text())
-    return dequantize_state_dict(found, read_config(folder)) if values.get("quantization") else found
-
-
-def check_case(case: Case, original: Path, tmp_path: Path) -> None:
-    """Let all readers read a changed copy, and compare their outcomes with each other and with `case`."""
-    folder = shutil.copytree(original, tmp_path / "folder")
-    if (whole := original.with_name("whole") / "model.safetensors").is_file():
-        shutil.copyfile(whole, tmp_path / "whole.safetensors")
-    case.change(folder)
-    expected = read_files(folder) if case.words is None else {}
-    for reader in READERS:
-        out = tmp_path / reader.__name__
-        if case.words is None:
-            found = reader(folder, out)
-            for name in found.keys() - {"lm_head.weight"}:
-                assert torch.equal(found[name].float(), expected[name].float()), (reader.__name__, name)
-            some = {"from_device": {NORM, ROUTER}, "from_validation": set()}
-            assert found.keys() - {"lm_head.weight"} == some.get(reader.__name__, expected.keys()), reader.__name__
-        else:
-            with pytest.raises((ValueError, OSError)) as refused:
-                reader(folder, out)
-            assert case.words in str(refused.value), (reader.__name__, str(refused.value))
-            assert not list(out.glob("*"))
-    if case.words is None:
-        assert dims_from_config(read_config(folder)) == TINY
-        loaded = MobileMoEForCausalLM.from_pretrained(folder).config
-        assert dims_from_config(loaded) == TINY
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -482,3 +323,74 @@ def test_the_tokenizer_and_the_model_agree(name, whole, tmp_path):
 @pytest.mark.parametrize("name", INT4)
 def test_int4_is_packed_as_config_json_states(name, int4, tmp_path):
     check_case(INT4[name], int4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_safetensors": False}, "use_safetensors is False"),
+        ({"variant": "fp16"}, "variant is 'fp16'"),
+        ({"gguf_file": "model.gguf"}, "gguf_file is 'model.gguf'"),
+    ],
+)
+def test_options_for_other_files_are_refused(options, words, whole):
+    """transformers would read those files, after the safetensors had been checked."""
+    with pytest.raises(ValueError, match=words):
+        MobileMoEForCausalLM.from_pretrained(whole, **options)
+
+
+def test_int4_is_not_left_on_disk_by_a_device_map_of_accelerate(int4, tmp_path):
+    """`auto` with little memory puts layers on disk, as a map that names it does."""
+    limit = {"cpu": 20_000}
+    options = {"device_map": "auto", "max_memory": limit, "offload_folder": str(tmp_path)}
+    with pytest.raises(ValueError, match="is INT4 and cannot lie on disk"):
+        MobileMoEForCausalLM.from_pretrained(int4, **options)
+
+
+def test_a_dcp_checkpoint_with_more_layers_is_refused(whole, tmp_path):
+    dims = replace(TINY, n_layers=2)
+    import_folder(
+        write_hf_folder(random_tensors(dims), dims, whole.with_name("tokenizer"), tmp_path / "two"), tmp_path / "deep"
+    )
+    with pytest.raises(ValueError, match="it has layer 1, the model's dimensions have 1 layers"):
+        read_checkpoint(tmp_path / "deep", TINY)
+
+
+SCALES_DAMAGES = {
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:50]), "is damaged"),
+    "no layout": (lambda path: save_file(load_file(path), path), "is damaged"),
+    "of another model": (
+        lambda path: save_file({"x": torch.ones(2)}, path, metadata={"quantization": stated_layout(path)}),
+        "it is of another model",
+    ),
+}
+
+
+def stated_layout(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["quantization"]
+
+
+@pytest.mark.parametrize("name", SCALES_DAMAGES)
+def test_stored_scales_are_those_of_the_weights(name, int4, tmp_path):
+    folder = export_bf16(open_folder(int4), tmp_path / "bf16")
+    change, words = SCALES_DAMAGES[name]
+    change(folder / SCALES_FILE)
+    for read in (open_folder, lambda folder: import_folder(folder, tmp_path / "dcp")):
+        with pytest.raises(ValueError, match=words):
+            read(folder)
+
+
+def test_the_grid_of_a_bf16_folder_survives_an_import(int4, tmp_path):
+    """INT4 to bf16 to a checkpoint and back to INT4: the scales come along, as they do without the import."""
+    import_folder(export_bf16(open_folder(int4), tmp_path / "bf16"), tmp_path / "dcp")
+    again = quantize_folder(tmp_path / "dcp", tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (int4, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stored_scales_beside_int4_are_refused(int4, tmp_path):
+    folder = shutil.copytree(int4, tmp_path / "int4")
+    shutil.copytree(export_bf16(open_folder(int4), tmp_path / "bf16") / "int4", folder / "int4")
+    with pytest.raises(ValueError, match="lies beside weights that are INT4"):
+        open_folder(folder)
