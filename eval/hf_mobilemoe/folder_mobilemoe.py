@@ -157,7 +157,7 @@ def check_tokenizer(folder: Path, vocab_size: Any) -> dict[str, Any]:
             )
     named = {key: _read_content(special.get(key, config.get(key))) for key in SPECIAL_TOKENS}
     for key, token in named.items():
-        if token is not None and token not in ids:
+        if token is not None and (not isinstance(token, str) or token not in ids):
             raise ValueError(f"{folder}: {key} is {token!r}, which tokenizer.json does not have; correct one of them")
     return {key: ids[token] for key in TOKEN_IDS if (token := named[key.removesuffix("_id")]) is not None}
 
@@ -174,6 +174,8 @@ def _read_ids(path: Path) -> dict[str, int]:
         vocab = values["model"]["vocab"]
         ids = dict(vocab) if isinstance(vocab, dict) else {row[0]: i for i, row in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+        if not all(type(number) is int for number in (*ids.values(), *added.values())):
+            raise TypeError("an id is no whole number")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} is no Hugging Face tokenizer.json ({error!r}); copy it again") from error
     owners = {number: token for token, number in ids.items()}
@@ -187,10 +189,10 @@ def _read_ids(path: Path) -> dict[str, int]:
     return ids | added
 
 
-def _find_added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _find_added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | str]]:
     """Yield file, token and id of every added token that stands outside of tokenizer.json."""
     for number, token in (config.get("added_tokens_decoder") or {}).items():
-        yield "tokenizer_config.json", _read_content(token), int(number)
+        yield "tokenizer_config.json", str(_read_content(token)), int(number) if number.isdecimal() else number
     for token, number in _read_optional(folder / "added_tokens.json").items():
         yield "added_tokens.json", token, number
 
@@ -203,7 +205,7 @@ def _check_chat_template(folder: Path, config: Mapping[str, Any]) -> None:
         found["chat_template.jinja"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for file, text in found.items():
         if isinstance(text, list):  # several templates by name; the default one is what the other files may hold
-            found[file] = next((row["template"] for row in text if row["name"] == "default"), None)
+            found[file] = {row.get("name"): row.get("template") for row in text}.get("default")
     stated = [(file, text) for file, text in found.items() if text is not None]
     for file, text in stated[1:]:
         if text != stated[0][1]:

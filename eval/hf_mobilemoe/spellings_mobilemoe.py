@@ -135,12 +135,14 @@ def _agree(stated: Mapping[str, Any]) -> None:
 
 
 def _name_dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    return dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
 
 
 def _check_classes(values: Mapping[str, Any]) -> None:
     """Compare the classes that config.json names with those of this architecture."""
     auto_map, architectures = values.get("auto_map") or {}, values.get("architectures") or []
+    if not isinstance(auto_map, Mapping) or not isinstance(architectures, list):
+        raise ValueError(f"auto_map is {auto_map!r} and architectures {architectures!r}; they are an object and a list")
     named = [(f"auto_map.{key}", auto_map[key]) for key in ("AutoModel", "AutoModelForCausalLM") if key in auto_map]
     for key, name in named + [("architectures", name) for name in architectures]:
         if str(name).rsplit(".", 1)[-1] not in ARCHITECTURES:
@@ -156,7 +158,9 @@ def _join_rope(values: dict[str, Any]) -> dict[str, Any]:
         if key not in values or (key == "rope_parameters" and values[key] is None):
             continue
         form = values[key]
-        if isinstance(form, Mapping):
+        if form is not None:
+            if not isinstance(form, Mapping):
+                raise ValueError(f"{key} is {form!r}; it must be an object of type 'llama3', or null")
             if "rope_theta" in form:
                 thetas[f"{key}.rope_theta"] = form["rope_theta"]
             form = _read_scaling(key, form)

@@ -23,8 +23,12 @@ _DTYPES = {
 }  # fmt: skip
 """Name of a dtype in a safetensors header -> torch's."""
 
-_WIDER = {torch.bfloat16: (torch.float32,), torch.float16: (torch.float32,), torch.float32: ()}
-"""Dtype of a tensor -> other dtypes that hold its values exactly."""
+_HELD_BY = {
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float32: (torch.float32,),
+}
+"""Dtype of a tensor -> dtypes that hold its values exactly."""
 
 
 def open_checkpoint(folder: Path, config: MobileMoEConfig) -> "TensorFiles":
@@ -108,20 +112,21 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         The router's weight and the expert bias are float32 for every dtype. Where config.json has none, transformers
         takes that of the first tensor, so all must be of one.
         """
-        config = read_json(path) if (path := self._folder / "config.json").is_file() else {}
+        path = self._folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
         stated = config.get("dtype", config.get("torch_dtype"))
         if stated is None and quantized:
             return  # loaded as float32
-        model_dtype = dtypes["model.norm.weight"] if stated is None else getattr(torch, stated.removeprefix("torch."))
+        model_dtype = getattr(torch, stated) if stated else dtypes["model.norm.weight"]
         for name, dtype in dtypes.items():
-            exact = {model_dtype, torch.float32} if kept_in_float32(name) else {model_dtype}
-            if stated is not None:
-                exact = set(_WIDER) if kept_in_float32(name) else {d for d in _WIDER if model_dtype in (d, *_WIDER[d])}
-            if dtype not in exact and dtype != torch.uint8 and not name.endswith("_scale"):
+            if dtype == torch.uint8 or name.endswith("_scale"):
+                continue
+            exact = model_dtype in (_HELD_BY[dtype] if stated else (dtype,))
+            if kept_in_float32(name):
+                exact = exact or stated is not None or dtype == torch.float32
+            if not exact:
                 other = f"dtype {stated}" if stated else f"no dtype, and model.norm.weight is {model_dtype}"
-                raise ValueError(
-                    f"{self._files[name]}: {name} is {dtype}, config.json has {other}; correct one of them"
-                )
+                raise ValueError(f"{self._files[name]}: {name} is {dtype}, {path} has {other}; correct one of them")
 
     def _check_index(self, index: Mapping[str, Sequence[str]]) -> None:
         """Compare the index with the files: transformers reads only what it names, other programs read all."""

@@ -111,6 +111,7 @@ CONFIGS = {
     "another original length at the top": Case(
         config(original_max_position_embeddings=8192), "original_max_position_embeddings is 8192 and rope_scaling"
     ),
+    "rope as text": Case(config(rope_scaling="llama3"), "rope_scaling is 'llama3'; it must be an object"),
     "no rope at all": Case(config(rope_theta=..., rope_scaling=...), "lacks rope_theta, rope_scaling"),
     "num_experts, the same": Case(config(num_experts=4, n_routed_experts=4)),
     "num_experts, another": Case(config(num_experts=8), "num_local_experts is 4 and num_experts is 8"),
@@ -124,8 +125,9 @@ CONFIGS = {
     "dtype twice": Case(config(torch_dtype="float32"), "dtype is 'bfloat16' and torch_dtype is 'float32'"),
     "torch_dtype alone": Case(config(torch_dtype="bfloat16", dtype=...)),
     "dtype unknown": Case(config(dtype="int8"), "dtype is 'int8'"),
+    "dtype with its module": Case(config(dtype="torch.bfloat16"), "dtype is 'torch.bfloat16'"),
     "dtype wider than the tensors": Case(config(dtype="float32")),
-    "dtype that rounds the tensors": Case(config(dtype="float16"), "torch.bfloat16, config.json has dtype float16"),
+    "dtype that rounds the tensors": Case(config(dtype="float16"), "config.json has dtype float16"),
     "no dtype": Case(config(dtype=...)),
     "quantization_config": Case(
         config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is"
@@ -166,7 +168,10 @@ CONFIGS = {
 
 TENSORS = {
     "float32 beside dtype bfloat16": Case(
-        tensors(lambda t: t | {NORM: t[NORM].float()}), f"{NORM} is torch.float32, config.json has dtype bfloat16"
+        tensors(lambda t: t | {NORM: t[NORM].float()}), f"{NORM} is torch.float32, "
+    ),
+    "float32 without a dtype": Case(
+        both(config(dtype=...), tensors(lambda t: t | {EMBEDDING: t[EMBEDDING].float()})), "config.json has no dtype"
     ),
     "float64": Case(tensors(lambda t: t | {NORM: t[NORM].double()}), f"{NORM} has dtype torch.float64"),
     "the bias in bfloat16": Case(tensors(lambda t: t | {BIAS: t[BIAS].bfloat16()})),
