@@ -89,7 +89,7 @@ def join_spellings(values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(key) is not None and not is_same(values[key], neutral):
             raise ValueError(f"{key} is {values[key]!r}; MobileMoE computes {neutral!r} and nothing else")
     for key, names in ALIASES.items():
-        _agree({name: values[name] for name in (key, *names) if name in values})
+        _agree({name: values[name] for name in (key, *names) if values.get(name) is not None})
     dtypes = {key: values[key] for key in ("dtype", "torch_dtype") if values.get(key) is not None}
     _agree({key: _name_dtype(dtype) for key, dtype in dtypes.items()})
     for key, dtype in dtypes.items():
@@ -151,7 +151,7 @@ def _check_classes(values: Mapping[str, Any]) -> None:
 
 def _join_rope(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with `rope_theta` and `rope_scaling` alone, of every place that states them."""
-    thetas = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    thetas = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
     facts: dict[str, dict[str, Any]] = {"rope_type": {}} | {name: {} for name in _SCALING_FACTORS}
     scaling: Any = None
     for key in ("rope_scaling", "rope_parameters"):
@@ -161,7 +161,7 @@ def _join_rope(values: dict[str, Any]) -> dict[str, Any]:
         if form is not None:
             if not isinstance(form, Mapping):
                 raise ValueError(f"{key} is {form!r}; it must be an object of type 'llama3', or null")
-            if "rope_theta" in form:
+            if form.get("rope_theta") is not None:
                 thetas[f"{key}.rope_theta"] = form["rope_theta"]
             form = _read_scaling(key, form)
         for name, stated in facts.items():

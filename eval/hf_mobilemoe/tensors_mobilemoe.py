@@ -55,6 +55,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         self._folder = Path(folder)
         index = self._folder / SAFE_WEIGHTS_INDEX_NAME
         self._index = read_index(index) if index.is_file() else None
+        self._metadata = read_json(index)["metadata"] if index.is_file() else {}
         files = {SAFE_WEIGHTS_NAME: []} if self._index is None else self._index
         shards = {name: open_file(self._folder / name, names) for name, names in files.items()}
         self._places = [(name, file) for file, shard in shards.items() for name in shard.keys()]  # noqa: SIM118
@@ -114,7 +115,10 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         """
         path = self._folder / "config.json"
         config = read_json(path) if path.is_file() else {}
-        stated = config.get("dtype", config.get("torch_dtype"))
+        stated = config.get("dtype") or config.get("torch_dtype")
+        of_index = self._metadata.get("dtype", stated)
+        if of_index != stated:
+            raise ValueError(f"{path} has dtype {stated} and {SAFE_WEIGHTS_INDEX_NAME} {of_index}; correct one of them")
         if stated is None and quantized:
             return  # loaded as float32
         model_dtype = getattr(torch, stated) if stated else dtypes["model.norm.weight"]
@@ -139,9 +143,8 @@ class TensorFiles(Mapping[str, torch.Tensor]):
                     f"{self._folder / file} holds {name}, but {SAFE_WEIGHTS_INDEX_NAME} says it is "
                     f"{'in ' + places[name] if name in places else 'in no file'}; copy the whole folder again"
                 )
-        metadata = read_json(self._folder / SAFE_WEIGHTS_INDEX_NAME)["metadata"]
         sizes = {self._count_bytes(self), self._count_bytes(self._stored)}
-        if (total := metadata.get("total_size")) is not None and total not in sizes:
+        if (total := self._metadata.get("total_size")) is not None and total not in sizes:
             raise ValueError(
                 f"{self._folder}/{SAFE_WEIGHTS_INDEX_NAME} has total_size {total}, the files hold {min(sizes)} bytes "
                 "of tensors; the index is of other files: copy the whole folder again, or correct the number"

@@ -11,15 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from eval.export.bf16 import export_bf16
 from eval.export.dcp_checkpoint import read_checkpoint
 from eval.export.hf_folder import write_hf_folder
 from eval.export.import_hf import import_folder
-from eval.export.source import open_folder
-from eval.export.stored_scales import SCALES_FILE
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from tests.eval.readings import (
     BIAS,
@@ -77,6 +72,7 @@ BOTH = {"rope_theta": 10_000.0} | ROPE
 CONFIGS = {
     "unchanged": Case(config()),
     "rope_parameters alone": Case(config(rope_theta=..., rope_scaling=..., rope_parameters=BOTH)),
+    "rope_parameters beside a theta of null": Case(config(rope_theta=None, rope_parameters=BOTH)),
     "rope_parameters beside the same": Case(config(rope_parameters=BOTH)),
     "rope_parameters by `type`": Case(
         config(rope_parameters={k: v for k, v in BOTH.items() if k != "rope_type"} | {"type": "llama3"})
@@ -113,7 +109,7 @@ CONFIGS = {
     ),
     "rope as text": Case(config(rope_scaling="llama3"), "rope_scaling is 'llama3'; it must be an object"),
     "no rope at all": Case(config(rope_theta=..., rope_scaling=...), "lacks rope_theta, rope_scaling"),
-    "num_experts, the same": Case(config(num_experts=4, n_routed_experts=4)),
+    "num_experts, the same": Case(config(num_experts=4, n_routed_experts=4, num_experts_per_token=None)),
     "num_experts, another": Case(config(num_experts=8), "num_local_experts is 4 and num_experts is 8"),
     "n_routed_experts, another": Case(config(n_routed_experts=8), "num_local_experts is 4 and n_routed_experts is 8"),
     "another top k": Case(config(moe_topk=1), "num_experts_per_tok is 2 and moe_topk is 1"),
@@ -215,6 +211,8 @@ SHARDS = {
     "unchanged": Case(index(lambda v: None)),
     "no total_size": Case(index(lambda v: v["metadata"].clear())),
     "another total_size": Case(index(lambda v: v["metadata"].update(total_size=7)), "has total_size 7, the files hold"),
+    "the dtype of config.json in the index": Case(index(lambda v: v["metadata"].update(dtype="bfloat16"))),
+    "another dtype": Case(index(lambda v: v["metadata"].update(dtype="float16")), f"and {INDEX} float16"),
     "no metadata": Case(index(lambda v: v.pop("metadata")), "is no index of tensors"),
     "a tensor that the index does not name": Case(
         index(lambda v: v["weight_map"].pop(NORM)), f"holds {NORM}, but {INDEX} says it is in no file"
@@ -359,43 +357,3 @@ def test_a_dcp_checkpoint_with_more_layers_is_refused(whole, tmp_path):
     )
     with pytest.raises(ValueError, match="it has layer 1, the model's dimensions have 1 layers"):
         read_checkpoint(tmp_path / "deep", TINY)
-
-
-SCALES_DAMAGES = {
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:50]), "is damaged"),
-    "no layout": (lambda path: save_file(load_file(path), path), "is damaged"),
-    "of another model": (
-        lambda path: save_file({"x": torch.ones(2)}, path, metadata={"quantization": stated_layout(path)}),
-        "it is of another model",
-    ),
-}
-
-
-def stated_layout(path: Path) -> str:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()["quantization"]
-
-
-@pytest.mark.parametrize("name", SCALES_DAMAGES)
-def test_stored_scales_are_those_of_the_weights(name, int4, tmp_path):
-    folder = export_bf16(open_folder(int4), tmp_path / "bf16")
-    change, words = SCALES_DAMAGES[name]
-    change(folder / SCALES_FILE)
-    for read in (open_folder, lambda folder: import_folder(folder, tmp_path / "dcp")):
-        with pytest.raises(ValueError, match=words):
-            read(folder)
-
-
-def test_the_grid_of_a_bf16_folder_survives_an_import(int4, tmp_path):
-    """INT4 to bf16 to a checkpoint and back to INT4: the scales come along, as they do without the import."""
-    import_folder(export_bf16(open_folder(int4), tmp_path / "bf16"), tmp_path / "dcp")
-    again = quantize_folder(tmp_path / "dcp", tmp_path / "again")
-    before, after = (load_file(folder / "model.safetensors") for folder in (int4, again))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_stored_scales_beside_int4_are_refused(int4, tmp_path):
-    folder = shutil.copytree(int4, tmp_path / "int4")
-    shutil.copytree(export_bf16(open_folder(int4), tmp_path / "bf16") / "int4", folder / "int4")
-    with pytest.raises(ValueError, match="lies beside weights that are INT4"):
-        open_folder(folder)
