@@ -152,7 +152,7 @@ def _check_classes(values: Mapping[str, Any]) -> None:
 def _join_rope(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with `rope_theta` and `rope_scaling` alone, of every place that states them."""
     thetas = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
-    facts: dict[str, dict[str, Any]] = {"rope_type": {}} | {name: {} for name in _SCALING_FACTORS}
+    facts: dict[str, dict[str, Any]] = {name: {} for name in ("rope_type", *_SCALING_FACTORS)}
     scaling: Any = None
     for key in ("rope_scaling", "rope_parameters"):
         if key not in values or (key == "rope_parameters" and values[key] is None):
