@@ -241,7 +241,7 @@ def time_shard_writing(scratch: Path, cores: int) -> tuple[float, float]:
     """Return (seconds from the start of the first task to the end of the last, CPU seconds of all)."""
     for leftover in (scratch / "parts", scratch / "logs"):
         shutil.rmtree(leftover, ignore_errors=True)
-    writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "too_long", 64 << 20, 8192)
+    writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "set_aside", 64 << 20, 8192)
     runner = StepRunner("local", cores, scratch / "logs", lambda *_: None)
     runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
     times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]

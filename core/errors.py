@@ -19,6 +19,13 @@ class DamagedData(RuntimeError):
     """
 
 
+class TransferFailed(RuntimeError):
+    """Sending or receiving files was cut off: a full disk, a lost connection. The command exits with 1.
+
+    The message names address and reason. The same command continues.
+    """
+
+
 @contextmanager
 def refuse_value_errors() -> Iterator[None]:
     """Turn a ValueError of the block into a RefusedInput with the same text.

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from core.printable import make_line
+
 Progress = Callable[[str, int, int], None]
 """Function that is called as progress(phase, done, total): `done` of `total` units of `phase` are finished.
 
@@ -16,4 +18,4 @@ def ignore_progress(phase: str, done: int, total: int) -> None:
 
 def print_progress(phase: str, done: int, total: int) -> None:
     """Print `phase done/total` as one line on stderr. Stdout is kept for results."""
-    print(f"{phase} {done}/{total}", file=sys.stderr)
+    print(make_line(f"{phase} {done}/{total}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The only module of data/ that uses private or undocumented APIs (of datatrove, spaCy and tokenizers).
+"""The only module of data/ that uses private or undocumented APIs (of datatrove and spaCy).
 
 An upgrade of one of these libraries may change such an API without notice. tests/data/test_contracts.py tests each
 function here and says what breaks. Subclasses of datatrove's public classes (PipelineStep, BaseFilter, BaseReader, ...)
@@ -26,7 +26,6 @@ from datatrove.utils.lid import FastTextLID
 from datatrove.utils.word_tokenizers import SpaCyTokenizer
 from spacy.lang.lex_attrs import is_punct
 from spacy.pipeline import Sentencizer
-from tokenizers import Tokenizer
 
 __all__ = ["find_duplicates", "is_punct"]
 
@@ -186,17 +185,3 @@ def tokenize_lines(tokenizer: SpaCyTokenizer, lines: list[str]) -> list[list[str
                 found[-1].append(token.text)
     assert len(found) == max(1, len(lines))
     return found[: len(lines)]
-
-
-# --- tokenizers ---
-
-
-def copy_literal_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy that encodes the name of a special token as ordinary text.
-
-    The flag is a state of the whole tokenizer, and conversations are encoded with their special tokens, so documents
-    need a tokenizer of their own.
-    """
-    literal = Tokenizer.from_str(tokenizer.to_str())
-    literal.encode_special_tokens = True
-    return literal

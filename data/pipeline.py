@@ -272,7 +272,7 @@ def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
 def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out: Path) -> None:
     """Run step 9, which writes the shards of every task below `work/parts`."""
     writer = ShardWriter(
-        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "too_long", config.shard_bytes,
+        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", config.shard_bytes,
         config.max_conversation_tokens,
     )  # fmt: skip
     runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], len(units))
@@ -302,9 +302,9 @@ def _describe_tokenizer(folder: Path) -> dict:
 def _describe_corpora(
     corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], units: list[Unit], out: Path
 ) -> dict[str, dict]:
-    long = data_manifest.count_long_conversations(out / "work" / "logs", units)
+    conversations = data_manifest.count_conversations(out / "work" / "logs", units)
     return {
-        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | long[corpus.name]
+        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | conversations[corpus.name]
         for corpus in corpora
     }
 

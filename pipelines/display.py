@@ -3,11 +3,12 @@
 import time
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
+from core.printable import make_line
+from pipelines.printing import PlainConsole
 from pipelines.status import RunStatus, StepStatus, read_status
 
 LINE_INTERVAL_SECONDS = 10.0
@@ -17,16 +18,11 @@ LIVE_INTERVAL_SECONDS = 0.5
 COLOURS = {"running": "cyan", "done": "green", "failed": "red", "interrupted": "yellow", "stale": "yellow"}
 
 
-def format_table(status: RunStatus) -> Table:
-    """Return the status as a table with a row a step; errors stand below it."""
+def format_table(status: RunStatus) -> RenderableType:
+    """Return the status as a table with a row a step; recipe and run stand above it, errors below it."""
     notes = [f"driver: {status.driver}" if status.driver else "no driver at work"]
     notes += [f"{step.name}: {step.error.strip().splitlines()[-1]}" for step in status.steps if step.error.strip()]
-    table = Table(
-        title=f"{status.recipe}  {status.run}",
-        caption=escape("\n".join(notes)),
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = Table()
     for column in ("step", "state", "progress", "tokens", "loss", "tokens/s", "time", "left"):
         left = column in ("step", "state", "progress")
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "progress")
@@ -37,7 +33,8 @@ def format_table(status: RunStatus) -> Table:
             _format_number(step.tokens_per_second, ",.0f"),
             format_duration(step.seconds), format_duration(step.seconds_left), style=COLOURS.get(step.state, "dim"),
         )  # fmt: skip
-    return table
+    # A title of the table would be broken at the table's width, and a path with it.
+    return Group(make_line(f"{status.recipe}  {status.run}"), table, *(make_line(note) for note in notes))
 
 
 def format_line(status: RunStatus) -> str:
@@ -75,7 +72,7 @@ class Display:
 
     def __init__(self, run: Path):
         self.run = run
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = PlainConsole(stderr=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._next, self._last = time.monotonic() + LINE_INTERVAL_SECONDS, ""
 
@@ -90,7 +87,7 @@ class Display:
 
     def log_line(self, text: str) -> None:
         """Print a line that stays above the table."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(make_line(text), soft_wrap=True)
 
     def refresh(self) -> None:
         """Read the run folder and show its status, if the interval since the last time is over."""

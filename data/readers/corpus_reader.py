@@ -14,7 +14,6 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.readers.base import BaseReader
 
-from core.special_tokens import SPECIAL_TOKENS
 from data import compat
 from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers import remote_files
@@ -45,9 +44,6 @@ def find_problem(record: dict, kind: str) -> str | None:
             return f"unknown role {message.get('role')!r}"
         if reason := _find_text_problem(message.get("content")):
             return reason
-        # Conversations are encoded after rendering, so a special token in a message would be taken as the real one.
-        if any(token in message["content"] for token in SPECIAL_TOKENS):
-            return "special token inside a message"
     if messages[-1]["role"] != "assistant":
         return "last message is not the assistant's"
     return None

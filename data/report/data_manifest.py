@@ -16,6 +16,7 @@ from data import compat
 from data.catalogue.corpus import Corpus, Installed, PackageFile, Unit
 from data.filters.decontaminate import HIT_PREFIX
 from data.report.shard_statistics import ShardStatistics
+from data.tokens.shard_writer import REFUSED_PREFIX, TOO_LONG_COUNTER, ShardWriter
 
 VERSIONED = ("datatrove", "mosaicml-streaming", "tokenizers", "spacy", "fasttext-numpy2-wheel", "xxhash", "ftfy")
 """Libraries whose version can change the tokens."""
@@ -123,13 +124,20 @@ def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: li
     return corpora
 
 
-def count_long_conversations(logs: Path, units: list[Unit]) -> dict[str, dict[str, int]]:
-    """Return, for each corpus, the conversations that lost turns (`shortened`) and those rejected (`too_long`)."""
-    written = sum_block_statistics(logs, "9-tokenize", units)
-    return {
-        name: {key: blocks.get("mds", Counter())[key] for key in ("shortened", "too_long")}
-        for name, blocks in written.items()
-    }
+def count_conversations(logs: Path, units: list[Unit]) -> dict[str, dict]:
+    """Return, for each corpus, the conversations that lost turns (`shortened`) and those that were set aside.
+
+    The latter are `too_long`, and `refused`: reason -> conversations.
+    """
+    found = {}
+    for name, blocks in sum_block_statistics(logs, "9-tokenize", units).items():
+        counters = blocks.get(ShardWriter.name, Counter())
+        refused = {k.removeprefix(REFUSED_PREFIX): n for k, n in counters.items() if k.startswith(REFUSED_PREFIX)}
+        found[name] = {
+            "shortened": counters["shortened"], "too_long": counters[TOO_LONG_COUNTER],
+            "refused": dict(sorted(refused.items())),
+        }  # fmt: skip
+    return found
 
 
 def check_not_empty(counts: dict[str, dict]) -> None:

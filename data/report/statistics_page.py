@@ -86,14 +86,16 @@ def make_bars(entry: ShardStatistics) -> Iterable[dict]:
 def make_corpus_rows(manifest: dict) -> Iterable[dict]:
     """Yield a row for each corpus: its manifest entry, and `parts` with the count and share of every outcome."""
     for name, entry in manifest["corpora"].items():
+        refused = sum(entry["refused"].values())
         outcomes = {
-            "kept": entry["kept"] - entry["too_long"],
+            "kept": entry["kept"] - entry["too_long"] - refused,
             "malformed": entry["malformed"],
             "filtered": sum(sum(flow["dropped"].values()) for flow in entry["filters"].values()),
             "exact duplicate": entry["exact_duplicates"],
             "near duplicate": entry["near_duplicates"],
             "contaminated": sum(entry["contaminated"].values()),
             "too long": entry["too_long"],
+            "refused": refused,
         }
         parts = [
             {"outcome": outcome, "count": count, "share": count / entry["read"]} for outcome, count in outcomes.items()

@@ -14,32 +14,37 @@ from streaming import MDSWriter
 from core.atomic import atomic_write, remove
 from data.catalogue.corpus import SHARDS_BY_KIND
 from data.report import shard_statistics
+from data.report.set_aside import SetAside
 from data.report.shard_statistics import ShardStatistics
 from data.tokens import mds, tokenizer
-from data.tokens.chat import Encoder
+from data.tokens.chat import TOO_LONG, Encoder, UnusableConversationError
 
 BATCH_CHARS = 1 << 20
 """Characters of a batch: so many that the calls into the tokenizer cost nothing, and few enough for memory."""
+TOO_LONG_COUNTER = "too_long"
+"""Counter of the conversations whose first answer does not fit."""
+REFUSED_PREFIX = "refused_"
+"""Beginning of the counter of each other reason for which conversations were set aside."""
 
 
 class ShardWriter(PipelineStep):
     """Tokenizes the documents of a rank and writes its part, `parts/<rank>/<destination>`.
 
     A part appears complete or not at all. It also holds the statistics of its shards
-    (`data.report.shard_statistics.save`). A conversation whose first answer is longer than `max_conversation_tokens` is
-    rejected and written to `<too_long>/<rank>.jsonl`.
+    (`data.report.shard_statistics.save`). A conversation that cannot be encoded is set aside: counted by its reason,
+    and the first ones of every reason written to `<set_aside>/<rank>.jsonl`.
     """
 
     type = "💽 - WRITER"
     name = "mds"
 
     def __init__(
-        self, tokenizer_folder: Path, parts: Path, too_long: Path, shard_bytes: int, max_conversation_tokens: int
+        self, tokenizer_folder: Path, parts: Path, set_aside: Path, shard_bytes: int, max_conversation_tokens: int
     ):
         super().__init__()
         self.tokenizer_folder = tokenizer_folder
         self.parts = parts
-        self.too_long = too_long
+        self.set_aside = set_aside
         self.shard_bytes = shard_bytes
         self.max_conversation_tokens = max_conversation_tokens
 
@@ -50,23 +55,20 @@ class ShardWriter(PipelineStep):
         part = self.parts / f"{rank:05d}"
         # A rank that runs again was killed between its last rename and datatrove's completion marker.
         remove(part)
-        with atomic_write(part) as partial:
+        with atomic_write(part) as partial, SetAside(self.set_aside / f"{rank:05d}.jsonl") as set_aside:
             partial.mkdir()
-            rejected = self._write_samples(data, partial)
-            self._write_rejected(rejected, rank)
+            self._write_samples(data, partial, set_aside)
+        for reason, count in set_aside.counts.items():
+            self.stat_update(TOO_LONG_COUNTER if reason == TOO_LONG else f"{REFUSED_PREFIX}{reason}", value=count)
 
-    def _write_samples(self, data: DocumentsPipeline, folder: Path) -> list[Document]:
-        """Write the samples and their statistics below `folder`, and return the documents that were rejected."""
+    def _write_samples(self, data: DocumentsPipeline, folder: Path, set_aside: SetAside) -> None:
+        """Write the samples and their statistics below `folder`."""
         encoder = load_encoder(self.tokenizer_folder, tokenizer.hash_tokenizer(self.tokenizer_folder))
         writers: dict[str, MDSWriter] = {}
         statistics: dict[str, ShardStatistics] = {}
-        rejected = []
         for batch in _split_into_batches(data):
             with self.track_time():
-                for document, sample in zip(batch, self._encode(encoder, batch), strict=True):
-                    if sample is None:
-                        rejected.append(document)
-                        continue
+                for document, sample in self._encode(encoder, batch, set_aside):
                     target = mds.choose_destination(document.metadata)
                     if target not in writers:
                         writers[target] = mds.make_writer(folder / target, document.metadata["kind"], self.shard_bytes)
@@ -77,32 +79,26 @@ class ShardWriter(PipelineStep):
         for writer in writers.values():
             writer.finish()
         shard_statistics.save(statistics, folder)
-        return rejected
 
-    def _encode(self, encoder: Encoder, batch: list[Document]) -> Iterator[dict[str, np.ndarray] | None]:
-        """Yield the batch's samples in order; None for a conversation that is too long."""
+    def _encode(
+        self, encoder: Encoder, batch: list[Document], set_aside: SetAside
+    ) -> Iterator[tuple[Document, dict[str, np.ndarray]]]:
+        """Yield the batch's documents that can be encoded and their samples, in order."""
         texts = [document.text for document in batch if document.metadata["kind"] == "text"]
-        chats = [document.metadata["messages"] for document in batch if document.metadata["kind"] == "sft"]
-        documents = iter(encoder.encode_documents(texts))
-        conversations = iter(encoder.encode_conversations(chats, self.max_conversation_tokens))
+        encoded = iter(encoder.encode_documents(texts))
         for document in batch:
             if document.metadata["kind"] == "text":
-                yield {"tokens": next(documents)}
-            elif (conversation := next(conversations)) is None:
-                yield None
-            else:
-                if conversation.shortened:
-                    self.stat_update("shortened")
-                yield {"tokens": conversation.tokens, "loss_mask": conversation.loss_mask}
-
-    def _write_rejected(self, rejected: list[Document], rank: int) -> None:
-        path = self.too_long / f"{rank:05d}.jsonl"
-        path.unlink(missing_ok=True)
-        if rejected:
-            self.stat_update("too_long", value=len(rejected))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"id": document.id, "messages": document.metadata["messages"]} for document in rejected]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                yield document, {"tokens": next(encoded)}
+                continue
+            messages = document.metadata["messages"]
+            try:
+                conversation = encoder.encode_conversation(messages, self.max_conversation_tokens)
+            except UnusableConversationError as error:
+                set_aside.add(str(error), json.dumps(messages), id=document.id)
+                continue
+            if conversation.shortened:
+                self.stat_update("shortened")
+            yield document, {"tokens": conversation.tokens, "loss_mask": conversation.loss_mask}
 
 
 @lru_cache(maxsize=1)

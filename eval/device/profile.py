@@ -6,6 +6,7 @@ repetitions.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -33,6 +34,7 @@ CONTEXTS = (512, 1024, 2048, 4096)
 """Numbers of tokens of prompt and answer that are measured by default."""
 N_ANSWER = 32
 """Number of tokens decoded after the prompt; prompt and answer together fill the context."""
+MOST_REPETITIONS = 1000
 TIMEOUT_SECONDS = 1800
 """Time limit of one measuring process."""
 
@@ -60,18 +62,16 @@ def profile(
         The content of profile.json: the artifact, the machine, and `measurements`, one for each domain and context.
 
     Raises:
-        RefusedInput: the folder is not an artifact, or a context is too short for an answer or longer than the
-            artifact's.
+        RefusedInput: the folder is not an artifact, a context is too short for an answer or longer than the
+            artifact's, there is no prompt, or a number is out of its range.
         RuntimeError: a measuring process failed.
     """
     artifact = artifact.parent if artifact.suffix == ".pte" else artifact
+    check_numbers(repetitions, threads)
     about = describe(artifact)
-    room = about["context"]
-    chosen = sorted(contexts) if contexts is not None else [c for c in CONTEXTS if c <= room] or [room]
-    for context in chosen:
-        if not N_ANSWER < context <= room:
-            raise RefusedInput(f"--contexts {context}: {artifact} takes more than {N_ANSWER} and at most {room} tokens")
-    ids = prompts.tokenize(artifact, texts or prompts.load_texts(), about["vocab_size"], max(chosen))
+    chosen = choose_contexts(contexts, about["context"])
+    texts = prompts.load_texts() if texts is None else texts
+    ids = prompts.tokenize(artifact, texts, about["vocab_size"], max(chosen))
     todo = [(domain, context) for context in chosen for domain in ids]
     measurements = []
     for i, (domain, context) in enumerate(todo):
@@ -88,12 +88,42 @@ def profile(
     return result
 
 
+def check_numbers(repetitions: int, threads: int | None) -> None:
+    """Check how often and on how many threads is measured; raise RefusedInput for a number out of its range."""
+    if not 1 <= repetitions <= MOST_REPETITIONS:
+        raise RefusedInput(f"--repetitions {repetitions}: give 1 to {MOST_REPETITIONS}")
+    processors = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= processors:
+        raise RefusedInput(f"--threads {threads}: give 1 to {processors}, the processors of this machine")
+
+
+def choose_contexts(contexts: Iterable[int] | None, room: int) -> list[int]:
+    """Return the contexts to measure, ascending, each once.
+
+    Args:
+        contexts: numbers of tokens; None takes those of `CONTEXTS` that fit.
+        room: tokens of the artifact's context.
+
+    Raises:
+        RefusedInput: there is none, or one is too short for an answer or longer than `room`.
+    """
+    chosen = [c for c in CONTEXTS if c <= room] or [room] if contexts is None else sorted(set(contexts))
+    if not chosen:
+        raise RefusedInput(f"--contexts: give numbers of tokens, more than {N_ANSWER} and at most {room}")
+    for context in chosen:
+        if not N_ANSWER < context <= room:
+            raise RefusedInput(
+                f"--contexts {context}: the artifact takes more than {N_ANSWER} and at most {room} tokens"
+            )
+    return chosen
+
+
 def describe(artifact: Path) -> dict[str, Any]:
     """Return format, context and bytes of an artifact's folder, from its files; the model is not loaded."""
     if (artifact / "model.pte").is_file():
         if not (artifact / "program.json").is_file():
             raise RefusedInput(f"{artifact} has no program.json; give the whole folder that `mobilemoe export` wrote")
-        settings = json.loads((artifact / "program.json").read_text())
+        settings = json.loads((artifact / "program.json").read_text(encoding="utf-8"))
         constants = settings["constant_methods"]
         return {
             "folder": artifact.name, "format": f"ExecuTorch, {settings['expert_op'] or 'dense'}",
@@ -126,8 +156,12 @@ def count_bf16_bytes(config: MobileMoEConfig) -> dict[str, int]:
 
 
 def _measure(spec: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "eval.device.profile_worker", json.dumps(spec)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    command = [sys.executable, "-m", "eval.device.profile_worker"]
+    # Over the pipe: a prompt of 32,768 tokens is longer than an argument of a process may be.
+    done = subprocess.run(
+        command, input=json.dumps(spec), capture_output=True, encoding="utf-8", errors="backslashreplace",
+        timeout=TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"measuring {spec['artifact']} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -201,7 +235,7 @@ def _draw(result: dict[str, Any], out: Path) -> None:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
 """This module is the process of one measurement of `mobilemoe profile`.
 
-    python -m eval.device.profile_worker SPEC
+    python -m eval.device.profile_worker < SPEC
 
 SPEC is JSON, see `main`. The process prints one JSON object. Every measurement has a process of its own, because the
 system counts peak memory for each process, and because warm caches and thread pools must not speed up the next one.
@@ -140,16 +140,16 @@ class TransformersModel:
 
 def reset_peak() -> None:
     """Set this process's peak memory to its current resident size (Linux)."""
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="ascii")
 
 
 def read_memory(key: str) -> int:
     """Return bytes of this process's memory: VmRSS is the resident size, VmHWM its peak since `reset_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}; profiling needs Linux")
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(main(json.load(sys.stdin))))

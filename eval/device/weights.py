@@ -32,7 +32,9 @@ class DeviceWeights:
         # Scales that are stored beside a float folder are used only if they have the default layout. The fused op takes
         # groups along the input only, so a folder that was imported with groups along the output is rounded again.
         layout = source.config.quantization or source.layout or int4_layout(QuantizationConfig())
-        self.expert_group_size = expert_group_size or layout.get("expert_group_size", layout["group_size"])
+        if expert_group_size is None:
+            expert_group_size = layout.get("expert_group_size", layout["group_size"])
+        self.expert_group_size = expert_group_size
         check_fused_op(self.config, layout, self.expert_group_size)
         self._source, self._scales = source, source.scales_for(layout)
         self._packed = find_packed_tensors(with_layout(self.config, layout))
@@ -84,8 +86,8 @@ def check_fused_op(config: MobileMoEConfig, layout: dict, expert_group_size: int
         raise RefusedInput(
             f"scoring_func is {score_func!r}: the fused op takes an expert bias with sigmoid routing only"
         )
-    if expert_group_size % 32:
-        raise RefusedInput(f"expert_group_size is {expert_group_size}; the fused op takes a multiple of 32")
+    if expert_group_size < 32 or expert_group_size % 32:
+        raise RefusedInput(f"expert_group_size is {expert_group_size}; the fused op takes a multiple of 32, from 32")
     for key in ("hidden_size", "intermediate_size"):
         if getattr(config, key) % expert_group_size:
             raise RefusedInput(

@@ -53,7 +53,7 @@ def verify_checksums(folder: Path) -> int:
     sums = Path(folder) / CHECKSUMS
     if not sums.is_file():
         raise RefusedInput(f"{folder} has no {CHECKSUMS}; the copy is incomplete or not one of our artifacts")
-    hashes = parse_checksums(sums.read_text(), str(folder))
+    hashes = parse_checksums(sums.read_text(encoding="utf-8"), str(folder))
     for name, expected in hashes.items():
         path = Path(folder) / name
         if not path.is_file():

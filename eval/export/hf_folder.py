@@ -29,7 +29,8 @@ TURN_END_TOKENS = (EOT, "<|eom_id|>")
 
 _CODE_FILES = (
     "configuration_mobilemoe.py", "spellings_mobilemoe.py", "checkpoint_mobilemoe.py", "folder_mobilemoe.py",
-    "tensors_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py", "modeling_mobilemoe.py",
+    "tensors_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py", "inputs_mobilemoe.py",
+    "modeling_mobilemoe.py",
 )  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",

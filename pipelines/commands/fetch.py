@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from core.atomic import atomic_write
+from core.atomic import atomic_write, partial_path
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress, ignore_progress, print_progress
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Fetch:
     source: tyro.conf.Positional[str]
     """Path or address of an artifact folder: http(s)://, s3://, gs://, hf://."""
     folder: tyro.conf.Positional[Path]
+    """Folder to write; new, empty, or the same artifact. It is no link, and lies outside of the source."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -38,8 +40,12 @@ def fetch(arguments: Fetch) -> None:
 
     Raises:
         RefusedInput, DamagedData: as `fetch_artifact`.
+        TransferFailed: receiving was cut off.
     """
-    fetch_artifact(arguments.source, arguments.folder, print_progress)
+    from pipelines.commands.transfer import name_failures
+
+    with name_failures(arguments.source):
+        fetch_artifact(arguments.source, arguments.folder, print_progress)
     emit_result(arguments.json, {"fetched": str(arguments.folder)}, lambda: f"fetched: {arguments.folder}")
 
 
@@ -51,32 +57,75 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
 
     Raises:
         RefusedInput: no SHA256SUMS at `source`, a path in it that leaves the folder, or a `folder` that holds
-            something else.
+            something else, cannot be written to, or shares files with the source. Nothing was written.
         DamagedData: a file at `source` is missing or has another hash; or one in the `folder` of an earlier fetch has.
+        OSError: receiving was cut off.
     """
     from eval.export.artifact_folder import CHECKSUMS, parse_checksums, verify_checksums
-    from pipelines.commands.transfer import open_address
+    from pipelines.commands.transfer import check_names, locate, open_address
 
+    check_folder(source, folder)
     system, root = open_address(source)
-    try:
-        sums = system.cat_file(f"{root}/{CHECKSUMS}").decode()
-    except FileNotFoundError as error:
-        raise RefusedInput(f"{source} has no {CHECKSUMS}: no artifact, or not completely published") from error
+    sums = read_checksums(system, locate(system, root, CHECKSUMS), source)
     hashes = parse_checksums(sums, source)
+    check_names(hashes, source)
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / CHECKSUMS).is_file() or (folder / CHECKSUMS).read_text() != sums:
+        if not (folder / CHECKSUMS).is_file() or (folder / CHECKSUMS).read_bytes() != sums.encode():
             raise RefusedInput(f"{folder} exists and holds something else; name another folder")
         verify_checksums(folder)
         return folder
     with atomic_write(folder, keep_partial=True) as partial:
         for i, (name, expected) in enumerate(hashes.items()):
             progress(name, i, len(hashes))
-            download_file(system, f"{root}/{name}", partial / name, expected)
-        (partial / CHECKSUMS).write_text(sums)
+            download_file(system, locate(system, root, name), partial / name, expected)
+        (partial / CHECKSUMS).write_bytes(sums.encode())
         remove_unlisted(partial, {*hashes, CHECKSUMS})
         if folder.exists():  # it is empty, and a folder cannot be renamed over another
             folder.rmdir()
     return folder
+
+
+def check_folder(source: str, folder: Path) -> None:
+    """Check that an artifact can be written to a folder.
+
+    Raises:
+        RefusedInput: the source is a path without a folder, or shares files with `folder`; `folder` is a link or no
+            folder, or cannot be written to; or what an earlier fetch left holds something else than files.
+    """
+    from pipelines.commands.transfer import find_local_path
+
+    name = "FOLDER"
+    inputs.require_output_folder(name, folder)
+    if folder.is_symlink():
+        raise RefusedInput(f"{name} {folder}: is a link; name the folder it leads to, or a new one")
+    partial = partial_path(folder)
+    if partial.is_symlink():
+        raise RefusedInput(f"{name} {partial}: is a link, and files are received there first; remove it")
+    inputs.require_output_folder(name, partial)
+    inputs.require_plain_content(name, partial)
+    if (local := find_local_path(source)) is not None and inputs.find_mode("SOURCE", local) is not None:
+        inputs.require_folder("SOURCE", local)
+        for written in (folder, partial):
+            inputs.require_apart(name, written, "SOURCE", local)
+
+
+def read_checksums(system: "AbstractFileSystem", remote: str, source: str) -> str:
+    """Return the text of SHA256SUMS at `source`.
+
+    Raises:
+        RefusedInput: it is not there, cannot be read, or is no text.
+    """
+    from pipelines.commands.transfer import decode_checksums
+
+    try:
+        return decode_checksums(system.cat_file(remote), source)
+    except RefusedInput:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise RefusedInput(f"{source} has no SHA256SUMS: no artifact, or not completely published") from error
+    except Exception as error:
+        # Each file system has errors of its own (aiohttp's, pyarrow's, the hub's), and nothing has started yet.
+        raise RefusedInput(f"{source} cannot be read ({error or type(error).__name__}); correct the address") from error
 
 
 def download_file(system: "AbstractFileSystem", remote: str, target: Path, expected: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 
 
@@ -15,7 +16,7 @@ class Import:
     folder: tyro.conf.Positional[Path]
     """Hugging Face folder with config.json and safetensors."""
     out: Path
-    """DCP folder to write; must not exist."""
+    """DCP folder to write; must not exist, and lies outside of the folder."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -24,8 +25,11 @@ def import_model(arguments: Import) -> None:
     """Write the checkpoint and print the model's dimensions.
 
     Raises:
-        RefusedInput: the folder does not hold such a model, or `out` exists.
+        RefusedInput: the folder does not hold such a model; `out` exists, lies inside of it, or cannot be written.
     """
+    inputs.require_folder("FOLDER", arguments.folder)
+    inputs.require_new_folder("--out", arguments.out)
+    inputs.require_apart("--out", arguments.out, "FOLDER", arguments.folder)
     from eval.export.import_hf import import_folder
 
     dims = import_folder(arguments.folder, arguments.out)

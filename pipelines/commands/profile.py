@@ -8,6 +8,7 @@ import tyro
 
 from core.errors import RefusedInput
 from core.progress import print_progress
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 
 
@@ -37,27 +38,35 @@ def profile(arguments: Profile) -> None:
     Raises:
         RefusedInput: prompts or contexts that cannot be read, or no artifact.
     """
-    texts = read_prompts(arguments.prompts) if arguments.prompts else None
-    contexts = parse_contexts(arguments.contexts) if arguments.contexts else None
+    texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    contexts = None if arguments.contexts is None else parse_contexts(arguments.contexts)
+    artifact = arguments.artifact
+    if artifact.suffix == ".pte" and artifact.is_file():
+        artifact = artifact.parent
+    inputs.require_folder("ARTIFACT", artifact)
+    out = inputs.beside(artifact, "-profile") if arguments.out is None else arguments.out
+    inputs.require_apart("--out", out, "ARTIFACT", artifact)
+    inputs.require_output_folder("--out", out)
     from eval.device import profile as profiler
 
-    artifact = arguments.artifact
+    profiler.check_numbers(arguments.repetitions, arguments.threads)
     result = profiler.profile(
-        artifact, arguments.out or artifact.with_name(f"{artifact.name}-profile"), texts=texts, contexts=contexts,
+        artifact, out, texts=texts, contexts=contexts,
         repetitions=arguments.repetitions, threads=arguments.threads, progress=print_progress,
     )  # fmt: skip
     emit_result(arguments.json, result, lambda: profiler.format_table(result))
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Read the prompts' file, a JSON object domain -> text.
+    """Read the prompts' file, a JSON object domain -> text, in UTF-8 with or without a byte order mark.
 
     Raises:
         RefusedInput: there is no such file, or it holds something else.
     """
+    inputs.require_file("--prompts", path)
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        texts = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RefusedInput(f"--prompts {path}: {error}; give a file with a JSON object, domain -> text") from error
     if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
         raise RefusedInput(f"--prompts {path}: expected a JSON object, domain -> text")

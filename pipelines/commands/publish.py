@@ -4,6 +4,7 @@ An artifact is a folder with a SHA256SUMS over its files. That file is sent last
 destination, nothing there counts as published.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import tyro
 
 from core.errors import DamagedData, RefusedInput
 from core.progress import Progress, ignore_progress, print_progress
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
+from pipelines.preflight import find_existing_parent
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,10 @@ class Publish:
     """Send an artifact folder, or all artifacts of a run, to an address; verified, and resumed when called again."""
 
     source: tyro.conf.Positional[Path]
-    """Artifact folder, or run."""
+    """Artifact folder, or run. Links in it are followed; what arrives are files."""
     destination: tyro.conf.Positional[str]
-    """Path or address: s3://, gs://, hf://."""
+    """Path or address: s3://, gs://, hf://. It is new, empty, or holds (a part of) this artifact, and lies outside of
+    the source."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -31,8 +35,12 @@ def publish(arguments: Publish) -> None:
 
     Raises:
         RefusedInput, DamagedData: as `publish_artifacts`.
+        TransferFailed: sending was cut off.
     """
-    addresses = publish_artifacts(arguments.source, arguments.destination, print_progress)
+    from pipelines.commands.transfer import name_failures
+
+    with name_failures(arguments.destination):
+        addresses = publish_artifacts(arguments.source, arguments.destination, print_progress)
     emit_result(arguments.json, {"published": addresses}, lambda: "published: " + ", ".join(addresses))
 
 
@@ -49,38 +57,110 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
         The addresses of the folders that are now complete.
 
     Raises:
-        RefusedInput: there is no artifact, or the address cannot be written to.
+        RefusedInput: there is no artifact, the address cannot be written to, holds something else, or shares files with
+            the source. Nothing was sent.
         DamagedData: a file of the artifact has another hash than SHA256SUMS says, or reads back with another one.
+        OSError: sending was cut off.
     """
     from eval.export.artifact_folder import CHECKSUMS, verify_checksums
+    from pipelines.commands.transfer import check_names, decode_checksums
 
-    folders = {destination.rstrip("/"): source}
-    if not (source / CHECKSUMS).is_file():
-        found = sorted(path.parent for path in source.glob(f"artifacts/*/{CHECKSUMS}"))
-        if not found:
-            raise RefusedInput(
-                f"{source}: neither an artifact ({CHECKSUMS}) nor a run with artifacts/; export one first"
-            )
-        folders = {f"{destination.rstrip('/')}/{folder.name}": folder for folder in found}
+    folders = find_artifacts(source, destination)
+    check_names([folder.name for folder in folders.values()], str(source))
     for address, folder in folders.items():
-        verify_checksums(folder)
+        with inputs.refuse_os_errors("SOURCE"):
+            decode_checksums((folder / CHECKSUMS).read_bytes(), str(folder))
+            verify_checksums(folder)
+        check_destination(source, folder, address)
+    for address, folder in folders.items():
         _send_folder(folder, address, progress)
     return list(folders)
 
 
+def find_artifacts(source: Path, destination: str) -> dict[str, Path]:
+    """Return address -> folder of each artifact to send.
+
+    Raises:
+        RefusedInput: the source is no folder, or holds no artifact.
+    """
+    from eval.export.artifact_folder import CHECKSUMS
+
+    inputs.require_folder("SOURCE", source)
+    # The slashes of `s3://` alone stay: without them it would be a folder.
+    address = destination if destination.endswith("://") else destination.rstrip("/") or "/"
+    if (source / CHECKSUMS).is_file():
+        return {address: source}
+    found = sorted(path.parent for path in source.glob(f"artifacts/*/{CHECKSUMS}"))
+    complete = [folder for folder in found if folder.suffix != ".partial"]
+    if not complete:
+        raise RefusedInput(f"{source}: neither an artifact ({CHECKSUMS}) nor a run with artifacts/; export one first")
+    return {f"{address}/{folder.name}": folder for folder in complete}
+
+
+def check_destination(source: Path, folder: Path, address: str) -> None:
+    """Check that an artifact can go to an address.
+
+    Args:
+        source: what the user named, the artifact or its run.
+        folder: the artifact.
+
+    Raises:
+        RefusedInput: the address cannot be written to, shares files with the source, has no room, or holds anything
+            that this artifact does not have.
+    """
+    from eval.export.artifact_folder import CHECKSUMS, parse_checksums
+    from pipelines.commands.transfer import check_names, find_local_path, locate, open_for_writing
+
+    sums = (folder / CHECKSUMS).read_bytes()
+    names = parse_checksums(sums.decode(), str(folder))
+    check_names(names, str(folder))
+    if (local := find_local_path(address)) is not None:
+        check_local_destination(source, folder, local, {*names, CHECKSUMS})
+    system, root = open_for_writing(address)
+    published = locate(system, root, CHECKSUMS)
+    if system.exists(published) and system.cat_file(published) != sums:
+        raise RefusedInput(f"{address} holds another artifact; name another address, or remove it there")
+
+
+def check_local_destination(source: Path, folder: Path, local: Path, names: set[str]) -> None:
+    """Check a destination on this machine, as `check_destination` does.
+
+    Args:
+        names: files of the artifact, by their paths in it.
+    """
+    name = "DESTINATION"
+    for given in (source, folder):
+        # The artifacts of a run may become folders beside it, so the run may lie in what contains them.
+        inputs.require_apart(name, local, "SOURCE", given)
+    inputs.require_output_folder(name, local)
+    inputs.require_plain_content(name, local)
+    there = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+    if foreign := sorted(there - names):
+        raise RefusedInput(
+            f"{name} {local}: holds {foreign[0]}, which is no file of {folder}; name an empty folder, or a new one"
+        )
+    needed = sum((folder / path).stat().st_size for path in names - there)
+    anchor = find_existing_parent(local.absolute())
+    if needed > (free := shutil.disk_usage(anchor).free):
+        raise RefusedInput(
+            f"{name} {local}: {needed / 1e9:,.2f} GB are to be written, and the file system of {anchor} has "
+            f"{free / 1e9:,.2f} GB free; free some space, or name a folder on a larger one"
+        )
+
+
 def _send_folder(folder: Path, address: str, progress: Progress) -> None:
     from eval.export.artifact_folder import CHECKSUMS, parse_checksums
-    from pipelines.commands.transfer import hash_remote_file, open_for_writing
+    from pipelines.commands.transfer import hash_remote_file, locate, open_for_writing
 
     system, root = open_for_writing(address)
-    hashes = parse_checksums((folder / CHECKSUMS).read_text(), str(folder))
+    hashes = parse_checksums((folder / CHECKSUMS).read_text(encoding="utf-8"), str(folder))
     for i, (name, expected) in enumerate(hashes.items()):
         progress(f"{address}/{name}", i, len(hashes))
-        remote = f"{root}/{name}"
+        remote = locate(system, root, name)
         if system.exists(remote) and hash_remote_file(system, remote) == expected:
             continue
         system.makedirs(remote.rpartition("/")[0], exist_ok=True)
         system.put_file(str(folder / name), remote)
         if (found := hash_remote_file(system, remote)) != expected:
             raise DamagedData(f"{address}/{name} reads back with SHA-256 {found}, sent was {expected}; publish again")
-    system.put_file(str(folder / CHECKSUMS), f"{root}/{CHECKSUMS}")
+    system.put_file(str(folder / CHECKSUMS), locate(system, root, CHECKSUMS))

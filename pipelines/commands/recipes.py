@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from rich.markup import escape
-
 from pipelines.commands.command import emit_result
 
 
@@ -24,4 +22,4 @@ def list_recipes(arguments: Recipes) -> None:
         f"{name:6} {entry.summary}\n" + "".join(f"         needs {need}\n" for need in entry.needs.splitlines())
         for name, entry in RECIPES.items()
     )
-    emit_result(arguments.json, listed, lambda: escape(text))
+    emit_result(arguments.json, listed, lambda: text)

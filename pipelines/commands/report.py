@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
-from pipelines.status import require_run
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ def rewrite_report(arguments: Report) -> None:
     """Write the report of a run folder, whatever is missing in it.
 
     Raises:
-        RefusedInput: the folder holds no run.
+        RefusedInput: the folder holds no run, or nothing can be written to it.
     """
-    require_run(arguments.run)
+    inputs.require_run_folder(arguments.run)
+    inputs.require_output_folder("RUN", arguments.run / "report")
     from eval.report.run_report import write_report
 
     results = write_report(arguments.run)

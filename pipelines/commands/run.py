@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from core.errors import RefusedInput
+from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
 from pipelines.display import LIVE_INTERVAL_SECONDS, Display, format_table
 from pipelines.engine.manifest import Manifest
@@ -17,6 +18,7 @@ from pipelines.engine.run_lock import lock_run
 from pipelines.engine.runner import run_steps
 from pipelines.engine.step import is_up_to_date
 from pipelines.preflight import check_disk
+from pipelines.printing import quote_command
 from pipelines.recipe import Recipe
 from pipelines.status import RunStatus, read_status
 from pipelines.steps import STEPS
@@ -97,6 +99,7 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
         raise RefusedInput(
             f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
         )
+    inputs.require_output_folder("--out", run)
     check_disk(recipe, run)
     # Slow to import, as Ray is below: only once the input has been accepted.
     from eval.benchmarks.items import PACKAGE
@@ -137,7 +140,7 @@ def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
     """Show where the run lies and where it can be watched."""
     display.log_line(f"run folder   {run}")
     display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
-    display.log_line(f"curves       tensorboard --logdir {run / 'stages'}")
+    display.log_line(f"curves       {quote_command('tensorboard', '--logdir', run / 'stages')}")
 
 
 def _watch(work: Callable[[], None], display: Display, cluster: "Cluster", stop: threading.Event) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.live import Live
 
 from core.errors import RefusedInput
+from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 from pipelines.display import format_table
+from pipelines.printing import PlainConsole
 from pipelines.status import read_status
 
 WATCH_SECONDS = 2.0
@@ -36,11 +37,12 @@ def show_status(arguments: Status) -> None:
     """
     if arguments.watch and arguments.json:
         raise RefusedInput("--watch --json: a watch has no single answer; drop one of them")
+    inputs.require_run_folder(arguments.run)
     status = read_status(arguments.run)
     if not arguments.watch:
         emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
         return
-    with Live(format_table(status), console=Console()) as live:
+    with Live(format_table(status), console=PlainConsole()) as live:
         while status.driver:
             time.sleep(WATCH_SECONDS)
             status = read_status(arguments.run)

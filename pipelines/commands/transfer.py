@@ -1,27 +1,55 @@
 """The parts that `publish` and `fetch` share: file systems by address, SHA256SUMS, hashes of remote files."""
 
 import hashlib
+import unicodedata
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
-from core.errors import RefusedInput
+from core.errors import RefusedInput, TransferFailed
 from eval.export.artifact_folder import CHECKSUMS
 from pipelines.commands.object_stores import PROTOCOLS, open_object_store
 
 READ_BYTES = 8 << 20
 
 
+def find_local_path(address: str) -> Path | None:
+    """Return the path that an address means on this machine, file://PATH included; None for any other address.
+
+    Whatever has no `://` is a path as it is. fsspec would take `::` for two addresses and `data:` for content.
+    """
+    protocol, mark, rest = address.partition("://")
+    if not mark:
+        return Path(address)
+    return Path(rest) if protocol in ("file", "local") else None
+
+
 def open_address(address: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of an address, and the address as a path in it.
+    """Return the file system of an address, and the address as a path in it, without a slash at its end.
 
     Raises:
-        RefusedInput: the protocol is unknown, its package is not installed, or it is SSH.
+        RefusedInput: the protocol is unknown, its package is not installed, or it is SSH; the address names no host or
+            bucket, or has parts that are no names; it is http with a query.
     """
-    protocol, path = fsspec.core.split_protocol(address)
+    if (local := find_local_path(address)) is not None:
+        return LocalFileSystem(), str(local.absolute())
+    protocol, path = address.split("://", 1)
+    if len(protocol) < 2:
+        raise RefusedInput(f"{address}: give PROTOCOL://..., such as s3://, or a path")
     if protocol in PROTOCOLS:
         path = path.strip("/")
+        if any(part in ("", ".", "..") for part in path.split("/")):
+            raise RefusedInput(f"{address}: give {protocol}://BUCKET/NAME/..., without empty parts, `.` or `..`")
         return open_object_store(protocol, path.partition("/")[0]), path
+    if protocol in ("http", "https"):
+        parts = urllib.parse.urlsplit(address)
+        if not parts.netloc or "?" in address or "#" in address:
+            raise RefusedInput(f"{address}: give {protocol}://HOST/FOLDER, without a query (?) or fragment (#)")
     if protocol in ("ssh", "sftp"):
         # fsspec's SFTPFileSystem takes whatever host key it is shown, and has no option to verify it.
         raise RefusedInput(
@@ -49,6 +77,48 @@ def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:
         if not system.exists(bucket):
             raise RefusedInput(f"{address}: there is no bucket {bucket!r}; create it, or correct the address")
     return system, root
+
+
+def locate(system: AbstractFileSystem, root: str, name: str) -> str:
+    """Return the path of an artifact's file below its address. In a URL, `#`, `?` and `%` of a name are escaped."""
+    return f"{root}/{urllib.parse.quote(name) if 'http' in system.protocol else name}"
+
+
+def decode_checksums(content: bytes, where: str) -> str:
+    """Return the text of a SHA256SUMS; raise RefusedInput if it is none."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RefusedInput(f"{where}/{CHECKSUMS} is no text in UTF-8 ({error}); have it published again") from error
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Check that every file system can hold files of these names side by side.
+
+    Raises:
+        RefusedInput: two differ by upper and lower case or by the spelling of an accent alone, which macOS and Windows
+            take for one file; or one is a file and a folder.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name:
+            raise RefusedInput(f"{where}: {twin!r} and {name!r} are one file on macOS and Windows; rename one of them")
+    for name in seen.values():
+        if parent := next((str(p) for p in PurePosixPath(name).parents if str(p) in seen.values()), None):
+            raise RefusedInput(f"{where}: {parent!r} is a file, and the folder of {name!r}; rename one of them")
+
+
+@contextmanager
+def name_failures(address: str) -> Iterator[None]:
+    """Turn an OSError of the block, a transfer that has begun, into a TransferFailed that names the address."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) != address else ""
+        raise TransferFailed(
+            f"{address}: {error.strerror or error}{where}; the same command continues once that is mended"
+        ) from error
 
 
 def hash_remote_file(system: AbstractFileSystem, remote: str) -> str:

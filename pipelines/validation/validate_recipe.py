@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from core.errors import RefusedInput
 from pipelines.recipe import Recipe
 from pipelines.validation import input_rules, training_rules
+from pipelines.validation.number_ranges import find_range_problems
 from pipelines.validation.problems import InvalidRecipe, Problem, find_nonpositive
 from titan_ext.config import ModelDims
 from titan_ext.quantization.config import QuantizationConfig
@@ -38,7 +39,15 @@ def check_model(model: ModelDims) -> None:
 
 
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield every broken rule of the recipe, in the order of its fields."""
+    """Yield every broken rule of the recipe, in the order of its fields; last the numbers that break no other rule."""
+    problems = list(find_rule_problems(recipe))
+    yield from problems
+    named = {problem.field for problem in problems}
+    yield from (problem for problem in find_range_problems(recipe) if problem.field not in named)
+
+
+def find_rule_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield every broken rule of the files of rules, in the order of the recipe's fields."""
     yield from training_rules.find_model_problems(recipe.model)
     yield from find_nonpositive("parallel", recipe.parallel, ("world_size", "expert_parallel", *training_rules.DEGREES))
     for name, stage in recipe.stages.items():

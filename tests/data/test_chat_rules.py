@@ -7,7 +7,7 @@ from datatrove.data import Document
 from transformers import AutoTokenizer
 
 from data.tokens import mds, tokenizer
-from data.tokens.chat import Encoder
+from data.tokens.chat import TOO_LONG, Encoder, UnusableConversationError
 from data.tokens.shard_writer import ShardWriter
 from tests.data.planted import page
 from tests.data.test_pipeline import samples
@@ -39,7 +39,7 @@ def trained(encoder: Encoder, conversation) -> str:
 
 
 def test_calls_and_answers_are_trained_but_neither_tools_nor_results(encoder):
-    (found,) = encoder.encode_conversations([TOOLS], 8192)
+    found = encoder.encode_conversation(TOOLS, 8192)
     assert trained(encoder, found) == ('{"name": "gcd", "arguments": {"a": 12, "b": 18}}<|eot_id|>It is 6.<|eot_id|>')
     untrained = encoder.tokenizer.decode(found.tokens[found.loss_mask == 0].tolist())
     assert "You may call" in untrained and '{"result": 6}' in untrained
@@ -47,10 +47,6 @@ def test_calls_and_answers_are_trained_but_neither_tools_nor_results(encoder):
 
 
 def test_batches_do_not_change_what_comes_out(encoder):
-    chats = [TOOLS, TOOLS[:3], TOOLS]
-    together = encoder.encode_conversations(chats, 8192)
-    alone = [encoder.encode_conversations([chat], 8192)[0] for chat in chats]
-    assert [c.tokens.tolist() for c in together] == [c.tokens.tolist() for c in alone]
     texts = ["one text", "", "another <|eot_id|> text"]
     assert [ids.tolist() for ids in encoder.encode_documents(texts)] == [
         encoder.encode_documents([text])[0].tolist() for text in texts
@@ -58,13 +54,14 @@ def test_batches_do_not_change_what_comes_out(encoder):
 
 
 def test_a_long_conversation_ends_after_its_last_answer_that_fits(encoder):
-    (whole,) = encoder.encode_conversations([TOOLS], 8192)
-    (first,) = encoder.encode_conversations([TOOLS[:3]], 8192)
+    whole = encoder.encode_conversation(TOOLS, 8192)
+    first = encoder.encode_conversation(TOOLS[:3], 8192)
     for limit in (len(whole.tokens) - 1, len(first.tokens)):
-        (cut,) = encoder.encode_conversations([TOOLS], limit)
+        cut = encoder.encode_conversation(TOOLS, limit)
         assert cut.shortened and cut.tokens.tolist() == first.tokens.tolist()
         assert trained(encoder, cut).endswith("<|eot_id|>")
-    assert encoder.encode_conversations([TOOLS], len(first.tokens) - 1) == [None]
+    with pytest.raises(UnusableConversationError, match="first answer does not fit"):
+        encoder.encode_conversation(TOOLS, len(first.tokens) - 1)
 
 
 def test_one_whose_first_answer_does_not_fit_is_set_aside_and_counted(folder, encoder, tmp_path):
@@ -74,11 +71,11 @@ def test_one_whose_first_answer_does_not_fit_is_set_aside_and_counted(folder, en
         Document(text=str(number), id=str(number), metadata=metadata | {"messages": messages})
         for number, messages in enumerate([TOOLS[:3], long, TOOLS])
     ]
-    limit = len(encoder.encode_conversations([TOOLS], 8192)[0].tokens) - 1
-    writer = ShardWriter(folder, tmp_path / "parts", tmp_path / "too_long", 1 << 20, limit)
+    limit = len(encoder.encode_conversation(TOOLS, 8192).tokens) - 1
+    writer = ShardWriter(folder, tmp_path / "parts", tmp_path / "set_aside", 1 << 20, limit)
     writer.run(documents, 0, 1)
-    (rejected,) = (tmp_path / "too_long/00000.jsonl").read_text().splitlines()
-    assert json.loads(rejected) == {"id": "1", "messages": long}
+    (line,) = (tmp_path / "set_aside/00000.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"reason": TOO_LONG, "id": "1", "sample": json.dumps(long)}
     assert (writer.stats["too_long"].total, writer.stats["shortened"].total) == (1, 1)
     mds.assemble(tmp_path / "parts", tmp_path, "shards/sft/tool_use", "v")
     assert len(samples(tmp_path / "shards/sft/tool_use")) == 2
@@ -86,5 +83,5 @@ def test_one_whose_first_answer_does_not_fit_is_set_aside_and_counted(folder, en
 
 def test_saved_tokenizer_renders_as_the_encoder_does(folder):
     loaded = AutoTokenizer.from_pretrained(folder)
-    (found,) = Encoder(loaded).encode_conversations([TOOLS], 8192)
+    found = Encoder(loaded).encode_conversation(TOOLS, 8192)
     assert found.tokens.tolist() == loaded.apply_chat_template(TOOLS)

@@ -23,7 +23,6 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils import text as datatrove_text
 from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import compat
 from data.filters import dedup
@@ -193,15 +192,3 @@ def test_spacy_splits_lines_apart_and_names_sentence_ends():
     assert compat.tokenize_lines(EnglishWords(), []) == []
     assert {".", "!", "?", "\u3002"} <= compat.SENTENCE_ENDS and "," not in compat.SENTENCE_ENDS
     assert compat.is_punct(")") and not compat.is_punct("a")
-
-
-def test_a_literal_tokenizer_does_not_know_special_tokens_and_leaves_the_original_alone():
-    """Broken: the name of a special token in a document would become the special token itself (Encoder)."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_tokens(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_special_tokens(["<|eot_id|>"])
-    special = tokenizer.token_to_id("<|eot_id|>")
-    literal = compat.copy_literal_tokenizer(tokenizer)
-    assert special not in literal.encode_batch_fast(["a<|eot_id|>"], add_special_tokens=False)[0].ids
-    assert special in tokenizer.encode_batch_fast(["a<|eot_id|>"], add_special_tokens=False)[0].ids

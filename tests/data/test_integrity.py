@@ -70,7 +70,7 @@ def _write_with_little_room(folder: Path, parts: Path, result) -> None:
     metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
     documents = [Document(text=page(number), id=str(number), metadata=metadata) for number in range(400)]
     try:
-        ShardWriter(folder, parts, parts / "too_long", 1 << 16, 8192).run(documents, 0, 1)
+        ShardWriter(folder, parts, parts / "set_aside", 1 << 16, 8192).run(documents, 0, 1)
         result.put("written")
     except OSError as error:
         result.put(os.strerror(error.errno))
@@ -86,7 +86,7 @@ def test_a_disk_full_among_shards_leaves_no_part_that_looks_whole(prepared, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["00000.partial"]
     # The next try begins again, and its part is whole.
     metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
-    ShardWriter(prepared.out / "tokenizer", tmp_path, tmp_path / "too_long", 1 << 16, 8192).run(
+    ShardWriter(prepared.out / "tokenizer", tmp_path, tmp_path / "set_aside", 1 << 16, 8192).run(
         [Document(text=page(0), id="0", metadata=metadata)], 0, 1
     )
     assert mds.assemble(tmp_path, tmp_path / "out", "shards/pretrain/web", "v")["shards"] == 1

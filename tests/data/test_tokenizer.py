@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from core.errors import RefusedInput
 from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
-from data.tokens.chat import Encoder
+from data.tokens.chat import Encoder, UnusableConversationError
 from tests.data.planted import page
 
 CONVERSATION = [
@@ -22,7 +22,7 @@ CONVERSATION = [
 
 def conversation(encoder: Encoder, messages: list[dict] = CONVERSATION, max_tokens: int = 8192):
     """tokens, mask, shortened of one conversation."""
-    return encoder.encode_conversations([messages], max_tokens)[0]
+    return encoder.encode_conversation(messages, max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,12 @@ def test_what_a_template_adds_after_the_closing_token_is_not_trained(trained):
     assert trained.decode(tokens[mask == 1].tolist()) == "\n\nHello there.<|eot_id|>4<|eot_id|>"
 
 
-def test_template_that_rewrites_the_past_is_refused(trained):
+def test_conversation_whose_past_the_template_rewrites_is_refused(trained):
     encoder = Encoder(trained)
     original = trained.chat_template
     trained.chat_template = "{{ messages | length }}" + original
     try:
-        with pytest.raises(RefusedInput, match="chat_template"):
+        with pytest.raises(UnusableConversationError, match="changes the text of messages"):
             conversation(encoder)
     finally:
         trained.chat_template = original

@@ -137,6 +137,52 @@ def test_a_kernel_the_processor_lacks_is_refused():
         run(RandomExperts(), "neon")
 
 
+WRONG_LAYERS = {
+    "x of another width": ({"x": torch.zeros(5, 96)}, "gate is torch.float32"),
+    "x of one dimension": ({"x": torch.zeros(128)}, "give [T, D] and [E, D]"),
+    "x of float64": ({"x": torch.zeros(5, 128).double()}, "x is torch.float64 [5, 128]"),
+    "x that is not contiguous": ({"x": torch.zeros(128, 5).T}, "x is not contiguous"),
+    "gate of fewer experts": ({"gate": torch.zeros(7, 128)}, "packed_w13 is torch.uint8 [8,"),
+    "gate of bfloat16": ({"gate": torch.zeros(8, 128).bfloat16()}, "gate is torch.bfloat16"),
+    "bias of another number": ({"bias": torch.zeros(9)}, "bias is torch.float32 [9]"),
+    "more experts a token than there are": ({"top_k": 9}, "top_k is 9: give 1 to 8"),
+    "no expert a token": ({"top_k": 0}, "top_k is 0: give 1 to 8"),
+    "negative experts a token": ({"top_k": -1}, "top_k is -1"),
+    "another hidden width": ({"hidden": 96}, "packed_w13 is torch.uint8"),
+    "no hidden width": ({"hidden": 0}, "hidden_dim is 0"),
+    "negative hidden width": ({"hidden": -64}, "hidden_dim is -64"),
+    "another group": ({"group_size": 64}, "packed_w13 is torch.uint8"),
+    "no group": ({"group_size": 0}, "group_size is 0"),
+    "negative group": ({"group_size": -32}, "group_size is -32"),
+    "group of half a tile": ({"group_size": 16}, "group_size is 16"),
+    "weights cut off": ({"cut": True}, "packed_w2 is torch.uint8"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LAYERS)
+def test_a_layer_that_does_not_fit_is_refused(case):
+    """The library gets bare pointers, and would read and write beyond them."""
+    changed, message = WRONG_LAYERS[case]
+    layer = RandomExperts()
+    top_k, n_experts, hidden, d_model, group_size = layer.sizes
+    for name in ("x", "gate", "bias"):
+        setattr(layer, name, changed.get(name, getattr(layer, name)))
+    layer.sizes = (
+        changed.get("top_k", top_k), n_experts, changed.get("hidden", hidden), d_model,
+        changed.get("group_size", group_size),
+    )  # fmt: skip
+    if changed.get("cut"):
+        layer.packed = layer.packed[0], layer.packed[1][:, :-1].contiguous()
+    with pytest.raises(ValueError) as caught:
+        run(layer, FASTEST)
+    assert message in str(caught.value)
+
+
+def test_no_tokens_give_no_outputs():
+    for kernel in AVAILABLE:
+        assert run(RandomExperts(n_tokens=0), kernel).shape == (0, 128)
+
+
 class OneLayer(torch.nn.Module):
     def __init__(self, layer: RandomExperts):
         super().__init__()
@@ -161,6 +207,35 @@ def test_executorchs_runtime_calls_it(tmp_path):
     out = Runtime.get().load_program(path).load_method("forward").execute([layer.x])[0]
     assert torch.equal(out, run(layer, FASTEST))
     assert 3 <= (expert_op.load().mobilemoe_experts_read() - read) / 2 <= 8
+
+
+WRONG_PROGRAMS = {
+    "more experts a token than there are": lambda layer: layer.sizes.__setitem__(0, 9),
+    "no expert a token": lambda layer: layer.sizes.__setitem__(0, 0),
+    "negative hidden width": lambda layer: layer.sizes.__setitem__(2, -64),
+    "a width beyond all bounds": lambda layer: layer.sizes.__setitem__(2, 2**60),
+    "no group": lambda layer: layer.sizes.__setitem__(4, 0),
+    "negative group": lambda layer: layer.sizes.__setitem__(4, -32),
+    "gate of float64": lambda layer: setattr(layer, "gate", layer.gate.double()),
+    "bias of integers": lambda layer: setattr(layer, "bias", layer.bias.int()),
+    "weights of int8": lambda layer: setattr(layer, "w13", layer.w13.view(torch.int8)),
+    "weights cut off": lambda layer: setattr(layer, "w2", layer.w2[:, :-1].contiguous()),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PROGRAMS)
+def test_executorchs_runtime_refuses_a_layer_that_does_not_fit(case, tmp_path, threads):
+    """A program of another exporter may hold anything; the runtime hands its pointers over."""
+    expert_op.declare()
+    expert_op.load()
+    model = OneLayer(RandomExperts())
+    model.sizes = list(model.sizes)
+    WRONG_PROGRAMS[case](model)
+    program = torch.export.export(model, (torch.zeros(5, 128),))
+    edge = to_edge_transform_and_lower(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    method = Runtime.get().load_program(edge.to_executorch().buffer).load_method("forward")
+    with pytest.raises(RuntimeError, match="0x12"):
+        method.execute([torch.zeros(5, 128)])
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):

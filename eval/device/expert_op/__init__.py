@@ -20,6 +20,7 @@ import torch
 
 from core.cache import cache_dir
 from core.errors import RefusedInput
+from eval.device.expert_blobs import blob_bytes
 
 SOURCES = ("moe_ffn.cpp", "tile_kernels.h")
 KERNELS = ("avx512_vnni", "avx2", "portable")
@@ -110,8 +111,9 @@ def run_kernel(
         packed_w13, packed_w2: gate and up rows, and down rows, as `eval.device.expert_blobs.pack_blobs` returns them.
 
     Raises:
-        ValueError: this processor does not have the kernel's instructions.
+        ValueError: this processor does not have the kernel's instructions; or a tensor or size does not fit the layer.
     """
+    check_layer(x_TD, gate_ED, bias_E, packed_w13, packed_w2, top_k, expert_hidden, group_size)
     (n_tokens, d_model), n_experts = x_TD.shape, gate_ED.shape[0]
     out_TD = torch.empty(n_tokens, d_model)
     sizes = [ctypes.c_int64(n) for n in (n_tokens, d_model, expert_hidden, n_experts, top_k, group_size)]
@@ -124,6 +126,46 @@ def run_kernel(
     if refused:
         raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {load().mobilemoe_kernel()!r}")
     return out_TD
+
+
+def check_layer(
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    packed_w13: torch.Tensor,
+    packed_w2: torch.Tensor,
+    top_k: int,
+    expert_hidden: int,
+    group_size: int,
+) -> None:
+    """Check what the library gets as bare pointers; the op itself checks the same in ExecuTorch's runtime.
+
+    Raises:
+        ValueError: a tensor has another dtype, shape or layout, or a size is out of its range.
+    """
+    if x_TD.dim() != 2 or gate_ED.dim() != 2:
+        raise ValueError(f"x is {list(x_TD.shape)} and gate {list(gate_ED.shape)}: give [T, D] and [E, D]")
+    d_model, n_experts = x_TD.shape[1], gate_ED.shape[0]
+    if group_size < 32 or group_size % 32:
+        raise ValueError(f"group_size is {group_size}: give a multiple of 32, from 32")
+    for name, size in (("dim", d_model), ("hidden_dim", expert_hidden)):
+        if size < group_size or size % group_size:
+            raise ValueError(f"{name} is {size}: give a multiple of group_size {group_size}")
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k is {top_k}: give 1 to {n_experts}, the number of experts")
+    expected = {
+        "x": (x_TD, torch.float32, tuple(x_TD.shape)),
+        "gate": (gate_ED, torch.float32, (n_experts, d_model)),
+        "packed_w13": (packed_w13, torch.uint8, (n_experts, blob_bytes(2 * expert_hidden, d_model, group_size))),
+        "packed_w2": (packed_w2, torch.uint8, (n_experts, blob_bytes(d_model, expert_hidden, group_size))),
+    } | ({} if bias_E is None else {"bias": (bias_E, torch.float32, (n_experts,))})
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: give {dtype} {list(shape)}, cpu"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: give {name}.contiguous()")
 
 
 @functools.cache

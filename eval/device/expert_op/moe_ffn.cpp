@@ -229,24 +229,36 @@ using executorch::aten::string_view;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 
+constexpr int64_t kMostSize = int64_t{1} << 20;
+
 Tensor& quantized_moe_ffn_out(executorch::runtime::KernelRuntimeContext& ctx, const Tensor& x, const Tensor& gate_weight,
                               const Tensor& expert_bias, const Tensor& packed_w13, const Tensor& packed_w2,
                               int64_t num_activated_experts, int64_t num_experts, int64_t hidden_dim, int64_t dim,
                               int64_t group_size, int64_t weight_nbit, string_view score_func, double route_scale,
                               Tensor& out) {
-  const int64_t T = x.size(0), D = dim, F = hidden_dim, E = num_experts;
+  const int64_t D = dim, F = hidden_dim, E = num_experts;
+  // Bounds first: the products below must not overflow.
+  ET_KERNEL_CHECK_MSG(ctx, D > 0 && F > 0 && E > 0 && D < kMostSize && F < kMostSize && E < kMostSize, InvalidArgument,
+                      out, "dim, hidden_dim and num_experts must be positive and below 2^20");
   ET_KERNEL_CHECK_MSG(ctx, weight_nbit == 4 && score_func == "sigmoid", InvalidArgument, out,
                       "mobilemoe::quantized_moe_ffn takes 4-bit weights and sigmoid routing only");
   ET_KERNEL_CHECK_MSG(ctx, group_size > 0 && group_size % 32 == 0 && D % group_size == 0 && F % group_size == 0,
                       InvalidArgument, out, "dim and hidden_dim must be multiples of group_size, and that of 32");
   const int64_t w13_bytes = kHeaderBytes + 2 * F / kTileRows * tile_bytes(D, group_size);
   const int64_t w2_bytes = kHeaderBytes + D / kTileRows * tile_bytes(F, group_size);
+  // The runtime hands over pointers of any type, so a wrong one would be read as what is expected here.
+  ET_KERNEL_CHECK_MSG(ctx,
+                      x.scalar_type() == ScalarType::Float && gate_weight.scalar_type() == ScalarType::Float &&
+                          expert_bias.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float &&
+                          packed_w13.scalar_type() == ScalarType::Byte && packed_w2.scalar_type() == ScalarType::Byte,
+                      InvalidArgument, out, "x, gate_weight, expert_bias and out are float, the packed weights uint8");
   ET_KERNEL_CHECK_MSG(
       ctx,
-      x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.size(1) == D && gate_weight.numel() == E * D &&
+      x.dim() == 2 && x.size(1) == D && gate_weight.numel() == E * D &&
           (expert_bias.numel() == 0 || expert_bias.numel() == E) && num_activated_experts > 0 &&
           num_activated_experts <= E && packed_w13.numel() == E * w13_bytes && packed_w2.numel() == E * w2_bytes,
       InvalidArgument, out, "tensor shapes do not fit the layer's dimensions");
+  const int64_t T = x.size(0);
   const Tensor::SizesType sizes[2] = {static_cast<Tensor::SizesType>(T), static_cast<Tensor::SizesType>(D)};
   ET_KERNEL_CHECK(ctx, executorch::runtime::resize_tensor(out, {sizes, 2}) == Error::Ok, InvalidArgument, out);
   const float* bias = expert_bias.numel() ? expert_bias.const_data_ptr<float>() : nullptr;

@@ -4,8 +4,10 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from core.errors import RefusedInput
+from core.literal_text import copy_literal_tokenizer
 
 DOMAINS = ("knowledge", "code", "maths")
 DUMMY = "repeated token"
@@ -14,7 +16,7 @@ DUMMY = "repeated token"
 
 def load_texts() -> dict[str, str]:
     """Return domain -> text of about 3,000 characters, written for this purpose."""
-    return {domain: (Path(__file__).parent / f"{domain}.txt").read_text() for domain in DOMAINS}
+    return {domain: (Path(__file__).parent / f"{domain}.txt").read_text(encoding="utf-8") for domain in DOMAINS}
 
 
 def tokenize(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: int) -> dict[str, list[int]]:
@@ -25,19 +27,59 @@ def tokenize(artifact: Path, texts: Mapping[str, str], vocab_size: int, length: 
     keeps the frequency and the order of words.
 
     Raises:
-        RefusedInput: a text is empty.
+        RefusedInput: there is no text, one is empty or no text, its name is that of the other entry, or the tokenizer
+            has ids that the model does not have.
     """
+    check_texts(texts)
     if (artifact / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(artifact)
-        ids = {domain: tokenizer(text)["input_ids"] for domain, text in texts.items()}
+        ids = {domain: encode_text(tokenizer, text) for domain, text in texts.items()}
     else:
         words = {domain: re.findall(r"\s?\w+|\W", text) for domain, text in texts.items()}
         ids = {domain: [zlib.crc32(w.encode()) % vocab_size for w in found] for domain, found in words.items()}
     for domain, found in ids.items():
         if not found:
-            raise RefusedInput(f"the prompt of domain {domain!r} is empty; give it some text")
+            raise RefusedInput(f"the prompt of domain {domain!r} has no tokens; give it some text")
+        if max(found) >= vocab_size:
+            raise RefusedInput(
+                f"the tokenizer of {artifact} gives id {max(found)}: the model's ids are 0 to {vocab_size - 1}; put "
+                "the model's own tokenizer there"
+            )
     repeated = {domain: (found * (length // len(found) + 1))[:length] for domain, found in ids.items()}
     first = next(iter(repeated.values()))[0]
     return repeated | {DUMMY: [first] * length}
+
+
+def check_texts(texts: Mapping[str, str]) -> None:
+    """Check prompts before a tokenizer is loaded.
+
+    Raises:
+        RefusedInput: there is no text, one is empty or has half of a character, or its name is taken.
+    """
+    if not texts:
+        raise RefusedInput(
+            "--prompts: there is no prompt; give at least one domain with a text, or leave the option out"
+        )
+    if DUMMY in texts:
+        raise RefusedInput(
+            f"--prompts: {DUMMY!r} is the name of a prompt that is always measured; name the domain otherwise"
+        )
+    for domain, text in texts.items():
+        if not text:
+            raise RefusedInput(f"the prompt of domain {domain!r} is empty; give it some text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RefusedInput(
+                f"the prompt of domain {domain!r} has half of a character (a surrogate) at {error.start}; remove it"
+            ) from error
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text behind the tokenizer's begin-of-text token.
+
+    A text that spells a special token, such as <|eot_id|>, is encoded as text: only a template writes special tokens.
+    """
+    return copy_literal_tokenizer(tokenizer.backend_tokenizer).encode(text).ids
