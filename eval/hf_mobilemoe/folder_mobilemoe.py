@@ -142,7 +142,7 @@ def check_tokenizer(folder: Path, vocab_size: Any) -> dict[str, Any]:
             )
     if not path.is_file():
         return {}
-    ids = _read_ids(path)
+    ids = read_token_ids(path)
     highest = max(ids, key=lambda token: ids[token], default=None)
     if highest is not None and isinstance(vocab_size, int) and ids[highest] >= vocab_size:
         raise ValueError(
@@ -167,8 +167,8 @@ def _read_content(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _read_ids(path: Path) -> dict[str, int]:
-    """Return token -> id of a tokenizer.json."""
+def read_token_ids(path: Path) -> dict[str, int]:
+    """Return token -> id of a tokenizer.json; a ValueError says that it is none, or gives a token or an id twice."""
     values = read_json(path)
     try:
         vocab = values["model"]["vocab"]

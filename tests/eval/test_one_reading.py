@@ -344,10 +344,12 @@ def test_options_for_other_files_are_refused(options, words, whole):
 
 def test_int4_is_not_left_on_disk_by_a_device_map_of_accelerate(int4, tmp_path):
     """`auto` with little memory puts layers on disk, as a map that names it does."""
-    limit = {"cpu": 20_000}
-    options = {"device_map": "auto", "max_memory": limit, "offload_folder": str(tmp_path)}
+    options = {"device_map": "auto", "max_memory": {"cpu": 20_000}, "offload_folder": str(tmp_path)}
     with pytest.raises(ValueError, match="is INT4 and cannot lie on disk"):
         MobileMoEForCausalLM.from_pretrained(int4, **options)
+    loaded = MobileMoEForCausalLM.from_pretrained(int4, device_map="auto", max_memory={"cpu": 1 << 30})
+    whole = MobileMoEForCausalLM.from_pretrained(int4)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_dcp_checkpoint_with_more_layers_is_refused(whole, tmp_path):

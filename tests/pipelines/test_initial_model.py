@@ -1,5 +1,7 @@
 """A run that starts from released weights: what its stages are given, and what is refused."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,19 @@ def test_weights_that_cannot_be_imported_are_refused_before_the_data_is_made(dam
     recipe = replace(without_training(smoke, "pretrain"), initial_model=str(released_tiny))
     problems = {problem.field: str(problem) for problem in find_problems(recipe)}
     assert words in problems["initial_model"]
+
+
+def test_another_tokenizer_than_the_initial_models_is_refused(smoke, released_tiny, tmp_path):
+    other = shutil.copytree(released_tiny, tmp_path / "other")
+    values = json.loads((other / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (other / "tokenizer.json").write_text(json.dumps(values))
+    recipe = replace(without_training(smoke, "pretrain"), initial_model=str(released_tiny))
+    recipe = change(recipe, "data.tokenizer.path", str(other))
+    (problem,) = find_problems(recipe)
+    assert problem.field == "data.tokenizer.path"
+    assert f"it gives 'A' the id {vocab['A']}, the tokenizer of initial_model {vocab['B']}" in str(problem)
 
 
 def spoil(path: Path) -> None:
