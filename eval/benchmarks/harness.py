@@ -37,6 +37,7 @@ from eval.benchmarks.suites import Benchmark, get_suite
 from eval.benchmarks.tasks import build_tasks, load_task_configs
 from eval.benchmarks.text_lm import TextLM
 from eval.config import EvaluationConfig
+from eval.export.tensor_files import check_config
 
 VERSIONS = {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")}
 """Versions that a result depends on."""
@@ -115,6 +116,7 @@ def load_model(model_dir: Path, batch_size: int) -> HFLM:
         RefusedInput: the folder's configuration or tensors are not those of a model that transformers reads.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_config(model_dir)
     with refuse_value_errors():
         return TextLM(pretrained=str(model_dir), backend="causal", device=device, dtype="auto", batch_size=batch_size)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import eval.hf_mobilemoe  # noqa: F401  registers MobileMoE with the Auto classes
 from core.errors import DamagedData, RefusedInput, refuse_value_errors
 from core.progress import Progress
+from eval.export.tensor_files import check_config
 from titan_ext.loader.shard_store import ShardStore
 
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -115,6 +116,7 @@ def cut_windows(samples: Iterable[dict[str, np.ndarray]], context: int, max_toke
 
 def _load_model(model_dir: Path) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_config(model_dir)
     with refuse_value_errors():
         model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
     return model.to(device).eval()

@@ -1,5 +1,6 @@
 """Reading a DCP checkpoint of torchtitan, without a process group or a GPU."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def read_checkpoint(checkpoint: Path, dims: ModelDims) -> dict[str, torch.Tensor
                 f"{checkpoint}: {name} is {list(stored[name].size)}, the model's dimensions make it "
                 f"{list(expected.shape)}; give the dimensions the checkpoint was trained with"
             )
+    layers = {int(match[1]) for name in stored if (match := re.match(r"layers\.(\d+)\.", name))}
+    if max(layers) >= dims.n_layers:
+        raise RefusedInput(
+            f"{checkpoint}: it has layer {max(layers)}, the model's dimensions have {dims.n_layers} layers; give the "
+            "dimensions the checkpoint was trained with"
+        )
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in shapes.items()}
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return MobileMoEStateDictAdapter(config, None).to_hf(state)

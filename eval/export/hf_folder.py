@@ -21,11 +21,13 @@ from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from eval.hf_mobilemoe.folder_mobilemoe import check_folder, check_tokenizer
 from titan_ext.config import ModelDims
 
 _CODE_FILES = (
-    "configuration_mobilemoe.py", "checkpoint_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py",
-    "inputs_mobilemoe.py", "modeling_mobilemoe.py",
+    "configuration_mobilemoe.py", "spellings_mobilemoe.py", "checkpoint_mobilemoe.py", "folder_mobilemoe.py",
+    "tensors_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py", "inputs_mobilemoe.py",
+    "modeling_mobilemoe.py",
 )  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
@@ -102,6 +104,7 @@ def fill_folder(
     shapes = _write_shards(tensors, config, folder, max_shard_bytes)
     with refuse_value_errors():
         check_tensors(shapes, config, "the exported state dict")
+        check_folder(folder)
 
 
 def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
@@ -128,6 +131,8 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     """
     if not (tokenizer_dir / "tokenizer.json").is_file():
         raise RefusedInput(f"{tokenizer_dir} has no tokenizer.json; copy the model's tokenizer there, all of its files")
+    with refuse_value_errors():
+        own_ids = check_tokenizer(tokenizer_dir, config.vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_dir,
         # A tokenizer that names none would return token types too, which `generate` refuses.
@@ -147,7 +152,7 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     missing = [token for token in REQUIRED_TOKENS if token not in vocab]
     if missing:
         raise RefusedInput(f"{tokenizer_dir} lacks the special tokens {missing}; export needs the Llama-3 ones")
-    config.bos_token_id, config.pad_token_id = vocab[BOS], vocab[PAD]
+    config.bos_token_id, config.pad_token_id = vocab[BOS], own_ids.get("pad_token_id", vocab[PAD])
     # transformers types one id; generation takes several.
     eos_token_ids: Any = [vocab[token] for token in STOP_TOKENS if token in vocab]
     config.eos_token_id = eos_token_ids

@@ -4,7 +4,6 @@ Beside the weights the checkpoint keeps what an export needs: config.json, the t
 checkpoint.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import torch.distributed.checkpoint as dcp
 from core.atomic import atomic_write, write_json
 from core.errors import RefusedInput, refuse_value_errors
 from eval.export.dimensions import dims_from_config
-from eval.export.stored_scales import collect_scales, write_stored_scales
+from eval.export.stored_scales import collect_scales, read_stored_scales, write_stored_scales
 from eval.export.tensor_files import TensorFiles, open_tensor_files, read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from eval.hf_mobilemoe.folder_mobilemoe import read_json
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 
@@ -64,8 +64,9 @@ def _read_state(tensors: TensorFiles, config: MobileMoEConfig, dims: ModelDims) 
 
 
 def _copy_description(folder: Path, config: MobileMoEConfig, tensors: TensorFiles, out: Path) -> None:
-    """Write the config of an unquantized checkpoint, the tokenizer if there is one, and the scales of INT4."""
-    values = json.loads((folder / "config.json").read_text())
+    """Write the config of an unquantized checkpoint, the tokenizer if there is one, and the scales of an INT4 grid."""
+    with refuse_value_errors():
+        values = read_json(folder / "config.json")
     values.pop("quantization", None)
     # The code that it names is not copied.
     values.pop("auto_map", None)
@@ -73,5 +74,8 @@ def _copy_description(folder: Path, config: MobileMoEConfig, tensors: TensorFile
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    stored = read_stored_scales(folder, config)
     if config.quantization is not None:
-        write_stored_scales(collect_scales(tensors, config), out)
+        stored = collect_scales(tensors, config)
+    if stored is not None:
+        write_stored_scales(stored, out)

@@ -83,11 +83,16 @@ def quantize_tensor(
     dim, group_size = packed.dim, packed.group_size
     scale = derive_scale(weight, dim, group_size, packed.name) if scales is None else scales[packed.scale_name]
     q = quantize_int4(weight, scale, dim, group_size)
-    if scales is not None and not dequantize_int4(q, scale, dim, group_size).to(weight.dtype).equal(weight):
+    if scales is not None and not _is_on_grid(weight, dequantize_int4(q, scale, dim, group_size)):
         raise RefusedInput(
             f"{packed.name} does not lie on the stored scales; remove {SCALES_FILE} to quantize it afresh"
         )
     return q, scale
+
+
+def _is_on_grid(weight: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Return whether a weight is q * scale, or its rounding to bfloat16, in which a bf16 folder passes it on."""
+    return exact.to(weight.dtype).equal(weight) or exact.bfloat16().to(weight.dtype).equal(weight)
 
 
 def derive_scale(weight: torch.Tensor, dim: int, group_size: int, name: str = "weight") -> torch.Tensor:

@@ -53,7 +53,7 @@ def open_folder(folder: Path) -> Source:
         tensors: Mapping[str, torch.Tensor] = read_checkpoint(folder, dims_from_config(config))
     else:
         tensors = open_tensor_files(folder, config)
-    return Source(tensors, config, folder, stored=read_stored_scales(folder))
+    return Source(tensors, config, folder, stored=read_stored_scales(folder, config))
 
 
 def open_run_checkpoint(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from eval.hf_mobilemoe.checkpoint_mobilemoe import packed_tensors
+from core.errors import RefusedInput
+from eval.hf_mobilemoe.checkpoint_mobilemoe import PackedTensor, packed_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
 SCALES_FILE = "int4/scales.safetensors"
@@ -46,11 +47,44 @@ def write_stored_scales(scales: StoredScales, folder: Path) -> None:
     save_file(dict(scales.tensors), folder / SCALES_FILE, metadata=metadata)
 
 
-def read_stored_scales(folder: Path) -> StoredScales | None:
-    """Return the scales beside a folder's float weights, None where there are none."""
+def read_stored_scales(folder: Path, config: MobileMoEConfig) -> StoredScales | None:
+    """Return the scales beside a folder's float weights, None where there are none.
+
+    Args:
+        config: configuration of the folder.
+
+    Raises:
+        RefusedInput: the folder is INT4 and has its scales already, or the file is damaged or of another model.
+    """
     path = Path(folder) / SCALES_FILE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        layout = json.loads(file.metadata()["quantization"])
-    return StoredScales(layout, load_file(path))
+    if config.quantization is not None:
+        raise RefusedInput(f"{path} lies beside weights that are INT4 and have scales; remove the file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            layout = json.loads(file.metadata()["quantization"])
+        tensors = load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RefusedInput(f"{path} is damaged ({error!r}); copy the folder again, or remove the file") from error
+    expected = {p.scale_name: p.packed_shapes()[p.scale_name] for p in _describe_packed(config, layout, path)}
+    found = {name: tuple(scale.shape) for name, scale in tensors.items()}
+    if found != expected:
+        different = sorted({*found.items()} ^ {*expected.items()})[0][0]
+        raise RefusedInput(
+            f"{path} has {found.get(different, 'no shape')} for {different}, config.json makes it "
+            f"{expected.get(different, 'none')}; it is of another model: remove the file"
+        )
+    for name, scale in tensors.items():
+        if scale.dtype != torch.float16 or not scale.isfinite().all():
+            raise RefusedInput(f"{path}: {name} is {scale.dtype} or not finite; remove the file")
+    return StoredScales(layout, tensors)
+
+
+def _describe_packed(config: MobileMoEConfig, layout: dict[str, Any], path: Path) -> list[PackedTensor]:
+    """Return the packed weights of an INT4 layout that a file states."""
+    try:
+        described = MobileMoEConfig.from_dict(config.to_dict() | {"quantization": layout})
+        return list(packed_tensors(described, described.quantization).values())
+    except ValueError as error:
+        raise RefusedInput(f"{path}: {error}; remove the file") from error

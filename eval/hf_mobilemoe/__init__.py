@@ -1,6 +1,6 @@
 """This package is MobileMoE for transformers. Importing it registers the model with the Auto classes.
 
-The six modules beside this file depend on no other module of this project: the exporter copies them into every
+The modules beside this file depend on no other module of this project: the exporter copies them into every
 exported folder.
 """
 

@@ -6,6 +6,9 @@ import torch
 
 from .configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of the tensors that are not packed."""
+
 
 def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
     """Return tensor name -> shape of an unquantized checkpoint, in the order of the network."""
@@ -111,11 +114,16 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig,
         raise ValueError(f"{where} does not hold the tensors its config.json describes: {'; '.join(faults[:10])}{more}")
 
 
-def check_dtype(name: str, dtype: torch.dtype, where: object) -> None:
-    """Raise ValueError unless packed values are uint8, scales float16, and any other tensor a floating-point one."""
-    wanted = {"qweight": torch.uint8, "scale": torch.float16}.get(name.replace(".", "_").rsplit("_", 1)[-1])
-    if dtype != wanted if wanted else not dtype.is_floating_point:
-        raise ValueError(f"{where}: {name} has dtype {dtype}, expected {wanted or 'a floating-point one'}")
+def check_dtype(name: str, dtype: object, where: object) -> None:
+    """Raise ValueError unless packed values are uint8, scales float16, and any other tensor a float of 16 or 32 bits.
+
+    A wider float would be rounded on the way into training; narrower ones need scales, which the format does not have.
+    """
+    wanted = {"qweight": (torch.uint8,), "scale": (torch.float16,)}.get(
+        name.replace(".", "_").rsplit("_", 1)[-1], FLOATS
+    )
+    if dtype not in wanted:
+        raise ValueError(f"{where}: {name} has dtype {dtype}, expected {' or '.join(map(str, wanted))}")
 
 
 def unpack_int4(packed: torch.Tensor, dim: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
+from .spellings_mobilemoe import is_same, join_spellings
+
 INT4_FORMAT = "mobilemoe-int4-g32"
 """Name of the INT4 layout in config.json."""
 
@@ -118,23 +120,30 @@ class MobileMoEConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.quantization = None if quantization is None else dict(quantization)
         self._check_numbers()
-        self.no_rope_layers = no_rope_layers or [1] * num_hidden_layers
-        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
+        self.no_rope_layers = [1] * num_hidden_layers if no_rope_layers is None else no_rope_layers
+        self.layer_types = ["full_attention"] * num_hidden_layers if layer_types is None else layer_types
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self._check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the configuration from a config.json's content; a missing key raises a ValueError that names it."""
+        """Build the configuration from a config.json's content.
+
+        Raises:
+            ValueError: a key is missing, a value is impossible, or two keys state a fact differently.
+        """
         where = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
-        if missing := [key for key in REQUIRED_KEYS if key not in config_dict]:
-            raise ValueError(f"{where} lacks {', '.join(missing)}; a MobileMoE's states them")
-        if config_dict["model_type"] != cls.model_type:
-            raise ValueError(
-                f"{where}: model_type is {config_dict['model_type']!r}; this code reads {cls.model_type!r}"
-            )
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"{where}: model_type is {model_type!r}; this code reads {cls.model_type!r}")
         try:
-            return super().from_dict(config_dict, **kwargs)
+            values = join_spellings(config_dict)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if missing := [key for key in REQUIRED_KEYS if key not in values]:
+            raise ValueError(f"{where} lacks {', '.join(missing)}; a MobileMoE's states them")
+        try:
+            return super().from_dict(values, **kwargs)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -152,11 +161,11 @@ class MobileMoEConfig(PretrainedConfig):
 
     def _check(self) -> None:
         for key, value in _FIXED.items():
-            if getattr(self, key) != value:
+            if not is_same(getattr(self, key), value):
                 raise ValueError(f"{key} is {getattr(self, key)!r}; MobileMoE has {value!r} and nothing else")
         for key, value in (("no_rope_layers", 1), ("layer_types", "full_attention")):
             found = getattr(self, key)
-            if found != [value] * self.num_hidden_layers:
+            if not is_same(found, [value] * self.num_hidden_layers):
                 raise ValueError(
                     f"{key} is {found}; MobileMoE has {value!r} for each of {self.num_hidden_layers} layers"
                 )
@@ -228,13 +237,16 @@ def describe_quantization(
 
 def _check_quantization(quantization: dict[str, Any]) -> None:
     for key, value in _QUANTIZATION_FIXED.items():
-        if quantization.get(key) != value:
+        if not is_same(quantization.get(key), value):
             raise ValueError(f"quantization.{key} is {quantization.get(key)!r}; this code reads {value!r}")
     if quantization.get("expert_group_axis") not in EXPERT_GROUP_AXES.values():
         raise ValueError(
             f"quantization.expert_group_axis is {quantization.get('expert_group_axis')!r}; "
             f"this code reads {sorted(EXPERT_GROUP_AXES.values())}"
         )
+    known = {*_QUANTIZATION_FIXED, "group_size", "embedding_group_size", "expert_group_axis", "expert_group_size"}
+    if unknown := sorted(quantization.keys() - known):
+        raise ValueError(f"quantization.{unknown[0]} is {quantization[unknown[0]]!r}; {INT4_FORMAT} has no such key")
     sizes = {key: quantization.get(key) for key in ("group_size", "embedding_group_size")}
     sizes |= {key: size for key, size in quantization.items() if key == "expert_group_size"}
     for key, size in sizes.items():

@@ -1,20 +1,18 @@
 """This module reads the files of `from_pretrained` from a folder or hub repository; every export has a copy."""
 
 import copy
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.generation import GenerationConfig
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .checkpoint_mobilemoe import check_dtype, dequantize_state_dict, kept_in_float32
+from .checkpoint_mobilemoe import dequantize_state_dict, kept_in_float32
 from .configuration_mobilemoe import MobileMoEConfig
+from .folder_mobilemoe import read_index
+from .tensors_mobilemoe import full_name, open_checkpoint, remove_tied_head
 
 # transformers names that are private or undocumented, in this package. The code ships inside artifacts, so a compat
 # module of the project cannot hold them. The tests that fail when one changes are in tests/eval/test_hf_mobilemoe.py
@@ -23,30 +21,41 @@ from .configuration_mobilemoe import MobileMoEConfig
 #   ALL_ATTENTION_FUNCTIONS, config._attn_implementation, _supports_sdpa: test_logits_equal_the_loops
 #   _keep_in_fp32_modules_strict: test_router_and_bias_stay_float32_under_bfloat16
 #   _init_weights, _tied_weights_keys: test_untrained_model_is_initialized
-#   cached_file(_raise_exceptions_for_missing_entries), load_state_dict: test_save_pretrained_round_trip
+#   cached_file(_raise_exceptions_for_missing_entries): test_save_pretrained_round_trip
 #   _no_split_modules, accelerate's module._hf_hook: test_layers_on_disk_compute_the_same
+#   _from_config, accelerate's infer_auto_device_map: test_int4_is_not_left_on_disk in tests/eval/test_one_reading.py
 #   _from_config: test_packed_weights_give_the_same_numbers in tests/eval/test_int4.py
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 """Options of `from_pretrained` for the origin of files. Every `hub` argument below is a dict of them."""
 
+_SAFETENSORS_ALONE = {"use_safetensors": True, "variant": None, "gguf_file": None, "from_tf": False, "from_flax": False}
+"""Options of transformers for other files than those that are checked here -> the value that chooses these."""
+
 
 def read_config(
-    name_or_path: str | None, config: MobileMoEConfig | str | None, hub: dict, kwargs: dict
-) -> MobileMoEConfig:
-    """Return `config`, or the folder's configuration with the fields that `kwargs` has.
+    name_or_path: str | None, config: MobileMoEConfig | str | None, kwargs: dict
+) -> tuple[MobileMoEConfig, dict]:
+    """Return `config`, or the folder's configuration with the fields that `kwargs` has, and the hub's options.
 
     These fields are removed from `kwargs`.
+
+    Raises:
+        ValueError: the configuration is not MobileMoE's, or an option names weights of another kind.
     """
+    for key, neutral in _SAFETENSORS_ALONE.items():
+        if kwargs.get(key) not in (None, neutral):
+            raise ValueError(f"{key} is {kwargs[key]!r}: the weights are read from safetensors alone; leave it out")
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     if isinstance(config, MobileMoEConfig):
-        return config
+        return config, hub
     keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
     options = {key: kwargs.pop(key) for key in keys} | {"name_or_path": str(config or name_or_path)}
     source: Any = config or name_or_path
     loaded: Any
     loaded, unused = MobileMoEConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **options)
     kwargs |= unused
-    return loaded
+    return loaded, hub
 
 
 def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, hub: dict) -> dict[str, torch.Tensor]:
@@ -55,27 +64,18 @@ def load_tensors(where: str, state_dict: dict | None, config: MobileMoEConfig, h
     Unquantized tensors are on the meta device, because transformers reads their values itself.
 
     Raises:
-        ValueError: a file or the index is damaged, a dtype is wrong, or the output projection is not the embedding.
+        ValueError: as `open_checkpoint`.
     """
     if state_dict is None:
-        device = "meta" if config.quantization is None else "cpu"
-        found: dict[str, torch.Tensor] = {}
-        opened: dict[str, Any] = {}
-        for path, expected in find_checkpoint_files(where, hub).items():
-            file = open_file(path, expected)
-            tensors = load_state_dict(path, map_location=device)
-            for name, tensor in tensors.items():
-                check_dtype(name, tensor.dtype, path)
-            found |= tensors
-            opened |= dict.fromkeys(tensors, file)
-        found = remove_tied_head(found, lambda name: opened[name].get_tensor(name), where)
-    elif config.quantization is None:
-        found = remove_tied_head(state_dict, state_dict.__getitem__, where)
-    else:
+        tensors = open_checkpoint(find_checkpoint_folder(where, hub), config)
+        if config.quantization is not None:
+            return dict(tensors)
+        tensors.check_values()
+        return {name: torch.empty(shape, device="meta") for name, shape in tensors.shapes().items()}
+    if config.quantization is not None:
         raise ValueError("state_dict cannot be packed: pass it through dequantize_state_dict and drop quantization")
-    if any(name.startswith("model.") for name in found):
-        return found
-    return {f"model.{name}": tensor for name, tensor in found.items()}  # saved from MobileMoEModel
+    found = remove_tied_head(state_dict, state_dict.__getitem__, where)
+    return {full_name(name, found): tensor for name, tensor in found.items()}
 
 
 def load_generation_config(cls: Any, where: str, hub: dict, kwargs: dict) -> GenerationConfig | None:
@@ -105,15 +105,41 @@ def dequantize_checkpoint(
     Raises:
         ValueError: the tensors are not those that `config` describes, or the device map puts some of them on disk.
     """
-    device_map = kwargs.get("device_map")
+    unquantized = copy.deepcopy(config)
+    unquantized.quantization = None
+    device_map = _infer_device_map(cls, unquantized, kwargs)
     if isinstance(device_map, dict) and "disk" in device_map.values():
         raise ValueError(f"device_map: {where} is INT4 and cannot lie on disk; export it to bf16, or use keep_int4")
     options = kwargs | {"state_dict": dequantize_state_dict(packed, config, choose_dtype(kwargs, config))}
+    if device_map is not None:
+        options["device_map"] = device_map
     if (generation_config := load_generation_config(cls, where, hub, kwargs)) is not None:
         options["generation_config"] = generation_config
-    options["config"] = copy.deepcopy(config)
-    options["config"].quantization = None
+    options["config"] = unquantized
     return options
+
+
+def _infer_device_map(cls: Any, config: MobileMoEConfig, kwargs: dict) -> Any:
+    """Return `kwargs["device_map"]`, with the devices that accelerate chooses where it is "auto" or the like.
+
+    transformers would ask accelerate later. If some layers go to disk then, it drops the tensors that it was given.
+    """
+    device_map = kwargs.get("device_map")
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return device_map
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    dtype = choose_dtype(kwargs, config)
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype)
+    model.tie_weights()
+    options: dict[str, Any] = {"no_split_module_classes": list(cls._no_split_modules), "dtype": dtype}
+    memory = kwargs.get("max_memory")
+    if device_map != "sequential":
+        low_zero = device_map == "balanced_low_0"
+        memory = get_balanced_memory(model, max_memory=memory, low_zero=low_zero, **options)
+    return infer_auto_device_map(model, max_memory=memory, **options)
 
 
 def keep_float32_on_disk(loaded: Any) -> Any:
@@ -140,77 +166,19 @@ def _has_file(name_or_path: str, file: str, hub: dict) -> bool:
     return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
 
 
-def find_checkpoint_files(name_or_path: str, hub: dict) -> dict[str, list[str]]:
-    """Return safetensors file -> names of the tensors that the index expects in it; empty if there is no index.
+def find_checkpoint_folder(name_or_path: str, hub: dict) -> Path:
+    """Return the local folder with the safetensors files of a folder or hub repository, which are downloaded to it.
 
     Raises:
-        OSError: there is no safetensors file.
-        ValueError: the index is damaged.
+        ValueError: there is no safetensors file, or the index is damaged.
     """
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        weights = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)
-        assert weights is not None, "cached_file raises where there is no file"
-        return {weights: []}
-    expected = read_index(index)
-    paths = get_checkpoint_shard_files(name_or_path, index, **hub)[0]
-    return dict(zip(paths, (expected[name] for name in sorted(expected)), strict=True))
-
-
-def read_index(path: str | Path) -> dict[str, list[str]]:
-    """Return file -> names of its tensors from a model.safetensors.index.json; a damaged one raises a ValueError."""
-    try:
-        weight_map = json.loads(Path(path).read_text())["weight_map"]
-        files: dict[str, list[str]] = {file: [] for file in sorted(weight_map.values())}
-        for name, file in weight_map.items():
-            files[file].append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of tensors and their files ({error!r}); copy it again") from error
-    return files
-
-
-def open_file(path: str | Path, expected: Sequence[str]) -> Any:
-    """Open a safetensors file; raise ValueError if it is missing, damaged or lacks one of the `expected` tensors."""
-    content = f"; its index expects {_join_names(expected)} in it" if expected else ""
-    try:
-        file = safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; copy the whole folder again{content}") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again{content}") from error
-    if absent := sorted(set(expected) - set(file.keys())):
-        raise ValueError(
-            f"{path} lacks {_join_names(absent)}, which its index expects in it; copy the whole folder again"
-        )
-    return file
-
-
-def _join_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def remove_tied_head(found: dict[str, Any], read: Callable[[str], torch.Tensor], where: object) -> dict[str, Any]:
-    """Return `found` without the output projection, if it equals the embedding bit for bit.
-
-    Args:
-        found: dict whose keys are tensor names.
-        read: function that returns the tensor of a name.
-
-    Raises:
-        ValueError: the output projection differs from the embedding.
-    """
-    kept = dict(found)
-    for head in [name for name in found if name.startswith("lm_head.")]:
-        embedding = head.replace("lm_head.", "model.embed_tokens.", 1)
-        if embedding in found and not _have_same_bits(read(head), read(embedding)):
-            raise ValueError(
-                f"{where}: {head} differs from {embedding}; MobileMoE's output projection is its embedding"
-            )
-        if embedding in found:
-            del kept[head]
-    return kept
-
-
-def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = a.detach().contiguous(), b.detach().contiguous()
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    # transformers takes this file where there is an index, too.
+    weights = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is not None:
+        read_index(index)  # names a damage that the next line would not
+        get_checkpoint_shard_files(name_or_path, index, **hub)
+    found = index or weights
+    if found is None:
+        raise ValueError(f"{name_or_path}/{SAFE_WEIGHTS_NAME} is missing; copy the whole folder again")
+    return Path(found).parent

@@ -26,16 +26,12 @@ from transformers.utils.generic import check_model_inputs
 
 from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
+from .folder_mobilemoe import check_folder  # noqa: F401  transformers copies only the files that this one names
 from .inputs_mobilemoe import CheckedGenerationMixin, check_inputs, check_outputs
-from .loading_mobilemoe import (
-    HUB_OPTIONS,
-    dequantize_checkpoint,
-    keep_float32_on_disk,
-    load_tensors,
-    read_config,
-    record_source,
-)
+from .loading_mobilemoe import dequantize_checkpoint, keep_float32_on_disk, load_tensors, read_config, record_source
 from .packed_mobilemoe import build_packed_model
+from .spellings_mobilemoe import join_spellings  # noqa: F401  as above
+from .tensors_mobilemoe import open_checkpoint  # noqa: F401  as above
 
 # loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that check them.
 
@@ -243,8 +239,7 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         `keep_int4` the weights stay packed, which takes a quarter of the memory of bfloat16 and more time a token
         (`packed_mobilemoe`). The only options then are `dtype`, `attn_implementation` and `generation_config`.
         """
-        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        config = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        config, hub = read_config(pretrained_model_name_or_path, config, kwargs)
         where = str(pretrained_model_name_or_path or "the state dict")
         found = load_tensors(where, state_dict, config, hub)
         check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, config, where)

@@ -24,22 +24,49 @@ def find_start_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _find_initial_model_problems(folder: Path, recipe: Recipe) -> Iterator[Problem]:
-    """Yield the broken rules of an initial model: it fits the recipe's dimensions and brings its tokenizer."""
+    """Yield the broken rules of an initial model: it fits the recipe's dimensions and brings its tokenizer.
+
+    Every tensor is read once: the step that imports the weights comes after days of data.
+    """
     if not recipe.data.tokenizer.path:
         rule = "a model that is trained already knows the tokens of its own tokenizer"
         yield Problem("data.tokenizer.path", "", rule, f"give the one it was trained with, {folder} if it is there")
     from eval.export.dimensions import dims_from_config
-    from eval.export.tensor_files import read_config
+    from eval.export.tensor_files import check_checkpoint
 
     try:
-        found = dataclasses.asdict(dims_from_config(read_config(folder)))
+        found = dataclasses.asdict(dims_from_config(check_checkpoint(folder)))
     except RefusedInput as error:
         yield Problem("initial_model", str(folder), str(error), "give a folder in the released format")
         return
+    yield from _find_tokenizer_differences(folder, recipe)
     for name, wanted in dataclasses.asdict(recipe.model).items():
         if found[name] != wanted:
             rule = f"initial_model {folder} has {found[name]!r}"
             yield Problem(f"model.{name}", wanted, rule, "give the recipe the model's own dimensions")
+
+
+def _find_tokenizer_differences(folder: Path, recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem if the recipe's tokenizer gives a token of the initial model's another id.
+
+    Tokens that only one of them has are fine: a tokenizer may name reserved rows anew.
+    """
+    from eval.hf_mobilemoe.folder_mobilemoe import read_token_ids
+
+    path = Path(recipe.data.tokenizer.path)
+    chosen, own = (place / "tokenizer.json" if place.is_dir() else place for place in (path, folder))
+    if not (recipe.data.tokenizer.path and chosen.is_file() and own.is_file()):
+        return
+    try:
+        ids, own_ids = read_token_ids(chosen), read_token_ids(own)
+    except ValueError as error:
+        yield Problem("data.tokenizer.path", str(path), str(error), f"give the tokenizer of {folder}")
+        return
+    for token in own_ids:
+        if ids.get(token, own_ids[token]) != own_ids[token]:
+            rule = f"it gives {token!r} the id {ids[token]}, the tokenizer of initial_model {own_ids[token]}"
+            yield Problem("data.tokenizer.path", str(path), rule, f"give {folder}")
+            return
 
 
 def find_data_problems(recipe: Recipe) -> Iterator[Problem]:

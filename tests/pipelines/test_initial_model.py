@@ -1,14 +1,15 @@
 """A run that starts from released weights: what its stages are given, and what is refused."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from core.stages import STAGES
-from eval.export.dimensions import config_from_dims
 from eval.export.hf_folder import write_hf_folder
 from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
@@ -28,6 +29,13 @@ from titan_ext.config import FLAVORS
 def released(tmp_path) -> Path:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     return write_hf_folder(random_tensors(), DIMS, tokenizer, tmp_path / "released")
+
+
+@pytest.fixture
+def released_tiny(tmp_path) -> Path:
+    """Write a folder with the dimensions of the smoke recipe."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    return write_hf_folder(random_tensors(FLAVORS["tiny"]), FLAVORS["tiny"], tokenizer, tmp_path / "released")
 
 
 def without_training(recipe, *names: str):
@@ -63,11 +71,43 @@ def test_qat_alone_trains_the_released_model(smoke, released, tmp_path):
             assert correlation > 0.98, name
 
 
-def test_released_weights_of_the_recipes_dimensions_are_accepted(smoke, tmp_path, llama3_tokenizer):
-    config_from_dims(FLAVORS["S"]).save_pretrained(tmp_path)
-    recipe = replace(without_training(smoke, "pretrain", "midtrain"), model=FLAVORS["S"], initial_model=str(tmp_path))
-    recipe = change(recipe, "data.tokenizer.path", str(llama3_tokenizer))
+def test_released_weights_of_the_recipes_dimensions_are_accepted(smoke, released_tiny):
+    recipe = replace(without_training(smoke, "pretrain", "midtrain"), initial_model=str(released_tiny))
+    recipe = change(recipe, "data.tokenizer.path", str(released_tiny))
     assert list(find_problems(recipe)) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: spoil(folder / "model.safetensors"), "model.norm.weight holds NaN"),
+    ],
+)
+def test_weights_that_cannot_be_imported_are_refused_before_the_data_is_made(damage, words, smoke, released_tiny):
+    damage(released_tiny)
+    recipe = replace(without_training(smoke, "pretrain"), initial_model=str(released_tiny))
+    problems = {problem.field: str(problem) for problem in find_problems(recipe)}
+    assert words in problems["initial_model"]
+
+
+def test_another_tokenizer_than_the_initial_models_is_refused(smoke, released_tiny, tmp_path):
+    other = shutil.copytree(released_tiny, tmp_path / "other")
+    values = json.loads((other / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (other / "tokenizer.json").write_text(json.dumps(values))
+    recipe = replace(without_training(smoke, "pretrain"), initial_model=str(released_tiny))
+    recipe = change(recipe, "data.tokenizer.path", str(other))
+    (problem,) = find_problems(recipe)
+    assert problem.field == "data.tokenizer.path"
+    assert f"it gives 'A' the id {vocab['A']}, the tokenizer of initial_model {vocab['B']}" in str(problem)
+
+
+def spoil(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -75,22 +115,19 @@ def test_released_weights_of_the_recipes_dimensions_are_accepted(smoke, tmp_path
     [
         ("stages.sft.steps", 0, "stages.sft.steps", "--initial-model FOLDER"),
         ("initial_model", "/not/there", "initial_model", "has no config.json"),
-        ("initial_model", "S", "data.tokenizer.path", "give the one it was trained with"),
-        ("initial_model", "S", "model.d_model", "has 768"),
+        ("initial_model", "released", "data.tokenizer.path", "give the one it was trained with"),
+        ("initial_model", "released", "model.d_model", "has 64"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(path, value, field, words, smoke, tmp_path):
-    if value == "S":
-        config_from_dims(FLAVORS["S"]).save_pretrained(tmp_path)
-        value = str(tmp_path)
+def test_a_start_that_cannot_be_is_refused(path, value, field, words, smoke, released):
+    value = str(released) if value == "released" else value
     problems = {problem.field: str(problem) for problem in find_problems(change(smoke, path, value))}
     assert words in problems[field]
 
 
-def test_only_the_first_stages_may_have_no_steps(smoke, tmp_path):
-    config_from_dims(FLAVORS["tiny"]).save_pretrained(tmp_path)
+def test_only_the_first_stages_may_have_no_steps(smoke, released_tiny):
     for stage in ("sft", "qat"):
-        recipe = replace(without_training(smoke, stage), initial_model=str(tmp_path))
+        recipe = replace(without_training(smoke, stage), initial_model=str(released_tiny))
         assert f"stages.{stage}.steps" in [problem.field for problem in find_problems(recipe)]
-    recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), initial_model=str(tmp_path))
+    recipe = replace(without_training(smoke, "pretrain", "midtrain", "sft"), initial_model=str(released_tiny))
     assert [problem.field for problem in find_problems(recipe)] == ["data.tokenizer.path"]
