@@ -248,7 +248,7 @@ def _format_solution(result: dict[str, Any]) -> Group:
         style = "bold" if candidate["experts"] == best["experts"] else ""
         table.add_row(
             str(candidate["experts"]), str(dims["d_model"]), str(dims["n_layers"]),
-            f"{dims['n_experts']} + shared" if dims["shared_hidden"] else str(dims["n_experts"]),
+            f"{dims['n_experts']}+1" if dims["shared_hidden"] else str(dims["n_experts"]),
             f"{candidate['active'] / 1e6:,.0f}M", f"{candidate['total'] / 1e9:.2f}B",
             f"{candidate['tokens'] / 1e9:,.0f}B", f"{candidate['memory_bytes'] / 1e9:.2f} GB",
             f"{candidate['loss']:.4f}", style=style,

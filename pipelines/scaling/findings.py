@@ -44,9 +44,8 @@ def tabulate_losses(
 
 def compute_findings(law: Law = PUBLISHED) -> list[Finding]:
     """Return the findings of arXiv 2605.27358 on the scaling law, computed from the law."""
-    return [
-        _compare_with_dense(law), _find_flattening(law), _fix_memory(law), *_land_on_flavors(law), _compare_granularity(),
-    ]  # fmt: skip
+    findings = [_compare_with_dense(law), _find_flattening(law), _fix_memory(law)]
+    return [*findings, *_land_on_flavors(law), _compare_granularity()]
 
 
 def _compare_with_dense(law: Law) -> Finding:
@@ -69,8 +68,8 @@ def _find_flattening(law: Law) -> Finding:
         "returns flatten at E = 8",
         max(beyond) < law.rmse,
         f"E = 8 gains {min(gains):.4f} to {max(gains):.4f} nats over the dense model; 32 experts in place of 8 change "
-        f"the loss by {-max(beyond):+.4f} to {-min(beyond):+.4f}, with an RMSE of {law.rmse:g}. The least loss is at E = "
-        f"{min(best)} to {max(best)}, and falls with the tokens: the term of the data vanishes, that of the size grows "
+        f"the loss by {-max(beyond):+.4f} to {-min(beyond):+.4f}, with an RMSE of {law.rmse:g}. The best E is "
+        f"{max(best)} at the fewest tokens and {min(best)} at the most: the term of the data vanishes, that of the size grows "
         "with E",
     )
 

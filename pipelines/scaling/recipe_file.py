@@ -15,7 +15,8 @@ TEMPLATE = '''\
 """A MobileMoE of {total:.2f}B parameters, {active:.0f}M of them active: an answer of `mobilemoe scaling-law solve`.
 
 E = {experts} coarse experts. Weights and KV cache take {memory:.2f} GB. The law predicts a loss of {loss:.4f} nats a
-token after {tokens:.4g} tokens ({source}).
+token after {tokens:.4g} tokens.
+Law: {source}.
 """
 
 from pipelines.recipe import Recipe
@@ -28,7 +29,7 @@ def recipe() -> Recipe:
     model = ModelDims(
 {dimensions}
     )
-    return build_published({name!r}, model, world_size={world_size}, pretrain_tokens={tokens:.6g})
+    return build_published("{name}", model, world_size={world_size}, pretrain_tokens={tokens:.6g})
 '''
 
 
