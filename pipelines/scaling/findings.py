@@ -69,8 +69,8 @@ def _find_flattening(law: Law) -> Finding:
         max(beyond) < law.rmse,
         f"E = 8 gains {min(gains):.4f} to {max(gains):.4f} nats over the dense model; 32 experts in place of 8 change "
         f"the loss by {-max(beyond):+.4f} to {-min(beyond):+.4f}, with an RMSE of {law.rmse:g}. The best E is "
-        f"{max(best)} at the fewest tokens and {min(best)} at the most: the term of the data vanishes, that of the size grows "
-        "with E",
+        f"{max(best)} at the fewest tokens and {min(best)} at the most: the term of the data vanishes, and that of the "
+        "size grows with E",
     )
 
 

@@ -15,6 +15,7 @@ from itertools import product
 
 import numpy as np
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from core.errors import RefusedInput
 from pipelines.scaling.law import (
@@ -169,6 +170,7 @@ class Fit:
     """Leave-one-scale-out: a value of an input -> root mean square residual of its points under a fit without them."""
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def fit_law(
     points: Sequence[Point],
     *,
@@ -178,6 +180,8 @@ def fit_law(
     seed: int = 0,
 ) -> Fit:
     """Fit the law to the points; points of one number of experts give Chinchilla's form.
+
+    The matrices are small, so BLAS uses one thread: on a busy machine several wait for each other most of the time.
 
     Args:
         num_starts: starts of the search.
