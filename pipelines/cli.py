@@ -103,7 +103,7 @@ def run_command(words: list[str]) -> int:
 
 def format_usage() -> str:
     """Return the list of subcommands with their summaries."""
-    lines = [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: mobilemoe COMMAND ...  (mobilemoe COMMAND --help says more)", "", *lines])
 
 

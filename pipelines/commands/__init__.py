@@ -15,6 +15,7 @@ from pipelines.commands import (
     recipes,
     report,
     run,
+    scaling_law,
     status,
 )
 from pipelines.commands.command import Command
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(report.Report, report.rewrite_report),
     "recipes": Command(recipes.Recipes, recipes.list_recipes),
     "info": Command(info.Info, info.show_info, info.parse),
+    "scaling-law": Command(scaling_law.ScalingLaw, scaling_law.run, scaling_law.parse),
     "eval": Command(evaluate.Eval, evaluate.evaluate),
     "export": Command(export.Export, export.export),
     "import": Command(import_model.Import, import_model.import_model),

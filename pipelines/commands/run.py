@@ -52,10 +52,10 @@ class Run:
 
 
 def parse(words: Sequence[str]) -> Run:
-    """Parse RECIPE and the options that change it.
+    """Parse RECIPE, a Python file or `--like RUN`, and the options that change the recipe.
 
     Raises:
-        RefusedInput: there is no such recipe.
+        RefusedInput: there is no such recipe, or the file or run gives none.
         UsageShown: no recipe is named.
         SystemExit: a wrong option, or --help after RECIPE.
     """
@@ -63,13 +63,30 @@ def parse(words: Sequence[str]) -> Run:
 
     if not words or words[0] in ("-h", "--help"):
         raise UsageShown(
-            "usage: mobilemoe run RECIPE [--out DIR] [--until STEP] [--from STEP] [overrides]\n\n"
-            f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override",
+            "usage: mobilemoe run RECIPE|FILE.py|--like RUN [--out DIR] [--until STEP] [--from STEP] [overrides]\n\n"
+            f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override\n"
+            "FILE.py: a Python file whose function recipe() returns a Recipe\n"
+            "--like RUN: the recipe of a run folder",
             asked=bool(words),
         )
-    name, *rest = words
-    require_known("recipe", name, RECIPES)
-    return parse_arguments(Run, rest, f"run {name}", Run(recipe=RECIPES[name].build(), out=Path("runs") / name))
+    recipe, title, rest = _choose_recipe(words)
+    return parse_arguments(Run, rest, f"run {title}", Run(recipe=recipe, out=Path("runs") / recipe.name))
+
+
+def _choose_recipe(words: Sequence[str]) -> tuple[Recipe, str, Sequence[str]]:
+    """Return the recipe that the first words name, these words as a title, and the words that are left."""
+    from pipelines.recipes import RECIPES
+    from pipelines.recipes.load import load_recipe_file, load_recipe_of_run
+
+    first, *rest = words
+    if first == "--like":
+        if not rest:
+            raise RefusedInput("--like: give the folder of a run")
+        return load_recipe_of_run(Path(rest[0])), f"--like {rest[0]}", rest[1:]
+    if first.endswith(".py"):
+        return load_recipe_file(Path(first)), first, rest
+    require_known("recipe", first, RECIPES)
+    return RECIPES[first].build(), first, rest
 
 
 def run(arguments: Run) -> None:

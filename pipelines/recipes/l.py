@@ -5,6 +5,7 @@ It needs a tokenizer, access to the hub and GPUs; `mobilemoe recipes` prints the
 
 from pipelines.recipe import Recipe
 from pipelines.recipes.published import build_published
+from titan_ext.config import FLAVORS
 
 WORLD_SIZE = 256
 """Number of GPUs. Assumed: the paper does not state it."""
@@ -12,4 +13,4 @@ WORLD_SIZE = 256
 
 def recipe() -> Recipe:
     """Return the recipe of MobileMoE-L: 5.3B parameters, 922M active."""
-    return build_published("L", WORLD_SIZE)
+    return build_published("l", FLAVORS["L"], WORLD_SIZE)

@@ -5,6 +5,7 @@ It needs a tokenizer, access to the hub and GPUs; `mobilemoe recipes` prints the
 
 from pipelines.recipe import Recipe
 from pipelines.recipes.published import build_published
+from titan_ext.config import FLAVORS
 
 WORLD_SIZE = 128
 """Number of GPUs. Assumed: the paper does not state it."""
@@ -12,4 +13,4 @@ WORLD_SIZE = 128
 
 def recipe() -> Recipe:
     """Return the recipe of MobileMoE-M: 2.8B parameters, 528M active."""
-    return build_published("M", WORLD_SIZE)
+    return build_published("m", FLAVORS["M"], WORLD_SIZE)

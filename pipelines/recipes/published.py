@@ -5,13 +5,14 @@ the 6T tokens and of the 28 instruction sets. A domain whose corpora are smaller
 """
 
 import math
+from dataclasses import replace
 
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from pipelines.recipe import ClusterConfig, Recipe, Stages
-from titan_ext.config import FLAVORS, ParallelConfig
+from titan_ext.config import ModelDims, ParallelConfig
 from titan_ext.memory import estimate_memory
-from titan_ext.training.schedules import published_stages
+from titan_ext.training.schedules import PRETRAIN_TOKENS, published_stages, steps_for
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
 """Names of all open corpora of the published families whose licences allow commercial use. If your use allows
@@ -32,13 +33,21 @@ def describe_needs(recipe: Recipe) -> str:
     return NEEDS.format(gpus=recipe.parallel.world_size, gigabytes=gigabytes, corpora=", ".join(CORPORA))
 
 
-def build_published(flavor: str, world_size: int) -> Recipe:
-    """Return the recipe of one flavor (S, M or L) on `world_size` GPUs."""
+def build_published(name: str, model: ModelDims, world_size: int, pretrain_tokens: float = PRETRAIN_TOKENS) -> Recipe:
+    """Return the published recipe for a model on `world_size` GPUs.
+
+    Args:
+        pretrain_tokens: tokens of pre-training; the other stages keep the published ones.
+    """
+    stages = published_stages()
+    pretrain = stages["pretrain"]
+    steps = steps_for(pretrain_tokens, pretrain.seq_len, pretrain.global_batch_size)
+    stages["pretrain"] = replace(pretrain, steps=steps, warmup_steps=min(pretrain.warmup_steps, steps // 10))
     return Recipe(
-        name=flavor.lower(),
-        model=FLAVORS[flavor],
+        name=name,
+        model=model,
         data=DataConfig(corpora=CORPORA, commercial_only=True, near_duplicates_within="shard", workers=64),
-        stages=Stages(**published_stages()),
+        stages=Stages(**stages),
         parallel=ParallelConfig(world_size=world_size, expert_parallel=4, precision="bfloat16"),
         cluster=ClusterConfig(ray_address="auto", cpus_per_worker=8, gpus_per_worker=1, cpus_per_task=8),
     )
