@@ -20,6 +20,11 @@ from data.catalogue.corpus import RemoteFiles, Unit
 from data.readers import remote_files
 from data.readers.instruction_readers import ROLES
 
+MAX_DOCUMENT_CHARS = 10_000_000
+"""Largest number of characters of a document or conversation: three times the longest books. A block holds some copies
+of the text and its words, about a gigabyte, and the tokenizer encodes it in one call."""
+TOO_LARGE = f"longer than {MAX_DOCUMENT_CHARS:,} characters"
+
 
 def rank_file(rank: int) -> str:
     """Return the name of the file that holds a rank's documents between two steps."""
@@ -48,6 +53,8 @@ def find_problem(record: dict, kind: str) -> str | None:
         # Conversations are encoded after rendering, so a special token in a message would be taken as the real one.
         if any(token in message["content"] for token in SPECIAL_TOKENS):
             return "special token inside a message"
+    if sum(len(message["content"]) for message in messages) > MAX_DOCUMENT_CHARS:
+        return TOO_LARGE
     if messages[-1]["role"] != "assistant":
         return "last message is not the assistant's"
     return None
@@ -56,6 +63,8 @@ def find_problem(record: dict, kind: str) -> str | None:
 def _find_text_problem(text: object) -> str | None:
     if not isinstance(text, str):
         return f"text is {type(text).__name__}, not a string"
+    if len(text) > MAX_DOCUMENT_CHARS:
+        return TOO_LARGE
     if not text.strip():
         return "empty text"
     # UTF-8 cannot encode a lone surrogate: every later step would fail on it.

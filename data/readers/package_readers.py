@@ -16,6 +16,7 @@ from typing import Any
 
 from core.errors import RefusedInput
 from data.catalogue.corpus import Installed, PackageFile, Unit
+from data.readers.markup import replace_enclosed
 from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
@@ -23,9 +24,13 @@ MIN_MODULE_BYTES, MAX_MODULE_BYTES = 1_000, 60_000
 MIN_DESCRIPTION_CHARS = 1_000
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|0BSD)\b", re.IGNORECASE)
 RESTRICTIVE = re.compile(r"\b(A?GPL|LGPL|Lesser|Proprietary|NC)\b|GPL", re.IGNORECASE)
-_FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.DOTALL | re.MULTILINE)
-_IMAGE = re.compile(r"\[?!\[[^\]]*\]\([^)]*\)(?:\]\([^)]*\))?")
-_LINK = re.compile(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
+# The numbers in braces bound what an opening without an end may take: without them its time would be quadratic.
+_FENCE = re.compile(r"^(?P<kind>```|~~~)", re.MULTILINE)
+_FENCE_ENDS = {fence: re.compile(rf"^{fence}\s*$", re.MULTILINE) for fence in ("```", "~~~")}
+_IMAGE = re.compile(r"\[?!\[[^\]]{0,1000}\](?P<kind>\()")
+_IMAGE_END = {"(": re.compile(r"\)(?:\]\([^)]{0,2000}\))?")}
+_LINK = re.compile(r"\[(?P<kept>[^\]]{0,1000})\](?P<kind>[(\[])")
+_LINK_ENDS = {"(": re.compile(r"\)"), "[": re.compile(r"\]")}
 _TAG = re.compile(r"<[^>]{1,300}>")
 _NO_PROSE = re.compile(r"\s*(\||\.\. |:\w|\[[^\]]+\]:|[=~^\-*#_+]{3,}\s*$)|(?: {4}|\t)")
 """Start of a line that is a table row, a directive, a field, a link's target, a rule or indented code."""
@@ -121,9 +126,8 @@ def extract_prose(text: str) -> str:
     Code blocks, images, badges, link addresses, tables, tags and directives are removed, and so are paragraphs of fewer
     than 4 words.
     """
-    text = _FENCE.sub("", text)
-    text = _IMAGE.sub("", text)
-    text = _LINK.sub(r"\1", text)
+    for opening, ends in ((_FENCE, _FENCE_ENDS), (_IMAGE, _IMAGE_END), (_LINK, _LINK_ENDS)):
+        text = replace_enclosed(text, opening, ends)
     text = _TAG.sub("", text)
     lines = (line.rstrip() for line in text.splitlines())
     kept = [line.lstrip("#*-+> ").replace("`", "") for line in lines if not _NO_PROSE.match(line)]

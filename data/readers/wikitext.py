@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
+from data.readers.markup import remove_tables, remove_templates, replace_enclosed
+
 DROPPED_SECTIONS = {
     "see also", "references", "external links", "further reading", "notes", "bibliography", "footnotes", "sources",
     "gallery", "notes and references", "citations", "works", "discography", "filmography",
@@ -14,44 +16,38 @@ DROPPED_SECTIONS = {
 MIN_LINE_WORDS = 6
 """Least number of words of a line that is kept: shorter ones are captions, labels and list items."""
 
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_REFERENCE = re.compile(r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>", re.DOTALL | re.IGNORECASE)
-_BLOCK = re.compile(
-    r"<(math|gallery|timeline|source|syntaxhighlight|code|pre|nowiki)\b[^>]*>.*?</\1>", re.DOTALL | re.I
-)
-_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
-_TABLE = re.compile(r"\{\|(?:(?!\{\|).)*?\|\}", re.DOTALL)
+# The numbers in braces bound what an opening without an end may take: without them its time would be quadratic.
+_COMMENT = re.compile(r"(?P<kind><!--)")
+_REFERENCE = re.compile(r"<ref[^>/]{0,500}/>|<(?P<kind>ref)[^>]{0,500}>", re.IGNORECASE)
+_BLOCK_NAMES = ("math", "gallery", "timeline", "source", "syntaxhighlight", "code", "pre", "nowiki")
+_BLOCK = re.compile(rf"<(?P<kind>{'|'.join(_BLOCK_NAMES)})\b[^>]{{0,500}}>", re.IGNORECASE)
+_CLOSINGS = {"<!--": re.compile("-->")} | {
+    name: re.compile(f"</{name}>", re.IGNORECASE) for name in ("ref", *_BLOCK_NAMES)
+}
 _FILE = re.compile(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", re.IGNORECASE)
 _LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
-_EXTERNAL = re.compile(r"\[https?://\S+\s*([^\]]*)\]")
+_EXTERNAL = re.compile(r"\[https?://[^\s\]]{1,2000}+\s{0,100}+([^\]]{0,500}+)\]")
 _TAG = re.compile(r"<[^>]{1,200}>")
 _QUOTES = re.compile(r"'{2,}")
 _SECTION = re.compile(r"^==([^=].*?)==\s*$", re.MULTILINE)
-_HEADING = re.compile(r"^=+.*=+\s*$", re.MULTILINE)
-
-
-def _remove_nested(pattern: re.Pattern, text: str) -> str:
-    """Remove matches until none is left; the pattern matches the innermost ones, as templates and tables nest."""
-    while True:
-        shorter = pattern.sub("", text)
-        if shorter == text:
-            return text
-        text = shorter
+_HEADING = re.compile(r"^=.*=\s*$", re.MULTILINE)
+_LONG_NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{10,}+;?")
+"""Character references beyond Unicode. Python reads no number of more than 4,300 digits."""
 
 
 def extract_prose(wikitext: str) -> str:
     """Return the lines of prose, without markup, templates, tables, references and headings."""
-    text = _COMMENT.sub("", wikitext)
-    text = _REFERENCE.sub("", text)
-    text = _BLOCK.sub("", text)
-    text = _remove_nested(_TEMPLATE, text)
-    text = _remove_nested(_TABLE, text)
+    text = wikitext
+    for opening in (_COMMENT, _REFERENCE, _BLOCK):
+        text = replace_enclosed(text, opening, _CLOSINGS)
+    text = remove_tables(remove_templates(text))
     text = _FILE.sub("", text)
     text = _LINK.sub(r"\1", text)
     text = _EXTERNAL.sub(r"\1", text)
     text = _HEADING.sub("", text)
     text = _TAG.sub("", _QUOTES.sub("", text))
-    lines = (" ".join(line.lstrip("*#:; ").split()) for line in html.unescape(text).splitlines())
+    text = html.unescape(_LONG_NUMBER.sub("", text))
+    lines = (" ".join(line.lstrip("*#:; ").split()) for line in text.splitlines())
     return "\n".join(
         line for line in lines if len(line.split()) >= MIN_LINE_WORDS and not line.startswith(("|", "!", "{"))
     )

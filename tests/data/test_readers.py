@@ -25,7 +25,7 @@ from data.catalogue.corpus import SFT_DOMAINS, TEXT_DOMAINS, Corpus, Installed, 
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from data.readers import package_readers, remote_files, remote_readers
-from data.readers.corpus_reader import find_problem
+from data.readers.corpus_reader import MAX_DOCUMENT_CHARS, find_problem
 from data.readers.wikitext import extract_prose, read_articles
 from titan_ext.training.schedules import published_stages
 
@@ -321,6 +321,8 @@ def test_no_matching_file_is_refused(tmp_path):
         ({"text": ""}, "empty text"),
         ({"text": "\ud800"}, "lone surrogate"),
         ({"text": 3}, "text is int, not a string"),
+        ({"text": "a" * (MAX_DOCUMENT_CHARS + 1)}, "longer than 10,000,000 characters"),
+        ({"text": "a" * MAX_DOCUMENT_CHARS}, None),
     ],
 )
 def test_unusable_texts(record, reason):
