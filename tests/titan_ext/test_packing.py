@@ -22,6 +22,8 @@ class ListDomain:
 
     name: str
     documents: list[Document]
+    source: str = "memory"
+    reads: int = 0
 
     @property
     def num_documents(self) -> int:
@@ -33,6 +35,7 @@ class ListDomain:
         return 1 + float(np.mean([len(d.tokens) for d in self.documents]))
 
     def read_document(self, number: int) -> Document:
+        self.reads += 1
         return self.documents[number % len(self.documents)]
 
 
@@ -212,10 +215,40 @@ def test_what_is_truncated_skipped_and_padded_is_counted():
     np.testing.assert_array_equal(packed[1][0][5:], [PAD] * 3)
 
 
-def test_a_domain_without_any_target_is_refused_instead_of_searched_for_ever():
-    lane = make_lane(make_domains([[5, 6]], [[[0], [0]]]), 8)
-    with pytest.raises(RefusedInput, match="domain0"):
-        lane.next_sequence()
+@pytest.mark.parametrize(
+    ("lengths", "masks"),
+    [
+        ([1, 1, 1], None),  # too short
+        ([0], None),
+        ([5, 6], [[0], [0]]),  # nothing is trained
+        ([5, 20], [[1, 0, 0, 0, 0], [0] * 12 + [1] * 8]),  # a first token is no target; an answer beyond the sequence
+        ([1] * 3000, None),
+    ],
+)
+def test_a_domain_without_any_target_is_refused_instead_of_searched_for_ever(lengths, masks):
+    good, bad = make_domains([[9, 9], lengths], masks and [[[1], [1]], masks])
+    lane = make_lane([good, bad], 8)
+    message = (
+        rf"'domain1' \(memory\): none of its {len(lengths)} documents .* within 8 .*longest has {max(lengths)} tok"
+    )
+    with pytest.raises(RefusedInput, match=message):
+        rows(lane, 100)
+    assert bad.reads <= 2 * len(lengths)
+
+
+def test_a_rare_document_with_a_target_is_found():
+    (domain,) = make_domains([[1] * 2500 + [5]])
+    packed = rows(make_lane([domain], 4), 3)
+    assert [row[0].tolist() for row in packed] == [[2501 * STRIDE + i for i in range(4)]] * 3
+
+
+def test_a_share_of_almost_nothing_begins_soon(monkeypatch):
+    domains = make_domains([[9] * 4, [9] * 4])
+    assert compute_initial_deficits(domains, [0.75, 0.25], 4) == [[0, 0], [-2.5, 2.5], [5, -5], [2.5, -2.5]]
+    # One cycle would simulate 10^12 documents. Without its turn, the rare domain keeps what it was given at the start.
+    monkeypatch.setattr("titan_ext.loader.packing.MAX_SIMULATED_DOCUMENTS", 1000)
+    rare = compute_initial_deficits(domains, [1 - 1e-12, 1e-12], 4)
+    np.testing.assert_allclose(rare, [[0, 0], [10, -10], [10, -10], [10, -10]], atol=1e-6)
 
 
 @settings(max_examples=30)

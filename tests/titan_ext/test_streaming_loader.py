@@ -1,5 +1,6 @@
 """StreamingLoader over real MDS folders: order on any number of ranks, mixture, resume, refused input."""
 
+import json
 import shutil
 from itertools import islice
 
@@ -219,6 +220,44 @@ def test_bad_folders_are_refused(stage, tmp_path):
     (tmp_path / "v/math/index.json").write_text('{"version": 2, "sha')
     with pytest.raises(RefusedInput, match=r"index.json is damaged"):
         build(tmp_path / "v", cache)
+
+
+def test_domains_with_nothing_to_train_on_are_refused_by_name(tmp_path):
+    write_domain(tmp_path / "s/good", [np.arange(20)] * 3)
+    write_domain(tmp_path / "s/short", [[1]] * 40)
+    write_domain(tmp_path / "t/unmasked", [[1, 2, 3]] * 4, masks=[[1, 0, 0]] * 4)
+    with pytest.raises(RefusedInput, match=r"'short'.*none of its 40 documents.*longest has 1 tokens"):
+        list(islice(build(tmp_path / "s", tmp_path / "c", mixture={"good": 0.5, "short": 0.5}), 4))
+    for name, shards, skipped in (("short", "s", 40), ("unmasked", "t", 4)):
+        for infinite, message in ((True, rf"'{name}'.*none of its"), (False, rf"the {skipped} documents .*{name}")):
+            with pytest.raises(RefusedInput, match=message):
+                next(iter(build(tmp_path / shards, tmp_path / "c", mixture={name: 1.0}, infinite=infinite)))
+
+
+def test_documents_too_short_to_train_on_are_skipped_among_others(tmp_path):
+    write_domain(tmp_path / "s/web", [[1], [2, 3, 4], [5]])
+    loader = build(tmp_path / "s", tmp_path / "c", mixture={"web": 1.0}, infinite=False)
+    (batch,) = loader
+    assert rows(batch)[0, 0, :2].tolist() == [2, 3] and loader.statistics()["skipped"] == 2
+
+
+def test_fewer_documents_than_lanes_and_ranks_repeat(tmp_path):
+    write_domain(tmp_path / "s/web", [[1, 2, 3], [4, 5, 6]])
+    loaders = [build(tmp_path / "s", tmp_path / "c", r, 4, mixture={"web": 1.0}) for r in range(4)]
+    taken = sequences(loaders, 2)
+    assert len(taken) == G and set(taken[:, 0].ravel()) == {1, 2, 4, 5}
+
+
+@pytest.mark.parametrize("damage", [{"samples": -1}, {"raw_data": {"bytes": 0}}])
+def test_an_index_of_impossible_sizes_is_refused(tmp_path, damage):
+    write_domain(tmp_path / "s/web", [[1, 2, 3]])
+    path = tmp_path / "s/web/index.json"
+    index = json.loads(path.read_text())
+    for key, value in damage.items():
+        index["shards"][0][key] = index["shards"][0][key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(index))
+    with pytest.raises(RefusedInput, match=r"s/web/index.json is damaged"):
+        build(tmp_path / "s", tmp_path / "c", mixture={"web": 1.0})
 
 
 @pytest.mark.parametrize(

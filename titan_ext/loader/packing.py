@@ -23,6 +23,10 @@ from titan_ext.loader.domain import Document, Domain
 
 IGNORE_INDEX = -100
 """Label of a position that has no part in the loss, as in torch.nn.functional.cross_entropy."""
+SKIPPED_BEFORE_SEARCH = 1000
+"""Number of documents skipped in a row after which a lane makes sure that the domain has one to train on."""
+MAX_SIMULATED_DOCUMENTS = 100_000
+"""Largest number of documents of the simulated run of `compute_initial_deficits`, less than a second."""
 
 
 @dataclass
@@ -148,13 +152,29 @@ class Lane:
             self.state.skipped += 1
             skipped_in_a_row += 1
             # A skipped document fills no position, so the deficits stay the same and the same domain is chosen again.
-            # Without this limit the loop would never end.
-            if not self.single_pass and skipped_in_a_row > 1000 + self.domains[choice].num_documents:
-                raise RefusedInput(
-                    f"domain {self.domains[choice].name!r}: none of {skipped_in_a_row} documents drawn in a row has a "
-                    f"token to train on within {self.seq_len} positions; check the domain's loss_mask, or raise seq_len"
-                )
+            # Without this check the loop would never end.
+            domain = self.domains[choice]
+            if not self.single_pass and skipped_in_a_row == min(SKIPPED_BEFORE_SEARCH, domain.num_documents):
+                self._check_has_target(domain)
         return self._document
+
+    def _check_has_target(self, domain: Domain) -> None:
+        """Read a domain's documents up to the first one that has a target.
+
+        Raises:
+            RefusedInput: none has one.
+        """
+        longest = 0
+        for number in range(domain.num_documents):
+            document = domain.read_document(number)
+            if self._has_target(document):
+                return
+            longest = max(longest, len(document.tokens))
+        raise RefusedInput(
+            f"domain {domain.name!r} ({domain.source}): none of its {domain.num_documents} documents has a token to "
+            f"train on within {self.seq_len} positions (the longest has {longest} tokens, and a document needs 2); "
+            "leave the domain out of the mixture, check its loss_mask, or raise seq_len"
+        )
 
     def _read_last_draw(self, domain: int) -> Document:
         """Return the document that was drawn last from `domain`."""
@@ -223,11 +243,14 @@ def compute_initial_deficits(domains: Sequence[Domain], weights: Sequence[float]
     The result is indexed by lane, then by domain. Lanes that all began with deficits of 0 would draw the same domains
     at the same time: one batch would hold only web, the next one only math. So each lane begins at another point of a
     simulated run of one lane. In the simulation every document has its domain's mean length. The lanes' points are
-    spread evenly over one cycle, the number of tokens from one document of the rarest domain to the next. Lane 0 begins
-    with deficits of 0.
+    spread evenly over one cycle, the number of tokens from one document of the rarest domain to the next, but at most
+    those of MAX_SIMULATED_DOCUMENTS. Lane 0 begins with deficits of 0.
     """
     means = [domain.mean_tokens for domain in domains]
+    documents_per_token = sum(weight / mean for mean, weight in zip(means, weights, strict=True))
     cycle = max(mean / weight for mean, weight in zip(means, weights, strict=True))
+    # A share of one in a billion would take as many documents until its domain's turn comes.
+    cycle = min(cycle, MAX_SIMULATED_DOCUMENTS / documents_per_token)
     tokens, total = [0.0] * len(domains), 0.0
     initial_deficits: list[list[float]] = []
     while len(initial_deficits) < num_lanes:

@@ -279,6 +279,11 @@ def _parse_index(source: str, content: bytes) -> dict:
 
 
 def _check_shard(source: str, shard: dict) -> None:
+    if shard["samples"] < 0 or shard["raw_data"]["bytes"] < 1:
+        raise RefusedInput(
+            f"{source}/index.json is damaged: a shard of {shard['samples']} samples and {shard['raw_data']['bytes']} "
+            "bytes; write the shards again"
+        )
     columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
     if "tokens" not in columns or any(SFT_COLUMNS.get(name) != encoding for name, encoding in columns.items()):
         raise RefusedInput(

@@ -283,6 +283,12 @@ class StreamingLoader(BaseDataLoader):
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
             rows = [lane.next_sequence() for _ in range(R * B)]
+            if lane.state.sequences == 0:
+                raise RefusedInput(
+                    f"shards is {self._config.shards!r}: none of the {lane.state.skipped} documents of the domains "
+                    f"{list(self._mixture)} has a token to train on within {self._seq_len} positions; a document needs "
+                    "2 tokens, and a conversation one that its loss_mask marks"
+                )
             # The lane has ended if the first row is empty. If only later rows are empty, they become padding.
             if not rows[0]:
                 return
