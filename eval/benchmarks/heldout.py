@@ -46,10 +46,12 @@ def heldout_loss(
         domain without targets is None.
 
     Raises:
-        RefusedInput: the folder holds no model, there are no shards, a token is outside the vocabulary, or the context
-            is longer than the model's.
+        RefusedInput: the folder holds no model, there are no shards, no domain has a target, a token is outside the
+            vocabulary, `max_tokens` is below 1, or the context is longer than the model's.
         DamagedData: a shard is damaged or missing, or a sample's loss_mask does not have the length of its tokens.
     """
+    if max_tokens < 1:
+        raise RefusedInput(f"heldout: max_tokens is {max_tokens}, so nothing would be measured; set it to 1 or more")
     domains = sorted(index.parent for index in shards.glob("*/index.json"))
     if not domains:
         raise RefusedInput(f"heldout: no <domain>/index.json below {shards}; run the data step first")
@@ -67,8 +69,13 @@ def heldout_loss(
         by_domain[domain.name] = _measure_domain(model, windows, context, batch_size)
     progress("heldout", len(domains), len(domains))
     tokens = sum(domain["tokens"] for domain in by_domain.values())
+    if tokens == 0:
+        raise RefusedInput(
+            f"heldout: no document of {', '.join(by_domain)} below {shards} has a token to predict (2 tokens, and in a "
+            "conversation one that its loss_mask marks); raise data.heldout_fraction and run the data step again"
+        )
     total = sum(domain["loss"] * domain["tokens"] for domain in by_domain.values() if domain["tokens"])
-    return {"loss": total / tokens if tokens else None, "tokens": tokens, "by_domain": by_domain}
+    return {"loss": total / tokens, "tokens": tokens, "by_domain": by_domain}
 
 
 def read_documents(folder: Path) -> Iterator[dict[str, np.ndarray]]:

@@ -154,6 +154,22 @@ def test_bad_input_is_refused(tmp_path, model_dir):
         heldout_loss(tmp_path, tmp_path, context=16, **arguments)
 
 
+def test_nothing_to_measure_is_refused_and_a_domain_without_targets_has_no_loss(tmp_path, model_dir):
+    arguments = dict(context=16, batch_size=2, progress=ignore_progress)
+    write(tmp_path / "short", [{"tokens": np.array([1], np.uint32)}] * 3)
+    unmasked = {"tokens": np.array([1, 2, 3], np.uint32), "loss_mask": np.array([1, 0, 0], np.uint8)}
+    write(tmp_path / "unmasked", [unmasked], masked=True)
+    with pytest.raises(RefusedInput, match=r"no document of short, unmasked .* has a token to predict"):
+        heldout_loss(model_dir, tmp_path, max_tokens=100, **arguments)
+    write(tmp_path / "web", [{"tokens": np.array([1, 2, 3], np.uint32)}])
+    measured = heldout_loss(model_dir, tmp_path, max_tokens=100, **arguments)
+    assert measured["by_domain"]["short"] == measured["by_domain"]["unmasked"] == {"loss": None, "tokens": 0}
+    assert measured["tokens"] == 2 and measured["loss"] == measured["by_domain"]["web"]["loss"]
+    for nothing in (0, -1):
+        with pytest.raises(RefusedInput, match=f"max_tokens is {nothing}"):
+            heldout_loss(model_dir, tmp_path, max_tokens=nothing, **arguments)
+
+
 def test_a_mask_of_another_length_is_damage():
     sample = {"tokens": np.arange(5, dtype=np.uint32), "loss_mask": np.ones(4, np.uint8)}
     with pytest.raises(DamagedData, match="sample 0 has 5 tokens but a loss_mask of 4"):
