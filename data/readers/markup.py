@@ -40,16 +40,19 @@ def replace_enclosed(text: str, opening: re.Pattern, closings: dict[str, re.Patt
 
 def remove_templates(text: str) -> str:
     """Remove MediaWiki's templates `{{...}}`, the inner ones first; a part with single or unpaired braces stays."""
-    # Pairs of a brace and the texts behind it; the first pair stands for the begin of the text.
-    stack: list[tuple[str, list[str]]] = [("", [])]
+    parts: list[str] = []
+    braces: list[int] = []
+    """Positions of the braces in `parts`."""
     for part in _BRACES.findall(text):
-        if part not in "{}":
-            stack[-1][1].append(part)
-        elif part == "}" and len(stack) > 3 and stack[-1] == ("}", []) and stack[-3] == ("{", []) == (stack[-2][0], []):
-            del stack[-3:]
-        else:
-            stack.append((part, []))
-    return "".join(brace + "".join(texts) for brace, texts in stack)
+        if part == "}" and len(braces) > 2 and parts[-1] == "}":
+            outer, inner = braces[-3:-1]
+            if inner == outer + 1 and parts[inner] == parts[outer] == "{":
+                del parts[outer:], braces[-3:]
+                continue
+        if part in "{}":
+            braces.append(len(parts))
+        parts.append(part)
+    return "".join(parts)
 
 
 def remove_tables(text: str) -> str:
