@@ -79,7 +79,7 @@ def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
     Raises:
         DamagedData: the file is empty, or holds something else than its name says.
     """
-    file = io.BufferedReader(cast(io.RawIOBase, raw))
+    file: io.BufferedReader = io.BufferedReader(cast(Any, raw))
     beginning = _peek(file)
     compressed = False
     while opener := next((COMPRESSIONS[magic] for magic in COMPRESSIONS if beginning.startswith(magic)), None):
@@ -101,7 +101,7 @@ def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
         raise DamagedData(f"is no {suffix} file; it begins with {beginning[:16]!r}")
     if compressed and columnar:
         # A table is not read from its beginning to its end, as a compressed file is.
-        file = io.BufferedReader(cast(io.RawIOBase, io.BytesIO(file.read())))
+        file = io.BufferedReader(cast(Any, io.BytesIO(file.read())))
     return file, beginning
 
 
