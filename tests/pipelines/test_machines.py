@@ -15,6 +15,16 @@ ROOT = Path(__file__).parents[2]
 NOBODY = 54321
 """A user without an entry in the table of passwords, as containers have with --user."""
 
+DEAD_PROXY = "http://127.0.0.1:9"
+MISLEADING = {
+    "RAY_ADDRESS": "127.0.0.1:1", "RAY_TMPDIR": "/absent", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "many",
+    "http_proxy": DEAD_PROXY, "https_proxy": DEAD_PROXY, "HTTP_PROXY": DEAD_PROXY, "grpc_proxy": DEAD_PROXY,
+    "RANK": "7", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "absent", "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "SLURM_JOB_ID": "77", "SLURM_PROCID": "3", "SLURM_NTASKS": "8",
+    "LANG": "C", "LC_ALL": "C", "LD_PRELOAD": "/absent/libtcmalloc.so",
+}  # fmt: skip
+"""Variables of another Ray, a launcher, a proxy, an allocation, a locale and an allocator that is not there."""
+
 
 def start_cluster(run, cwd, user=None, **variables):
     """Return what the workers of a cluster saw that a process with these variables started; None removes a variable."""
@@ -37,6 +47,8 @@ def check_workers(seen, cwd):
         assert [worker[room] for room in ("core", "data", "eval")] == [str(ROOT)] * 3
         assert worker["cwd"] == str(cwd), "relative paths of a recipe mean the same on workers"
         assert "compiled-" in worker["inductor"]
+        assert worker["agent_store"] == ""
+    assert (seen["task"]["rank"], seen["gang"]["rank"]) == ("None of None", "0 of 1")
 
 
 def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_home_that_cannot_be_written(tmp_path):
@@ -45,7 +57,7 @@ def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_ho
         folder.mkdir()
     for name in ("core", "data", "eval", "pipelines", "titan_ext", "random", "ray"):
         (cwd / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
-    seen = start_cluster(tmp_path / "run", cwd, HOME="/proc/nobody", TMPDIR=str(long))
+    seen = start_cluster(tmp_path / "run", cwd, HOME="/proc/nobody", TMPDIR=str(long), **MISLEADING)
     check_workers(seen, cwd)
     home = Path(seen["task"]["home"])
     assert home.resolve() == long.resolve() / f"mobilemoe-cache-{os.getuid()}" / "home"
