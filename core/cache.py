@@ -50,8 +50,8 @@ def cache_dir() -> Path:
     status = folder.lstat()
     if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise RefusedInput(
-            f"{folder} can be written by another user, who could put code into it; set MOBILEMOE_CACHE to a folder that "
-            "only you can write"
+            f"{folder} can be written by another user, who could put code into it; set MOBILEMOE_CACHE to a folder "
+            "that only you can write"
         )
     return folder
 

@@ -14,10 +14,8 @@ def count_cpus() -> int:
 
     A quota of one and a half CPUs counts as two: two processes then share it.
     """
-    if hasattr(os, "sched_getaffinity"):  # Linux: it covers taskset, Slurm's binding and a container's set of CPUs
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
+    # On Linux this covers taskset, Slurm's binding and a container's set of CPUs.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, read_cpu_quota())))
 
 
