@@ -12,7 +12,8 @@ from core.environment import find_socket_folder
 from pipelines.ray.cluster import FOLDER_PREFIX, LONGEST_FOLDER
 
 ROOT = Path(__file__).parents[2]
-NO_PASSWORDS = ("unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /etc/passwd && exec "$@"', "sh")
+HIDDEN = " && ".join(f"mount --bind /dev/null /etc/{name}" for name in ("passwd", "nsswitch.conf"))
+NO_PASSWORDS = ("unshare", "--mount", "sh", "-c", f'{HIDDEN} && exec "$@"', "sh")
 """Beginning of a command that runs without the table of passwords, where root starts it."""
 
 DEAD_PROXY = "http://127.0.0.1:9"
@@ -87,7 +88,7 @@ def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
         len(f"{'x' * longest}/{FOLDER_PREFIX}12345678/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
         == 107
     )
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "long" * 30))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert find_socket_folder(longest) == Path("/tmp")
     monkeypatch.setattr("core.environment.SOCKET_FOLDERS", ())
