@@ -95,6 +95,19 @@ def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
     assert find_socket_folder(longest) is None
 
 
+@pytest.mark.parametrize("start", [["-m", "pipelines.cli"], ["-c", "from pipelines.cli import main; exit(main())"]])
+def test_our_own_packages_are_imported_where_the_working_directory_comes_first(tmp_path, start):
+    for name in ("core", "data", "eval", "titan_ext", "random"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, *start, "info", "S", "--json"], cwd=tmp_path, env=environment | {"PYTHONPATH": f":{ROOT}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dimensions"]["d_model"] == 768
+
+
 def test_a_removed_working_directory_is_refused(tmp_path):
     (tmp_path / "gone").mkdir()
     code = "import os; os.rmdir(os.getcwd()); from pipelines.cli import main; raise SystemExit(main(['recipes']))"
