@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from core.errors import RefusedInput
+
 COMPILED_PREFIX = "compiled-"
 """Beginning of the name of a machine's folder of compiled code."""
 LIBRARIES = {
@@ -43,7 +45,15 @@ def cache_dir() -> Path:
         home = None
     if home is not None and can_create(home):
         return home
-    return Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise RefusedInput(
+            f"{folder} can be written by another user, who could put code into it; set MOBILEMOE_CACHE to a folder "
+            "that only you can write"
+        )
+    return folder
 
 
 def can_create(folder: Path) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 import ray.train
 
-from core.environment import find_socket_folder
+from core.cpus import count_cpus
+from core.environment import find_socket_folder, prepare_environment
 from core.errors import RefusedInput
 from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
 from pipelines.ray import orphan_reaper
@@ -95,7 +96,7 @@ class Cluster(contextlib.AbstractContextManager):
         with contextlib.chdir(folder):
             return start_local_ray(
                 folder,
-                num_cpus=max(os.cpu_count() or 1, self.world_size * config.cpus_per_worker, config.cpus_per_task),
+                num_cpus=max(count_cpus(), self.world_size * config.cpus_per_worker, config.cpus_per_task),
                 include_dashboard=True,
                 dashboard_port=config.dashboard_port or None,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -193,6 +194,7 @@ class Cluster(contextlib.AbstractContextManager):
 
 
 def _run_logged(fn: Callable[..., Any], args: tuple[Any, ...], log: Path, working_directory: str | None) -> Any:
+    prepare_environment()  # a node of a cluster has its own
     if working_directory is not None:
         os.chdir(working_directory)
     with redirect_output(log):

@@ -15,6 +15,7 @@ from typing import Any
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
+from core.environment import prepare_environment
 from pipelines.compat import DataParallelTrainer, find_free_address
 from pipelines.ray.worker_log import redirect_output
 
@@ -52,6 +53,7 @@ class EnvironmentBackend(Backend):
 
 
 def _set_variables(variables: dict[str, str]) -> None:
+    prepare_environment()  # a node of a cluster has its own
     os.environ.update(variables)
 
 

@@ -51,6 +51,8 @@ def describe_process() -> dict[str, str]:
         "cwd": os.getcwd(),
         "home": os.path.expanduser("~"),
         "inductor": os.environ["TORCHINDUCTOR_CACHE_DIR"],
+        "rank": f"{os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}",
+        "agent_store": os.environ.get("TORCHELASTIC_USE_AGENT_STORE", ""),
     }
 
 

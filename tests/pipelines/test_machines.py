@@ -12,22 +12,33 @@ from core.environment import find_socket_folder
 from pipelines.ray.cluster import FOLDER_PREFIX, LONGEST_FOLDER
 
 ROOT = Path(__file__).parents[2]
-NOBODY = 54321
-"""A user without an entry in the table of passwords, as containers have with --user."""
+HIDDEN = " && ".join(f"mount --bind /dev/null /etc/{name}" for name in ("passwd", "nsswitch.conf"))
+NO_PASSWORDS = ("unshare", "--mount", "sh", "-c", f'{HIDDEN} && exec "$@"', "sh")
+"""Beginning of a command that runs without the table of passwords, where root starts it."""
+
+DEAD_PROXY = "http://127.0.0.1:9"
+MISLEADING = {
+    "RAY_ADDRESS": "127.0.0.1:1", "RAY_TMPDIR": "/absent", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "many",
+    "http_proxy": DEAD_PROXY, "https_proxy": DEAD_PROXY, "HTTP_PROXY": DEAD_PROXY, "grpc_proxy": DEAD_PROXY,
+    "RANK": "7", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "absent", "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "SLURM_JOB_ID": "77", "SLURM_PROCID": "3", "SLURM_NTASKS": "8",
+    "LANG": "C", "LC_ALL": "C", "LD_PRELOAD": "/absent/libtcmalloc.so",
+}  # fmt: skip
+"""Variables of another Ray, a launcher, a proxy, an allocation, a locale and an allocator that is not there."""
 
 
-def start_cluster(run, cwd, user=None, **variables):
-    """Return what the workers of a cluster saw that a process with these variables started; None removes a variable."""
+def start_cluster(run, cwd, within=(), **variables):
+    """Return what the workers of a cluster saw that a process with these variables started; None removes a variable.
+
+    within: beginning of a command that starts the process.
+    """
     removed = ("TMPDIR", "MOBILEMOE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "PYTHONSAFEPATH", "RAY_ADDRESS")
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment |= {"PYTHONPATH": str(ROOT)} | {name: value for name, value in variables.items() if value is not None}
     for name in (name for name, value in variables.items() if value is None):
         environment.pop(name, None)
-    command = [sys.executable, "-P", "-m", "tests.pipelines.machine_driver", str(run)]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        **({"user": user, "group": user, "extra_groups": []} if user else {}),
-    )  # fmt: skip
+    command = [*within, sys.executable, "-P", "-m", "tests.pipelines.machine_driver", str(run)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -37,6 +48,8 @@ def check_workers(seen, cwd):
         assert [worker[room] for room in ("core", "data", "eval")] == [str(ROOT)] * 3
         assert worker["cwd"] == str(cwd), "relative paths of a recipe mean the same on workers"
         assert "compiled-" in worker["inductor"]
+        assert worker["agent_store"] == ""
+    assert (seen["task"]["rank"], seen["gang"]["rank"]) == ("None of None", "0 of 1")
 
 
 def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_home_that_cannot_be_written(tmp_path):
@@ -45,7 +58,7 @@ def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_ho
         folder.mkdir()
     for name in ("core", "data", "eval", "pipelines", "titan_ext", "random", "ray"):
         (cwd / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
-    seen = start_cluster(tmp_path / "run", cwd, HOME="/proc/nobody", TMPDIR=str(long))
+    seen = start_cluster(tmp_path / "run", cwd, HOME="/proc/nobody", TMPDIR=str(long), **MISLEADING)
     check_workers(seen, cwd)
     home = Path(seen["task"]["home"])
     assert home.resolve() == long.resolve() / f"mobilemoe-cache-{os.getuid()}" / "home"
@@ -54,23 +67,19 @@ def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_ho
     link.unlink()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can run a process as another user")
-def test_a_user_whom_the_system_does_not_know(tmp_path_factory):
-    can_run = subprocess.run([sys.executable, "-c", ""], user=NOBODY, group=NOBODY, extra_groups=[], check=False)
-    if can_run.returncode:
-        pytest.skip("another user cannot run this interpreter")
-    folder = find_socket_folder(40) / f"mobilemoe-test-{os.getpid()}"  # pytest's folders are closed to other users
-    run, temporary = folder / "run", folder / "tmp"
-    try:
-        for path in (folder, run, temporary):
-            path.mkdir()
-            os.chown(path, NOBODY, NOBODY)
-        seen = start_cluster(
-            run, folder, user=NOBODY, HOME=None, USER=None, LOGNAME=None, TMPDIR=str(temporary)
-        )  # fmt: skip
-        check_workers(seen, folder)
-    finally:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+def test_a_user_whom_the_system_does_not_know(tmp_path):
+    """The user of a container with --user 54321: no entry in the table of passwords, and no HOME."""
+    unknown = [*NO_PASSWORDS, sys.executable, "-c", "import os, pwd; pwd.getpwuid(os.getuid())"]
+    done = subprocess.run(unknown, capture_output=True, text=True, check=False)
+    if "uid not found" not in done.stderr:
+        pytest.skip("only root can hide the table of passwords from a process")
+    (tmp_path / "run").mkdir()
+    seen = start_cluster(
+        tmp_path / "run", tmp_path, NO_PASSWORDS, TMPDIR=str(tmp_path), HOME=None, USER=None, LOGNAME=None,
+        USERNAME=None, LNAME=None,
+    )  # fmt: skip
+    check_workers(seen, tmp_path)
+    assert Path(seen["task"]["home"]).name == "home"
 
 
 def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
@@ -79,11 +88,24 @@ def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
         len(f"{'x' * longest}/{FOLDER_PREFIX}12345678/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
         == 107
     )
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "long" * 30))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert find_socket_folder(longest) == Path("/tmp")
     monkeypatch.setattr("core.environment.SOCKET_FOLDERS", ())
     assert find_socket_folder(longest) is None
+
+
+@pytest.mark.parametrize("start", [["-m", "pipelines.cli"], ["-c", "from pipelines.cli import main; exit(main())"]])
+def test_our_own_packages_are_imported_where_the_working_directory_comes_first(tmp_path, start):
+    for name in ("core", "data", "eval", "titan_ext", "random"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, *start, "info", "S", "--json"], cwd=tmp_path, env=environment | {"PYTHONPATH": f":{ROOT}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dimensions"]["d_model"] == 768
 
 
 def test_a_removed_working_directory_is_refused(tmp_path):
