@@ -19,7 +19,7 @@ CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commerc
 `natural-reasoning`, `tulu-3` and `wildguardmix`, name them in `data.corpora` too and set `data.commercial_only` to
 False. The shares of the domains are the stages' mixtures."""
 NEEDS = """\
---data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3's special tokens
+--data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3.1's special tokens (docs/data.md)
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
 {gpus} GPUs in a Ray cluster: run on one of its nodes, or --cluster.ray-address HOST:PORT
 up to {gigabytes} GB of memory a GPU, estimated without recomputation; the default there, selective, takes less
