@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -115,6 +116,8 @@ def prepare(
         _make_tokenizer(config, units, out, progress)
         _write_shards(config, runner, units, out)
         conversations = data_manifest.count_conversations(out / "work" / "logs", units)
+        refused = {name: (counts[name]["kept"], Counter(entry["refused"])) for name, entry in conversations.items()}
+        malformed_limit.check_corpora(refused, config.max_malformed_share, out / "set_aside" / "conversations")
         shards = _assemble(out, progress)
         manifest = {
             "plan": plan,

@@ -221,11 +221,11 @@ def _draw(result: dict[str, Any], out: Path) -> None:
     }
     domains = list(dict.fromkeys(m["domain"] for m in result["measurements"]))
     for name, keys in panels.items():
-        _draw_panels(result, domains, keys, out / name)
+        # matplotlib would read a `$` in a folder's or a domain's name as the begin of a formula.
+        with plt.rc_context({"text.parse_math": False}):
+            _draw_panels(result, domains, keys, out / name)
 
 
-# matplotlib would read a `$` in a folder's or a domain's name as the begin of a formula.
-@plt.rc_context({"text.parse_math": False})
 def _draw_panels(result: dict[str, Any], domains: list[str], keys: tuple[tuple[str, str], ...], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, (key, label) in zip(axes, keys, strict=True):

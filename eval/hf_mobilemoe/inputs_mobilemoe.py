@@ -262,8 +262,11 @@ class CheckedGenerationMixin(GenerationMixin):
             ValueError: the prompt is empty, is no token ids, has ids outside of the vocabulary or padding behind its
                 tokens; or prompt and new tokens together are longer than the model's context.
         """
-        config: Any = self.config
-        settings = (generation_config, self.generation_config)
+        model: Any = self  # the class that this one is mixed into
+        config = model.config
+        settings = (generation_config, model.generation_config)
+        ids: Any
+        embeds: Any
         ids, embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
         if ids is not None or embeds is not None:
             check_prompt(ids, embeds, config, kwargs, _find_setting("pad_token_id", kwargs, settings),

@@ -100,7 +100,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def _slice(self, name: str) -> Any:
         return self._all_shards[name].get_slice(self._stored[name])
 
-    def _read_dtype(self, name: str) -> torch.dtype | str:
+    def _read_dtype(self, name: str) -> Any:
         code = self._slice(name).get_dtype()
         return _DTYPES.get(code, code)
 

@@ -63,7 +63,7 @@ def _find_flattening(law: Law) -> Finding:
     cells = [(n, d) for n in SIZES for d in TOKENS]
     gains = [_predict(law, n, d, 1) - _predict(law, n, d, 8) for n, d in cells]
     beyond = [_predict(law, n, d, 8) - _predict(law, n, d, 32) for n, d in cells]
-    best = [min(EXPERTS, key=lambda number, n=n, d=d: _predict(law, n, d, number)) for n, d in cells]
+    best = [min((_predict(law, n, d, number), number) for number in EXPERTS)[1] for n, d in cells]
     return Finding(
         "returns flatten at E = 8",
         max(beyond) < law.rmse,

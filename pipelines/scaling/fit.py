@@ -248,7 +248,7 @@ def _draw_bootstrap(design: Design, theta: Floats, num_draws: int, seed: int) ->
     """Return the coefficients of fits to samples of the points, drawn with replacement."""
     rng = np.random.default_rng(seed)
     number = len(design.log_loss_P)
-    draws = []
+    draws: list[Floats] = []
     while len(draws) < num_draws:
         sample = design.select(rng.integers(number, size=number))
         # A sample may lack all but one value of an input; then its coefficients mean nothing.

@@ -17,6 +17,7 @@ special cases: a fixed architecture gives the joint MoE law (arXiv 2502.05172), 
 fixed number of experts gives Chinchilla's five (arXiv 2203.15556).
 """
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def effective_experts(experts: ArrayLike) -> Floats:
     """
     count = np.asarray(experts, np.float64)
     if not (count >= 1).all():
-        raise RefusedInput(f"experts = {experts}: a model has at least 1 coarse expert; 1 is a dense model")
+        raise RefusedInput(f"experts = {experts!r}: a model has at least 1 coarse expert; 1 is a dense model")
     return 1 / (1 / (count - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
 
 
@@ -52,7 +53,7 @@ def count_experts(effective: ArrayLike) -> Floats:
     """
     e = np.asarray(effective, np.float64)
     if not ((e >= E_START) & (e < E_MAX)).all():
-        raise RefusedInput(f"effective experts = {effective}: lies from {E_START:g} up to, not including, {E_MAX:g}")
+        raise RefusedInput(f"effective experts = {effective!r}: lies from {E_START:g} up to, not including, {E_MAX:g}")
     return 1 / (1 / e - 1 / E_MAX) - 1 / (1 / E_START - 1 / E_MAX) + 1
 
 
@@ -205,15 +206,20 @@ def load_law(path: Path) -> Law:
     Raises:
         RefusedInput: the file is missing, is no JSON, or has other fields.
     """
-    import json
-
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         fit = content["law"]
-        ranges = {name: Range(**fit[name]) for name in ("active", "tokens", "experts")}
-        draws = tuple(Coefficients(**draw) for draw in fit["draws"])
-        rest = {name: fit[name] for name in ("source", "rmse", "granularity", "shared_expert")}
-        return Law(coefficients=Coefficients(**fit["coefficients"]), draws=draws, **ranges, **rest)
+        return Law(
+            coefficients=Coefficients(**fit["coefficients"]),
+            source=fit["source"],
+            rmse=fit["rmse"],
+            active=Range(**fit["active"]),
+            tokens=Range(**fit["tokens"]),
+            experts=Range(**fit["experts"]),
+            granularity=fit["granularity"],
+            shared_expert=fit["shared_expert"],
+            draws=tuple(Coefficients(**draw) for draw in fit["draws"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedInput(
             f"--law {path}: not a law that `mobilemoe scaling-law fit` wrote ({error!r}); give its law.json"

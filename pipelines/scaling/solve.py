@@ -166,8 +166,9 @@ def _fits(candidate: Candidate, budget: Budget) -> bool:
 
 def _find_binding(law: Law, candidates: list[Candidate], budget: Budget, loss: float) -> Iterator[str]:
     """Yield the limits without which a lower loss would be reachable. More training always lowers the loss."""
-    for name in ("memory", "decode_flops"):
-        relaxed = replace(budget, **{name: inf})
+    for name, relaxed in (
+        ("memory", replace(budget, memory=inf)), ("decode_flops", replace(budget, decode_flops=inf)),
+    ):  # fmt: skip
         fitting = (candidate for candidate in candidates if _fits(candidate, relaxed))
         if min(candidate.predict_loss(law) for candidate in fitting) < loss:
             yield name
