@@ -89,7 +89,7 @@ def test_malformed_rows_are_set_aside_with_a_reason(prepared):
     reasons = [json.loads(line)["reason"] for file in files for line in file.read_text().splitlines()]
     assert len(reasons) == 3
     assert any(reason.startswith("json:") for reason in reasons)
-    assert "text is NoneType, not a string" in reasons
+    assert "text is null, not a string" in reasons
 
 
 def test_contaminated_document_is_set_aside_and_its_neighbours_are_kept(prepared):
