@@ -22,8 +22,9 @@ from tests.data import planted
 NAMES = (
     "x [v1]", "[/x]", "a*b", "q?", "{a,b}", "**", "a::b", "s3:x", "file:x", "%20", "%j", "#1", "~", "-n", "two  spaces",
     "end ", "größe", "line\nbreak", "back\\slash", "it's", "$HOME", "[!x]", "a&b;c", "zip::x",
-    os.fsdecode(b"latin-1 \xff"),
 )  # fmt: skip
+NOT_UTF_8 = os.fsdecode(b"latin-1 \xff")
+"""A name that files and addresses may have; only the tokenizer's folder may not, for `tokenizers` takes it as UTF-8."""
 
 
 def run_block(block, rank: int = 0, documents: list[Document] | None = None) -> list[Document]:
@@ -50,12 +51,12 @@ def count_duplicates(folder: Path) -> tuple[int, int]:
     return total - kept[0], total - kept[1]
 
 
-@pytest.mark.parametrize("name", ["plain", *NAMES])
+@pytest.mark.parametrize("name", ["plain", *NAMES, NOT_UTF_8])
 def test_duplicates_are_found_below_a_folder_of_any_name(tmp_path, name):
     assert count_duplicates(tmp_path / name) == (5, 8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, NOT_UTF_8])
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_folder_lists_and_keeps_its_files_under_any_name(tmp_path, monkeypatch, name, relative):
     monkeypatch.chdir(tmp_path)
@@ -70,7 +71,7 @@ def test_a_folder_lists_and_keeps_its_files_under_any_name(tmp_path, monkeypatch
     assert (list_incomplete_ranks(executor), count_completed_ranks(tmp_path / name)) == ([0], 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, NOT_UTF_8])
 @pytest.mark.parametrize("relative", [False, True])
 def test_an_address_is_no_pattern_and_its_files_have_any_name(tmp_path, monkeypatch, name, relative):
     monkeypatch.chdir(tmp_path)
@@ -111,7 +112,7 @@ def test_below_all_these_folders_at_once_the_data_is_the_same(prepared, tmp_path
     assert len(loaded) == planted.CONFIG.tokenizer.train_vocab_size
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, NOT_UTF_8])
 def test_a_package_is_read_out_of_a_folder_of_any_name(tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / name / "p.whl", "w") as archive:
