@@ -42,7 +42,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from training_rules.find_model_problems(recipe.model)
     yield from find_nonpositive("parallel", recipe.parallel, ("world_size", "expert_parallel", *training_rules.DEGREES))
     for name, stage in recipe.stages.items():
-        numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate")
+        numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate", "heldout_batches")
         yield from find_nonpositive(
             f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
         )

@@ -78,6 +78,7 @@ REFUSALS = [
     ("stages.midtrain.seq_len", 128, "stages.midtrain.seq_len", "at least 256"),
     ("stages.pretrain.global_batch_size", 24, "stages.pretrain.global_batch_size", "set it to 32"),
     ("stages.sft.steps", 0, "stages.sft.steps", "above 0"),
+    ("stages.sft.heldout_batches", 0, "stages.sft.heldout_batches", "above 0"),
     ("stages.sft.warmup_steps", 60, "stages.sft.warmup_steps", "below stages.sft.steps = 40"),
     ("stages.pretrain.capacity_factor", 0.5, "stages.pretrain.capacity_factor", "set 1.5"),
     ("stages.pretrain.skip_spikes_sigma", 0.0, "stages.pretrain.skip_spikes_sigma", "set 6"),
