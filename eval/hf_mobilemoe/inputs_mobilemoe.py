@@ -268,7 +268,7 @@ class CheckedGenerationMixin(GenerationMixin):
         if ids is not None or embeds is not None:
             check_prompt(ids, embeds, config, kwargs, _find_setting("pad_token_id", kwargs, settings),
                          _find_setting("eos_token_id", kwargs, settings))  # fmt: skip
-            given = ids if embeds is None else embeds
+            given: Any = ids if embeds is None else embeds
             new = _find_setting("max_new_tokens", kwargs, settings)
             length = _find_setting("max_length", kwargs, settings)
             if length == GenerationConfig().max_length and "max_length" not in kwargs:
