@@ -271,7 +271,7 @@ class CheckedGenerationMixin(GenerationMixin):
         if ids is not None or embeds is not None:
             check_prompt(ids, embeds, config, kwargs, _find_setting("pad_token_id", kwargs, settings),
                          _find_setting("eos_token_id", kwargs, settings))  # fmt: skip
-            given = ids if embeds is None else embeds
+            given: Any = ids if embeds is None else embeds
             new = _find_setting("max_new_tokens", kwargs, settings)
             length = _find_setting("max_length", kwargs, settings)
             if length == GenerationConfig().max_length and "max_length" not in kwargs:
@@ -300,12 +300,19 @@ def check_prompt(
     else:
         check_embeds(embeds, config.hidden_size)
     batch, length = (ids if embeds is None else embeds).shape[:2]
+    past = kwargs.get("past_key_values")
+    seen = past.get_seq_length() if isinstance(past, Cache) and embeds is None else 0
+    if isinstance(seen, int) and seen >= length:
+        raise ValueError(
+            f"input_ids has {length} tokens and past_key_values holds {seen}: give the whole conversation, with at least "
+            "one token behind those in the cache"
+        )
     mask = kwargs.get("attention_mask")
     stops = eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]
     if mask is None and embeds is None and pad_id is not None and pad_id not in stops:
         mask = (ids != pad_id).long()
     # Embeddings that continue a cache come without those before them; `forward` checks the mask then.
-    check_mask(mask, batch, length if kwargs.get("past_key_values") is None else None, look=True)
+    check_mask(mask, batch, length if past is None else None, look=True)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
         row = int((mask[:, -1] == 0).nonzero()[0])
         raise ValueError(

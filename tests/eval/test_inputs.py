@@ -163,6 +163,15 @@ def test_arguments_of_generate_that_do_not_fit_are_refused(model, case):
 
 
 @torch.inference_mode()
+def test_a_cache_is_continued_by_the_whole_conversation(model):
+    with pytest.raises(ValueError, match="has 4 tokens and past_key_values holds 4: give the whole conversation"):
+        model.generate(IDS, past_key_values=cache_of(model), max_new_tokens=2, **GREEDY)
+    longer = torch.cat([IDS, IDS[:, :1]], dim=1)
+    found = model.generate(longer, past_key_values=cache_of(model), max_new_tokens=2, **GREEDY)
+    assert torch.equal(found, model.generate(longer, max_new_tokens=2, **GREEDY))
+
+
+@torch.inference_mode()
 def test_inputs_at_their_limits_compute(model):
     ids = torch.randint(8, VOCAB, (1, LIMIT), generator=torch.Generator().manual_seed(0))
     ids[0, :2] = torch.tensor([0, VOCAB - 1])
