@@ -41,9 +41,9 @@ def phone(tmp_path):
         (program / name).write_text("x")
     (program / "program.json").write_text('{"uses_fast_expert_op": false}')
 
-    def run(**environment):
+    def run(*, numbers=("2", "9"), **environment):
         env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PHONE": str(tmp_path)} | environment
-        command = [str(SCRIPT), str(program), str(tmp_path / "llama_main"), str(tmp_path / "out"), "2", "9"]
+        command = [str(SCRIPT), str(program), str(tmp_path / "llama_main"), str(tmp_path / "out"), *numbers]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     run.folder = tmp_path
@@ -63,6 +63,12 @@ def test_it_collects_statistics_and_peak_memory(phone):
 
 def test_a_runner_that_fails_ends_it(phone):
     assert phone(RUNNER_FAILS="yes").returncode != 0
+
+
+@pytest.mark.parametrize("numbers", [("0", "9"), ("2", "0"), ("-1", "9"), ("2", "x"), ("2", "1.5"), ("2; reboot", "9")])
+def test_numbers_that_are_none_are_refused(phone, numbers):
+    done = phone(numbers=numbers)
+    assert done.returncode == 2 and "whole numbers from 1" in done.stderr
 
 
 def test_no_phone_and_the_wrong_program_are_refused(phone):

@@ -13,6 +13,9 @@ folder=$1 runner=$2 out=$3 threads=${4:-4} new_tokens=${5:-128}
 prompts=$(dirname "$0")/../prompts
 remote=/data/local/tmp/mobilemoe
 
+for number in "$threads" "$new_tokens"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "$number: THREADS and NEW_TOKENS are whole numbers from 1" >&2; exit 2; }
+done
 for file in "$folder/model.pte" "$folder/tokenizer.json" "$runner"; do
   [[ -f $file ]] || { echo "$file: no such file" >&2; exit 2; }
 done

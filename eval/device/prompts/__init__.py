@@ -59,13 +59,9 @@ def check_texts(texts: Mapping[str, str]) -> None:
         RefusedInput: there is no text, one is empty or has half of a character, or its name is taken.
     """
     if not texts:
-        raise RefusedInput(
-            "--prompts: there is no prompt; give at least one domain with a text, or leave the option out"
-        )
+        raise RefusedInput("--prompts: there is no prompt; give a domain with a text, or leave the option out")
     if DUMMY in texts:
-        raise RefusedInput(
-            f"--prompts: {DUMMY!r} is the name of a prompt that is always measured; name the domain otherwise"
-        )
+        raise RefusedInput(f"--prompts: {DUMMY!r} is measured in any case; give the domain another name")
     for domain, text in texts.items():
         if not text:
             raise RefusedInput(f"the prompt of domain {domain!r} is empty; give it some text")
