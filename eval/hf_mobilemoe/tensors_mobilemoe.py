@@ -101,6 +101,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         return self._all_shards[name].get_slice(self._stored[name])
 
     def _read_dtype(self, name: str) -> Any:
+        """Return a torch.dtype, or the header's name of one that no checkpoint has; `check_dtype` refuses it."""
         code = self._slice(name).get_dtype()
         return _DTYPES.get(code, code)
 

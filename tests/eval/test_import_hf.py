@@ -73,7 +73,8 @@ def test_the_command_imports_and_refuses(bf16, tmp_path, capsys):
     assert (tmp_path / "dcp/.metadata").is_file()
     assert main(["import", str(bf16), "--out", str(tmp_path / "dcp")]) == 2
     assert "exists; name a folder that does not" in capsys.readouterr().err
-    assert main(["import", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["import", str(tmp_path / "empty"), "--out", str(tmp_path / "other")]) == 2
     assert "no config.json" in capsys.readouterr().err
 
 
