@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ LIBRARIES = {
 """Variable that a library reads its cache folder from -> name of the folder."""
 CAPABILITY_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CXX")
 """Variables that choose the instructions or the compiler of compiled code."""
+PLAIN_PATH = re.compile(r"[\w./+@%,=-]+", re.ASCII)
+"""Paths that inductor's command for the compiler holds in one piece."""
 KEYED_PACKAGES = ("torch", "triton")
 """Distributions whose versions decide what compiled code looks like."""
 
@@ -45,6 +48,15 @@ def cache_dir() -> Path:
         home = None
     if home is not None and can_create(home):
         return home
+    return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """Return this user's cache among the temporary files.
+
+    Raises:
+        RefusedInput: another user can write to it.
+    """
     folder = Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
@@ -104,29 +116,26 @@ def _read_version(distribution: str) -> str:
         return "none"
 
 
-def compiled_code_dir() -> Path:
-    """Return the folder of this machine's compiled code below the cache folder; it may not exist yet."""
-    return cache_dir() / f"{COMPILED_PREFIX}{identify_machine()}"
-
-
 def keep_compiled_code_apart() -> None:
     """Point inductor, triton and torch's extensions to caches that only this kind of machine uses.
 
     Call it before anything is compiled; children inherit the variables. A folder that the user chose becomes the parent
-    of a folder of this machine. A call in a process that inherited the variables changes nothing, unless the process
+    of a folder of this machine. One with blanks or quotes in its path cannot be used, because inductor splits the
+    compiler's command there; the cache is then among the temporary files. A call in a process that inherited the variables changes nothing, unless the process
     runs on another kind of machine than its parent.
     """
     for variable, name in LIBRARIES.items():
         chosen = os.environ.get(variable)
-        # importing torch sets inductor's variable to torch's own default, which is nobody's choice
+        # Importing torch sets inductor's variable to torch's own default, which is nobody's choice.
         if chosen is None or (variable == "TORCHINDUCTOR_CACHE_DIR" and _is_torch_default(Path(chosen))):
-            folder = compiled_code_dir() / name
+            parent = cache_dir()
         else:
             parent = Path(chosen)
             if parent.parent.name.startswith(COMPILED_PREFIX):
                 parent = parent.parent.parent
-            folder = parent / f"{COMPILED_PREFIX}{identify_machine()}" / name
-        os.environ[variable] = str(folder)
+        if not PLAIN_PATH.fullmatch(str(parent)):
+            parent = _temporary_cache()
+        os.environ[variable] = str(parent / f"{COMPILED_PREFIX}{identify_machine()}" / name)
 
 
 def _is_torch_default(folder: Path) -> bool:

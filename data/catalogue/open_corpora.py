@@ -10,8 +10,7 @@ columns of ToolACE, xLAM, OpenThoughts and the Nemotron sets. NOT checked: the s
 names of OpenCodeInstruct, Tulu 3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of
 OpenCoder's `synthetic_qa`; OpenThoughts' licence. No address was opened: the data step names a wrong one when it reads
 it. Gated sets need an accepted agreement and HF_TOKEN. NVIDIA's sets are reported to withhold prompts that belong to
-others (LMSYS's in `chat`): such a row has a user's message without text, so it is malformed here. Where they are more
-than `data.max_malformed_share`, fill them in from their source, raise it, or leave the corpus out.
+others (LMSYS's in `chat`): such a row has a user's message without text and is excluded; the manifest counts them.
 
 `tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
 the uncompressed text where a card states it. Otherwise it is an estimate for the disk check: 4.5 bytes a token or, for
@@ -127,7 +126,7 @@ _INSTRUCTIONS = (
     ),
     _sft(
         name="nemotron-math", domain="math", licence="CC-BY-4.0", documents=2_044_407,
-        source=RemoteFiles(_NEMOTRON, "data/math-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        source=RemoteFiles(_NEMOTRON, "data/math-*.parquet", ("messages",)), read=remote_readers.read_released_messages,
         text_bytes=79_173_786_238,
     ),
     _sft(
@@ -142,7 +141,7 @@ _INSTRUCTIONS = (
     ),
     _sft(
         name="nemotron-chat", domain="chat", licence="CC-BY-4.0", documents=746_622,
-        source=RemoteFiles(_NEMOTRON, "data/chat-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        source=RemoteFiles(_NEMOTRON, "data/chat-*.parquet", ("messages",)), read=remote_readers.read_released_messages,
         text_bytes=3_824_039_827,
     ),
     _sft(
@@ -158,7 +157,7 @@ _INSTRUCTIONS = (
     ),
     _sft(
         name="nemotron-tools", domain="tool_use", licence="CC-BY-4.0", documents=310_051,
-        source=RemoteFiles(_NEMOTRON, "data/tool-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        source=RemoteFiles(_NEMOTRON, "data/tool-*.parquet", ("messages",)), read=remote_readers.read_released_messages,
         text_bytes=6_395_081_261,
     ),
     _sft(
@@ -179,7 +178,7 @@ _INSTRUCTIONS = (
     ),
     _sft(
         name="nemotron-stem", domain="science", licence="CC-BY-4.0", documents=20_662_167,
-        source=RemoteFiles(_NEMOTRON, "data/stem-*.parquet", ("messages",)), read=remote_readers.read_messages,
+        source=RemoteFiles(_NEMOTRON, "data/stem-*.parquet", ("messages",)), read=remote_readers.read_released_messages,
         text_bytes=329_529_074_790,
     ),
     _sft(

@@ -30,7 +30,8 @@ def _convert_row(row: pa.RecordBatch) -> dict:
     try:
         return _convert(row)[0]
     except NO_PYTHON_VALUE as error:
-        return make_malformed(f"value that Python cannot hold ({type(error).__name__})", "(cannot be shown)")
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that Python cannot hold"
+        return make_malformed(reason, str(error))
 
 
 def _convert(batch: pa.RecordBatch) -> list[dict]:

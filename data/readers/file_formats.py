@@ -20,7 +20,6 @@ import pyarrow.parquet
 
 from core.errors import DamagedData
 from data.readers.arrow_rows import read_batch
-from data.readers.rows import make_malformed
 from data.readers.text_decoding import detect_encoding
 from data.readers.zstd_frames import ZSTD_MAGICS, ZstdFrames
 
@@ -146,7 +145,7 @@ def read_table(
         raise DamagedData(describe_missing_columns(missing, names))
     place.unit = "row"
     for batch in batches:
-        yield from _convert_batch(batch)
+        yield from read_batch(batch)
         place.count += batch.num_rows
     if beginning.startswith(ARROW_STREAM_MAGIC):
         file.seek(-len(ARROW_STREAM_END), io.SEEK_END)
@@ -159,17 +158,6 @@ def _read_arrow_batches(reader: Any, columns: list[str]) -> Iterator[pa.RecordBa
         yield from (reader.get_batch(index).select(columns) for index in range(reader.num_record_batches))
     else:
         yield from (batch.select(columns) for batch in reader)
-
-
-def _convert_batch(batch: pa.RecordBatch) -> list[dict]:
-    """Return the rows of a batch. One value that Python cannot hold costs its row, not the batch."""
-    try:
-        return read_batch(batch)
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
-        if batch.num_rows == 1:
-            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that Python cannot hold"
-            return [make_malformed(reason, str(error))]
-        return [row for index in range(batch.num_rows) for row in _convert_batch(batch.slice(index, 1))]
 
 
 def describe_missing_columns(missing: Sequence[str], names: Sequence[str]) -> str:

@@ -165,7 +165,8 @@ def read_file(
                 yield from read_table(file, beginning, columns, required, place)
             else:
                 rows = _check_columns(_read_json_rows(read_lines(file, beginning, raw, place)), required)
-                yield from (_select(row, columns) for row in rows)
+                # Another column may have any name, `malformed` too.
+                yield from (row if is_malformed(row) else _select(row, columns) for row in rows)
     except DamagedData as error:
         raise DamagedData(f"{path} {error}") from error
     except IsADirectoryError as error:
@@ -176,8 +177,7 @@ def read_file(
 
 
 def _select(row: dict, columns: Sequence[str]) -> dict:
-    """Return a row with the corpus's columns alone. Another column may have any name, `malformed` too."""
-    return row if is_malformed(row) else {name: row[name] for name in columns if name in row}
+    return {name: row[name] for name in columns if name in row}
 
 
 def _check_columns(rows: Iterator[dict], required: Sequence[str]) -> Iterator[dict]:
@@ -215,14 +215,14 @@ def _read_json_rows(lines: Iterator[bytes]) -> Iterator[dict]:
             rows = _parse_array(chain([first, second], lines))
         elif not isinstance(rows, list):
             raise DamagedData(f"is no JSON array ({rows['malformed']}): perhaps it is cut off")
-        yield from (row if isinstance(row, dict) else _refuse(row) for row in rows)
+        yield from (row if isinstance(row, dict) else _reject(row) for row in rows)
         return
     for line in chain([first, second] if second is not None else [first], lines):
         row = _parse_line(line)
-        yield row if isinstance(row, dict) else _refuse(row)
+        yield row if isinstance(row, dict) else _reject(row)
 
 
-def _refuse(row: object) -> dict:
+def _reject(row: object) -> dict:
     return make_malformed("json: not an object", dump_row(row))
 
 

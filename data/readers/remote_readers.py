@@ -61,6 +61,22 @@ def read_messages(unit: Unit) -> Iterator[dict]:
     yield from convert_rows(read_rows(unit, optional=system), convert)
 
 
+def read_released_messages(unit: Unit) -> Iterator[dict]:
+    """Yield conversations, and exclude those whose prompt the publisher withholds: it is empty, or a dash.
+
+    Columns: messages.
+    """
+    (messages,) = get_source(unit).columns
+
+    def convert(row: dict) -> dict:
+        converted = convert_messages(row.get(messages), messages)
+        if any(turn["role"] == "user" and (turn["content"] or "").strip() in ("", "-") for turn in converted):
+            raise ExcludedRow("prompt withheld by the publisher")
+        return {"messages": converted}
+
+    yield from convert_rows(read_rows(unit), convert)
+
+
 def read_prompted(unit: Unit) -> Iterator[dict]:
     """Yield conversations of given messages and the assistant's answer to them. Columns: messages, answer."""
     messages, answer = get_source(unit).columns

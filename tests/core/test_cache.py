@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,22 +40,36 @@ def test_without_a_home_that_can_be_written_the_cache_is_temporary(tmp_path, hom
     assert found == tmp_path / f"mobilemoe-cache-{os.getuid()}"
 
 
-def test_instruction_sets_have_folders_of_their_own(tmp_path):
-    plain = show_caches(MOBILEMOE_CACHE=str(tmp_path))
-    restricted = show_caches(MOBILEMOE_CACHE=str(tmp_path), ATEN_CPU_CAPABILITY="default")
+@pytest.fixture
+def folder():
+    """A folder without blanks or quotes in its path, which the tests' own temporary folders have."""
+    with tempfile.TemporaryDirectory(prefix="cache-") as path:
+        yield Path(path)
+
+
+def test_instruction_sets_have_folders_of_their_own(folder):
+    plain = show_caches(MOBILEMOE_CACHE=str(folder))
+    restricted = show_caches(MOBILEMOE_CACHE=str(folder), ATEN_CPU_CAPABILITY="default")
     assert [path.name for path in plain[1:]] == ["inductor", "triton", "extensions"]
-    assert all(path.parent.parent == tmp_path for path in plain[1:] + restricted[1:])
+    assert all(path.parent.parent == folder for path in plain[1:] + restricted[1:])
     assert len({path.parent for path in plain[1:]}) == 1
     assert plain[1].parent != restricted[1].parent
 
 
-def test_a_folder_of_the_user_is_the_parent_and_a_child_of_another_kind_moves_beside_it(tmp_path):
-    (_, chosen, *_) = show_caches(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "mine"))
-    assert chosen.parent.parent == tmp_path / "mine"
+def test_a_folder_of_the_user_is_the_parent_and_a_child_of_another_kind_moves_beside_it(folder):
+    (_, chosen, *_) = show_caches(TORCHINDUCTOR_CACHE_DIR=str(folder / "mine"))
+    assert chosen.parent.parent == folder / "mine"
     (_, inherited, *_) = show_caches(TORCHINDUCTOR_CACHE_DIR=str(chosen))
     assert inherited == chosen
     (_, other, *_) = show_caches(TORCHINDUCTOR_CACHE_DIR=str(chosen), ATEN_CPU_CAPABILITY="default")
-    assert other.parent.parent == tmp_path / "mine" and other != chosen
+    assert other.parent.parent == folder / "mine" and other != chosen
+
+
+def test_a_path_that_inductor_would_split_is_replaced(folder):
+    """Its command for the compiler is one string of paths, which it splits at blanks and quotes."""
+    for chosen in ({"MOBILEMOE_CACHE": str(folder / "a b")}, {"TORCHINDUCTOR_CACHE_DIR": str(folder / "it's")}):
+        (_, used, *_) = show_caches(TMPDIR=str(folder), **chosen)
+        assert used.parent.parent == folder / f"mobilemoe-cache-{os.getuid()}"
 
 
 def test_torchs_own_default_is_nobodys_choice(tmp_path):

@@ -402,12 +402,12 @@ def test_a_value_that_python_cannot_hold_sets_aside_its_row(tmp_path, name):
             writer.write_table(table)
     texts = read_local(tmp_path, dataclasses.replace(make_corpus(("text",), remote_readers.read_text), kind="text"))
     assert [record.get("text") for record in texts] == ["before", None, "after"]
-    assert texts[1]["malformed"] == "value that Python cannot hold (UnicodeDecodeError)"
+    assert texts[1]["malformed"] == "not UTF-8"
     conversations = read_local(tmp_path, make_corpus(("messages",)))
     assert [find_problem(record, "sft") for record in conversations] == [
         None,
         None,
-        "value that Python cannot hold (OverflowError)",
+        "a value that Python cannot hold",
     ]
 
 
@@ -550,3 +550,15 @@ def test_reasons_are_few(tmp_path):
     write_rows(tmp_path / "a.jsonl", rows)
     records = read_local(tmp_path, make_corpus(("messages",)))
     assert len({find_problem(record, "sft") for record in records}) == 1
+
+
+@pytest.mark.parametrize("prompt", ["", "-", " \n"])
+def test_rows_whose_prompt_the_publisher_withholds_are_excluded_and_not_malformed(tmp_path, prompt):
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": [turns[0] | {"content": "q"}, turns[1]]}]
+    (tmp_path / "chat-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = CATALOGUE["nemotron-chat"]
+    corpus = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*.jsonl", ("messages",)), shards=1)
+    withheld, given = corpus.read(Unit(corpus, str(tmp_path), 0, 0))
+    assert withheld["excluded"] == "prompt withheld by the publisher"
+    assert given == {"messages": rows[1]["messages"]}
