@@ -304,7 +304,7 @@ def check_prompt(
     seen = past.get_seq_length() if isinstance(past, Cache) and embeds is None else 0
     if isinstance(seen, int) and seen >= length:
         raise ValueError(
-            f"input_ids has {length} tokens and past_key_values holds {seen}: give the whole conversation, with at least "
+            f"input_ids has {length} tokens and past_key_values holds {seen}: give the whole conversation, at least "
             "one token behind those in the cache"
         )
     mask = kwargs.get("attention_mask")
