@@ -20,7 +20,8 @@ from xml.etree.ElementTree import ParseError
 from core.errors import DamagedData, RefusedInput
 from data.catalogue.corpus import Installed, PackageFile, Unit
 from data.readers.markup import replace_enclosed
-from data.readers.rows import MalformedRow, convert_rows, make_malformed, parse_json
+from data.readers.rows import MalformedRow, convert_rows, is_malformed, make_malformed, parse_json
+from data.readers.text_decoding import decode_text
 from data.readers.wikitext import read_articles
 
 MIN_DOCSTRING_CHARS = 400
@@ -114,7 +115,7 @@ def read_json_array(unit: Unit) -> list:
     """
     rows = parse_json(_read_package_text(unit))
     if not isinstance(rows, list):
-        problem = rows["malformed"] if isinstance(rows, dict) and "malformed" in rows else "no array"
+        problem = rows["malformed"] if is_malformed(rows) else "no array"
         raise DamagedData(
             f"{unit.location}: {get_package_file(unit).member} is no JSON array ({problem}); fetch the package again"
         )
@@ -129,8 +130,17 @@ def read_lines(unit: Unit) -> Iterator[dict]:
 
 
 def _read_package_text(unit: Unit) -> str:
-    """Return the unit's file as text, without a byte order mark. Bytes that are not UTF-8 become U+FFFD."""
-    return read_package_file(unit).decode("utf-8-sig", errors="replace")
+    """Return the unit's file as text.
+
+    Raises:
+        DamagedData: it is not in UTF-8, or in the encoding that its byte order mark announces; names it.
+    """
+    try:
+        return decode_text(read_package_file(unit))
+    except UnicodeDecodeError as error:
+        raise DamagedData(
+            f"{unit.location}: {get_package_file(unit).member} is no text ({error}); fetch the package again"
+        ) from error
 
 
 def read_wikipedia_dump(unit: Unit) -> Iterator[dict]:

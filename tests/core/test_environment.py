@@ -44,9 +44,9 @@ def prepare(cwd, **variables):
 
 @pytest.mark.parametrize("home", ["/proc/nobody", "/" + "x" * 300, "/dev/null"])
 def test_a_home_that_cannot_be_used_becomes_one_in_the_cache(tmp_path, home):
-    found = prepare(tmp_path, HOME=home)["HOME"]
-    assert found == str(tmp_path / f"mobilemoe-cache-{os.getuid()}" / "home")
-    assert Path(found).is_dir()
+    found = Path(prepare(tmp_path, HOME=home)["HOME"])
+    assert found.is_dir()
+    assert found.resolve() == (tmp_path / f"mobilemoe-cache-{os.getuid()}" / "home").resolve()
 
 
 def test_a_relative_home_means_the_same_for_children_elsewhere(tmp_path):
