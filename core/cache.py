@@ -121,8 +121,8 @@ def keep_compiled_code_apart() -> None:
 
     Call it before anything is compiled; children inherit the variables. A folder that the user chose becomes the parent
     of a folder of this machine. One with blanks or quotes in its path cannot be used, because inductor splits the
-    compiler's command there; the cache is then among the temporary files. A call in a process that inherited the variables changes nothing, unless the process
-    runs on another kind of machine than its parent.
+    compiler's command there; the cache is then among the temporary files. A call in a process that inherited the
+    variables changes nothing, unless the process runs on another kind of machine than its parent.
     """
     for variable, name in LIBRARIES.items():
         chosen = os.environ.get(variable)

@@ -60,7 +60,8 @@ def test_without_the_variable_the_home_is_that_of_the_user(tmp_path):
 @pytest.mark.parametrize("name", ["x [v1] #1", "{a,b}*?", "ümläut 中"])
 def test_a_folder_for_temporary_files_of_any_name_is_used(tmp_path, name):
     (tmp_path / name).mkdir()
-    assert prepare(tmp_path, TMPDIR=str(tmp_path / name))["TMPDIR"] == str(tmp_path / name)
+    used = Path(prepare(tmp_path, TMPDIR=str(tmp_path / name))["TMPDIR"])
+    assert used.resolve() == (tmp_path / name).resolve()
 
 
 @pytest.mark.parametrize("name", ["absent", "/proc", "/dev/null", ""])
