@@ -48,16 +48,16 @@ def cache_dir() -> Path:
         home = None
     if home is not None and can_create(home):
         return home
-    return _temporary_cache()
+    return _temporary_cache(tempfile.gettempdir())
 
 
-def _temporary_cache() -> Path:
-    """Return this user's cache among the temporary files.
+def _temporary_cache(parent: str) -> Path:
+    """Return this user's cache below a folder for temporary files.
 
     Raises:
         RefusedInput: another user can write to it.
     """
-    folder = Path(tempfile.gettempdir()) / f"mobilemoe-cache-{os.getuid()}"
+    folder = Path(parent) / f"mobilemoe-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -134,7 +134,7 @@ def keep_compiled_code_apart() -> None:
             if parent.parent.name.startswith(COMPILED_PREFIX):
                 parent = parent.parent.parent
         if not PLAIN_PATH.fullmatch(str(parent)):
-            parent = _temporary_cache()
+            parent = _temporary_cache(tempfile.gettempdir() if PLAIN_PATH.fullmatch(tempfile.gettempdir()) else "/tmp")
         os.environ[variable] = str(parent / f"{COMPILED_PREFIX}{identify_machine()}" / name)
 
 
