@@ -13,6 +13,7 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
+from core.errors import DamagedData
 from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
 from tests.eval.moe_reference import RandomExperts
@@ -251,3 +252,18 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_pat
     with pytest.raises(ValueError, match="could not build the fast expert op"):
         expert_op.library_path()
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(FASTEST == "portable", reason="the processor has no vector kernel to compare")
+def test_a_library_that_computes_something_else_is_refused_when_it_is_loaded(monkeypatch):
+    """A cached library may have been made for another machine, or be damaged."""
+    real = expert_op._call_library
+
+    def call(library, kernel, *layer, **sizes):
+        result = real(library, kernel, *layer, **sizes)
+        return result if kernel == "portable" else result * 1.1
+
+    expert_op.compare_kernels(expert_op.load(), expert_op.library_path())
+    monkeypatch.setattr(expert_op, "_call_library", call)
+    with pytest.raises(DamagedData, match="computes something else than the portable one; remove the folder"):
+        expert_op.compare_kernels(expert_op.load(), expert_op.library_path())

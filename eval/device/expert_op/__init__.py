@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from core.cache import cache_dir
-from core.errors import RefusedInput
-from eval.device.expert_blobs import blob_bytes
+from core.cache import cache_dir, identify_machine
+from core.errors import DamagedData, RefusedInput
+from eval.device.expert_blobs import blob_bytes, pack_blobs
 
 SOURCES = ("moe_ffn.cpp", "tile_kernels.h")
 KERNELS = ("avx512_vnni", "avx2", "portable")
@@ -41,8 +41,8 @@ _SCHEMA = (
 def library_path() -> Path:
     """Return the path of the compiled library; build it if the cache does not have it.
 
-    It is in `core.cache.cache_dir()`/device_op, in a folder named by a hash of the sources, the flags and the
-    executorch wheel's version.
+    It is in `core.cache.cache_dir()`/device_op, in a folder named by a hash of the sources, the flags, the kind of
+    machine with its compiler, and the executorch wheel, whose version and place the library holds.
 
     Raises:
         RefusedInput: no C++ compiler is on the path, or it fails.
@@ -51,7 +51,8 @@ def library_path() -> Path:
 
     version = importlib.metadata.version("executorch")
     here, wheel = Path(__file__).parent, Path(executorch.__path__[0])
-    content = b"".join((here / name).read_bytes() for name in SOURCES) + " ".join((*FLAGS, version)).encode()
+    facts = (*FLAGS, version, str(wheel), identify_machine())
+    content = b"".join((here / name).read_bytes() for name in SOURCES) + " ".join(facts).encode()
     library = cache_dir() / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
     if not library.is_file():
         _build(here / SOURCES[0], wheel, library)
@@ -80,13 +81,44 @@ def _build(source: Path, wheel: Path, library: Path) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Load the library into this process, once; this registers the op with ExecuTorch's runtime."""
+    """Load the library into this process, once; this registers the op with ExecuTorch's runtime.
+
+    Raises:
+        DamagedData: the kernel for this processor computes something else than the portable one.
+    """
     from executorch.extension.pybindings import portable_lib  # noqa: F401  (the runtime the op registers with)
 
-    library = ctypes.CDLL(str(library_path()))
+    path = library_path()
+    library = ctypes.CDLL(str(path))
     library.mobilemoe_kernel.restype = ctypes.c_char_p
     library.mobilemoe_experts_read.restype = ctypes.c_int64
+    compare_kernels(library, path)
     return library
+
+
+def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
+    """Compare the kernel that the library chose with the portable one on a small layer of fixed numbers.
+
+    Raises:
+        DamagedData: they differ by more than rounding; names the library.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n_experts, d_model, hidden, group_size = 4, 64, 64, 32
+
+    def draw_blobs(rows: int, k: int) -> torch.Tensor:
+        values = torch.randint(-8, 8, (n_experts, rows, k), generator=generator, dtype=torch.int8)
+        return pack_blobs(values, torch.rand(n_experts, rows, k // group_size, generator=generator) * 0.1)
+
+    x_TD, gate_ED = (torch.randn(n, d_model, generator=generator) for n in (5, n_experts))
+    layer = (x_TD, gate_ED, None, draw_blobs(2 * hidden, d_model), draw_blobs(d_model, hidden))
+    sizes = {"top_k": 2, "expert_hidden": hidden, "group_size": group_size, "route_scale": 1.0}
+    chosen = library.mobilemoe_kernel().decode()
+    found, expected = (_call_library(library, kernel, *layer, **sizes) for kernel in (chosen, "portable"))
+    if not (found - expected).norm() < 5e-3 * expected.norm():
+        raise DamagedData(
+            f"{path}: its kernel {chosen!r} computes something else than the portable one; remove the folder, and the "
+            "op is compiled again"
+        )
 
 
 def run_kernel(
@@ -114,17 +146,37 @@ def run_kernel(
         ValueError: this processor does not have the kernel's instructions; or a tensor or size does not fit the layer.
     """
     check_layer(x_TD, gate_ED, bias_E, packed_w13, packed_w2, top_k, expert_hidden, group_size)
+    return _call_library(
+        load(), kernel, x_TD, gate_ED, bias_E, packed_w13, packed_w2, top_k=top_k, expert_hidden=expert_hidden,
+        group_size=group_size, route_scale=route_scale,
+    )  # fmt: skip
+
+
+def _call_library(
+    library: ctypes.CDLL,
+    kernel: str,
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    packed_w13: torch.Tensor,
+    packed_w2: torch.Tensor,
+    *,
+    top_k: int,
+    expert_hidden: int,
+    group_size: int,
+    route_scale: float,
+) -> torch.Tensor:
     (n_tokens, d_model), n_experts = x_TD.shape, gate_ED.shape[0]
     out_TD = torch.empty(n_tokens, d_model)
     sizes = [ctypes.c_int64(n) for n in (n_tokens, d_model, expert_hidden, n_experts, top_k, group_size)]
     inputs = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x_TD, gate_ED, bias_E, packed_w13, packed_w2)
     ]
-    refused = load().mobilemoe_run(
+    refused = library.mobilemoe_run(
         kernel.encode(), *sizes, *inputs, ctypes.c_double(route_scale), ctypes.c_void_p(out_TD.data_ptr())
     )
     if refused:
-        raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {load().mobilemoe_kernel()!r}")
+        raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {library.mobilemoe_kernel()!r}")
     return out_TD
 
 
