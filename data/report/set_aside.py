@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SAMPLES_PER_REASON = 10
 """Largest number of samples of one reason that a task keeps."""
@@ -17,8 +17,8 @@ OTHER = "other reasons"
 class SetAside:
     """What one task sets aside, as a context manager that writes `path` while its block runs.
 
-    `path` gets a JSON line `{"reason", "sample", ...}` for the first SAMPLES_PER_REASON of every reason. It is not left
-    behind where nothing was set aside.
+    `path` gets a JSON line `{"reason", "sample", ...}` for the first SAMPLES_PER_REASON of every reason. It does not
+    exist where nothing was set aside.
 
     Attributes:
         counts: reason -> number of rows or documents, samples or not.
@@ -27,16 +27,15 @@ class SetAside:
     def __init__(self, path: Path):
         self.path = path
         self.counts: Counter[str] = Counter()
+        self._file: TextIO | None = None
 
     def __enter__(self) -> "SetAside":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
+        self.path.unlink(missing_ok=True)  # of an attempt that was cut off
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if not self.counts:
-            self.path.unlink()
+        if self._file is not None:
+            self._file.close()
 
     def add(self, reason: str, sample: str, **where: Any) -> None:
         """Count one row or document.
@@ -51,5 +50,8 @@ class SetAside:
         self.counts[reason] += 1
         if self.counts[reason] <= SAMPLES_PER_REASON:
             line = {"reason": reason, **where, "sample": sample[:SAMPLE_CHARS]}
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("w", encoding="utf-8")
             # ASCII: a lone surrogate in the sample could not be written in UTF-8.
             self._file.write(json.dumps(line) + "\n")

@@ -42,8 +42,9 @@ def show_status(arguments: Status) -> None:
     if not arguments.watch:
         emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
         return
-    with Live(format_table(status), console=PlainConsole()) as live:
+    # Without a thread that refreshes: a Ctrl-C while it starts would be lost.
+    with Live(format_table(status), console=PlainConsole(), auto_refresh=False) as live:
         while status.driver:
             time.sleep(WATCH_SECONDS)
             status = read_status(arguments.run)
-            live.update(format_table(status))
+            live.update(format_table(status), refresh=True)

@@ -33,9 +33,9 @@ def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
     documents = [[Document(text=text, id=str(i)) for i, text in enumerate(texts)] for texts in TEXTS]
     for rank, found in enumerate(documents):
         dedup.make_near_signature(tmp_path, groups).run(found, rank, len(UNITS))
-    for block, tasks in (dedup.make_near_buckets(tmp_path, groups), dedup.make_near_cluster(tmp_path, groups)):
-        for rank in range(tasks):
-            block.run(None, rank, tasks)
+    for block, labels in (dedup.make_near_buckets(tmp_path, groups), dedup.make_near_cluster(tmp_path, groups)):
+        for rank in range(len(labels)):
+            block.run(None, rank, len(labels))
     left = [
         [document.text for document in dedup.make_near_filter(tmp_path).run(found, rank, len(UNITS))]
         for rank, found in enumerate(documents)

@@ -30,9 +30,9 @@ def test_deduplication_without_documents_in_a_rank_or_in_all(texts, tmp_path):
     for rank, found in enumerate(ranks):
         dedup.make_near_signature(tmp_path / "near", ["a", "b"]).run(documents(*found), rank, 2)
     for make in (dedup.make_near_buckets, dedup.make_near_cluster):
-        block, tasks = make(tmp_path / "near", ["a", "b"])
-        for task in range(tasks):
-            block.run(None, task, tasks)
+        block, labels = make(tmp_path / "near", ["a", "b"])
+        for task in range(len(labels)):
+            block.run(None, task, len(labels))
     near = [
         dedup.make_near_filter(tmp_path / "near").run(documents(*found), rank, 2) for rank, found in enumerate(ranks)
     ]

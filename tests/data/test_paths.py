@@ -15,7 +15,7 @@ from data.execution import LocalExecutor
 from data.filters import dedup
 from data.pipeline import prepare
 from data.readers import package_readers, remote_files, remote_readers
-from data.tokens import tokenizer
+from data.tokens.existing_tokenizer import load_existing
 from data.tokens.verify_shards import verify_shards
 from tests.data import planted
 
@@ -108,7 +108,7 @@ def test_below_all_these_folders_at_once_the_data_is_the_same(prepared, tmp_path
 
     assert leave_out_paths(found) == leave_out_paths(prepared.manifest)
     verify_shards(folder / "out")
-    loaded = tokenizer.load_existing(str(folder / "out/tokenizer"))
+    loaded = load_existing(str(folder / "out/tokenizer"), "")
     assert len(loaded) == planted.CONFIG.tokenizer.train_vocab_size
 
 

@@ -133,7 +133,9 @@ def test_the_manifest_counts_slow_documents_of_all_steps(tmp_path):
             ]
             path.write_text(json.dumps(counters))
     for rank in range(2):
-        (tmp_path / f"{rank:05d}.json").write_text('{"read": 9, "malformed": 0, "sha256": "", "inputs": []}')
+        (tmp_path / f"{rank:05d}.json").write_text(
+            '{"read": 9, "malformed": {}, "excluded": {}, "sha256": "", "inputs": []}'
+        )
     counts = data_manifest.count_documents(tmp_path, tmp_path, units, [])
     assert counts[text.name]["too_slow"] == {"decontamination": 1, "pii": 1, "repair": 2}
     assert (counts[text.name]["not_compared"], counts[text.name]["kept"]) == (2, 5)
@@ -165,7 +167,9 @@ def test_the_limit_holds_in_the_processes_of_the_executors(kind, tmp_path):
     if kind == "ray":
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        StepRunner(kind, 2, tmp_path / "logs", lambda *_: None).run("limit", [LimitedSearches(tmp_path)], 2)
+        StepRunner(kind, 2, tmp_path / "logs", lambda *_: None).run(
+            "limit", [LimitedSearches(tmp_path)], ["first", "second"]
+        )
     finally:
         ray.shutdown()
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["too slow"] * 2

@@ -84,7 +84,7 @@ def test_help_and_refusal_import_neither_torch_nor_ray(tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_of_the_table_has_a_summary_and_help(name, capsys):
     assert run("--help") == 0
-    assert f"  {name:8} {COMMANDS[name].summary}" in capsys.readouterr().out
+    assert f"  {name:12} {COMMANDS[name].summary}" in capsys.readouterr().out
     assert run(name, "--help") == 0
     assert f"mobilemoe {name}" in capsys.readouterr().out
 
