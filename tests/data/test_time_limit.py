@@ -140,7 +140,7 @@ def test_the_manifest_counts_slow_documents_of_all_steps(tmp_path):
     assert counts[text.name]["too_slow"] == {"decontamination": 1, "pii": 1, "repair": 2}
     assert (counts[text.name]["not_compared"], counts[text.name]["kept"]) == (2, 5)
     assert (counts[chat.name]["too_slow"], counts[chat.name]["not_compared"]) == ({}, 0)
-    entry = counts[text.name] | {"too_long": 0, "filters": {}}
+    entry = counts[text.name] | {"too_long": 0, "refused": {}, "filters": {}}
     (row,) = make_corpus_rows({"corpora": {"one": entry}})
     assert next(part["count"] for part in row["parts"] if part["outcome"] == "too slow") == 4
     assert sum(part["count"] for part in row["parts"]) == 9
