@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -136,20 +137,26 @@ def test_prompts_that_are_none_are_refused(case, int4_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
-def test_prompts_are_read_as_utf8_in_any_locale(mark, int4_folder, tmp_path):
-    """Profiled by a process whose own encoding is ASCII; a domain's name beyond it is shown as an escape."""
-    file = tmp_path / "prompts.json"
-    file.write_bytes(mark + json.dumps({"\u4e2d": "na\u00efve \u4e2d\u6587 " * 9}, ensure_ascii=False).encode())
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "profile", str(int4_folder), "--prompts", str(file), "--contexts", "40",
-         "--repetitions", "1", "--threads", "1", "--out", str(tmp_path / "out")],
-        env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
-             "HOME": str(tmp_path), "PATH": os.environ["PATH"]},
-        cwd=ROOT, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == DONE, done.stderr
-    assert b"\\u4e2d" in done.stdout
-    measured = json.loads((tmp_path / "out" / "profile.json").read_text(encoding="utf-8"))["measurements"]
+def test_prompts_are_read_as_utf8_in_any_locale(mark, int4_folder):
+    """Profiled by a process whose own encoding is ASCII; a domain's name beyond it is shown as an escape.
+
+    Its folders have plain names: where Python's own fallbacks to UTF-8 are off, it cannot name others to a library.
+    """
+    with tempfile.TemporaryDirectory(prefix="ascii-") as plain:
+        folder = Path(plain)
+        shutil.copytree(int4_folder, folder / "int4")
+        prompt = {"\u4e2d": "na\u00efve \u4e2d\u6587 " * 9}
+        (folder / "prompts.json").write_bytes(mark + json.dumps(prompt, ensure_ascii=False).encode())
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", "profile", "int4", "--prompts", "prompts.json", "--contexts", "40",
+             "--repetitions", "1", "--threads", "1", "--out", "out"],
+            env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
+                 "HOME": plain, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+            cwd=folder, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == DONE, done.stderr
+        assert b"\\u4e2d" in done.stdout
+        measured = json.loads((folder / "out" / "profile.json").read_text(encoding="utf-8"))["measurements"]
     assert [m["domain"] for m in measured] == ["\u4e2d", prompts.DUMMY]
 
 
