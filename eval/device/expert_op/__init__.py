@@ -111,9 +111,11 @@ def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
 
     x_TD, gate_ED = (torch.randn(n, d_model, generator=generator) for n in (5, n_experts))
     layer = (x_TD, gate_ED, None, draw_blobs(2 * hidden, d_model), draw_blobs(d_model, hidden))
-    sizes = {"top_k": 2, "expert_hidden": hidden, "group_size": group_size, "route_scale": 1.0}
     chosen = library.mobilemoe_kernel().decode()
-    found, expected = (_call_library(library, kernel, *layer, **sizes) for kernel in (chosen, "portable"))
+    found, expected = (
+        _call_library(library, kernel, *layer, top_k=2, expert_hidden=hidden, group_size=group_size, route_scale=1.0)
+        for kernel in (chosen, "portable")
+    )
     if not (found - expected).norm() < 5e-3 * expected.norm():
         raise DamagedData(
             f"{path}: its kernel {chosen!r} computes something else than the portable one; remove the folder, and the "
