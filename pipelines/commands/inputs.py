@@ -118,6 +118,18 @@ def require_writable(name: str, path: Path) -> None:
         ) from error
 
 
+def require_output_file(name: str, path: Path) -> None:
+    """Check that a path is a file that can be written, or that one can be made there.
+
+    Raises:
+        RefusedInput: something else is there, or nothing can be written there.
+    """
+    mode = find_mode(name, path)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise RefusedInput(f"{name} {path}: is no file; name another path")
+    require_writable(name, path.parent)
+
+
 def require_apart(name: str, path: Path, source_name: str, source: Path) -> None:
     """Check that an output is neither the source, nor in it, nor around it, however the two are spelled.
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from core.atomic import write_json
 from core.errors import RefusedInput
+from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
 from pipelines.scaling.sizes import parse_size
 
@@ -32,6 +33,8 @@ class LawArguments:
     """Training tokens."""
     experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of coarse experts; 1 is a dense model."""
+    figures: Path | None = None
+    """Folder for the pictures: loss by experts, equal compute and memory, the best model by memory and compute."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -52,6 +55,8 @@ class FitArguments:
     """Bootstrap samples, for the 95% intervals."""
     seed: int = 0
     """Seed of the bootstrap."""
+    figures: Path | None = None
+    """Folder for the pictures: the law with the points, and the residuals."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -136,10 +141,17 @@ def show_law(arguments: LawArguments) -> Result:
     from pipelines.scaling.findings import compute_findings, tabulate_losses
 
     law = _load_law(arguments.law)
+    _require_experts(arguments.experts)
+    if arguments.figures:
+        inputs.require_output_folder("--figures", arguments.figures)
     sizes = [parse_size(text, "--active") for text in arguments.active]
     lengths = [parse_size(text, "--tokens") for text in arguments.tokens]
     rows = tabulate_losses(law, sizes, lengths, arguments.experts)
     findings = compute_findings() if arguments.law is None else []
+    if arguments.figures:
+        from pipelines.scaling.figures import draw_law
+
+        draw_law(law, sizes, lengths, [], arguments.figures)
     result = {
         "coefficients": asdict(law.coefficients), "source": law.source, "rmse": law.rmse, "losses": rows,
         "findings": [asdict(finding) for finding in findings],
@@ -170,6 +182,9 @@ def fit(arguments: FitArguments) -> Result:
     for option, value, least in (("--starts", arguments.starts, 1), ("--draws", arguments.draws, 0)):
         if value < least:
             raise RefusedInput(f"{option} {value}: must be at least {least}")
+    inputs.require_output_file("--out", arguments.out)
+    if arguments.figures:
+        inputs.require_output_folder("--figures", arguments.figures)
     points, heldout = read_points(arguments.points), read_points(arguments.heldout)
     found = fit_law(
         points, num_starts=arguments.starts, num_draws=arguments.draws, heldout=heldout, seed=arguments.seed
@@ -182,6 +197,10 @@ def fit(arguments: FitArguments) -> Result:
         "rmse": found.law.rmse, "heldout_rmse": found.heldout_rmse, "left_out": found.left_out,
         "law": str(arguments.out),
     }  # fmt: skip
+    if arguments.figures:
+        from pipelines.scaling.figures import draw_fit
+
+        draw_fit(found, arguments.figures)
     write_json(arguments.out, {"law": found.law.to_dict(), "fit": result, "residuals": found.residuals})
 
     def format_result() -> Group:
@@ -208,6 +227,9 @@ def solve(arguments: SolveArguments) -> Result:
     from pipelines.scaling.solve import solve as solve_law
 
     law = _load_law(arguments.law)
+    _require_experts(arguments.experts)
+    if arguments.write_recipe:
+        inputs.require_output_file("--write-recipe", arguments.write_recipe)
     budget = Budget(
         memory=parse_size(arguments.memory, "--memory"),
         context=arguments.context,
@@ -268,6 +290,11 @@ def _format_solution(result: dict[str, Any]) -> Group:
     if "recipe" in result:
         lines.append(f"recipe: {result['recipe']}")
     return Group(table, Text("\n".join(lines)))
+
+
+def _require_experts(experts: tuple[int, ...]) -> None:
+    if not experts or min(experts) < 1:
+        raise RefusedInput(f"--experts {experts}: give numbers of coarse experts, each at least 1; 1 is a dense model")
 
 
 def _load_law(path: Path | None) -> Any:

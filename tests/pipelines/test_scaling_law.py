@@ -217,3 +217,76 @@ def test_a_file_that_is_no_law_is_refused(tmp_path, capsys):
     assert main(["scaling-law", "law", "--law", str(tmp_path / "law.json")]) == 2
     with pytest.raises(RefusedInput, match="not a law"):
         load_law(tmp_path / "absent.json")
+
+
+def test_the_law_is_drawn(tmp_path):
+    folder = tmp_path / "pictures"
+    words = ["scaling-law", "law", "--active", "0.3B", "--tokens", "100B", "--figures", str(folder), "--json"]
+    assert main(words) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["experts.png", "solutions.png", "tradeoffs.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("law", "--experts", "0"), "--experts"),
+        (("law", "--tokens", "many"), "--tokens 'many'"),
+        (("law", "--law", "absent.json"), "--law absent.json"),
+        (("law", "--figures", "/dev/null"), "--figures"),
+        (("solve", "--memory", "0GB", "--tokens", "1B"), "--memory"),
+        (("solve", "--memory", "3GB"), "give --train-flops or --tokens"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--context", "0"), "--context 0"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--kv-bits", "nan"), "--kv-bits nan"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--granularity", "0"), "granularity = 0"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--granularity", "7"), "granularity = 7"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--write-recipe", "x.txt"), "--write-recipe x.txt"),
+        (("solve", "--memory", "3GB", "--tokens", "1B", "--write-recipe", "/proc/x.py"), "--write-recipe"),
+        (("fit", "absent.csv"), "absent.csv"),
+        (("fit", "absent.csv", "--out", "/dev/null"), "--out /dev/null"),
+        (("sovle",), "Did you mean solve?"),
+    ],
+)
+def test_what_the_command_cannot_use_is_refused_before_anything_is_written(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["scaling-law", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+RECIPES = {
+    "def recipe(:": "SyntaxError",
+    "x = 1": "has no function `recipe`",
+    "raise RuntimeError('broken')": "RuntimeError: broken in line 1",
+    "def recipe():\n    return 1 / 0": "recipe() raised ZeroDivisionError: division by zero in line 2",
+    "def recipe():\n    return 5": "returned a int",
+    "recipe = 3": "has no function `recipe`",
+}
+
+
+@pytest.mark.parametrize("content", RECIPES)
+def test_a_recipe_file_that_gives_no_recipe_is_refused(content, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    assert main(["run", str(file), "--out", str(tmp_path / "run")]) == 2
+    assert RECIPES[content] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_a_run_comes_back_with_overrides(tmp_path, capsys):
+    from pipelines.commands.run import parse
+    from pipelines.engine.manifest import Manifest
+    from pipelines.recipes import RECIPES as SHIPPED
+
+    recipe = dataclasses.replace(SHIPPED["smoke"].build(), seed=7)
+    Manifest(tmp_path).describe(recipe)
+    assert parse(["--like", str(tmp_path)]).recipe == recipe
+    assert parse(["--like", str(tmp_path), "--seed", "8"]).recipe == dataclasses.replace(recipe, seed=8)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["recipe"]["model"]["wings"] = 2
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert main(["run", "--like", str(tmp_path)]) == 2
+    assert "knows no field wings" in capsys.readouterr().err
+    assert main(["run", "--like", str(tmp_path / "absent")]) == 2
