@@ -81,6 +81,9 @@ class StageConfig:
     """Shape of the learning rate's decay after the warm-up."""
     warmup_steps: int = 0
     """Number of steps over which the learning rate rises linearly from 0."""
+    decay_fraction: float = 1.0
+    """Share of the steps, at the end of the stage, over which the learning rate falls. Below 1 it first stays at its
+    height after the warm-up (warmup-stable-decay, arXiv 2404.06395); 1 decays from the warm-up on."""
     min_lr_factor: float = 0.1
     """Learning rate of the last step as a share of `learning_rate`."""
     weight_decay: float = 0.1

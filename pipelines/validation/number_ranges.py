@@ -17,6 +17,7 @@ BOUND = 10**15
 RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (0, 100),
     "min_lr_factor": (0, 1),
+    "decay_fraction": (0.001, 1),
     "weight_decay": (0, 1),
     "beta2": (0, 0.999999),
     "max_grad_norm": (1e-6, 1e6),

@@ -90,6 +90,7 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
     if stage.warmup_steps >= stage.steps > 0:
         rule = f"must be below {prefix}.steps = {stage.steps}"
         yield Problem(f"{prefix}.warmup_steps", stage.warmup_steps, rule, f"set it to {stage.steps // 10}, say")
+    yield from _find_decay_problems(prefix, stage)
     if stage.capacity_factor is not None and stage.capacity_factor < 1:
         rule = "below 1 tokens are dropped even where the routing is balanced"
         yield Problem(f"{prefix}.capacity_factor", stage.capacity_factor, rule, "set 1.5, or None to drop nothing")
@@ -134,6 +135,18 @@ def _find_micro_batch_problems(field: str, stage: StageConfig, parallel: Paralle
         rule += f"{micro_batches // ranks} equal rounds of parallel.pipeline_parallel = {ranks} or more"
         way_out = f"set it to {micro_batches // ranks * ranks * micro_batch}, say, or pipeline_schedule to 1F1B"
         yield Problem(field, stage.global_batch_size, rule, way_out)
+
+
+def _find_decay_problems(prefix: str, stage: StageConfig) -> Iterator[Problem]:
+    decay = round(stage.steps * stage.decay_fraction)
+    if not stage.steps or stage.decay_fraction >= 1:
+        return
+    if decay < 1:
+        rule = f"leaves no step of {stage.steps} to decay in"
+        yield Problem(f"{prefix}.decay_fraction", stage.decay_fraction, rule, f"set {1 / stage.steps:.3g} at least")
+    if stage.warmup_steps + decay > stage.steps:
+        rule = f"warm-up ({stage.warmup_steps}) and decay ({decay}) are more than the {stage.steps} steps"
+        yield Problem(f"{prefix}.decay_fraction", stage.decay_fraction, rule, "lower it, or set 1 for no plateau")
 
 
 def _find_mixture_problems(field: str, mixture: dict[str, float]) -> Iterator[Problem]:

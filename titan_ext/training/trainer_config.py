@@ -75,11 +75,7 @@ def build_trainer_config(
         # Before every update StageTrainer asks its callbacks (spike_guard.py); the optimizers skip it if one says so.
         # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
         optimizer=_optimizer_config(stage),
-        # The learning-rate schedule is torchtitan's (LRSchedulersContainer): linear warm-up, then decay
-        # by `decay_type` down to `min_lr_factor` at the last step. The values of every stage are in schedules.py.
-        lr_scheduler=LRSchedulersContainer.Config(
-            warmup_steps=stage.warmup_steps, decay_type=stage.schedule, min_lr_factor=stage.min_lr_factor
-        ),
+        lr_scheduler=schedule_config(stage),
         dataloader=StreamingLoader.Config(
             shards=shards,
             mixture=dict(stage.mixture),
@@ -109,6 +105,20 @@ def build_trainer_config(
         skip_spikes_sigma=stage.skip_spikes_sigma,
         comm=CommConfig(train_timeout_seconds=300),
         debug=DebugConfig(seed=seed, deterministic=parallel.deterministic, enable_structured_logging=False),
+    )
+
+
+def schedule_config(stage: StageConfig) -> LRSchedulersContainer.Config:
+    """Return the learning-rate schedule of a stage, which torchtitan computes (LRSchedulersContainer).
+
+    It is a linear warm-up, a plateau where `decay_fraction` is below 1, and then the decay by `decay_type` down to
+    `min_lr_factor` at the last step. The values of every stage are in schedules.py.
+    """
+    return LRSchedulersContainer.Config(
+        warmup_steps=stage.warmup_steps,
+        decay_ratio=stage.decay_fraction if stage.decay_fraction < 1 else None,
+        decay_type=stage.schedule,
+        min_lr_factor=stage.min_lr_factor,
     )
 
 
