@@ -15,7 +15,7 @@ OTHER = "other reasons"
 
 
 class SetAside:
-    """What one task sets aside, as a context manager that writes `path` while its block runs.
+    """A context manager that counts what one task sets aside, and writes samples of it to `path`.
 
     `path` gets a JSON line `{"reason", "sample", ...}` for the first SAMPLES_PER_REASON of every reason. It does not
     exist where nothing was set aside.

@@ -307,7 +307,7 @@ def test_a_relative_path_finds_its_place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [("--help",), ("run", "smoke", "--help"), ("info", "S"), ("recipes", "--json")])
 def test_a_reader_that_goes_away_is_no_failure(command):
-    """As `mobilemoe info S | head -1`, with a reader that takes nothing at all."""
+    """A pipe such as `mobilemoe info S | head -1`, whose reader takes nothing at all."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
