@@ -138,9 +138,9 @@ def _find_micro_batch_problems(field: str, stage: StageConfig, parallel: Paralle
 
 
 def _find_decay_problems(prefix: str, stage: StageConfig) -> Iterator[Problem]:
-    decay = round(stage.steps * stage.decay_fraction)
-    if not stage.steps or stage.decay_fraction >= 1:
+    if stage.steps <= 0 or not 0 < stage.decay_fraction < 1:
         return
+    decay = round(stage.steps * stage.decay_fraction)
     if decay < 1:
         rule = f"leaves no step of {stage.steps} to decay in"
         yield Problem(f"{prefix}.decay_fraction", stage.decay_fraction, rule, f"set {1 / stage.steps:.3g} at least")

@@ -108,6 +108,8 @@ def test_interrupted_process_ends_with_130(tmp_path, smoke):
         watcher = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"FORCE_COLOR": "1", "COLUMNS": "120"},
+            # Tests that a shell started in the background ignore SIGINT, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         for line in watcher.stdout:
             if "pretrain" in line:  # the table is shown, so the command is under way
