@@ -43,6 +43,8 @@ SHORT, LONG = 10_000, 100_000
 LIMIT_SECONDS = 60.0
 MAX_GROWTH = 2.0
 NOTICEABLE_SECONDS = 0.05
+TICK_SECONDS = 1e-6
+"""Smallest time that is compared: the clock of a process may not have moved at all."""
 ROUNDS = 3
 """Number of runs of each text, of which the fastest counts."""
 SLOW_SECONDS = 0.5
@@ -230,7 +232,8 @@ def is_linear(seconds: list[float] | None) -> bool:
 
 def compute_growth(seconds: list[float]) -> float:
     """Return the long text's time a character over the short one's."""
-    return seconds[1] / LONG / (seconds[0] / SHORT)
+    short, long = (max(value, TICK_SECONDS) for value in seconds)
+    return long / LONG / (short / SHORT)
 
 
 def main() -> int:
