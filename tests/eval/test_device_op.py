@@ -257,13 +257,13 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_pat
 @pytest.mark.skipif(FASTEST == "portable", reason="the processor has no vector kernel to compare")
 def test_a_library_that_computes_something_else_is_refused_when_it_is_loaded(monkeypatch):
     """A cached library may have been made for another machine, or be damaged."""
-    real = expert_op._call_library
+    real = expert_op.run_kernel
 
-    def call(library, kernel, *layer, **sizes):
-        result = real(library, kernel, *layer, **sizes)
+    def call(kernel, *layer, **sizes):
+        result = real(kernel, *layer, **sizes)
         return result if kernel == "portable" else result * 1.1
 
     expert_op.compare_kernels(expert_op.load(), expert_op.library_path())
-    monkeypatch.setattr(expert_op, "_call_library", call)
+    monkeypatch.setattr(expert_op, "run_kernel", call)
     with pytest.raises(DamagedData, match="computes something else than the portable one; remove the folder"):
         expert_op.compare_kernels(expert_op.load(), expert_op.library_path())

@@ -113,7 +113,9 @@ def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
     layer = (x_TD, gate_ED, None, draw_blobs(2 * hidden, d_model), draw_blobs(d_model, hidden))
     chosen = library.mobilemoe_kernel().decode()
     found, expected = (
-        _call_library(library, kernel, *layer, top_k=2, expert_hidden=hidden, group_size=group_size, route_scale=1.0)
+        run_kernel(
+            kernel, *layer, top_k=2, expert_hidden=hidden, group_size=group_size, route_scale=1.0, library=library
+        )
         for kernel in (chosen, "portable")
     )
     if not (found - expected).norm() < 5e-3 * expected.norm():
@@ -135,6 +137,7 @@ def run_kernel(
     expert_hidden: int,
     group_size: int,
     route_scale: float,
+    library: ctypes.CDLL | None = None,
 ) -> torch.Tensor:
     """Return the routed experts' output [T, D], float32, computed by one of `KERNELS`.
 
@@ -143,31 +146,13 @@ def run_kernel(
         gate_ED: router weight, contiguous float32.
         bias_E: expert bias, contiguous float32; None for none.
         packed_w13, packed_w2: gate and up rows, and down rows, as `eval.device.expert_blobs.pack_blobs` returns them.
+        library: the library that computes; None for the one that `load` returns.
 
     Raises:
         ValueError: this processor does not have the kernel's instructions; or a tensor or size does not fit the layer.
     """
     check_layer(x_TD, gate_ED, bias_E, packed_w13, packed_w2, top_k, expert_hidden, group_size)
-    return _call_library(
-        load(), kernel, x_TD, gate_ED, bias_E, packed_w13, packed_w2, top_k=top_k, expert_hidden=expert_hidden,
-        group_size=group_size, route_scale=route_scale,
-    )  # fmt: skip
-
-
-def _call_library(
-    library: ctypes.CDLL,
-    kernel: str,
-    x_TD: torch.Tensor,
-    gate_ED: torch.Tensor,
-    bias_E: torch.Tensor | None,
-    packed_w13: torch.Tensor,
-    packed_w2: torch.Tensor,
-    *,
-    top_k: int,
-    expert_hidden: int,
-    group_size: int,
-    route_scale: float,
-) -> torch.Tensor:
+    library = load() if library is None else library
     (n_tokens, d_model), n_experts = x_TD.shape, gate_ED.shape[0]
     out_TD = torch.empty(n_tokens, d_model)
     sizes = [ctypes.c_int64(n) for n in (n_tokens, d_model, expert_hidden, n_experts, top_k, group_size)]
