@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LEFTOVER = re.compile(r"\..+\.\d+\.\d+\.partial", re.DOTALL)
+"""Names of the files that `write_bytes` writes to before it renames them."""
 
 
 def partial_path(path: Path) -> Path:
@@ -75,3 +79,18 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, *, skip: Collection[Path] = ()) -> None:
+    """Remove the partial files that killed writers of `write_bytes` left anywhere below a folder.
+
+    No writer may be at work there. Links are not followed.
+
+    Args:
+        skip: files and folders to leave alone.
+    """
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if Path(root, name) not in skip]
+        for name in files:
+            if LEFTOVER.fullmatch(name):
+                Path(root, name).unlink()

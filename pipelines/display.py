@@ -1,6 +1,7 @@
 """Show the status of a run: as a table, as one line, and live while the run goes on."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -38,15 +39,20 @@ def format_table(status: RunStatus) -> RenderableType:
 
 
 def format_line(status: RunStatus) -> str:
-    """Return the running step in one line; an empty string if no step is running."""
-    for number, step in enumerate(status.steps, 1):
-        if step.state == "running":
-            parts = [f"step {number} of {len(status.steps)}  {step.name}", _format_progress(step)]
-            if step.loss is not None:
-                parts += [f"{step.tokens:,} tokens", f"loss {step.loss:.4f}", f"{step.tokens_per_second:,.0f} tokens/s"]
-            parts += [f"{format_duration(step.seconds_left)} left"] if step.seconds_left is not None else []
-            return "  ".join(part for part in parts if part)
-    return ""
+    """Return the running steps in one line; an empty string if no step is running."""
+    total = len(status.steps)
+    running = [
+        _format_step(number, total, step) for number, step in enumerate(status.steps, 1) if step.state == "running"
+    ]
+    return "  |  ".join(running)
+
+
+def _format_step(number: int, total: int, step: StepStatus) -> str:
+    parts = [f"step {number} of {total}  {step.name}", _format_progress(step)]
+    if step.loss is not None:
+        parts += [f"{step.tokens:,} tokens", f"loss {step.loss:.4f}", f"{step.tokens_per_second:,.0f} tokens/s"]
+    parts += [f"{format_duration(step.seconds_left)} left"] if step.seconds_left is not None else []
+    return "  ".join(part for part in parts if part)
 
 
 def _format_progress(step: StepStatus) -> str:
@@ -70,8 +76,13 @@ def format_duration(seconds: float | None) -> str:
 class Display:
     """Shows a run while it goes on, on stderr: a live table on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, until: str | None = None):
+        """Make a display of a run folder.
+
+        Args:
+            until: last step to show; None shows all.
+        """
+        self.run, self.until = run, until
         self.console = PlainConsole(stderr=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._next, self._last = time.monotonic() + LINE_INTERVAL_SECONDS, ""
@@ -95,6 +106,9 @@ class Display:
             return
         self._next = time.monotonic() + (LIVE_INTERVAL_SECONDS if self._live else LINE_INTERVAL_SECONDS)
         status = read_status(self.run)
+        if self.until:
+            names = [step.name for step in status.steps]
+            status = replace(status, steps=status.steps[: names.index(self.until) + 1])
         if self._live:
             self._live.update(format_table(status), refresh=True)
         elif (text := format_line(status)) and text != self._last:

@@ -6,6 +6,7 @@
 import json
 import socket
 import subprocess
+import threading
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,9 +29,10 @@ def current_time() -> str:
 
 
 class Manifest:
-    """`manifest.json` of one run folder. Every method that changes it also writes it."""
+    """`manifest.json` of one run folder. Every method that changes it also writes it, and several threads may do so."""
 
     def __init__(self, run: Path):
+        self._lock = threading.Lock()
         self.path = run / "manifest.json"
         self.content: dict[str, Any] = {"steps": {}}
         if self.path.exists():
@@ -61,10 +63,12 @@ class Manifest:
         Args:
             record: version, fingerprint, identity, config and inputs of the step.
         """
-        self.content["steps"][name] = record | {
-            "state": "running", "started": current_time(), "started_unix": time.time(), "host": socket.gethostname(),
-        }  # fmt: skip
-        self.save()
+        with self._lock:
+            self.content["steps"][name] = record | {
+                "state": "running", "started": current_time(), "started_unix": time.time(),
+                "host": socket.gethostname(),
+            }  # fmt: skip
+            self.save()
 
     def finish(self, name: str, state: str, **facts: Any) -> None:
         """Record that a step ended.
@@ -73,13 +77,14 @@ class Manifest:
             state: done, failed or interrupted.
             facts: the step's identity and result, or its error.
         """
-        entry = self.content["steps"][name]
-        entry |= {
-            "state": state,
-            "finished": current_time(),
-            "seconds": round(time.time() - entry.pop("started_unix"), 1),
-        } | facts
-        self.save()
+        with self._lock:
+            entry = self.content["steps"][name]
+            entry |= {
+                "state": state,
+                "finished": current_time(),
+                "seconds": round(time.time() - entry.pop("started_unix"), 1),
+            } | facts
+            self.save()
 
     def forget(self, names: list[str]) -> None:
         """Remove the entries of steps that are to be computed anew."""

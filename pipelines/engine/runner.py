@@ -1,12 +1,12 @@
-"""`run_steps`: bring the steps of a run up to date, one after the other, and record what happened."""
+"""`run_steps`: bring the steps of a run up to date, in order, and record what happened."""
 
 import os
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from core.atomic import partial_path, remove
+from core.atomic import partial_path, remove, remove_leftovers
 from pipelines.engine.fingerprints import fingerprint, step_identities
 from pipelines.engine.manifest import Manifest, current_time
 from pipelines.engine.step import Step, StepFailed, decide, select_until
@@ -22,7 +22,7 @@ def run_steps(
     log_line: Callable[[str], None],
     stop: threading.Event,
 ) -> None:
-    """Bring every step up to date, in order, as far as `until`.
+    """Bring every step up to date, in order, as far as `until`. Neighbours that need nothing of each other run at once.
 
     Args:
         restart_from: compute this step and those after it anew. The same request again, before the run reached its
@@ -34,22 +34,67 @@ def run_steps(
         StepFailed: a step raised, whatever it raised: a `RefusedInput` inside of a step is a failure too, since work
             has started. The traceback lies in logs/STEP.driver.log, the error's text in the manifest.
     """
+    _remove_leftovers(steps, run, manifest)
     names = [step.name for step in steps]
     steps = select_until(steps, until)
     if restart_from and manifest.content.get("restart") != restart_from:
         manifest.content["restart"] = restart_from
         manifest.forget(names[names.index(restart_from) :])
-    for number, step in enumerate(steps, 1):
-        inputs = step_identities(manifest, step.needs)
-        decision = decide(step, inputs, manifest.step(step.name), run)
-        log_line(f"step {number} of {len(steps)}  {step.name}: {decision.action} ({decision.why})")
-        if decision.action == "skip":
-            continue
-        if decision.action != "resume":
-            archive_outputs(step, run, log_line)
-        _execute(step, inputs, run, manifest, stop)
+    numbers = {step.name: number for number, step in enumerate(steps, 1)}
+    for group in group_independent(steps):
+        starting: list[tuple[Step, dict[str, str]]] = []
+        for step in group:
+            inputs = step_identities(manifest, step.needs)
+            decision = decide(step, inputs, manifest.step(step.name), run)
+            log_line(f"step {numbers[step.name]} of {len(steps)}  {step.name}: {decision.action} ({decision.why})")
+            if decision.action == "skip":
+                continue
+            if decision.action != "resume":
+                archive_outputs(step, run, log_line)
+            starting.append((step, inputs))
+        _execute_at_once(starting, run, manifest, stop)
     manifest.content.pop("restart", None)
     manifest.save()
+
+
+def group_independent(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps in their order, in groups of neighbours of which none needs another of its group."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and not {other.name for other in groups[-1]} & set(step.needs):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _execute_at_once(
+    steps: Sequence[tuple[Step, dict[str, str]]], run: Path, manifest: Manifest, stop: threading.Event
+) -> None:
+    """Execute steps, each with its inputs, in threads of their own, and wait for all of them.
+
+    Raises:
+        StepFailed: that of the first step that failed; the others have ended, too, and what they finished counts.
+    """
+    failures: dict[str, BaseException] = {}
+
+    def execute(step: Step, inputs: dict[str, str]) -> None:
+        try:
+            _execute(step, inputs, run, manifest, stop)
+        except BaseException as error:
+            failures[step.name] = error
+
+    # Daemons: work that does not end after an interrupt must not keep the process alive.
+    threads = [threading.Thread(target=execute, args=job, name=job[0].name, daemon=True) for job in steps[1:]]
+    for thread in threads:
+        thread.start()
+    if steps:
+        execute(*steps[0])
+    for thread in threads:
+        thread.join()
+    for step, _ in steps:
+        if step.name in failures:
+            raise failures[step.name]
 
 
 def _execute(step: Step, inputs: dict[str, str], run: Path, manifest: Manifest, stop: threading.Event) -> None:
@@ -67,6 +112,12 @@ def _execute(step: Step, inputs: dict[str, str], run: Path, manifest: Manifest, 
             _append_traceback(run / "logs" / f"{step.name}.driver.log")
         raise StepFailed(step.name, str(error), run / "logs") from error
     manifest.finish(step.name, "done", identity=result.pop("identity", own), result=result)
+
+
+def _remove_leftovers(steps: list[Step], run: Path, manifest: Manifest) -> None:
+    """Remove what killed processes were writing, except in finished outputs: those are whole, and may be large."""
+    done = {run / path for step in steps if manifest.step(step.name)["state"] == "done" for path in step.outputs}
+    remove_leftovers(run, skip=done | {run / "stale"})
 
 
 def _append_traceback(log: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -82,3 +84,27 @@ def test_remove_takes_files_links_and_folders(tmp_path):
     atomic.remove(target)
     atomic.remove(target)
     assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    """A process that is killed inside `write_text` leaves its partial file, wherever it wrote."""
+    names = ("manifest.json", "deep/er/[x] a.json", "finished/value.json")
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {os.getcwd()!r})
+from pathlib import Path
+from core import atomic
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+atomic.write_text(Path(sys.argv[1]), "half")
+"""
+    for name in names:
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)])
+    others = ("eval.partial/siqa.json", ".hidden.partial", "3.4.partial", "manifest.json")
+    for name in others:
+        atomic.write_text(tmp_path / name, "kept")
+    assert len(list(tmp_path.rglob(".*.partial"))) == len(names) + 1
+
+    atomic.remove_leftovers(tmp_path, skip={tmp_path / "finished"})
+    (left,) = tmp_path.glob("finished/.*.partial")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {*others, str(left.relative_to(tmp_path))}

@@ -11,7 +11,7 @@ import pytest
 from pipelines.cli import main
 from pipelines.commands import COMMANDS
 from pipelines.commands.run import parse as parse_run
-from pipelines.display import format_line
+from pipelines.display import Display, format_line
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.run_lock import lock_run
 from pipelines.recipe import to_dict
@@ -168,8 +168,15 @@ def test_status_while_a_driver_is_at_work(begun):
     assert step.seconds_left == 180 * 16 * 256 / 4096
     assert status.driver.startswith("pid ")
     assert format_line(status) == (
-        "step 4 of 10  pretrain  training 60/240 (25%)  245,760 tokens  loss 6.5000  4,096 tokens/s  0:03:00 left"
+        "step 4 of 11  pretrain  training 60/240 (25%)  245,760 tokens  loss 6.5000  4,096 tokens/s  0:03:00 left"
     )
+
+
+def test_a_run_that_ends_early_counts_its_own_steps(begun, capsys, monkeypatch):
+    monkeypatch.setattr("pipelines.display.LINE_INTERVAL_SECONDS", 0)
+    with lock_run(begun):
+        Display(begun, until="pretrain").refresh()
+    assert capsys.readouterr().err.startswith("step 4 of 4  pretrain  training 60/240")
 
 
 def test_second_driver_is_refused_and_told_of_the_first(begun, capsys):

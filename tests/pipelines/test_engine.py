@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from core.atomic import atomic_write, partial_path
-from pipelines.engine.fingerprints import find_stale_steps
+from pipelines.engine.fingerprints import find_stale_steps, fingerprint
 from pipelines.engine.manifest import Manifest
-from pipelines.engine.runner import run_steps
+from pipelines.engine.runner import group_independent, run_steps
 from pipelines.engine.step import Step, StepFailed, is_up_to_date
 
 
@@ -146,6 +146,19 @@ def test_killed_driver_leaves_running_and_is_resumed(graph):
     assert "resume (it was running)" in graph.said[2]
 
 
+def test_what_a_killed_writer_left_is_removed_before_the_steps_go_on(graph):
+    leftovers = [graph.run / ".manifest.json.12.34.partial", graph.run / "text.partial" / ".siqa.json.12.34.partial"]
+    leftovers[1].parent.mkdir(parents=True)
+    for path in leftovers:
+        path.touch()
+    seen = []
+    steps = [Step("text", 1, (), {}, ("text",), lambda: seen.extend(path.exists() for path in leftovers))]
+    manifest = Manifest(graph.run)
+    manifest.start("text", {"fingerprint": fingerprint(steps[0], {}), "version": 1})
+    run_steps(steps, graph.run, manifest, until=None, restart_from=None, log_line=print, stop=threading.Event())
+    assert seen == [False, False] and leftovers[1].parent.exists()
+
+
 def test_from_restarts_once_then_continues(graph):
     graph.go()
     graph.fail = "count"
@@ -171,6 +184,58 @@ def test_partial_of_another_fingerprint_is_dropped(graph):
         steps[:1], graph.run, Manifest(graph.run), until=None, restart_from=None, log_line=print, stop=threading.Event()
     )
     assert seen == [False]
+
+
+def make_pair(run, left, right):
+    """start -> left, right -> end; the functions are the work of `left` and `right`."""
+
+    def write(name, work=lambda: None):
+        def make():
+            work()
+            (run / name).touch()
+
+        return make
+
+    return [
+        Step("start", 1, (), {}, ("start",), write("start")),
+        Step("left", 1, ("start",), {}, ("left",), write("left", left)),
+        Step("right", 1, ("start",), {}, ("right",), write("right", right)),
+        Step("end", 1, ("left", "right"), {}, ("end",), write("end")),
+    ]
+
+
+def run_all(steps, run):
+    manifest = Manifest(run)
+    run_steps(steps, run, manifest, until=None, restart_from=None, log_line=print, stop=threading.Event())
+    return {name: entry["state"] for name, entry in Manifest(run).content["steps"].items()}
+
+
+def test_neighbours_that_need_nothing_of_each_other_run_at_once(tmp_path):
+    meeting = threading.Barrier(2, timeout=30)  # each waits for the other
+    steps = make_pair(tmp_path, meeting.wait, meeting.wait)
+    assert [[step.name for step in group] for group in group_independent(steps)] == [
+        ["start"], ["left", "right"], ["end"],
+    ]  # fmt: skip
+    assert run_all(steps, tmp_path) == dict.fromkeys(("start", "left", "right", "end"), "done")
+
+
+@pytest.mark.parametrize("failing", ["left", "right"])
+def test_one_that_fails_lets_its_neighbour_end(tmp_path, failing):
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise OSError("no more disk")
+
+    def succeed():
+        assert failed.wait(30)
+
+    works = {"left": succeed, "right": succeed, failing: fail}
+    with pytest.raises(StepFailed, match="no more disk") as raised:
+        run_all(make_pair(tmp_path, **works), tmp_path)
+    assert raised.value.step == failing
+    states = {name: entry["state"] for name, entry in Manifest(tmp_path).content["steps"].items()}
+    assert states == {"start": "done", "left": "done", "right": "done"} | {failing: "failed"}
 
 
 def test_result_identity_replaces_the_fingerprint(graph):
