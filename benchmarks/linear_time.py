@@ -11,7 +11,10 @@ ends with 1 then: below that, timers and caches decide.
 """
 
 import argparse
+import contextlib
+import gc
 import itertools
+import json
 import math
 import multiprocessing
 import platform
@@ -23,11 +26,16 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from xml.etree.ElementTree import ParseError
+from xml.sax.saxutils import escape
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.utils import text as datatrove_text
 
+from core.special_tokens import EOT
 from data.catalogue.corpora import LANGUAGE_PACKAGE
+from data.config import DataConfig
 from data.filters import decontaminate, dedup
 from data.filters.dedup import GroupSignature
 from data.filters.language import make_language_filter, unpack_model
@@ -35,8 +43,14 @@ from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_qua
 from data.filters.spacy_cache import EnglishWords
 from data.filters.split import assign_split
 from data.readers import package_readers, wikitext
+from data.readers.corpus_reader import find_problem
+from data.readers.messages import convert_messages
+from data.readers.rows import MalformedRow, parse_json
+from data.readers.text_decoding import decode_text, split_lines
+from data.report.shard_statistics import ShardStatistics
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder
+from data.tokens.marked_text import UnusableConversationError
 
 SHORT, LONG = 10_000, 100_000
 """Lengths of the texts, in characters."""
@@ -146,12 +160,61 @@ def make_blocks(language_wheel: Path | None, scratch: Path) -> dict[str, Callabl
         "pii": redaction.format,
         "minhash signature": partial(sign, signature),
         "decontamination": partial(filter_text, decontamination),
+        "exact hash": dedup.make_exact_signature(scratch / "exact", ["c"]).hash_fc,
         "split": lambda text: assign_split(text, ("pretrain", "midtrain"), 0, 0.02, 0.25),
+        "statistics": lambda text: ShardStatistics().add("c", text, {"tokens": np.zeros(2, np.uint32)}),
         "tokenizer training": lambda text: tokenizer.train(iter([text]), 300),
         "encode": lambda text: encoder.encode_documents([text]),
+        "conversation": lambda text: encode_answer(encoder, text),
+        "conversation that spells tokens": lambda text: encode_answer(encoder, f"{EOT}{text}{EOT}"),
+        "conversation of short turns": partial(encode_turns, encoder),
+        "lines": lambda text: split_lines(decode_text(text.encode())),
+        "record": lambda text: find_problem({"text": text}, "text"),
+        "json": parse_json,
+        "json messages": read_messages,
+        "wikipedia dump": read_dump,
         "wikitext": lambda text: list(wikitext.split_sections("Title", text)),
         "markdown": package_readers.extract_prose,
+        "python module": partial(parse_module, scratch / "module.py"),
     }
+
+
+def encode_answer(encoder: Encoder, text: str) -> None:
+    """Encode a question and an answer that are both the text."""
+    # A text of all characters leaves none to mark spellings with, and is refused.
+    with contextlib.suppress(UnusableConversationError):
+        encoder.encode_conversation(make_turns([text, text]), 10 * LONG)
+
+
+def encode_turns(encoder: Encoder, text: str) -> None:
+    """Encode a conversation whose turns are 20 characters of the text each, up to the bound on its tokens."""
+    turns = make_turns([text[at : at + 20] for at in range(0, len(text), 20)])
+    encoder.encode_conversation(turns, DataConfig.max_conversation_tokens)
+
+
+def make_turns(texts: list[str]) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+
+
+def read_messages(text: str) -> None:
+    """Read a conversation that is the text: as a column of JSON, and where the text itself is that column."""
+    convert_messages(json.dumps(make_turns([text])), "messages")
+    with contextlib.suppress(MalformedRow):
+        convert_messages(text, "messages")
+
+
+def read_dump(text: str) -> None:
+    """Read MediaWiki dumps with the text as it is, which is seldom XML, as an attribute and in the form of XML."""
+    page = "<mediawiki><page{}><title>T</title><ns>0</ns><revision><text>{}</text></revision></page></mediawiki>"
+    for attribute, content in (("", text), ("", escape(text)), (f' a="{escape(text)}"', "")):
+        with contextlib.suppress(ParseError):
+            list(wikitext.read_articles(page.format(attribute, content).encode()))
+
+
+def parse_module(path: Path, text: str) -> None:
+    path.write_text(text, newline="")
+    with contextlib.suppress(MalformedRow):
+        package_readers.parse_module(path)
 
 
 def forget_words(block: object) -> None:
@@ -177,6 +240,7 @@ def time_block(
     block: Callable[[str], object], patterns: dict[str, Callable[[int], str]], names: list[str], sender: Connection
 ) -> None:
     """Send [seconds of the short text, seconds of the long text] of every pattern in its order."""
+    gc.freeze()  # so that no text pays for the garbage collector's visits to the libraries
     for name in names:
         for _ in range(ATTEMPTS):
             seconds = [time_fastest(block, patterns[name](length)) for length in (SHORT, LONG)]
@@ -262,7 +326,6 @@ def print_row(name: str, results: dict[str, list[float] | None]) -> bool:
     noticeable = {pattern: seconds for pattern, seconds in measured.items() if seconds[1] >= NOTICEABLE_SECONDS}
     growing = max(noticeable or measured, key=lambda pattern: compute_growth(measured[pattern]))
     slowest = max(measured, key=lambda pattern: measured[pattern][1])
-    named = ", ".join(f"`{pattern}` ({format_growth(results[pattern])})" for pattern in bad)
     named = ", ".join(f"`{pattern}` ({format_growth(results[pattern])})" for pattern in bad)
     print(
         f"| {name} | {format_growth(measured[growing])} | `{growing}` | {measured[slowest][1] / LONG * 1e6:.2f} "

@@ -23,6 +23,9 @@ PRE_TOKENIZATION = "|".join(
 )
 """Regular expression of Llama-3 (and cl100k) that splits text into words, groups of up to three digits, punctuation and
 white space."""
+MAX_TRAINING_WORD_CHARS = 256
+"""Largest number of characters of a word that the training gets at once: its time grows with the square of a word's
+length. It counts the pairs of a longer word in its pieces; the tokenizer that it makes does not cut words."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -40,12 +43,10 @@ def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size: number of entries, special tokens included; a text with too few distinct pairs gives fewer.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_TRAINING_WORD_CHARS}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
@@ -53,6 +54,7 @@ def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.Sequence(
         [

@@ -1,9 +1,12 @@
 """The trained tokenizer and the chat encoding."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from core.errors import RefusedInput
 from core.special_tokens import SPECIAL_TOKENS
@@ -11,6 +14,7 @@ from data.tokens import tokenizer
 from data.tokens.chat import Encoder
 from data.tokens.existing_tokenizer import load_existing
 from data.tokens.marked_text import UnusableConversationError
+from tests.data.growth import measure_growth
 from tests.data.planted import page
 
 CONVERSATION = [
@@ -55,6 +59,35 @@ def test_vocabulary_is_exactly_as_large_as_asked_with_special_tokens_last(traine
 def test_digits_are_split_by_three(trained):
     pieces = [piece for piece, _ in trained.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x 1234567")]
     assert pieces == ["x", "Ġ", "123", "456", "7"]
+
+
+@pytest.mark.parametrize("unit", ["ab", "字", " ", "_", "\u0301", "a b"])
+def test_training_takes_linear_time_for_a_word_without_end(unit):
+    # 16 times as long: 16 times the work where it is linear, 256 times where it is quadratic.
+    def train(text: str) -> None:
+        tokenizer.train(iter([text]), 280)
+
+    assert measure_growth(train, unit * 2_000, unit * 32_000) < 64
+
+
+@pytest.mark.parametrize(("characters", "longest"), [(200, 200), (256, 256), (600, 256)])
+def test_only_the_training_cuts_words_and_only_long_ones(characters, longest):
+    word = "ab" * (characters // 2)
+    made = tokenizer.train(iter([word]), 300).backend_tokenizer
+    assert made.pre_tokenizer.pre_tokenize_str(word) == [(word, (0, characters))]
+    merged = set(made.get_vocab()) - set(pre_tokenizers.ByteLevel.alphabet()) - set(SPECIAL_TOKENS)
+    assert max(map(len, merged)) == longest
+
+
+def test_ordinary_text_gives_the_merges_of_the_plain_training(trained):
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = trained.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=400 - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    plain.train_from_iterator((page(number) for number in range(40)), trainer)
+    merges = [json.loads(made.to_str())["model"]["merges"] for made in (trained.backend_tokenizer, plain)]
+    assert len(merges[0]) == 400 - 256 - len(SPECIAL_TOKENS) and merges[0] == merges[1]
 
 
 def test_mask_covers_answers_and_their_closing_token(trained):
@@ -111,8 +144,6 @@ def test_existing_tokenizer_loads_from_folder_and_from_its_json(trained, tmp_pat
 
 
 def test_existing_tokenizer_without_the_special_tokens_is_refused(tmp_path):
-    from tokenizers import Tokenizer, models
-
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE()).save(str(path))
     with pytest.raises(RefusedInput, match=r"data\.tokenizer\.path = .*lacks <\|begin_of_text\|>"):

@@ -1,5 +1,6 @@
 """Functions for the gangs of the tests, in a module of their own: Ray's workers import it as they do the steps."""
 
+import getpass
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def task(text: str, fail: bool) -> str:
 
 
 def describe_process() -> dict[str, str]:
-    """Return where this process found our rooms, and where it works."""
+    """Return where this process found our rooms, where it works and for whom."""
     import core
     import data
     import eval as evaluation
@@ -49,6 +50,7 @@ def describe_process() -> dict[str, str]:
     rooms = {module.__name__: str(Path(module.__file__).parent.parent) for module in (core, data, evaluation)}
     return rooms | {
         "cwd": os.getcwd(),
+        "user": f"{os.getuid()}:{os.getgid()} {getpass.getuser()}",
         "home": os.path.expanduser("~"),
         "inductor": os.environ["TORCHINDUCTOR_CACHE_DIR"],
         "rank": f"{os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}",

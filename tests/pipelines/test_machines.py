@@ -2,6 +2,9 @@
 
 import json
 import os
+import shlex
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,13 @@ from core.environment import find_socket_folder
 from pipelines.ray.cluster import FOLDER_PREFIX, LONGEST_FOLDER
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = " && ".join(f"mount --bind /dev/null /etc/{name}" for name in ("passwd", "nsswitch.conf"))
-NO_PASSWORDS = ("unshare", "--mount", "sh", "-c", f'{HIDDEN} && exec "$@"', "sh")
-"""Beginning of a command that runs without the table of passwords, where root starts it."""
+UNKNOWN = 54321
+"""Id of a user and a group that no table names."""
+UNPRIVILEGED = (
+    "setpriv", f"--reuid={UNKNOWN}", f"--regid={UNKNOWN}", "--clear-groups", "--no-new-privs", "--inh-caps=-all",
+    "--bounding-set=-all",
+)  # fmt: skip
+"""Beginning of a command that runs as this user, without any capability, where root starts it."""
 
 DEAD_PROXY = "http://127.0.0.1:9"
 MISLEADING = {
@@ -67,19 +74,52 @@ def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_ho
     link.unlink()
 
 
+def become_unknown(*folders):
+    """Return the beginning of a command that runs as UNKNOWN, which may enter these folders, where root starts it.
+
+    Folders above them, such as /root, may be closed to others. Their modes stay as they are. In its own mount namespace
+    the command has an empty folder in place of a closed one, with nothing but the given folders in it.
+    """
+    closed, opened, mounts, shut = {}, ["set -e"], [], []
+    for number, folder in enumerate(sorted(set(folders)), start=3):
+        opened.append(f"exec {number}<{shlex.quote(str(folder))}")
+        shut.append(f"exec {number}<&-")
+        outermost = [parent for parent in folder.parents if not parent.stat().st_mode & stat.S_IXOTH][-1:]
+        if outermost:
+            closed.setdefault(outermost[0], []).append((number, shlex.quote(str(folder))))
+    for parent, inside in closed.items():
+        mounts.append(f"mount -t tmpfs -o mode=755 none {shlex.quote(str(parent))}")
+        for number, quoted in inside:
+            mounts.append(f"mkdir -p {quoted}; mount --no-canonicalize --rbind /proc/self/fd/{number} {quoted}")
+    script = "\n".join([*opened, *mounts, *shut, 'exec "$@"'])
+    return ["unshare", "--mount", "sh", "-c", script, "sh", *UNPRIVILEGED]
+
+
 def test_a_user_whom_the_system_does_not_know(tmp_path):
-    """The user of a container with --user 54321: no entry in the table of passwords, and no HOME."""
-    unknown = [*NO_PASSWORDS, sys.executable, "-c", "import os, pwd; pwd.getpwuid(os.getuid())"]
-    done = subprocess.run(unknown, capture_output=True, text=True, check=False)
-    if "uid not found" not in done.stderr:
-        pytest.skip("only root can hide the table of passwords from a process")
+    """The user of a container with --user 54321: no entry in the table of passwords, no HOME and no right of root."""
+    if os.getuid() or not shutil.which("unshare") or not shutil.which("setpriv"):
+        pytest.skip("only root can start a process of another user, with unshare and setpriv")
     (tmp_path / "run").mkdir()
+    for folder in (tmp_path, tmp_path / "run"):
+        os.chown(folder, UNKNOWN, UNKNOWN)
+    within = become_unknown(*(Path(folder).resolve() for folder in (sys.base_prefix, sys.prefix, ROOT, tmp_path)))
+    code = "import os, pwd; print(open('/proc/self/status').read()); pwd.getpwuid(os.getuid())"
+    done = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if f"uid not found: {UNKNOWN}" not in done.stderr:
+        pytest.skip(f"no process of an unknown user can run here: {done.stderr.strip()[-300:]}")
+    assert "CapEff:\t0000000000000000\n" in done.stdout
     seen = start_cluster(
-        tmp_path / "run", tmp_path, NO_PASSWORDS, TMPDIR=str(tmp_path), HOME=None, USER=None, LOGNAME=None,
+        tmp_path / "run", tmp_path, within, TMPDIR=str(tmp_path), HOME=None, USER=None, LOGNAME=None,
         USERNAME=None, LNAME=None,
     )  # fmt: skip
     check_workers(seen, tmp_path)
-    assert Path(seen["task"]["home"]).name == "home"
+    for worker in (seen["task"], seen["gang"]):
+        assert worker["user"] == f"{UNKNOWN}:{UNKNOWN} uid{UNKNOWN}"
+    home = Path(seen["task"]["home"])
+    assert home.resolve() == (tmp_path / f"mobilemoe-cache-{UNKNOWN}" / "home").resolve()
+    assert home.stat().st_uid == UNKNOWN
+    if home.parents[1].is_symlink():
+        home.parents[1].unlink()
 
 
 def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):

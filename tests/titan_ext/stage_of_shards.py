@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from streaming import MDSWriter
 
+from titan_ext.loader import shard_store
 from titan_ext.loader.streaming_loader import StreamingLoader
 
 G, B, L, PAD = 8, 1, 32, 0
@@ -49,6 +50,13 @@ def rows(batch):
 
 
 def sequences(loaders, micro_steps):
-    """The sequences of `micro_steps` micro-batches of all ranks, [N, 3, L], in the order micro-batch, rank, row."""
+    """The sequences of `micro_steps` micro-batches of all ranks, [N, 3, L], in the order micro-batch, rank, row.
+
+    At return no thread prepares shards any more, so that a test may look at the cache, or damage it.
+    """
     iterators = [iter(loader) for loader in loaders]
-    return np.concatenate([rows(next(it)) for _ in range(micro_steps) for it in iterators])
+    try:
+        return np.concatenate([rows(next(it)) for _ in range(micro_steps) for it in iterators])
+    finally:
+        shard_store._worker_pool().shutdown()
+        shard_store._worker_pool.cache_clear()

@@ -28,7 +28,7 @@ DIMS = ModelDims(
 )  # fmt: skip
 STAGE = StageConfig(
     steps=20, seq_len=64, global_batch_size=4, local_batch_size=2, learning_rate=3e-3, shards="pretrain",
-    mixture={"web": 0.6, "code": 0.4}, checkpoint_interval=8, heldout_interval=10, heldout_batches=2, log_interval=1,
+    mixture={"web": 0.6, "code": 0.4}, checkpoint_interval=8, heldout_interval=8, heldout_batches=2, log_interval=1,
 )  # fmt: skip
 
 
@@ -171,6 +171,21 @@ def test_killed_run_goes_on_bitwise(data, two_processes, tmp_path):
     assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in whole]
     ends = [find_final_checkpoint(out, STAGE.steps) for out in (spec.out, two_processes)]
     assert find_differences(*ends) == []
+
+
+@pytest.mark.parametrize("step", [16, 20])
+def test_a_loss_that_was_not_measured_before_a_kill_is_measured(step, data, two_processes, tmp_path):
+    """A step's checkpoint is saved first, the held-out loss after it is measured then."""
+    expected = lines(two_processes, "heldout.jsonl")
+    assert step in {line["step"] for line in expected}
+    out = shutil.copytree(two_processes, tmp_path / "stage")
+    if step < STAGE.steps:
+        shutil.rmtree(out / f"checkpoint/step-{STAGE.steps}")
+    kept = [json.dumps(line) + "\n" for line in expected if line["step"] < step]
+    (out / "heldout.jsonl").write_text("".join(kept))
+    run_ranks(stage_spec(data, out, world_size=2), tmp_path / "scratch")
+    assert lines(out, "heldout.jsonl") == expected
+    assert [line["step"] for line in lines(out, "metrics.jsonl")] == list(range(1, STAGE.steps + 1))
 
 
 def test_two_runs_from_one_seed_are_equal_bitwise(data, tmp_path):

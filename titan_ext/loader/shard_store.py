@@ -76,7 +76,7 @@ class ShardStore:
             cache: folder for decompressed shards; several processes may share it. Uncompressed local shards are read
                 in place.
             cache_bytes: limit for the raw shards in `cache`, in bytes. The shards not used for the longest time are
-                deleted first.
+                deleted first. While shards are being fetched the cache may hold more, by their size at most.
 
         Raises:
             RefusedInput: the folder cannot be read as training data: it has no index.json, other columns than
@@ -200,6 +200,8 @@ class ShardStore:
                     f"shard {path} does not have the {SHARD_HASH} that {self.source}/index.json states. Restore the "
                     "folder from where it was written, or run the data step again"
                 )
+            # Shards that were fetched at the same time each made room for themselves alone.
+            _evict_shards(self._cache, self._cache_bytes, keep=path)
 
     def _explain_fetch_error(self, shard: int, error: Exception) -> Exception:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:

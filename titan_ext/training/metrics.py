@@ -136,6 +136,11 @@ class StageMetrics(MetricsProcessor):
         super().log_validation(loss, step, extra_metrics)
         self._append("heldout.jsonl", {"step": step, "loss": loss})
 
+    def has_heldout_loss(self, step: int) -> bool:
+        """Return whether heldout.jsonl has the loss after this step."""
+        path = self._folder / "heldout.jsonl"
+        return path.exists() and any(json.loads(line)["step"] == step for line in path.read_text().splitlines())
+
     def _append(self, name: str, record: dict) -> None:
         if dist.get_rank() != 0:
             return

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -93,17 +95,37 @@ class StageTrainer(Trainer):
     def train_step(self, data_iterator: Any) -> None:
         """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
         if not self._has_started:
-            self._start()
+            self._start(first_step=self.step)
         super().train_step(data_iterator)
         if self.optimizers.skip_reason is None:
             for callback in self.callbacks:
                 callback.after_update()
 
-    def _start(self) -> None:
-        """Start metrics and callbacks. The checkpoint is loaded only now, so `self.step` is the first to be trained."""
+    def should_continue_training(self) -> bool:
+        """Return whether a step is left. The first call comes after the checkpoint is loaded, and starts the stage.
+
+        torchtitan saves a step's checkpoint before it measures the held-out loss. A process that was killed in between
+        measures it now.
+        """
+        if not self._has_started:
+            self._start(first_step=self.step + 1)
+            if self._lacks_heldout_loss():
+                self.validator.validate(self.model_parts, self.step)
+        return super().should_continue_training()
+
+    def _lacks_heldout_loss(self) -> bool:
+        """Return on every rank whether the held-out loss of the loaded step is due and was not measured."""
+        is_due = self.step > 0 and self.config.validator.enable and self.validator.should_validate(self.step)
+        missing = is_due and not self.metrics_processor.has_heldout_loss(self.step)
+        answer = torch.tensor(float(missing), device=utils.device_type)  # rank 0's: it alone writes the file
+        dist.broadcast(answer, src=0)
+        return bool(answer)
+
+    def _start(self, first_step: int) -> None:
+        """Start metrics and callbacks; the checkpoint is loaded."""
         training = self.config.training
         self.metrics_processor.start_stage(
-            first_step=self.step,
+            first_step=first_step,
             last_step=training.steps,
             tokens_per_step=training.global_batch_size * training.seq_len,
             callbacks=self.callbacks,
