@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import RefusedInput
-from core.stages import STAGES
 from pipelines.recipe import Recipe
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """Bytes: float32 master weights and AdamW's two moments take 12; the rest is room for other files of a checkpoint."""
-CHECKPOINTS_KEPT = 2
-"""torchtitan writes a new checkpoint before it deletes the one before."""
 BF16_BYTES = 2
 INT4_BYTES = 0.5 + 2 / 32
 """Half a byte, and a float16 scale for each group of 32."""
@@ -42,7 +39,9 @@ def estimate_disk(recipe: Recipe) -> DiskEstimate:
     parameters = count_parameters(recipe.model).total
     return DiskEstimate(
         data=validate_config.estimate_bytes(recipe.data),
-        checkpoints=parameters * CHECKPOINT_BYTES_PER_PARAMETER * CHECKPOINTS_KEPT * len(STAGES),
+        checkpoints=parameters
+        * CHECKPOINT_BYTES_PER_PARAMETER
+        * sum(stage.checkpoints_kept for _, stage in recipe.stages.items()),
         artifacts=int(parameters * (BF16_BYTES * BF16_MODELS + INT4_BYTES * INT4_MODELS)),
     )
 

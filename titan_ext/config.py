@@ -19,7 +19,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Dimensions of a MobileMoE: every layer is attention plus an MoE of routed and one shared SwiGLU expert."""
+    """Dimensions of a MobileMoE: every layer is attention plus an MoE of routed and one shared SwiGLU expert.
+
+    The published models have a shared expert, and so has the released checkpoint format. Only a sweep of the scaling
+    law trains models without one; one expert of which every token takes it is a dense model.
+    """
 
     d_model: int
     n_layers: int
@@ -29,7 +33,7 @@ class ModelDims:
     expert_hidden: int
     """Hidden width of one routed expert, F in tensor names."""
     shared_hidden: int
-    """Hidden width of the shared expert, which every token passes through."""
+    """Hidden width of the shared expert, which every token passes through; 0 for none."""
     n_experts: int
     top_k: int
     vocab_size: int = 128_256
@@ -101,6 +105,8 @@ class StageConfig:
     update of a spike is skipped. None skips no spike."""
     log_interval: int = 10
     checkpoint_interval: int = 500
+    checkpoints_kept: int = 2
+    """Number of the newest checkpoints that are kept. The newest may still be being written, so at least 2."""
     heldout_interval: int = 500
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16

@@ -14,6 +14,8 @@ class Report:
     """Write the report of a run again, from what is there."""
 
     run: tyro.conf.Positional[Path]
+    law: Path | None = None
+    """law.json of `scaling-law fit` or `sweep`, whose prediction the report shows; the published law if not given."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -25,8 +27,13 @@ def rewrite_report(arguments: Report) -> None:
         RefusedInput: the folder holds no run, or nothing can be written to it.
     """
     inputs.require_run_folder(arguments.run)
+    if arguments.law is not None:
+        inputs.require_file("--law", arguments.law)
     inputs.require_output_folder("RUN", arguments.run / "report")
     from eval.report.run_report import write_report
+    from pipelines.scaling.law import PUBLISHED, load_law
+    from pipelines.scaling.prediction import predict_run
 
-    results = write_report(arguments.run)
+    law = PUBLISHED if arguments.law is None else load_law(arguments.law)
+    results = write_report(arguments.run, predict_run(arguments.run, law))
     emit_result(arguments.json, results, lambda: f"report written to {arguments.run / 'report'}")

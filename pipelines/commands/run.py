@@ -1,6 +1,5 @@
 """`mobilemoe run`: hold the run folder, start or join Ray if there is anything to do, and show the progress."""
 
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import tyro
 from core.errors import RefusedInput
 from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
-from pipelines.display import LIVE_INTERVAL_SECONDS, Display, format_table
+from pipelines.commands.supervise import supervise, take_signals
+from pipelines.display import Display, format_table
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.run_lock import lock_run
 from pipelines.engine.runner import run_steps
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     StepName = str
 else:
     StepName = Literal[STEPS]  # built from the list of steps, which a type checker cannot follow
-
-INTERRUPT_PATIENCE_SECONDS = 20
-"""Time that the running step gets to end after an interrupt, once its workers have been stopped."""
 
 
 @dataclass(frozen=True)
@@ -132,25 +129,20 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
 
         steps = build_steps(Context(recipe, run, None, print), PACKAGE)
         if restart_from is None and is_up_to_date(steps, run, manifest, until):
-            with Display(run) as display:
+            with Display(run, until) as display:
                 manifest.describe(recipe)
                 bring_up_to_date(None, display.log_line)
         else:
             from pipelines.ray.cluster import Cluster
 
-            signal.signal(signal.SIGTERM, _interrupt)  # a batch system sends it before it kills
-            with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run) as display:
-                signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put its own handler in place
+            take_signals()
+            with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run, until) as display:
+                take_signals()
                 cluster.check_size()
                 manifest.describe(recipe)
                 print_header(display, cluster, run)
-                _watch(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
+                supervise(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
     return read_status(run)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Treat a signal as a Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
@@ -158,34 +150,3 @@ def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
     display.log_line(f"run folder   {run}")
     display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
     display.log_line(f"curves       {quote_command('tensorboard', '--logdir', run / 'stages')}")
-
-
-def _watch(work: Callable[[], None], display: Display, cluster: "Cluster", stop: threading.Event) -> None:
-    """Run `work` in a thread while this thread shows the progress.
-
-    Python delivers signals to the main thread only, between two of its instructions. Here it never waits long, so an
-    interrupt is taken at any moment, also while `work` waits for Ray.
-    """
-    failure: list[BaseException] = []
-
-    def catch_failure() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failure.append(error)
-
-    # A daemon: a step that does not end after an interrupt must not keep the process alive.
-    thread = threading.Thread(target=catch_failure, name="steps", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(LIVE_INTERVAL_SECONDS)
-            display.refresh()
-    except KeyboardInterrupt:
-        stop.set()  # before the cluster closes, so that the step counts as interrupted and not as failed
-        display.log_line("interrupted: stopping the workers; the same command continues")
-        cluster.close()
-        thread.join(INTERRUPT_PATIENCE_SECONDS)
-        raise
-    if failure:
-        raise failure[0]

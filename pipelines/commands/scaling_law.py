@@ -1,6 +1,7 @@
-"""`mobilemoe scaling-law`: print the law, fit it to a sweep, and solve it for a phone."""
+"""`mobilemoe scaling-law`: print the law, run a sweep, fit the law to it, and solve it for a phone."""
 
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -15,10 +16,8 @@ from core.atomic import write_json
 from core.errors import RefusedInput
 from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
+from pipelines.commands.scaling_sweep import Result, SweepArguments, sweep
 from pipelines.scaling.sizes import parse_size
-
-Result = tuple[dict[str, Any], Callable[[], Any]]
-"""The JSON-ready result, and the function that formats it for a terminal."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,10 @@ class FitArguments:
     """File to write; `scaling-law law` and `solve` read it with --law."""
     heldout: tuple[Path, ...] = ()
     """Points that the fit does not see; their error is reported."""
+    granularity: int | None = None
+    """Take only the points of this granularity and of --shared or --no-shared, with the dense ones."""
+    shared: bool = True
+    """Whether the points of --granularity have a shared expert."""
     starts: int = 2_000
     """Starts of the search."""
     draws: int = 200
@@ -95,12 +98,14 @@ class SolveArguments:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Print the on-device scaling law, fit it to a sweep, or solve it for a phone."""
+    """Print the on-device scaling law, run a sweep, fit the law to it, or solve it for a phone."""
 
-    action: LawArguments | FitArguments | SolveArguments
+    action: LawArguments | FitArguments | SolveArguments | SweepArguments
 
 
-ACTIONS: dict[str, type] = {"law": LawArguments, "fit": FitArguments, "solve": SolveArguments}
+ACTIONS: dict[str, type] = {
+    "law": LawArguments, "fit": FitArguments, "solve": SolveArguments, "sweep": SweepArguments,
+}  # fmt: skip
 
 
 def parse(words: Sequence[str]) -> ScalingLaw:
@@ -131,6 +136,8 @@ def run(arguments: ScalingLaw) -> None:
         result, format_result = show_law(action)
     elif isinstance(action, FitArguments):
         result, format_result = fit(action)
+    elif isinstance(action, SweepArguments):
+        result, format_result = sweep(action)
     else:
         result, format_result = solve(action)
     emit_result(action.json, result, format_result)
@@ -177,26 +184,25 @@ def show_law(arguments: LawArguments) -> Result:
 def fit(arguments: FitArguments) -> Result:
     """Fit the law, write law.json, and return the coefficients with their intervals and errors."""
     from pipelines.scaling.fit import fit_law
-    from pipelines.scaling.points import read_points
+    from pipelines.scaling.points import list_rule_points, read_points, select_architecture
 
     for option, value, least in (("--starts", arguments.starts, 1), ("--draws", arguments.draws, 0)):
         if value < least:
             raise RefusedInput(f"{option} {value}: must be at least {least}")
-    inputs.require_output_file("--out", arguments.out)
     if arguments.figures:
         inputs.require_output_folder("--figures", arguments.figures)
-    points, heldout = read_points(arguments.points), read_points(arguments.heldout)
+    inputs.require_output_file("--out", arguments.out)
+    for path in (*arguments.points, *arguments.heldout):
+        mode = inputs.find_mode("points", path)
+        require = inputs.require_folder if mode is not None and stat.S_ISDIR(mode) else inputs.require_file
+        require("points", path)
+    points, heldout = (list_rule_points(read_points(files)) for files in (arguments.points, arguments.heldout))
+    if arguments.granularity is not None:
+        points, heldout = (select_architecture(p, arguments.granularity, arguments.shared) for p in (points, heldout))
     found = fit_law(
         points, num_starts=arguments.starts, num_draws=arguments.draws, heldout=heldout, seed=arguments.seed
     )  # fmt: skip
-    coefficients = {name: getattr(found.law.coefficients, name) for name in found.intervals} or asdict(
-        found.law.coefficients
-    )
-    result = {
-        "form": found.form, "points": len(found.points), "coefficients": coefficients, "intervals": found.intervals,
-        "rmse": found.law.rmse, "heldout_rmse": found.heldout_rmse, "left_out": found.left_out,
-        "law": str(arguments.out),
-    }  # fmt: skip
+    result = found.to_dict() | {"law": str(arguments.out)}
     if arguments.figures:
         from pipelines.scaling.figures import draw_fit
 
@@ -207,7 +213,7 @@ def fit(arguments: FitArguments) -> Result:
         table = Table(title=f"{found.form} law, {len(found.points)} points, RMSE {found.law.rmse:.4f} nats")
         for column in ("coefficient", "value", "95% interval"):
             table.add_column(column, justify="left" if column == "coefficient" else "right")
-        for name, value in coefficients.items():
+        for name, value in result["coefficients"].items():
             low, high = found.intervals.get(name, (float("nan"), float("nan")))
             table.add_row(name, f"{value:.4f}", f"{low:.4f} to {high:.4f}")
         errors = Table(title="error without a scale, RMSE of log loss")
@@ -215,7 +221,12 @@ def fit(arguments: FitArguments) -> Result:
         errors.add_column("error there", justify="right")
         for name, error in found.left_out.items():
             errors.add_row(name, f"{error:.4f}")
-        return Group(table, errors, Text(f"law: {arguments.out}"))
+        lines = [f"law: {arguments.out}"]
+        if found.diverged:
+            lines.insert(
+                0, f"{found.diverged} bootstrap samples gave infinite coefficients: the points hardly determine them"
+            )
+        return Group(table, errors, Text("\n".join(lines)))
 
     return result, format_result
 
@@ -230,6 +241,11 @@ def solve(arguments: SolveArguments) -> Result:
     _require_experts(arguments.experts)
     if arguments.write_recipe:
         inputs.require_output_file("--write-recipe", arguments.write_recipe)
+        if not arguments.shared:
+            raise RefusedInput(
+                "--no-shared --write-recipe: a run exports the released format, which has a shared expert in every "
+                "layer; leave one of them out"
+            )
     budget = Budget(
         memory=parse_size(arguments.memory, "--memory"),
         context=arguments.context,
@@ -300,4 +316,7 @@ def _require_experts(experts: tuple[int, ...]) -> None:
 def _load_law(path: Path | None) -> Any:
     from pipelines.scaling.law import PUBLISHED, load_law
 
-    return PUBLISHED if path is None else load_law(path)
+    if path is None:
+        return PUBLISHED
+    inputs.require_file("--law", path)
+    return load_law(path)

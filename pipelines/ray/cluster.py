@@ -129,6 +129,11 @@ class Cluster(contextlib.AbstractContextManager):
                     f"{kind}: the Ray cluster has {has}; start more nodes, or lower parallel.world_size"
                 )
 
+    def count_resources(self) -> tuple[float, float]:
+        """Return the number of CPUs and of GPUs of the whole cluster."""
+        present = ray.cluster_resources()
+        return present.get("CPU", 0.0), present.get("GPU", 0.0)
+
     def run_tasks(self, tasks: list[Task]) -> list[Any]:
         """Run tasks at once, as many as the cluster's resources hold, and return their results in order.
 

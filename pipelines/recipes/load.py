@@ -17,27 +17,38 @@ def load_recipe_file(path: Path) -> Recipe:
     Raises:
         RefusedInput: the file is missing, raises, has no function `recipe`, or the function returns no Recipe.
     """
+    made = call_function_of_file(path, "recipe", "pipelines/recipes/s.py")
+    if not isinstance(made, Recipe):
+        raise RefusedInput(f"recipe {path}: recipe() returned a {type(made).__name__}, not a pipelines.recipe.Recipe")
+    return made
+
+
+def call_function_of_file(path: Path, name: str, example: str) -> Any:
+    """Run a Python file and return what its function `name`, which takes no argument, returns.
+
+    Args:
+        name: `recipe` or `sweep`.
+        example: file of this repository that has such a function.
+
+    Raises:
+        RefusedInput: the file is missing, raises, or has no such function; names the line of the user's file.
+    """
     if not path.is_file():
-        raise RefusedInput(f"recipe {path}: no such file; give a Python file with a function `recipe()`")
-    spec = importlib.util.spec_from_file_location("mobilemoe_user_recipe", path.absolute())
+        raise RefusedInput(f"{name} {path}: no such file; give a Python file with a function `{name}()`")
+    spec = importlib.util.spec_from_file_location(f"mobilemoe_user_{name}", path.absolute())
     assert spec is not None and spec.loader is not None, "the name ends in .py"
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise RefusedInput(f"recipe {path}: {_describe(error, path)}; correct the file") from error
-    build = getattr(module, "recipe", None)
+        raise RefusedInput(f"{name} {path}: {_describe(error, path)}; correct the file") from error
+    build = getattr(module, name, None)
     if not callable(build):
-        raise RefusedInput(
-            f"recipe {path}: has no function `recipe`; define recipe() -> Recipe (pipelines/recipes/s.py)"
-        )
+        raise RefusedInput(f"{name} {path}: has no function `{name}`; define {name}() ({example})")
     try:
-        made = build()
+        return build()
     except Exception as error:
-        raise RefusedInput(f"recipe {path}: recipe() raised {_describe(error, path)}; correct the file") from error
-    if not isinstance(made, Recipe):
-        raise RefusedInput(f"recipe {path}: recipe() returned a {type(made).__name__}, not a pipelines.recipe.Recipe")
-    return made
+        raise RefusedInput(f"{name} {path}: {name}() raised {_describe(error, path)}; correct the file") from error
 
 
 def _describe(error: Exception, path: Path) -> str:

@@ -11,6 +11,8 @@ which a token takes g - s. E = 8 and g = 8 give 60 routed experts, top 4 and a s
 total parameters are those of E coarse experts whatever g and the shared expert are, the router's apart.
 """
 
+from math import sqrt
+
 from core.errors import RefusedInput
 from titan_ext.config import ModelDims
 
@@ -23,6 +25,19 @@ WIDTH_PER_LAYER = 40
 WIDTH_STEP = 256
 """Multiple of d_model: 4 KV heads of 64 divide the query heads, the experts' width d_model / 2 at g = 8 is a multiple
 of 128, so INT4 groups of 32, grouped GEMM tiles and expert-parallel ranks divide it."""
+
+
+PUBLISHED_ROUTE_SCALE, PUBLISHED_TOP_K = 2.5, 4
+
+
+def choose_route_scale(n_experts: int, top_k: int) -> float:
+    """Return the factor of the routed experts' sum, whose weights add up to 1.
+
+    The published 2.5 is for 4 experts a token. The outputs of k different experts add up as the square root of k, so
+    another k gets 2.5 sqrt(k / 4), which keeps the sum as large beside the shared expert. The only expert of a dense
+    model has no choice to be weighed by: its factor is 1.
+    """
+    return 1.0 if n_experts == 1 else PUBLISHED_ROUTE_SCALE * sqrt(top_k / PUBLISHED_TOP_K)
 
 
 def choose_layers(d_model: int) -> int:
@@ -69,6 +84,7 @@ def build_dims(
         )
     fine = FF_FACTOR * d_model // granularity
     replaced = granularity // 2 if shared else 0
+    n_experts, top_k = experts * granularity - replaced, granularity - replaced
     return ModelDims(
         d_model=d_model,
         n_layers=n_layers or choose_layers(d_model),
@@ -77,8 +93,9 @@ def build_dims(
         head_dim=head_dim,
         expert_hidden=fine,
         shared_hidden=replaced * fine,
-        n_experts=experts * granularity - replaced,
-        top_k=granularity - replaced,
+        n_experts=n_experts,
+        top_k=top_k,
         vocab_size=vocab_size,
         max_seq_len=max_seq_len,
+        route_scale=choose_route_scale(n_experts, top_k),
     )

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from eval.export.sizes import int4_bytes
 from pipelines.scaling.fit import Fit
 from pipelines.scaling.law import Law
-from pipelines.scaling.points import Point
+from pipelines.scaling.points import SCALE_TOLERANCE, Point, group_scales
 from pipelines.scaling.solve import EXPERTS, Budget, Candidate, list_candidates
 from titan_ext.config import FLAVORS
 from titan_ext.model_stats import count_parameters, kv_cache_bytes
@@ -53,7 +53,10 @@ def draw_law(law: Law, sizes: Sequence[float], tokens: Sequence[float], points: 
 
 def draw_fit(fit: Fit, folder: Path) -> None:
     """Draw the pictures of a fitted law with its points, and residuals.png."""
-    sizes, tokens = (sorted({getattr(point, name) for point in fit.points}) for name in ("active", "tokens"))
+    sizes, tokens = (
+        [float(np.mean(scale)) for scale in group_scales(getattr(point, name) for point in fit.points)]
+        for name in ("active", "tokens")
+    )
     draw_law(fit.law, sizes, tokens, fit.points, folder)
     draw_residuals(fit.points, fit.residuals, folder / "residuals.png")
 
@@ -67,22 +70,32 @@ def draw_experts(
         points: measured points, which are drawn where a panel and a curve have their tokens and size.
     """
     figure = Figure(figsize=(3.6 * len(tokens), 3.6), dpi=150, layout="constrained")
-    grid = np.geomspace(1, 32, 60)
+    shown = [experts for experts in EXPERTS if law.experts.low <= experts <= law.experts.high]
+    grid = np.geomspace(law.experts.low, law.experts.high, 60)
     for axes, length in zip(figure.subplots(1, len(tokens), sharey=True, squeeze=False).flat, tokens, strict=True):
         for number, size in enumerate(sizes):
-            label = f"{_format_count(size)} active"
+            label = f"{format_count(size)} active"
             axes.plot(grid, law.coefficients.predict_loss(size, length, grid), color=COLOURS[number], lw=1.5)
-            marks = law.coefficients.predict_loss(size, length, np.array(EXPERTS))
-            axes.plot(EXPERTS, marks, MARKERS[number], color=COLOURS[number], ms=4.5, label=label)
-            found = [(p.experts, p.loss) for p in points if p.active == size and p.tokens == length]
+            marks = law.coefficients.predict_loss(size, length, np.array(shown))
+            axes.plot(shown, marks, MARKERS[number], color=COLOURS[number], ms=4, label=label)
+            found = [(p.experts, p.loss) for p in points if _is_near(p.active, size) and p.tokens == length]
             if found:
-                axes.plot(*zip(*found, strict=True), MARKERS[number], mfc="white", mec=INK, ms=7, zorder=3)
-        _style(axes, f"{_format_count(length)} tokens")
+                colour = COLOURS[number]
+                axes.plot(*zip(*found, strict=True), MARKERS[number], mfc="white", mec=colour, mew=1.8, ms=8, zorder=3)
+        style_axes(axes, f"{format_count(length)} tokens")
         axes.set(xscale="log", xlabel="coarse experts E")
-        _set_ticks(axes, EXPERTS)
-    figure.axes[0].set_ylabel("predicted loss, nats a token")
+        set_ticks(axes, shown)
+    figure.axes[0].set_ylabel("loss, nats a token" if points else "predicted loss, nats a token")
+    if points:
+        figure.axes[0].plot([], [], "o", mfc="white", mec=INK, mew=1.8, ms=8, label="open: measured")
+        figure.axes[0].legend(frameon=False, fontsize=8)
     figure.axes[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def _is_near(value: float, size: float) -> bool:
+    """Return whether a model counts as of this size: its router's parameters change the number a little."""
+    return size / SCALE_TOLERANCE < value < size * SCALE_TOLERANCE
 
 
 def draw_tradeoffs(law: Law, memories: Sequence[float], compute: float, path: Path) -> None:
@@ -98,14 +111,14 @@ def draw_tradeoffs(law: Law, memories: Sequence[float], compute: float, path: Pa
         left.plot([m.count.active for m in models], losses, label=f"E = {experts}", **style)
         right.plot(*_keep_best(models, losses), label=f"E = {experts}", **style)
     least = min(candidate.predict_loss(law) for candidate in candidates)
-    _style(left, f"Equal training compute, {compute:.0e} FLOPs")
+    style_axes(left, f"Equal training compute, {compute:.0e} FLOPs")
     left.set(xscale="log", xlabel="active parameters", ylabel="predicted loss, nats a token", xlim=(1e8, 1e10))
     left.set_ylim(least - 0.01, least + SHOWN_LOSS)
-    _set_ticks(left, [1e8, 3e8, 1e9, 3e9, 1e10])
+    set_ticks(left, [1e8, 3e8, 1e9, 3e9, 1e10])
     left.legend(frameon=False, fontsize=8, ncols=2)
-    _style(right, "The same compute within a memory")
+    style_axes(right, "The same compute within a memory")
     right.set(xscale="log", xlabel="weights and KV cache, GB", xlim=(min(memories) / 1e9 / 2, max(memories) / 1e9))
-    _set_ticks(right, [memory / 1e9 for memory in memories])
+    set_ticks(right, [memory / 1e9 for memory in memories])
     figure.savefig(path)
 
 
@@ -143,7 +156,7 @@ def draw_solutions(law: Law, marked: dict[str, tuple[float, float]], path: Path)
         axes.annotate(name, (compute, memory / 1e9), xytext=(7, 4), textcoords="offset points", fontweight="bold")
     bar = figure.colorbar(filled, ax=axes, ticks=EXPERTS, format=FuncFormatter(lambda value, _: f"{value:g}"))
     bar.set_label("best number of coarse experts E", fontsize=9, color=SOFT)
-    _style(axes, "Best experts (shade) and predicted loss (lines, nats a token)")
+    style_axes(axes, "Best experts (shade) and predicted loss (lines, nats a token)")
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="weights and KV cache, GB")
     axes.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 8]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -158,14 +171,15 @@ def draw_residuals(points: Sequence[Point], residuals: Sequence[float], path: Pa
     for axes, (name, label) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         axes.axhline(0, color=SOFT, lw=1)
         axes.plot([getattr(point, name) for point in points], residuals, "o", ms=4, color=COLOURS[0], alpha=0.6)
-        _style(axes, "")
+        style_axes(axes, "")
         axes.set(xscale="log", xlabel=label)
-        _set_ticks(axes, sorted({getattr(point, name) for point in points}))
+        set_ticks(axes, [float(np.mean(scale)) for scale in group_scales(getattr(point, name) for point in points)])
     figure.axes[0].set_ylabel("log loss, measured - predicted")
     figure.savefig(path)
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_axes(axes: Axes, title: str) -> None:
+    """Give axes a title and the common look."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c4c8ce")
@@ -176,14 +190,16 @@ def _style(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _set_ticks(axes: Axes, values: Sequence[float]) -> None:
+def set_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Label these values of a logarithmic x axis and no others."""
     axes.xaxis.set_major_locator(FixedLocator(list(values)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_count(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _format_count(value: float) -> str:
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+def format_count(value: float, _: int | None = None) -> str:
+    """Return a count of tokens or parameters as people write it: 300k, 1.2M, 0.9B. The second argument is a tick's."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:g}"
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"

@@ -10,8 +10,9 @@ so A, B and c are positive and the gradient is exact. docs/scaling_law.md names 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -27,7 +28,7 @@ from pipelines.scaling.law import (
     Range,
     effective_experts,
 )
-from pipelines.scaling.points import Point
+from pipelines.scaling.points import Point, group_scales
 
 HUBER_DELTA = 1e-3
 """Residual of log loss above which a point counts linearly, so that single runs that went wrong pull little."""
@@ -168,6 +169,20 @@ class Fit:
     """Root mean square residual of the points that were held out of the fit; None where none were."""
     left_out: dict[str, float]
     """Leave-one-scale-out: a value of an input -> root mean square residual of its points under a fit without them."""
+    diverged: int = 0
+    """Number of bootstrap samples whose coefficients are infinite: the points hardly determine the law. They are in no
+    interval."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fitted coefficients, their intervals and the errors, JSON-ready; the points are left out."""
+        coefficients = asdict(self.law.coefficients)
+        if self.form == "chinchilla":
+            coefficients = {name: coefficients[name] for name in asdict(self.law.coefficients.fix_experts(1))}
+        return {
+            "form": self.form, "points": len(self.points), "coefficients": coefficients, "intervals": self.intervals,
+            "rmse": self.law.rmse, "heldout_rmse": self.heldout_rmse, "left_out": self.left_out,
+            "diverged": self.diverged,
+        }  # fmt: skip
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -198,7 +213,8 @@ def fit_law(
     design = build_design(points, with_experts=with_experts)
     theta, _ = minimize_fit(design, list_starts(num_starts, with_experts=with_experts))
     residuals = design.log_loss_P - predict_log_loss(theta, design)
-    draws = _draw_bootstrap(design, theta, num_draws, seed)
+    drawn = _draw_bootstrap(design, theta, num_draws, seed)
+    draws = [draw for draw in drawn if np.isfinite(list(vars(_name_coefficients(draw)).values())).all()]
     named = np.array([list(vars(_name_coefficients(draw)).values()) for draw in draws])
     names = list(vars(_name_coefficients(theta)))
     columns = np.percentile(named, CONFIDENCE, axis=0).T if len(named) else []
@@ -221,6 +237,7 @@ def fit_law(
         residuals=tuple(map(float, residuals)),
         heldout_rmse=_measure_residual(theta, heldout, with_experts) if heldout else None,
         left_out=_leave_scales_out(points, theta, with_experts),
+        diverged=len(drawn) - len(draws),
     )
 
 
@@ -228,7 +245,8 @@ def _name_coefficients(theta: Floats) -> Coefficients | ChinchillaCoefficients:
     kind = Coefficients if len(theta) == len(GRID) else ChinchillaCoefficients
     values = theta.copy()
     half = len(theta) // 2
-    values[[0, half, -1]] = np.exp(values[[0, half, -1]])
+    with np.errstate(over="ignore"):  # infinite where a sample of the points leaves a coefficient undetermined
+        values[[0, half, -1]] = np.exp(values[[0, half, -1]])
     return kind(*map(float, values))
 
 
@@ -270,16 +288,16 @@ def _leave_scales_out(points: list[Point], theta: Floats, with_experts: bool) ->
     """
     errors = {}
     for name in ("active", "tokens", *(["experts"] if with_experts else [])):
-        for value in sorted({getattr(point, name) for point in points}):
-            kept = [point for point in points if getattr(point, name) != value]
+        for scale in group_scales(getattr(point, name) for point in points):
+            kept = [point for point in points if getattr(point, name) not in scale]
             try:
                 check_points(kept, with_experts=with_experts)
             except RefusedInput:
                 continue
             scaling = _Scaling(build_design(kept, with_experts=with_experts))
             found = scaling.from_white(_descend(scaling.to_white(theta), scaling.design, 5_000)[0])
-            removed = [point for point in points if getattr(point, name) == value]
-            errors[f"{name} = {value:.4g}"] = _measure_residual(found, removed, with_experts)
+            removed = [point for point in points if getattr(point, name) in scale]
+            errors[f"{name} = {np.mean(scale):.4g}"] = _measure_residual(found, removed, with_experts)
     return errors
 
 
@@ -293,7 +311,7 @@ def check_points(points: Sequence[Point], *, with_experts: bool) -> None:
         RefusedInput: they cannot; states everything that is missing.
     """
     sizes, lengths, numbers = (
-        len({getattr(point, name) for point in points}) for name in ("active", "tokens", "experts")
+        len(group_scales(getattr(point, name) for point in points)) for name in ("active", "tokens", "experts")
     )
     missing = []
     architectures = {(point.granularity, point.shared_expert) for point in points}

@@ -141,6 +141,8 @@ class Law:
     granularity: int | None
     """Granularity of the architecture, or None where the source does not state it."""
     shared_expert: bool | None
+    vocab_size: int | None = None
+    """Entries of the vocabulary of the points, or None where it is not known: losses a token depend on it."""
     draws: tuple[Coefficients, ...] = ()
     """Coefficients of the bootstrap's fits; empty where there are none, as for the published law."""
 
@@ -196,6 +198,7 @@ PUBLISHED = Law(
     experts=Range(1, 32),
     granularity=None,
     shared_expert=None,
+    vocab_size=128_256,
 )
 """The published law. N_act and D are in billions: see the module's docstring."""
 
@@ -218,6 +221,7 @@ def load_law(path: Path) -> Law:
             experts=Range(**fit["experts"]),
             granularity=fit["granularity"],
             shared_expert=fit["shared_expert"],
+            vocab_size=fit.get("vocab_size"),
             draws=tuple(Coefficients(**draw) for draw in fit["draws"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

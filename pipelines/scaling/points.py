@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ class Point:
     step_seconds: float | None = None
     """Median time of an optimizer step."""
     peak_memory: float | None = None
-    """Largest resident size of a rank, in bytes."""
+    """Largest memory of a rank, in bytes: of its GPU, or resident on the CPU."""
+    learning_rate_factor: float | None = None
+    """Learning rate as a multiple of the sweep's rule."""
     name: str = ""
     """Name of the run; several tokens of one run share it."""
 
@@ -51,7 +53,7 @@ def read_points(paths: Iterable[Path]) -> list[Point]:
     points: list[Point] = []
     for path in paths:
         if path.is_dir():
-            points.append(_read_run(path))
+            points.append(read_run(path))
         elif path.suffix == ".csv":
             points += _read_csv(path)
         elif path.suffix in (".jsonl", ".json"):
@@ -59,6 +61,37 @@ def read_points(paths: Iterable[Path]) -> list[Point]:
         else:
             raise RefusedInput(f"{path}: points are read from .csv, .jsonl and run folders; give one of these")
     return points
+
+
+def select_architecture(points: Iterable[Point], granularity: int, shared_expert: bool) -> list[Point]:
+    """Return the points of one architecture, with the dense ones, which belong to every architecture."""
+    chosen = []
+    for point in points:
+        if point.experts == 1:
+            chosen.append(replace(point, granularity=granularity, shared_expert=shared_expert))
+        elif (point.granularity, bool(point.shared_expert)) == (granularity, shared_expert):
+            chosen.append(replace(point, shared_expert=shared_expert))
+    return chosen
+
+
+def list_rule_points(points: Iterable[Point]) -> list[Point]:
+    """Return the points that were trained with the rule's learning rate; others check the rule and enter no fit."""
+    return [point for point in points if point.learning_rate_factor in (None, 1.0)]
+
+
+SCALE_TOLERANCE = 1.1
+"""Largest ratio of two sizes that count as one: models of one width differ by their routers' parameters."""
+
+
+def group_scales(values: Iterable[float]) -> list[list[float]]:
+    """Return the different values, those that are nearly equal together, in ascending order."""
+    scales: list[list[float]] = []
+    for value in sorted(set(values)):
+        if scales and value <= scales[-1][0] * SCALE_TOLERANCE:
+            scales[-1].append(value)
+        else:
+            scales.append([value])
+    return scales
 
 
 def _read_csv(path: Path) -> Iterator[Point]:
@@ -108,6 +141,10 @@ def _make_point(row: dict[str, Any], where: str) -> Point:
             values[name] = str(value).lower() in ("true", "1", "yes")
         else:
             values[name] = _read_number(value, f"{where}, {name}")
+            if name == "granularity":
+                if not values[name].is_integer():
+                    raise RefusedInput(f"{where}, granularity = {value!r}: must be a whole number of fine experts")
+                values[name] = int(values[name])
     missing = [name for name in REQUIRED if name not in values]
     if missing:
         raise RefusedInput(f"{where}: no value for {', '.join(missing)}")
@@ -124,8 +161,12 @@ def _read_number(value: Any, where: str) -> float:
     return number
 
 
-def _read_run(run: Path) -> Point:
-    """Read the point of a run folder: its recipe's size, and the last held-out loss of its pre-training."""
+def read_run(run: Path) -> Point:
+    """Read the point of a run folder: its recipe's size, and the last held-out loss of its pre-training.
+
+    Raises:
+        RefusedInput: there is no run, or its pre-training has measured no held-out loss.
+    """
     from core.stages import STAGE_FOLDERS
     from titan_ext.config import ModelDims, RopeScaling
     from titan_ext.model_stats import count_parameters

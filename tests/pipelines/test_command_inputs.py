@@ -16,6 +16,7 @@ from core.errors import RefusedInput
 from eval.export.artifact_folder import write_checksums
 from pipelines.cli import DONE, REFUSED, main
 from pipelines.commands import COMMANDS, inputs
+from pipelines.commands.scaling_law import ACTIONS
 from pipelines.engine.manifest import Manifest
 from pipelines.validation.number_ranges import BOUND
 
@@ -56,6 +57,11 @@ def as_nobody():
 READ = {
     ("status", "run"): ("status", "{path}"),
     ("report", "run"): ("report", "{path}"),
+    ("report", "law"): ("report", "{good}", "--law", "{path}"),
+    ("scaling-law law", "law"): ("scaling-law", "law", "--law", "{path}"),
+    ("scaling-law solve", "law"): ("scaling-law", "solve", "--memory", "3GB", "--tokens", "1B", "--law", "{path}"),
+    ("scaling-law fit", "points"): ("scaling-law", "fit", "{path}", "--out", "{new}"),
+    ("scaling-law fit", "heldout"): ("scaling-law", "fit", "{path}", "--heldout", "{path}", "--out", "{new}"),
     ("eval", "checkpoint"): ("eval", "{path}"),
     ("export", "checkpoint"): ("export", "{path}", "--format", "bf16", "--out", "{new}"),
     ("import", "folder"): ("import", "{path}", "--out", "{new}"),
@@ -72,16 +78,23 @@ WRITTEN = {
     ("profile", "out"): ("profile", "{good}", "--out", "{path}"),
     ("publish", "destination"): ("publish", "{good}", "{path}"),
     ("fetch", "folder"): ("fetch", "{good}", "{path}"),
+    ("scaling-law law", "figures"): ("scaling-law", "law", "--figures", "{path}"),
+    ("scaling-law fit", "figures"): ("scaling-law", "fit", "{good}", "--figures", "{path}"),
+    ("scaling-law sweep", "out"): ("scaling-law", "sweep", "tiny", "--out", "{path}"),
 }
+FILES = {("scaling-law fit", "out"), ("scaling-law solve", "write_recipe")}
+"""Outputs that are files, which may exist; tests/pipelines/test_scaling_law.py has them."""
 
 
 def test_every_path_of_every_command_is_tried():
     """A new option that takes a path belongs into one of the two tables."""
     paths = {("publish", "destination"), ("fetch", "source")}  # addresses too, so text
-    for command, entry in COMMANDS.items():
-        hints = typing.get_type_hints(entry.arguments)
+    kinds = {command: entry.arguments for command, entry in COMMANDS.items()}
+    kinds |= {f"scaling-law {name}": kind for name, kind in ACTIONS.items()}
+    for command, arguments in kinds.items():
+        hints = typing.get_type_hints(arguments)
         paths |= {(command, field) for field, kind in hints.items() if "Path" in str(kind)}
-    assert paths == READ.keys() | WRITTEN.keys()
+    assert paths == READ.keys() | WRITTEN.keys() | FILES
 
 
 def make_bad_path(kind: str, parent: Path) -> Path:
@@ -143,7 +156,7 @@ def test_an_output_that_cannot_be_written_is_refused(option, kind, good, tmp_pat
     assert run(*(word.format(path=path, good=good) for word in WRITTEN[option])) == REFUSED
     message = capsys.readouterr()
     assert message.err.startswith("refused: ") and str(path) in message.err and message.out == ""
-    name = f"--{option[1]}" if option[1] == "out" else option[1].upper()
+    name = f"--{option[1]}" if f"--{option[1]}" in WRITTEN[option] else option[1].upper()
     assert message.err.startswith(f"refused: {name} ")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -204,7 +217,7 @@ NUMBERS = {
     ("info", "context"): ("info", "S", "--context"),
     ("info", "seq_len"): ("info", "S", "--seq-len"),
     ("eval", "limit"): ("eval", "{good}", "--limit"),
-    ("eval", "batch_size"): ("eval", "{good}", "--batch-size"),
+    ("eval", "batch_tokens"): ("eval", "{good}", "--batch-tokens"),
     ("profile", "contexts"): ("profile", "{good}", "--contexts"),
     ("profile", "repetitions"): ("profile", "{good}", "--repetitions"),
     ("profile", "threads"): ("profile", "{good}", "--threads"),

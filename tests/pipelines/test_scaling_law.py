@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from core.errors import RefusedInput
 from eval.export.sizes import int4_bytes
 from pipelines.cli import main
+from pipelines.recipe import to_dict
+from pipelines.recipes import RECIPES
 from pipelines.scaling.dimensions import build_dims, choose_layers
 from pipelines.scaling.findings import compute_findings
 from pipelines.scaling.law import E_MAX, PUBLISHED, count_experts, effective_experts, load_law
+from pipelines.scaling.prediction import predict_run
 from pipelines.scaling.sizes import parse_size
 from pipelines.scaling.solve import Budget, list_candidates, solve
 from titan_ext.config import FLAVORS
@@ -256,7 +259,7 @@ def test_what_the_command_cannot_use_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-RECIPES = {
+WRONG_FILES = {
     "def recipe(:": "SyntaxError",
     "x = 1": "has no function `recipe`",
     "raise RuntimeError('broken')": "RuntimeError: broken in line 1",
@@ -266,21 +269,20 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("content", RECIPES)
+@pytest.mark.parametrize("content", WRONG_FILES)
 def test_a_recipe_file_that_gives_no_recipe_is_refused(content, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(content)
     assert main(["run", str(file), "--out", str(tmp_path / "run")]) == 2
-    assert RECIPES[content] in capsys.readouterr().err
+    assert WRONG_FILES[content] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_the_recipe_of_a_run_comes_back_with_overrides(tmp_path, capsys):
     from pipelines.commands.run import parse
     from pipelines.engine.manifest import Manifest
-    from pipelines.recipes import RECIPES as SHIPPED
 
-    recipe = dataclasses.replace(SHIPPED["smoke"].build(), seed=7)
+    recipe = dataclasses.replace(RECIPES["smoke"].build(), seed=7)
     Manifest(tmp_path).describe(recipe)
     assert parse(["--like", str(tmp_path)]).recipe == recipe
     assert parse(["--like", str(tmp_path), "--seed", "8"]).recipe == dataclasses.replace(recipe, seed=8)
@@ -290,3 +292,58 @@ def test_the_recipe_of_a_run_comes_back_with_overrides(tmp_path, capsys):
     assert main(["run", "--like", str(tmp_path)]) == 2
     assert "knows no field wings" in capsys.readouterr().err
     assert main(["run", "--like", str(tmp_path / "absent")]) == 2
+
+
+def write_run(run, vocab_size, tokenizer, heldout=True):
+    """Write what a run of the recipe `s` with 100 steps leaves after pre-training."""
+    recipe = to_dict(RECIPES["s"].build())
+    recipe["model"]["vocab_size"] = vocab_size
+    recipe["data"]["tokenizer"]["path"] = tokenizer
+    (run / "stages/1_pretrain").mkdir(parents=True)
+    (run / "manifest.json").write_text(json.dumps({"recipe": recipe, "steps": {}}))
+    if heldout:
+        (run / "stages/1_pretrain/heldout.jsonl").write_text('{"step": 25000, "loss": 2.5}\n')
+
+
+def test_the_report_shows_the_predicted_loss_beside_the_measured_one(tmp_path, capsys):
+    write_run(tmp_path / "run", 128_256, "llama3")
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["scaling_law"]
+    tokens = 25_000 * 2048 * 2048
+    expected = predict_by_hand(count_parameters(FLAVORS["S"]).active / 1e9, tokens / 1e9, 8)
+    assert found["comparable"] and found["predicted"] == pytest.approx(expected, abs=1e-9)
+    assert (found["measured"], found["interval"]) == (
+        2.5,
+        pytest.approx([expected - 0.0149, expected + 0.0149], abs=1e-4),
+    )
+    page = (tmp_path / "run/report/report.md").read_text()
+    assert f"predicts {expected:.4f} nats a token" in page and f"measured\\: 2.5000, {2.5 - expected:+.4f}" in page
+    assert f"predicts {expected:.4f} nats a token" in (tmp_path / "run/report/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokenizer", "reason"),
+    [(4096, "llama3", "has 128,256 entries, this run"), (128_256, "", "this run trained one of its own")],
+)
+def test_a_run_of_another_vocabulary_gets_no_prediction(vocab_size, tokenizer, reason, tmp_path):
+    write_run(tmp_path, vocab_size, tokenizer)
+    found = predict_run(tmp_path)
+    assert not found["comparable"] and found["predicted"] is None and reason in found["text"]
+
+
+def test_a_law_of_the_same_vocabulary_predicts_a_run_of_its_own_tokenizer(tmp_path):
+    write_run(tmp_path, 4096, "")
+    assert predict_run(tmp_path, dataclasses.replace(PUBLISHED, vocab_size=4096))["comparable"]
+    assert not predict_run(tmp_path, dataclasses.replace(PUBLISHED, vocab_size=None))["comparable"]
+
+
+def test_a_run_without_a_held_out_loss_gets_no_line(tmp_path):
+    write_run(tmp_path / "run", 128_256, "llama3", heldout=False)
+    assert predict_run(tmp_path / "run") is None and predict_run(tmp_path) is None
+
+
+def test_a_model_without_a_shared_expert_gets_no_recipe(tmp_path, capsys):
+    words = ["--memory", "1GB", "--tokens", "200B", "--no-shared", "--write-recipe", str(tmp_path / "a.py")]
+    assert main(["scaling-law", "solve", *words]) == 2
+    assert "the released format, which has a shared expert" in capsys.readouterr().err
+    assert not (tmp_path / "a.py").exists()

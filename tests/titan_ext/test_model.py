@@ -1,5 +1,7 @@
 """The torchtitan model against the plain reference: logits, packed documents, router, z-loss, names."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -100,3 +102,41 @@ def test_adapter_round_trip_is_lossless_and_refuses_other_models(model):
         adapter.from_hf({"model.layers.0.self_attn.q_norm.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.w1\.weight"):
         adapter.to_hf({"layers.0.feed_forward.w1.weight": torch.zeros(1)})
+
+
+@pytest.fixture
+def build_layer():
+    """Return a function that gives the MoE layer of a model with some dimensions changed, and its released names."""
+
+    def build(**changes):
+        torch.manual_seed(0)
+        dims = dataclasses.replace(DIMS, shared_hidden=0, **changes)
+        model = model_config(dims).build()
+        model.init_states()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.3)
+        names = {name.removeprefix("model.layers.0."): value for name, value in released_names(model).items()}
+        assert not any("shared_expert" in name for name in names)
+        return model.eval().layers["0"].moe, names, dims
+
+    return build
+
+
+def test_one_expert_without_a_shared_one_is_a_dense_model(build_layer):
+    moe, names, _ = build_layer(n_experts=1, top_k=1, route_scale=1.0)
+    x_BLD = torch.randn(1, 9, DIMS.d_model)
+    gate_up_D2F, down_FD = (names[f"feed_forward.experts.{name}_proj"][0] for name in ("gate_up", "down"))
+    gate_BLF, up_BLF = (x_BLD @ gate_up_D2F).chunk(2, dim=-1)
+    torch.testing.assert_close(
+        moe(x_BLD), (torch.nn.functional.silu(gate_BLF) * up_BLF) @ down_FD, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_model_without_a_shared_expert_equals_the_reference(build_layer):
+    moe, names, dims = build_layer(n_experts=4, top_k=1)
+    empty = {"gate_proj": (0, dims.d_model), "up_proj": (0, dims.d_model), "down_proj": (dims.d_model, 0)}
+    names |= {f"feed_forward.shared_expert.{name}.weight": torch.zeros(shape) for name, shape in empty.items()}
+    x_BLD = torch.randn(1, 9, DIMS.d_model)
+    expected_LD = torch.stack([reference.moe(x_D, names, dims) for x_D in x_BLD[0]])
+    torch.testing.assert_close(moe(x_BLD)[0], expected_LD, rtol=1e-4, atol=1e-4)

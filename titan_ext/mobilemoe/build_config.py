@@ -175,11 +175,15 @@ def _moe_config(
             route_scale=dims.route_scale,
         ),
         routed_experts=_routed_experts_config(dims, experts, capacity_factor),
-        shared_experts=FeedForward.Config(
-            w1=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
-            w2=Linear.Config(in_features=dims.shared_hidden, out_features=dims.d_model, param_init=residual_init),
-            w3=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
-        ),
+        shared_experts=_shared_expert_config(dims, residual_init) if dims.shared_hidden else None,
+    )
+
+
+def _shared_expert_config(dims: ModelDims, residual_init: dict) -> FeedForward.Config:
+    return FeedForward.Config(
+        w1=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
+        w2=Linear.Config(in_features=dims.shared_hidden, out_features=dims.d_model, param_init=residual_init),
+        w3=Linear.Config(in_features=dims.d_model, out_features=dims.shared_hidden, param_init=_INIT),
     )
 
 

@@ -24,9 +24,6 @@ from titan_ext.training.metrics import HeldoutValidator, StageMetrics
 from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.trainer import StageTrainer
 
-CHECKPOINTS_KEPT = 2
-"""Number of newest checkpoints to keep. torchtitan allows no fewer: the newest may still be being written."""
-
 
 def build_trainer_config(
     *,
@@ -91,7 +88,7 @@ def build_trainer_config(
         checkpoint=CheckpointManager.Config(
             enable=True,
             interval=stage.checkpoint_interval,
-            keep_latest_k=CHECKPOINTS_KEPT,
+            keep_latest_k=stage.checkpoints_kept,
             last_save_model_only=False,
             initial_load_path=initial_checkpoint,
             initial_load_model_only=True,
