@@ -6,7 +6,7 @@ RUN ?= runs/smoke
 ISA_TESTS := $(addprefix tests/,titan_ext/test_contracts.py titan_ext/test_attention.py titan_ext/test_qat.py \
 	eval/test_int4.py eval/test_device_op.py)
 
-.PHONY: setup smoke test test-clusters test-parts test-isa lint
+.PHONY: setup runtimes smoke test test-clusters test-parts test-isa lint
 
 setup: $(VENV)/.installed
 
@@ -15,6 +15,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Programs of others that the tests of exported formats run: transformers 5, mlx-lm, compressed-tensors, and llama.cpp,
+# which is compiled. Without them these tests are skipped.
+runtimes: $(patsubst tests/runtimes/%.txt,.runtimes/%/.installed,$(wildcard tests/runtimes/*.txt))
+
+.runtimes/%/.installed: tests/runtimes/%.txt | setup
+	rm -rf .runtimes/$*
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .runtimes/$* -r $<
 	touch $@
 
 smoke: setup

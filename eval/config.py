@@ -14,8 +14,8 @@ class EvaluationConfig:
     """Number of items a task; None takes all of them."""
     allow_missing_items: bool = False
     """Whether to leave out the benchmarks whose items no registry has, instead of refusing; the report names them."""
-    batch_size: int = 16
-    """Number of sequences a forward pass."""
+    batch_tokens: int = 8192
+    """Number of tokens a forward pass, padding included; a longer sequence passes alone."""
     heldout_tokens: int = 200_000
     """Largest number of held-out tokens that are scored, a domain."""
 
@@ -24,8 +24,19 @@ class EvaluationConfig:
 class ExportConfig:
     """Options of how artifacts are written. `Recipe.quantization` states their INT4 groups."""
 
+    formats: tuple[str, ...] = ("hf-native", "compressed-tensors", "gguf", "mlx", "executorch")
+    """Formats that a run ends with, beside bf16 and int4: names of `eval.export.formats.PACKAGED`."""
+
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file, bytes."""
+
+
+@dataclass(frozen=True)
+class GgufConfig:
+    """Options of the GGUF file of a checkpoint."""
+
+    type: Literal["q4_0", "bf16", "f16", "f32"] = "q4_0"
+    """Type of the matrices. `q4_0` holds the INT4 groups of the checkpoint bit for bit."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ def find_third_party(folder: str) -> dict[str, str]:
     """Return every third-party module imported below a folder, mapped to a file that imports it."""
     modules = {}
     for file in sorted((ROOT / folder).rglob("*.py")):
+        if file.name.startswith("compute_in_"):
+            continue  # it runs in another environment, which the file beside it pins
         for _, module in find_imports(file):
             top = module.split(".")[0]
             # Files that are run as scripts import the files beside them by their bare names.

@@ -29,7 +29,7 @@ from eval.device.weights import DeviceWeights
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import dims_from_config
 from eval.export.hf_folder import write_tokenizer
-from eval.export.model_card import write_model_card
+from eval.export.model_card import EXECUTORCH, EXECUTORCH_FAST_OP, write_model_card
 
 PROGRAM = "model.pte"
 """Name of the program inside its artifact folder."""
@@ -69,7 +69,8 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
         _write_settings(partial, settings, device.expert_op, model)
         lower(model, settings, partial / PROGRAM)
         form = f"ExecuTorch program, experts through the {device.expert_op} op"
-        write_model_card(partial, dims_from_config(config), form)
+        usage = EXECUTORCH_FAST_OP if device.expert_op == "fast" else EXECUTORCH
+        write_model_card(partial, dims_from_config(config), form, usage)
     return out
 
 

@@ -25,10 +25,12 @@ from rich.table import Table
 from core.atomic import write_json
 from core.errors import RefusedInput
 from core.progress import Progress, ignore_progress
+from eval.compute_dtype import choose_float_dtype
 from eval.device import prompts
 from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from eval.hf_mobilemoe.folder_mobilemoe import read_json
 
 CONTEXTS = (512, 1024, 2048, 4096)
 """Numbers of tokens of prompt and answer that are measured by default."""
@@ -131,26 +133,34 @@ def describe(artifact: Path) -> dict[str, Any]:
             "vocab_size": constants["get_vocab_size"], "n_layers": constants["get_n_layers"], **settings["weights"],
         }  # fmt: skip
     config = read_config(artifact)
+    if read_json(artifact / "config.json")["model_type"] != config.model_type:
+        raise RefusedInput(f"{artifact} is run by transformers' own code, which is not measured; give the bf16 folder")
+    dtype = choose_float_dtype(artifact)
+    name = str(dtype).removeprefix("torch.")
+    kind = "floats" if config.quantization is None else "INT4, dequantized"
     return {
-        "folder": artifact.name, "format": "BF16" if config.quantization is None else "INT4, dequantized to bfloat16",
+        "folder": artifact.name, "format": f"{kind}, computed in {name}",
         "file_bytes": sum(p.stat().st_size for p in artifact.glob("*.safetensors")),
         "context": config.max_position_embeddings, "vocab_size": config.vocab_size,
-        "n_layers": config.num_hidden_layers, **count_bf16_bytes(config),
+        "n_layers": config.num_hidden_layers, **count_float_bytes(config, dtype.itemsize),
     }  # fmt: skip
 
 
-def count_bf16_bytes(config: MobileMoEConfig) -> dict[str, int]:
-    """Return the bytes of a bfloat16 model that a forward pass reads, with the keys of `count_weight_bytes`.
+def count_float_bytes(config: MobileMoEConfig, itemsize: int) -> dict[str, int]:
+    """Return the bytes of an unquantized model that a forward pass reads, with the keys of `count_weight_bytes`.
 
     The embedding counts as the output projection: all of it is read for every token's logits.
+
+    Args:
+        itemsize: bytes of a value.
     """
     shapes = tensor_shapes(config)
     experts = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name)
     rest = sum(prod(shape) for shape in shapes.values()) - experts
     n_experts = config.num_local_experts * config.num_hidden_layers
     return {
-        "dense_bytes": 2 * rest,
-        "expert_bytes": 2 * experts // n_experts,
+        "dense_bytes": itemsize * rest,
+        "expert_bytes": itemsize * experts // n_experts,
         "experts_a_token": config.num_experts_per_tok,
     }
 

@@ -87,7 +87,7 @@ class DeviceModel:
 
 
 class TransformersModel:
-    """Hugging Face folder behind the same interface, run by our modeling code in bfloat16 on the CPU."""
+    """Hugging Face folder behind the same interface, run by our modeling code on the CPU in `choose_dtype`'s dtype."""
 
     @staticmethod
     def import_libraries(threads: int | None) -> None:
@@ -99,11 +99,10 @@ class TransformersModel:
             torch.set_num_threads(threads)
 
     def __init__(self, artifact: Path, threads: int | None):
-        import torch
-
+        from eval.compute_dtype import choose_float_dtype
         from eval.hf_mobilemoe import MobileMoEForCausalLM
 
-        self._model = MobileMoEForCausalLM.from_pretrained(artifact, dtype=torch.bfloat16).eval()
+        self._model = MobileMoEForCausalLM.from_pretrained(artifact, dtype=choose_float_dtype(artifact)).eval()
         self._read = 0
         for layer in self._model.model.layers:
             self._count(layer.feed_forward)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
@@ -18,16 +18,17 @@ from core.special_tokens import BOS, PAD, REQUIRED_TOKENS, STOP_TOKENS
 from eval.config import ExportConfig
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import config_from_dims, dims_from_config
-from eval.export.model_card import write_model_card
+from eval.export.model_card import OWN_CODE, write_model_card
 from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.folder_mobilemoe import check_folder, check_tokenizer
+from eval.hf_mobilemoe.tensors_mobilemoe import is_finite
 from titan_ext.config import ModelDims
 
 _CODE_FILES = (
     "configuration_mobilemoe.py", "spellings_mobilemoe.py", "checkpoint_mobilemoe.py", "folder_mobilemoe.py",
     "tensors_mobilemoe.py", "loading_mobilemoe.py", "packed_mobilemoe.py", "inputs_mobilemoe.py",
-    "modeling_mobilemoe.py",
+    "versions_mobilemoe.py", "modeling_mobilemoe.py",
 )  # fmt: skip
 _AUTO_MAP = {
     "AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
@@ -100,8 +101,8 @@ def fill_folder(
     for name in _CODE_FILES:
         shutil.copyfile(Path(eval.hf_mobilemoe.__file__).parent / name, folder / name)
     form = "bf16 checkpoint" if config.quantization is None else f"INT4 checkpoint ({config.quantization['format']})"
-    write_model_card(folder, dims_from_config(config), form)
-    shapes = _write_shards(tensors, config, folder, max_shard_bytes)
+    write_model_card(folder, dims_from_config(config), form, OWN_CODE)
+    shapes = write_shards(tensors, checkpoint_shapes(config), folder, max_shard_bytes)
     with refuse_value_errors():
         check_tensors(shapes, config, "the exported state dict")
         check_folder(folder)
@@ -123,7 +124,19 @@ def _config_json(config: MobileMoEConfig) -> dict[str, Any]:
 def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) -> None:
     """Copy the tokenizer through transformers, set the special ids of `config`, and write generation_config.json.
 
-    The copied tokenizer's output goes into the model's `generate` as it is: ids and mask alone, padded on the left.
+    Raises:
+        RefusedInput: as `read_tokenizer`.
+    """
+    read_tokenizer(tokenizer_dir, config).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+
+
+def read_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, and set the special ids of `config`.
+
+    The tokenizer's output goes into the model's `generate` as it is: ids and mask alone, padded on the left.
 
     Raises:
         RefusedInput: there is no tokenizer, or it is larger than the vocabulary, or lacks a chat template or a Llama-3
@@ -156,21 +169,23 @@ def write_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig, folder: Path) 
     # transformers types one id; generation takes several.
     eos_token_ids: Any = [vocab[token] for token in STOP_TOKENS if token in vocab]
     config.eos_token_id = eos_token_ids
-    tokenizer.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
+    return tokenizer
 
 
-def _write_shards(
-    tensors: Iterable[tuple[str, torch.Tensor]], config: MobileMoEConfig, folder: Path, max_shard_bytes: int
+def write_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    expected: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    max_shard_bytes: int,
 ) -> dict[str, tuple[int, ...]]:
     """Save the tensors in the order they come, in files of at most `max_shard_bytes`; return every name and shape.
+
+    Args:
+        expected: name -> shape of the model's tensors.
 
     Raises:
         RefusedInput: a tensor is not one of the model's, or holds a value that is not finite.
     """
-    expected = checkpoint_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {}
     shard_names: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -187,7 +202,7 @@ def _write_shards(
         if name not in expected or tuple(tensor.shape) != expected[name]:
             rule = f"expected {list(expected[name])}" if name in expected else "is not a tensor of this model"
             raise RefusedInput(f"{name} {list(tensor.shape)}: {rule}")
-        if not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise RefusedInput(f"{name} holds NaN or infinite values; the checkpoint it comes from is not usable")
         shapes[name] = tuple(tensor.shape)
         if shard and shard_bytes + tensor.nbytes > max_shard_bytes:

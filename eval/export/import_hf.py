@@ -5,6 +5,7 @@ checkpoint.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +15,9 @@ from core.atomic import atomic_write, write_json
 from core.errors import RefusedInput, refuse_value_errors
 from eval.export.dimensions import dims_from_config
 from eval.export.stored_scales import collect_scales, read_stored_scales, write_stored_scales
-from eval.export.tensor_files import TensorFiles, open_tensor_files, read_config
+from eval.export.tensor_files import open_tensor_files, read_config, read_config_values
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from eval.hf_mobilemoe.folder_mobilemoe import read_json
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 
@@ -46,7 +46,9 @@ def import_folder(folder: Path, out: Path) -> ModelDims:
     return dims
 
 
-def _read_state(tensors: TensorFiles, config: MobileMoEConfig, dims: ModelDims) -> dict[str, torch.Tensor]:
+def _read_state(
+    tensors: Mapping[str, torch.Tensor], config: MobileMoEConfig, dims: ModelDims
+) -> dict[str, torch.Tensor]:
     """Return torchtitan's state dict, float32, filled tensor by tensor."""
     model = model_config(dims)
     with torch.device("meta"):
@@ -63,10 +65,9 @@ def _read_state(tensors: TensorFiles, config: MobileMoEConfig, dims: ModelDims) 
     return state
 
 
-def _copy_description(folder: Path, config: MobileMoEConfig, tensors: TensorFiles, out: Path) -> None:
+def _copy_description(folder: Path, config: MobileMoEConfig, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
     """Write the config of an unquantized checkpoint, the tokenizer if there is one, and the scales of an INT4 grid."""
-    with refuse_value_errors():
-        values = read_json(folder / "config.json")
+    values = read_config_values(folder)
     values.pop("quantization", None)
     # The code that it names is not copied.
     values.pop("auto_map", None)

@@ -5,6 +5,7 @@ dequantization lie in `eval.hf_mobilemoe.checkpoint_mobilemoe`, which ships with
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from core.errors import RefusedInput, refuse_value_errors
 from eval.config import ExportConfig
 from eval.export.artifact_folder import new_folder
+from eval.export.chunks import map_chunks
 from eval.export.dimensions import int4_layout, with_layout
 from eval.export.hf_folder import fill_folder
 from eval.export.source import Source
@@ -40,8 +42,8 @@ def export_int4(source: Source, out: Path, *, max_shard_bytes: int = ExportConfi
     config = with_layout(source.config, layout)
     find_packed_tensors(config)  # refuses a group size that does not fit before anything is written
     stream = quantize_tensors(source.tensors.items(), config, source.scales_for(layout))
-    with new_folder(out) as partial:
-        fill_folder(stream, config, source.tokenizer, partial, max_shard_bytes)
+    with new_folder(out) as folder:
+        fill_folder(stream, config, source.tokenizer, folder, max_shard_bytes)
     return out
 
 
@@ -62,7 +64,7 @@ def quantize_tensors(
     for name, tensor in tensors:
         if name in packed:
             q, scale = quantize_tensor(tensor, packed[name], scales)
-            yield packed[name].qweight_name, pack_int4(q, packed[name].dim)
+            yield packed[name].qweight_name, map_chunks(partial(pack_int4, dim=packed[name].dim), q)
             yield packed[name].scale_name, scale
         else:
             yield name, cast_unquantized(name, tensor)
@@ -81,13 +83,20 @@ def quantize_tensor(
         RefusedInput: a scale overflows float16, or a weight is off the grid of `scales`.
     """
     dim, group_size = packed.dim, packed.group_size
-    scale = derive_scale(weight, dim, group_size, packed.name) if scales is None else scales[packed.scale_name]
-    q = quantize_int4(weight, scale, dim, group_size)
-    if scales is not None and not _is_on_grid(weight, dequantize_int4(q, scale, dim, group_size)):
-        raise RefusedInput(
-            f"{packed.name} does not lie on the stored scales; remove {SCALES_FILE} to quantize it afresh"
-        )
-    return q, scale
+
+    def quantize(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        q = quantize_int4(part, scale, dim, group_size)
+        if scales is not None and not _is_on_grid(part, dequantize_int4(q, scale, dim, group_size)):
+            raise RefusedInput(
+                f"{packed.name} does not lie on the stored scales; remove {SCALES_FILE} to quantize it afresh"
+            )
+        return q
+
+    if scales is None:
+        scale = map_chunks(lambda part: derive_scale(part, dim, group_size, packed.name), weight)
+    else:
+        scale = scales[packed.scale_name]
+    return map_chunks(quantize, weight, scale), scale
 
 
 def _is_on_grid(weight: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -115,7 +124,7 @@ def cast_unquantized(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pack_int4(q: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return int8 values in -8..7 as uint8, two a byte along `dim` (>= 0, of even size), the low nibble first."""
+    """Return the low four bits of int8 values as uint8, two a byte along `dim` (>= 0, of even size), the first low."""
     low, high = q.unflatten(dim, (-1, 2)).unbind(dim + 1)
     return ((low & 0xF) | ((high & 0xF) << 4)).to(torch.uint8)
 

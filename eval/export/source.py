@@ -27,6 +27,8 @@ class Source:
     """Folder of the Hugging Face tokenizer."""
     layout: dict[str, Any] | None = None
     """INT4 layout (config.json's `quantization`) to round to; None leaves the choice to `stored` or the default."""
+    origin: str = "a checkpoint"
+    """Run and place in it, or name of the folder, for people; no path of this machine."""
     stored: StoredScales | None = None
     """INT4 grid that the float tensors lie on, if they came from INT4."""
 
@@ -53,7 +55,8 @@ def open_folder(folder: Path) -> Source:
         tensors: Mapping[str, torch.Tensor] = read_checkpoint(folder, dims_from_config(config))
     else:
         tensors = open_tensor_files(folder, config)
-    return Source(tensors, config, folder, stored=read_stored_scales(folder, config))
+    stored = read_stored_scales(folder, config)
+    return Source(tensors, config, folder, origin=_describe_origin(folder), stored=stored)
 
 
 def open_run_checkpoint(
@@ -73,4 +76,11 @@ def open_run_checkpoint(
     tensors = read_trained_weights(checkpoint, dims, precision)
     config = config_from_dims(dims)
     config.dtype = torch.bfloat16  # what `dtype="auto"` loads: without it an INT4 folder would be read as float32
-    return Source(tensors, config, tokenizer, layout=int4_layout(quantization))
+    return Source(tensors, config, tokenizer, layout=int4_layout(quantization), origin=_describe_origin(checkpoint))
+
+
+def _describe_origin(checkpoint: Path) -> str:
+    """Return a checkpoint's path from its run on; outside of a run, its name."""
+    path = checkpoint.absolute()
+    run = next((folder for folder in path.parents if (folder / "manifest.json").is_file()), path)
+    return f"{run.name}/{path.relative_to(run)}" if run != path else path.name

@@ -101,7 +101,11 @@ def checkpoint_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], config: MobileMoEConfig, where: str) -> None:
     """Compare names and shapes with those of `config`; raise a ValueError that names the first ten differences."""
-    expected = checkpoint_shapes(config)
+    check_shapes(found, checkpoint_shapes(config), where)
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare names and shapes; raise a ValueError that names the first ten differences."""
     faults = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
     faults += [f"{n} {list(s)} is not a tensor of this model" for n, s in found.items() if n not in expected]
     faults += [

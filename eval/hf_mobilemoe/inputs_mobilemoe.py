@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .configuration_mobilemoe import MobileMoEConfig
+from .versions_mobilemoe import read_capacity
 
 INTEGERS = (torch.int64, torch.int32)
 """Dtypes of ids and positions. Others would not look rows up: torch reads bool and uint8 as masks."""
@@ -169,7 +170,7 @@ def check_cache_position(
             f"cache_position is {cache_position.tolist()}: {length} tokens after the {first} in the cache take the "
             f"places {first} to {first + length - 1}"
         )
-    capacity = -1 if cache is None else cache.get_max_cache_shape()
+    capacity = -1 if cache is None else read_capacity(cache)
     if 0 < capacity < first + length:
         raise ValueError(f"the call ends at place {first + length - 1}: the cache holds {capacity} tokens")
     return cache_position
@@ -300,7 +301,7 @@ def check_prompt(
     else:
         check_embeds(embeds, config.hidden_size)
     batch, length = (ids if embeds is None else embeds).shape[:2]
-    past = kwargs.get("past_key_values")
+    past = kwargs.get("past_key_values", kwargs.get("cache"))
     seen = past.get_seq_length() if isinstance(past, Cache) and embeds is None else 0
     if isinstance(seen, int) and seen >= length:
         raise ValueError(

@@ -17,6 +17,7 @@ from .tensors_mobilemoe import full_name, open_checkpoint, remove_tied_head
 # transformers names that are private or undocumented, in this package. The code ships inside artifacts, so a compat
 # module of the project cannot hold them. The tests that fail when one changes are in tests/eval/test_hf_mobilemoe.py
 # unless said otherwise:
+#   what versions_mobilemoe.py names: tests/eval/test_transformers5.py
 #   check_model_inputs, _can_record_outputs: test_hidden_states_and_attentions_are_recorded
 #   ALL_ATTENTION_FUNCTIONS, config._attn_implementation, _supports_sdpa: test_logits_equal_the_loops
 #   _keep_in_fp32_modules_strict: test_router_and_bias_stay_float32_under_bfloat16
@@ -33,9 +34,7 @@ _SAFETENSORS_ALONE = {"use_safetensors": True, "variant": None, "gguf_file": Non
 """Options of transformers for other files than those that are checked here -> the value that chooses these."""
 
 
-def read_config(
-    name_or_path: str | None, config: MobileMoEConfig | str | None, kwargs: dict
-) -> tuple[MobileMoEConfig, dict]:
+def read_config(name_or_path: str | None, config: Any, kwargs: dict) -> tuple[MobileMoEConfig, dict]:
     """Return `config`, or the folder's configuration with the fields that `kwargs` has, and the hub's options.
 
     These fields are removed from `kwargs`.
@@ -49,6 +48,9 @@ def read_config(
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     if isinstance(config, MobileMoEConfig):
         return config, hub
+    if getattr(config, "model_type", None) == MobileMoEConfig.model_type:
+        # transformers 5 imports a folder's code a second time for the model, so its class of the config is another.
+        return MobileMoEConfig.from_dict(config.to_dict(), name_or_path=config.name_or_path), hub
     keys = [key for key in kwargs if key not in (*HUB_OPTIONS, "dtype", "torch_dtype")]
     options = {key: kwargs.pop(key) for key in keys} | {"name_or_path": str(config or name_or_path)}
     source: Any = config or name_or_path

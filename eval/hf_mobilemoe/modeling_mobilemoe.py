@@ -1,4 +1,4 @@
-"""This module is MobileMoE (arXiv 2605.27358) for transformers 4.57; a copy is in every exported folder.
+"""This module is MobileMoE (arXiv 2605.27358) for transformers 4.57 and 5; a copy is in every exported folder.
 
 It loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
 they are loaded, or, with `keep_int4=True`, when they are used. q * scale is exact in float32 and rounded once in
@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import check_model_inputs
 
 from .checkpoint_mobilemoe import check_tensors
 from .configuration_mobilemoe import MobileMoEConfig
@@ -32,6 +30,7 @@ from .loading_mobilemoe import dequantize_checkpoint, keep_float32_on_disk, load
 from .packed_mobilemoe import build_packed_model
 from .spellings_mobilemoe import join_spellings  # noqa: F401  as above
 from .tensors_mobilemoe import open_checkpoint  # noqa: F401  as above
+from .versions_mobilemoe import CACHE, build_causal_mask, record_outputs
 
 # loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that check them.
 
@@ -276,7 +275,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @check_model_inputs
+    @record_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -286,6 +285,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states [B, L, D] of `input_ids` [B, L] or `inputs_embeds` [B, L, D].
@@ -295,7 +295,9 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
                 {"full_attention": that}).
             position_ids: [B, L]. Positions that restart at 0, without `attention_mask` and without a past, mark packed
                 documents: a document sees only itself (with "sdpa", "eager" and "flex_attention").
+            cache: the name that newer versions of transformers have for `past_key_values`.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         checked = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, cache_position)
         check_inputs(self.config, *checked)
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -307,12 +309,12 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         if isinstance(attention_mask, dict):  # generate with a static cache makes a mask for each type of layer
             attention_mask = attention_mask["full_attention"]
         # The mask comes before our own cache: transformers detects packed documents only if there is no cache.
-        mask = create_causal_mask(
+        mask = build_causal_mask(
+            x_BLD,
+            past_key_values,
             config=self.config,
-            input_embeds=x_BLD,
             attention_mask=attention_mask,
             cache_position=cache_position,
-            past_key_values=past_key_values,
             position_ids=position_ids,
         )
         if use_cache and past_key_values is None:
@@ -328,15 +330,14 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x_BLD), past_key_values=past_key_values if use_cache else None
-        )
+        past: dict[str, Any] = {CACHE: past_key_values if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BLD), **past)
 
 
 class MobileMoEForCausalLM(MobileMoEPreTrainedModel, CheckedGenerationMixin):
     """The language model; its output projection is its embedding."""
 
-    _tied_weights_keys = ("lm_head.weight",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MobileMoEConfig) -> None:
         super().__init__(config)
@@ -357,6 +358,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, CheckedGenerationMixin):
         use_cache: bool | None = None,
         cache_position: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, L, vocab_size] in the model's dtype; see `MobileMoEModel.forward` for the other arguments.
@@ -371,7 +373,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, CheckedGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_position=cache_position,
@@ -385,9 +387,9 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, CheckedGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .checkpoint_mobilemoe import PackedTensor, dequantize_int4, kept_in_float32, packed_tensors, unpack_int4
 from .configuration_mobilemoe import MobileMoEConfig
-from .loading_mobilemoe import choose_dtype, load_generation_config, record_source
+from .loading_mobilemoe import HUB_OPTIONS, choose_dtype, load_generation_config, record_source
 
 HEAD_ROWS = 1 << 14
 """Number of rows of the output projection that are dequantized at once."""
@@ -117,8 +117,8 @@ def build_packed_model(
     dtype = choose_dtype(kwargs, config)
     generation_config = load_generation_config(cls, where, hub, kwargs)
     attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
-    # The Auto classes pass on the last two.
-    taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs"}
+    # The Auto classes pass on all but the first three.
+    taken = {"dtype", "torch_dtype", "generation_config", "trust_remote_code", "adapter_kwargs", *HUB_OPTIONS}
     if unknown := sorted(kwargs.keys() - taken):
         raise ValueError(f"keep_int4 does not go together with {', '.join(unknown)}; leave it or them out")
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoint_mobilemoe import check_dtype, check_tensors, kept_in_float32
+from .checkpoint_mobilemoe import check_dtype, check_shapes, checkpoint_shapes, kept_in_float32
 from .configuration_mobilemoe import MobileMoEConfig
 from .folder_mobilemoe import check_folder, read_index, read_json
 
@@ -68,7 +68,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         check_dtype(name, self._read_dtype(name), self._files[name])
         tensor = self._all_shards[name].get_tensor(self._stored[name])
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"{self._files[name]}: {name} holds NaN or infinite values; the checkpoint is not usable")
         return tensor
 
@@ -89,11 +89,26 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
     def check_description(self, config: MobileMoEConfig) -> None:
         """Compare names, shapes and dtypes with those of `config` and of the index; raise ValueError if they differ."""
-        check_tensors(self.shapes(), config, str(self._folder))
+        self.check_content(checkpoint_shapes(config), config.quantization is not None, kept_in_float32)
+
+    def check_content(
+        self, expected: Mapping[str, tuple[int, ...]], quantized: bool, in_float32: Callable[[str], bool]
+    ) -> None:
+        """Compare names, shapes and dtypes with what is expected, and the files with their index.
+
+        Args:
+            expected: name -> shape.
+            quantized: whether some of the tensors are packed integers and scales.
+            in_float32: function that returns whether a tensor may be float32 in a model of any dtype.
+
+        Raises:
+            ValueError: they differ.
+        """
+        check_shapes(self.shapes(), expected, str(self._folder))
         dtypes = {name: self._read_dtype(name) for name in self}
         for name in self:
             check_dtype(name, dtypes[name], self._files[name])
-        self._check_model_dtype(dtypes, config.quantization is not None)
+        self._check_model_dtype(dtypes, quantized, in_float32)
         if self._index is not None:
             self._check_index(self._index)
 
@@ -108,7 +123,9 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def _count_bytes(self, names: Iterable[str]) -> int:
         return sum(math.prod(self._slice(name).get_shape()) * self._read_dtype(name).itemsize for name in names)
 
-    def _check_model_dtype(self, dtypes: Mapping[str, torch.dtype], quantized: bool) -> None:
+    def _check_model_dtype(
+        self, dtypes: Mapping[str, torch.dtype], quantized: bool, in_float32: Callable[[str], bool]
+    ) -> None:
         """Refuse tensors that config.json's dtype, in which `dtype="auto"` loads them, does not hold exactly.
 
         The router's weight and the expert bias are float32 for every dtype. Where config.json has none, transformers
@@ -127,7 +144,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
             if dtype == torch.uint8 or name.endswith("_scale"):
                 continue
             exact = model_dtype in (_HELD_BY[dtype] if stated else (dtype,))
-            if kept_in_float32(name):
+            if in_float32(name):
                 exact = exact or stated is not None or dtype == torch.float32
             if not exact:
                 other = f"dtype {stated}" if stated else f"no dtype, and model.norm.weight is {model_dtype}"
@@ -157,7 +174,7 @@ def full_name(name: str, names: Iterable[str]) -> str:
     return name if any(other.startswith("model.") for other in names) else f"model.{name}"
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether all values are finite, in one pass without a copy; the minimum and maximum keep NaN."""
     return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.suites import PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, Benchmark, get_suite
+from eval.export.sizes import int4_bytes
+from titan_ext.config import FLAVORS, ModelDims, RopeScaling
+from titan_ext.model_stats import count_parameters
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ HELDOUT_MODELS = {
 }
 """Models whose held-out loss is measured: key in eval/heldout.json -> title."""
 HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pte")
+"""Endings of the files whose bytes are weights, but for a small header."""
 CHANCE_ERRORS = 2
 """Number of standard errors: a score at most this far from the random-guess level is at chance."""
 
@@ -71,7 +76,9 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         "published_qat_cost": PUBLISHED_QAT_COST["MobileMoE-S"],
         "chance": {model: describe_chance(rows, model) for model in MODELS},
         "heldout": collect_heldout(run),
-        "artifacts": measure_artifacts(run),
+        "artifacts": measure_artifacts(run, count_model(manifest.get("recipe", {}))),
+        "published_sizes": measure_published(),
+        "computed_in": list_dtypes(run),
         "data": collect_data(run),
         "items": _read_json(run / "items/items.json"),
     }
@@ -134,6 +141,13 @@ def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str
     return rows
 
 
+def list_dtypes(run: Path) -> list[str]:
+    """Return the dtypes that the models computed in for the held-out losses: one, unless machines differed."""
+    measured = _read_json(run / "eval/heldout.json")
+    found = {result[kind].get("dtype") for result in measured.values() for kind in HELDOUT_SETS}
+    return sorted(dtype for dtype in found if dtype)
+
+
 def average_scores(rows: list[dict]) -> dict[str, float | None]:
     """Return each model's mean over the rows, None unless it has a result in all of them."""
     values = {model: [row[model]["value"] for row in rows if row[model]] for model in MODELS}
@@ -186,16 +200,36 @@ def _build_heldout_table(kind: str, title: str, found: dict[str, dict]) -> dict[
     }
 
 
-def measure_artifacts(run: Path) -> list[dict[str, Any]]:
-    """Return bytes and number of files of every artifact, and its largest file."""
+def measure_artifacts(run: Path, parameters: int | None) -> list[dict[str, Any]]:
+    """Return bytes and number of files of every artifact, its largest file, and the bits that a parameter takes.
+
+    Args:
+        parameters: number of the model's parameters; None where it is not known.
+    """
     sizes = []
     for folder in sorted(path for path in run.glob("artifacts/*") if path.is_dir()):
         files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: -file.stat().st_size)
         if files:
             total = sum(file.stat().st_size for file in files)
+            weights = sum(file.stat().st_size for file in files if file.suffix in WEIGHT_SUFFIXES)
             largest = {"name": str(files[0].relative_to(folder)), "bytes": files[0].stat().st_size}
-            sizes.append({"name": folder.name, "bytes": total, "files": len(files), "largest": largest})
+            bits = 8 * weights / parameters if weights and parameters else None
+            sizes.append({"name": folder.name, "bytes": total, "files": len(files), "largest": largest, "bits": bits})
     return sizes
+
+
+def measure_published() -> list[dict[str, Any]]:
+    """Return the bytes of the published INT4 checkpoints and the bits that a parameter takes there."""
+    sizes = {name: (int4_bytes(FLAVORS[name]), count_parameters(FLAVORS[name]).total) for name in ("S", "M", "L")}
+    return [{"name": f"MobileMoE-{name}", "bytes": n, "bits": 8 * n / total} for name, (n, total) in sizes.items()]
+
+
+def count_model(recipe: dict[str, Any]) -> int | None:
+    """Return the number of parameters of a recipe's model, None where it states none."""
+    model = recipe.get("model")
+    if model is None:
+        return None
+    return count_parameters(ModelDims(**model | {"rope_scaling": RopeScaling(**model["rope_scaling"])})).total
 
 
 def collect_data(run: Path) -> dict[str, Any]:

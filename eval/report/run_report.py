@@ -18,10 +18,13 @@ _MARKUP = re.compile(r"[\\`*_\[\]<>#|~&$@:]")
 """Characters that Markdown, or an extension of it, may read as markup."""
 
 
-def write_report(run: Path) -> dict[str, Any]:
+def write_report(run: Path, scaling_law: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `run/report/` (report.md, report.html, results.json, PNGs) from what the run folder holds.
 
     An unfinished run gets a report of what there is. An older report is replaced as a whole.
+
+    Args:
+        scaling_law: what a scaling law predicts for the run (`pipelines.scaling.prediction`), with its `text`.
 
     Returns:
         The content of results.json.
@@ -32,7 +35,7 @@ def write_report(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise RefusedInput(f"report: {run} is not a run folder; give the folder that `mobilemoe run --out` named")
     stages = collect_stages(run)
-    results = collect_results(run, stages)
+    results = collect_results(run, stages) | {"scaling_law": scaling_law}
     with atomic_write(run / "report") as partial:
         partial.mkdir()
         pictures = _draw_figures(results, stages, partial)

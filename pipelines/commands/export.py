@@ -1,13 +1,13 @@
 """`mobilemoe export`: one checkpoint in another format, in this process, without Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from core.errors import RefusedInput
-from eval.config import DeviceConfig, ExportConfig
+from eval.config import DeviceConfig, ExportConfig, GgufConfig
 from eval.export.formats import FORMATS, ExportOptions
 from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a checkpoint of a run, a Hugging Face folder or an imported one into bf16, INT4 or an ExecuTorch program."""
+    """Turn a checkpoint of a run, a Hugging Face folder or an imported one into another format."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Step folder inside a run, for example RUN/stages/3_sft/checkpoint/step-40; a Hugging Face folder, INT4 or BF16;
@@ -33,6 +33,8 @@ class Export:
     """Folder to write; must not exist, and lies outside of the checkpoint."""
     device: Annotated[DeviceConfig, tyro.conf.arg(name="")]
     """Options of the ExecuTorch program."""
+    gguf: Annotated[GgufConfig, tyro.conf.arg(name="")]
+    """Options of the GGUF file."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -44,14 +46,18 @@ def export(arguments: Export) -> None:
     or of a checkpoint imported from one, lie in it. A model that came from INT4 keeps its grid.
 
     Raises:
-        RefusedInput: options of executorch with another format; the checkpoint is none, lies in no run and was not
+        RefusedInput: options of one format with another; the checkpoint is none, lies in no run and was not
             imported, or cannot have this format; `out` exists, lies inside of it, or cannot be written.
     """
     checkpoint, out, chosen = arguments.checkpoint, arguments.out, FORMATS[arguments.format]
-    if not chosen.takes_device_options and arguments.device != DeviceConfig():
-        raise RefusedInput(
-            f"--format {arguments.format} has no KV cache and no expert op; those options are executorch's"
-        )
+    options = ExportOptions(device=arguments.device, gguf=arguments.gguf)
+    for name, entry in FORMATS.items():
+        own = entry.own_options
+        if own and name != arguments.format and getattr(options, own) != getattr(ExportOptions(), own):
+            raise RefusedInput(
+                f"--format {arguments.format}: {', '.join(_list_changed(getattr(options, own)))} is an option of "
+                f"--format {name}; leave it out"
+            )
     inputs.require_folder("CHECKPOINT", checkpoint)
     run = None if describes_itself(checkpoint) else find_run_of_checkpoint(checkpoint)
     inputs.require_new_folder("--out", out)
@@ -59,16 +65,23 @@ def export(arguments: Export) -> None:
     if run is None:
         from eval.export.source import open_folder
 
-        source, options = open_folder(checkpoint), ExportOptions(device=arguments.device)
+        source = open_folder(checkpoint)
     else:
-        source, options = open_checkpoint_of_run(run, checkpoint, arguments.device)
+        source, config = open_checkpoint_of_run(run, checkpoint)
+        options = replace(options, export=config)
     chosen.write(source, out, options)
     result = {"out": str(out), "format": arguments.format}
     emit_result(arguments.json, result, lambda: f"written: {out}")
 
 
-def open_checkpoint_of_run(run: Path, checkpoint: Path, device: DeviceConfig) -> tuple["Source", ExportOptions]:
-    """Open a checkpoint of a run with the dimensions, tokenizer and groups that the run's recipe states.
+def _list_changed(options: Any) -> list[str]:
+    """Return the command's options of a dataclass whose values are not the default ones."""
+    changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    return [f"--{name.replace('_', '-')}" for name in changed]
+
+
+def open_checkpoint_of_run(run: Path, checkpoint: Path) -> tuple["Source", ExportConfig]:
+    """Open a checkpoint of a run with the dimensions, tokenizer, groups and sizes that the run's recipe states.
 
     Raises:
         RefusedInput: an earlier version of this program wrote the run.
@@ -87,7 +100,7 @@ def open_checkpoint_of_run(run: Path, checkpoint: Path, device: DeviceConfig) ->
         checkpoint, _build_dims(recipe["model"]), run / "data" / "tokenizer",
         QuantizationConfig(**recipe["quantization"]), recipe["parallel"]["precision"],
     )  # fmt: skip
-    return source, ExportOptions(ExportConfig(**recipe["export"]), device)
+    return source, ExportConfig(**recipe["export"])
 
 
 def describes_itself(checkpoint: Path) -> bool:

@@ -5,7 +5,7 @@ SHA256SUMS is read first and nothing else is believed: every file must have the 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -13,6 +13,7 @@ from core.atomic import atomic_write, partial_path
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress, ignore_progress, print_progress
+from eval.export.formats import FORMATS
 from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 
@@ -28,9 +29,12 @@ class Fetch:
     """Download an artifact from an address into a folder; verified, and resumed when called again."""
 
     source: tyro.conf.Positional[str]
-    """Path or address of an artifact folder: http(s)://, s3://, gs://, hf://."""
+    """Path or address of an artifact folder: http(s)://, s3://, gs://, hf://. With --format, of a run, or the one that
+    `publish` sent a run's artifacts to, in either layout."""
     folder: tyro.conf.Positional[Path]
     """Folder to write; new, empty, or the same artifact. It is no link, and lies outside of the source."""
+    format: Literal[tuple(FORMATS)] | None = None  # type: ignore[valid-type]  # the choices follow from the table
+    """The artifact of this format alone."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -45,8 +49,35 @@ def fetch(arguments: Fetch) -> None:
     from pipelines.commands.transfer import name_failures
 
     with name_failures(arguments.source):
-        fetch_artifact(arguments.source, arguments.folder, print_progress)
+        source = find_artifact(arguments.source, arguments.format) if arguments.format else arguments.source
+        fetch_artifact(source, arguments.folder, print_progress)
     emit_result(arguments.json, {"fetched": str(arguments.folder)}, lambda: f"fetched: {arguments.folder}")
+
+
+def find_artifact(source: str, format_name: str) -> str:
+    """Return the address of one format's artifact: in a run, or beside the others of a run that was published.
+
+    Raises:
+        RefusedInput: there is none; names the formats that are there.
+    """
+    from eval.export.artifact_folder import CHECKSUMS
+    from pipelines.commands.transfer import locate, open_address
+
+    base = source.rstrip("/")
+    middles = ["/artifacts/", "/"]  # a run, and folders of `publish`
+    if "/" in base.partition("://")[2] or "://" not in base:  # a host or bucket has no repositories beside it
+        middles.append("-")
+    found = {}
+    for name, entry in FORMATS.items():
+        for middle in middles:
+            address = f"{base}{middle}{entry.artifact}"
+            system, root = open_address(address)
+            if name not in found and system.exists(locate(system, root, CHECKSUMS)):
+                found[name] = address
+    if format_name not in found:
+        there = f"there are {', '.join(found)}" if found else "there is no artifact"
+        raise RefusedInput(f"SOURCE {source}: holds no {format_name} with its {CHECKSUMS}; {there}")
+    return found[format_name]
 
 
 def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progress) -> Path:

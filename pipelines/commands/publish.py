@@ -7,6 +7,7 @@ destination, nothing there counts as published.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -15,6 +16,8 @@ from core.progress import Progress, ignore_progress, print_progress
 from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
 from pipelines.preflight import find_existing_parent
+
+Layout = Literal["folders", "repositories"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Publish:
     destination: tyro.conf.Positional[str]
     """Path or address: s3://, gs://, hf://. It is new, empty, or holds (a part of) this artifact, and lies outside of
     the source."""
+    layout: Layout = "folders"
+    """Where the artifacts of a run go: DESTINATION/int4, or DESTINATION-int4, as model hubs have a repository for each
+    format. Repositories must exist."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -40,18 +46,23 @@ def publish(arguments: Publish) -> None:
     from pipelines.commands.transfer import name_failures
 
     with name_failures(arguments.destination):
-        addresses = publish_artifacts(arguments.source, arguments.destination, print_progress)
+        addresses = publish_artifacts(
+            arguments.source, arguments.destination, arguments.layout, progress=print_progress
+        )
     emit_result(arguments.json, {"published": addresses}, lambda: "published: " + ", ".join(addresses))
 
 
-def publish_artifacts(source: Path, destination: str, progress: Progress = ignore_progress) -> list[str]:
+def publish_artifacts(
+    source: Path, destination: str, layout: Layout = "folders", *, progress: Progress = ignore_progress
+) -> list[str]:
     """Send an artifact folder, or each artifact of a run's `artifacts/`, to `destination`.
 
     A file that is there with the right hash is not sent again; every file that was sent is read back.
 
     Args:
-        source: a folder with SHA256SUMS, which becomes `destination`; or a run, whose artifacts become folders in it.
+        source: a folder with SHA256SUMS, which becomes `destination`; or a run.
         destination: a path or an address such as s3://bucket/models, gs:// or hf://.
+        layout: whether the artifacts of a run become folders in `destination`, or stand beside it as DESTINATION-NAME.
 
     Returns:
         The addresses of the folders that are now complete.
@@ -65,7 +76,7 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
     from eval.export.artifact_folder import CHECKSUMS, verify_checksums
     from pipelines.commands.transfer import check_names, decode_checksums
 
-    folders = find_artifacts(source, destination)
+    folders = find_artifacts(source, destination, layout)
     check_names([folder.name for folder in folders.values()], str(source))
     for address, folder in folders.items():
         with inputs.refuse_os_errors("SOURCE"):
@@ -77,7 +88,7 @@ def publish_artifacts(source: Path, destination: str, progress: Progress = ignor
     return list(folders)
 
 
-def find_artifacts(source: Path, destination: str) -> dict[str, Path]:
+def find_artifacts(source: Path, destination: str, layout: Layout) -> dict[str, Path]:
     """Return address -> folder of each artifact to send.
 
     Raises:
@@ -94,7 +105,8 @@ def find_artifacts(source: Path, destination: str) -> dict[str, Path]:
     complete = [folder for folder in found if folder.suffix != ".partial"]
     if not complete:
         raise RefusedInput(f"{source}: neither an artifact ({CHECKSUMS}) nor a run with artifacts/; export one first")
-    return {f"{address}/{folder.name}": folder for folder in complete}
+    mark = "/" if layout == "folders" else "-"
+    return {f"{address}{mark}{folder.name}": folder for folder in complete}
 
 
 def check_destination(source: Path, folder: Path, address: str) -> None:

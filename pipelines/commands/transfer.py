@@ -67,7 +67,8 @@ def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of an address, and the address as a path in it.
 
     Raises:
-        RefusedInput: as `open_address`; or http, which has no way to write; or a bucket that does not exist.
+        RefusedInput: as `open_address`; or http, which has no way to write; or a bucket or repository that does not
+            exist.
     """
     system, root = open_address(address)
     if "http" in system.protocol:
@@ -76,6 +77,12 @@ def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:
         bucket = root.partition("/")[0]
         if not system.exists(bucket):
             raise RefusedInput(f"{address}: there is no bucket {bucket!r}; create it, or correct the address")
+    if "hf" in system.protocol:
+        repository = "/".join(root.split("/")[:2])
+        if not system.exists(repository):
+            raise RefusedInput(
+                f"{address}: there is no repository {repository}; `hf repo create {repository}`, or correct the address"
+            )
     return system, root
 
 

@@ -1,9 +1,9 @@
-"""The ten steps of a run. Each file holds one step: the part that the driver runs, and the functions for Ray's workers.
+"""The eleven steps of a run. Each file holds one: the part that the driver runs, and the functions for Ray's workers.
 
 The functions for workers import torch and the rooms' heavy modules inside, so that the driver never loads them.
 """
 
 from core.stages import STAGES
 
-STEPS = ("fetch", "items", "data", *STAGES, "export", "eval", "report")
+STEPS = ("fetch", "items", "data", *STAGES, "export", "eval", "package", "report")
 """Names of the steps in the order they run; the values of --until and --from."""

@@ -1,6 +1,6 @@
 """`build_steps` turns a recipe into the graph of its run.
 
-    fetch -> items -> data -> pretrain -> midtrain -> sft -> qat -> export -> eval -> report
+    fetch -> items -> data -> pretrain -> midtrain -> sft -> qat -> export -> eval, package -> report
 
 Each step's config holds what identifies its work and nothing else. A run therefore continues with another world size,
 evaluation batch, cluster or checkpoint interval without computing anything anew.
@@ -21,11 +21,13 @@ from pipelines.steps.data import prepare_data, prepare_items
 from pipelines.steps.evaluate import EVAL_OUTPUTS, evaluate_models
 from pipelines.steps.export import EXPORT_OUTPUTS, export_models
 from pipelines.steps.fetch import fetch_packages
+from pipelines.steps.package import list_outputs, package_artifacts
 from pipelines.steps.report import write_report
 from pipelines.steps.train import INITIAL_CHECKPOINT, train_stage
 
 RUNTIME_STAGE_FIELDS = (
-    "local_batch_size", "log_interval", "checkpoint_interval", "heldout_interval", "heldout_batches",
+    "local_batch_size", "log_interval", "checkpoint_interval", "checkpoints_kept", "heldout_interval",
+    "heldout_batches",
 )  # fmt: skip
 """Fields of a StageConfig that do not change the trained model."""
 
@@ -42,7 +44,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     if recipe.data.tokenizer.path:
         data |= {"tokenizer_sha256": hash_tokenizer_files(recipe.data.tokenizer.path)}
     wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
-    evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_size"}
+    evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_tokens"}
 
     def step(
         name: str,
@@ -55,15 +57,20 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         return Step(name, version, needs, config, outputs, lambda: work(context))
 
     packages = {name: want.requirement for name, want in wanted.items()}
-    export = {key: tree[key] for key in ("export", "quantization")} | {"precision": tree["parallel"]["precision"]}
+    writing = {key: value for key, value in tree["export"].items() if key != "formats"}
+    export = {
+        "export": writing, "quantization": tree["quantization"], "precision": tree["parallel"]["precision"],
+    }  # fmt: skip
+    formats = list_outputs(recipe)
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 2, ("fetch",), {}, ("items",), prepare_items),
-        step("data", 4, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
+        step("data", 5, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
-        step("eval", 2, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
-        step("report", 1, ("eval",), {}, ("report",), write_report),
+        step("eval", 3, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
+        step("package", 1, ("export",), {"formats": list(formats)}, tuple(formats.values()), package_artifacts),
+        step("report", 1, ("eval", "package"), {}, ("report",), write_report),
     ]
 
 

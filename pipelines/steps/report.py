@@ -13,5 +13,6 @@ def write_report(context: Context) -> None:
 def write_report_on_worker(run: Path) -> None:
     """Write the report of a run folder; matplotlib and jinja2 are loaded in the worker."""
     from eval.report import run_report
+    from pipelines.scaling.prediction import predict_run
 
-    run_report.write_report(run)
+    run_report.write_report(run, predict_run(run))

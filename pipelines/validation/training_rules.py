@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from core.stages import SHARD_FOLDERS
+from eval.export.formats import FORMATS, PACKAGED
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, divides, find_nonpositive, list_divisors
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
@@ -19,9 +20,11 @@ DEGREES = ("pipeline_parallel", "data_parallel_replicate", "tensor_parallel", "c
 def find_model_problems(model: ModelDims) -> Iterator[Problem]:
     """Yield the broken rules of the model's dimensions."""
     yield from find_nonpositive("model", model, ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "top_k"))
-    yield from find_nonpositive(
-        "model", model, ("expert_hidden", "shared_hidden", "n_experts", "vocab_size", "max_seq_len")
-    )
+    yield from find_nonpositive("model", model, ("expert_hidden", "n_experts", "vocab_size", "max_seq_len"))
+    if model.shared_hidden < 0:
+        yield Problem(
+            "model.shared_hidden", model.shared_hidden, "must not be negative", "set the width, or 0 for none"
+        )
     yield from find_nonpositive("model", model, ("rope_theta", "norm_eps", "route_scale"))
     scaling = model.rope_scaling
     yield from find_nonpositive(
@@ -35,6 +38,13 @@ def find_model_problems(model: ModelDims) -> Iterator[Problem]:
         yield Problem("model.n_kv_heads", model.n_kv_heads, rule, f"choose one of {list_divisors(model.n_heads)}")
     if model.head_dim % 2:
         yield Problem("model.head_dim", model.head_dim, "RoPE rotates pairs, so it must be even", "set an even number")
+
+
+def find_release_problems(model: ModelDims) -> Iterator[Problem]:
+    """Yield a problem if the released checkpoint format, in which a run exports its model, cannot hold the model."""
+    if model.shared_hidden == 0:
+        rule = "the released format has a shared expert in every layer; models without one train in a sweep only"
+        yield Problem("model.shared_hidden", 0, rule, "set a width, model.expert_hidden x 4, say")
 
 
 def find_parallel_problems(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -186,6 +196,20 @@ def find_quantization_problems(quantization: QuantizationConfig, model: ModelDim
     if quantization.expert_group_axis not in ("in", "out"):
         field = "quantization.expert_group_axis"
         yield Problem(field, quantization.expert_group_axis, "names no axis", "choose in or out")
+
+
+def find_format_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the formats of `export.formats` that are none, are named twice, or cannot hold the recipe's model."""
+    names = recipe.export.formats
+    for i, name in enumerate(names):
+        others = " ".join(["--export.formats", *(other for other in names if other != name)])
+        if name not in PACKAGED:
+            rule = f"names no format that a run makes beside bf16 and int4; they are {', '.join(PACKAGED)}"
+            yield Problem("export.formats", name, rule, f"--export.formats {' '.join(PACKAGED)}")
+        elif name in names[:i]:
+            yield Problem("export.formats", name, "is named twice", "name it once")
+        elif reason := FORMATS[name].explain_misfit(recipe.model, recipe.quantization):
+            yield Problem("export.formats", name, reason, f"leave it out: {others}")
 
 
 def _find_group_size_problems(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:

@@ -49,6 +49,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
 def find_rule_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield every broken rule of the files of rules, in the order of the recipe's fields."""
     yield from training_rules.find_model_problems(recipe.model)
+    yield from training_rules.find_release_problems(recipe.model)
     yield from find_nonpositive("parallel", recipe.parallel, ("world_size", "expert_parallel", *training_rules.DEGREES))
     for name, stage in recipe.stages.items():
         numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate", "heldout_batches")
@@ -63,4 +64,5 @@ def find_rule_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from input_rules.find_data_problems(recipe)
     yield from input_rules.find_evaluation_problems(recipe)
     yield from training_rules.find_quantization_problems(recipe.quantization, recipe.model)
+    yield from training_rules.find_format_problems(recipe)
     yield from input_rules.find_cluster_problems(recipe)

@@ -1,4 +1,4 @@
-"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in four of them, then the results."""
+"""`mobilemoe run smoke` at reduced size: every step for real, the driver killed in five of them, then the results."""
 
 import itertools
 import json
@@ -14,14 +14,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.export.artifact_folder import verify_checksums
+from eval.export.formats import FORMATS
 from pipelines.steps import STEPS
 
-pytestmark = pytest.mark.timeout(2400)  # five drivers, some minutes together; the machine may be busy
+pytestmark = pytest.mark.timeout(2400)  # six drivers, some minutes together; the machine may be busy
 
 OVERRIDES = [
     "--data.corpora", "c4-sample", "wikipedia-plain", "dialogues", "reasoning-gym-math",
     "--data.tokenizer.train-vocab-size", "1024", "--model.vocab-size", "1024", "--model.n-layers", "2",
-    "--stages.pretrain.steps", "24", "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
+    "--stages.pretrain.steps", "24", "--stages.pretrain.warmup-steps", "4", "--stages.pretrain.learning-rate", "3e-3",
+    "--stages.pretrain.global-batch-size", "16", "--stages.pretrain.local-batch-size", "8",
+    "--stages.pretrain.seq-len", "128", "--stages.pretrain.checkpoint-interval", "4",
     "--stages.pretrain.heldout-interval", "12", "--stages.pretrain.log-interval", "1",
     *(x for stage in ("pretrain", "midtrain") for x in (
         f"--stages.{stage}.mixture.web", "0.7", f"--stages.{stage}.mixture.knowledge", "0.3",
@@ -96,7 +99,8 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
-    """A run whose driver died in data, a stage, export and evaluation: (folder, steps by then, last log)."""
+    """A run whose driver died in data, a stage, export, and evaluation beside packaging twice: (folder, steps by then,
+    last log)."""
     folder = tmp_path_factory.mktemp("e2e")
     run, seen = folder / "run", []
     pretrain = run / "stages/1_pretrain"
@@ -105,6 +109,8 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
         lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
         lambda: any(run.glob("artifacts/*")),  # one of five, or its partial folder
         lambda: any(run.glob("eval/sft_bf16*/*.json")),  # in the partial folder: the first of 14 is done
+        # Beside the evaluation, the program is traced then.
+        lambda: (run / "artifacts/gguf").exists() and len(list(run.glob("eval/sft_bf16*/*.json"))) > 3,
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
@@ -137,14 +143,16 @@ def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):
 
 
 def test_artifacts_are_whole_and_write_text_with_the_code_they_carry(finished, tmp_path):
-    folders = [finished[0] / "artifacts" / name for name in ("bf16", "int4")]
-    for folder in folders:
+    artifacts = finished[0] / "artifacts"
+    assert {path.name for path in artifacts.iterdir()} == {entry.artifact for entry in FORMATS.values()}
+    for folder in artifacts.iterdir():
         verify_checksums(folder)
+    folders = [artifacts / name for name in ("bf16", "int4", "bf16-native")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", GENERATE, *map(str, folders)]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["new", "8"] * 2
+    assert done.stdout.split() == ["new", "8"] * 3
 
 
 def test_int4_differs_from_bf16_but_not_by_much(finished):

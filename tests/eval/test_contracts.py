@@ -1,14 +1,30 @@
 """The dependencies keep what eval/compat.py relies on; every docstring names what breaks when its test fails."""
 
+import copy
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from eval import compat
+
+
+def test_onednn_says_whether_the_cpu_multiplies_bfloat16():
+    code = "from eval import compat; print(compat.is_bfloat16_supported_by_cpu())"
+    # An instruction set without them; the number that a processor with them gives is not known here.
+    old = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert old.stdout == "False\n"
+    assert isinstance(compat.is_bfloat16_supported_by_cpu(), bool)
 
 
 def test_lm_eval_task_files_lie_below_its_package():
@@ -72,7 +88,7 @@ def test_lm_eval_scores_tasks_that_are_already_built(lm):
         build_task("sums", sums, output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{answer}}",
                    generation_kwargs={"until": ["\n"], "max_gen_toks": 8}, metric_list=[{"metric": "exact_match"}]),
     ]  # fmt: skip
-    evaluated = compat.evaluate_tasks(lm, tasks, {"choices": 4, "sums": 2})
+    evaluated = compat.evaluate_tasks(lm, tasks, {"choices": range(4), "sums": [0, 1]})
     assert evaluated["results"]["choices"]["acc,none"] == 0.5, "the shorter continuation is always chosen"
     assert evaluated["results"]["sums"]["exact_match,none"] == 1.0
     samples = evaluated["samples"]
@@ -168,3 +184,14 @@ def test_the_thread_pool_can_be_resized():
 
     compat.set_executorch_threads(2)
     assert portable_lib._threadpool_get_thread_count() == 2
+
+
+def test_layers_of_a_dynamic_cache_grow_by_new_tensors():
+    """`cached_rows.Rows.select` copies layers shallowly, and several batches go on from one prefix."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    other = copy.copy(cache.layers[0])
+    other.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert (cache.layers[0].keys.shape[2], other.keys.shape[2]) == (3, 4)
+    other.batch_select_indices(torch.tensor([0, 0]))
+    assert (len(cache.layers[0].keys), len(other.keys)) == (1, 2)

@@ -4,9 +4,13 @@ import json
 
 import pytest
 
+from core.errors import RefusedInput
+from eval import compute_dtype
 from eval.device import profile_worker, prompts
-from eval.device.profile import N_ANSWER, count_bf16_bytes, describe
+from eval.device.profile import N_ANSWER, count_float_bytes, describe
 from eval.export.dimensions import config_from_dims
+from eval.export.hf_native import export_native
+from eval.export.source import open_folder
 from pipelines.cli import DONE, REFUSED, main
 from tests.eval.conftest import ONE_LAYER
 from tests.eval.tiny_checkpoint import DIMS
@@ -49,10 +53,26 @@ def test_an_int4_folder_counts_the_experts_it_reads(int4_folder):
 def test_weights_that_a_token_reads():
     from titan_ext.model_stats import count_parameters
 
-    weights = count_bf16_bytes(config_from_dims(DIMS))
+    weights = count_float_bytes(config_from_dims(DIMS), 2)
     read = weights["dense_bytes"] + DIMS.n_layers * DIMS.top_k * weights["expert_bytes"]
     # The expert bias is a buffer and no parameter.
     assert read == 2 * (count_parameters(DIMS).active + DIMS.n_layers * DIMS.n_experts)
+
+
+def test_the_profile_says_the_dtype_and_counts_its_bytes(int4_folder, monkeypatch):
+    found = {}
+    for supported in (True, False):
+        monkeypatch.setattr(compute_dtype, "has_bfloat16_products", lambda answer=supported: answer)
+        found[supported] = describe(int4_folder)
+    assert found[True]["format"] == "INT4, dequantized, computed in bfloat16"
+    assert found[False]["format"] == "INT4, dequantized, computed in float32"
+    assert found[False]["dense_bytes"] == 2 * found[True]["dense_bytes"]
+
+
+def test_a_folder_of_stock_transformers_is_refused(int4_folder, tmp_path):
+    export_native(open_folder(int4_folder), tmp_path / "native")
+    with pytest.raises(RefusedInput, match="give the bf16 folder"):
+        describe(tmp_path / "native")
 
 
 def test_prompts_are_three_domains_and_a_dummy(tmp_path):

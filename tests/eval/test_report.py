@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -12,6 +13,7 @@ from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.suites import FOUNDATIONAL, SUITES
 from eval.report.collect import average_scores, compare_with_chance, describe_chance
 from eval.report.run_report import write_report
+from titan_ext.config import FLAVORS
 
 
 def put(path, content):
@@ -95,6 +97,7 @@ def make_run(run):
             "git_commit": "0123456789abcdef",
             "versions": {"torch": "2.14.1", "lm-eval": "0.4.13"},
             "steps": {"data": {"state": "done", "seconds": 71.2}, "pretrain": {"state": "running"}},
+            "recipe": {"model": asdict(FLAVORS["tiny"])},
         },
     )
     for name, size in (("bf16", 6_000_000), ("int4", 2_100_000), ("executorch", 2_300_000)):
@@ -117,6 +120,9 @@ def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(
     assert (stage["step"], stage["tokens"], stage["unigram_entropy"]) == (117, 4096 * 117, 6.71)
     assert stage["loss"] == pytest.approx(4.9 + 3.4 * math.exp(-117 / 35))
     assert {a["name"]: a["bytes"] for a in results["artifacts"]}["int4"] == 2_100_002
+    assert {a["name"]: a["bits"] for a in results["artifacts"]}["int4"] == pytest.approx(8 * 2_100_000 / 2_696_320)
+    published = {size["name"]: (size["bytes"], round(size["bits"], 2)) for size in results["published_sizes"]}
+    assert published["MobileMoE-S"] == (713_863_008, 4.52)
     assert [table["kind"] for table in results["heldout"]] == ["text", "sft"]
     for table, domains in zip(results["heldout"], (["code", "web"], ["chat", "math"]), strict=True):
         assert table["domains"] == domains

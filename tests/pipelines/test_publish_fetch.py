@@ -82,8 +82,44 @@ def test_a_run_goes_there_and_an_artifact_comes_back(run, memory, tmp_path, dest
     assert files(fetch_artifact(f"{address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
 
 
+@pytest.mark.parametrize("place", ["{run}", "{run}/", "{run}/artifacts", "{tmp_path}/shelf", "memory://shelf"])
+def test_one_format_comes_from_a_run_or_from_where_it_was_published(run, memory, tmp_path, place, capsys):
+    address = place.format(run=run, tmp_path=tmp_path)
+    if "shelf" in place:
+        publish_artifacts(run, address)
+    assert main(["fetch", address, str(tmp_path / "back"), "--format", "int4"]) == DONE
+    assert files(tmp_path / "back") == files(run / "artifacts" / "int4")
+    assert main(["fetch", address, str(tmp_path / "other"), "--format", "gguf"]) == REFUSED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds no gguf with its SHA256SUMS; there are bf16, int4" in said
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("destination", ["{tmp_path}/shelf/S", "memory://shelf/S"])
+def test_a_repository_for_each_format(run, memory, tmp_path, destination):
+    address = destination.format(tmp_path=tmp_path)
+    assert publish_artifacts(run, address, "repositories") == [f"{address}-bf16", f"{address}-int4"]
+    assert main(["fetch", address, str(tmp_path / "back"), "--format", "int4"]) == DONE
+    assert files(tmp_path / "back") == files(run / "artifacts" / "int4")
+
+
+def test_a_repository_that_is_not_there_is_refused_before_anything_is_sent(run, monkeypatch, capsys):
+    with hub_server.serve(monkeypatch) as content:
+        artifact = str(run / "artifacts/int4")
+        assert main(["publish", artifact, f"hf://{hub_server.REPOSITORY}"]) == DONE
+        assert "SHA256SUMS" in content
+        content.clear()
+        assert main(["publish", str(run), f"hf://{hub_server.REPOSITORY}", "--layout", "repositories"]) == REFUSED
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"there is no repository {hub_server.REPOSITORY}-bf16; `hf repo create" in said
+        assert not content
+
+
 def test_over_http(served, run, tmp_path):
     assert files(fetch_artifact(served, tmp_path / "back")) == files(run / "artifacts" / "int4")
+    root = served.removesuffix("/artifacts/int4")
+    assert main(["fetch", root, str(tmp_path / "one"), "--format", "bf16"]) == DONE
+    assert files(tmp_path / "one") == files(run / "artifacts" / "bf16")
     with pytest.raises(RefusedInput, match="can be fetched from but not published to"):
         publish_artifacts(run, served)
 
@@ -98,6 +134,8 @@ def test_ssh_is_refused_because_host_keys_are_not_verified(protocol, run, tmp_pa
 def test_over_object_stores(store, run, tmp_path):
     assert publish_artifacts(run, store.address) == [f"{store.address}/bf16", f"{store.address}/int4"]
     assert files(fetch_artifact(f"{store.address}/int4", tmp_path / "back")) == files(run / "artifacts" / "int4")
+    assert main(["fetch", store.address, str(tmp_path / "one"), "--format", "bf16"]) == DONE
+    assert files(tmp_path / "one") == files(run / "artifacts" / "bf16")
 
 
 def test_object_stores_interrupted_both_ways(store, run, tmp_path, monkeypatch):

@@ -60,6 +60,9 @@ REFUSALS = [
     ("model.n_kv_heads", 3, "model.n_kv_heads", "1, 2, 4"),
     ("model.head_dim", 31, "model.head_dim", "even"),
     ("model.n_experts", 0, "model.n_experts", "above 0"),
+    ("model.shared_hidden", 0, "model.shared_hidden", "the released format has a shared expert"),
+    ("model.shared_hidden", -64, "model.shared_hidden", "must not be negative"),
+    ("stages.sft.checkpoints_kept", 1, "stages.sft.checkpoints_kept", "2 to"),
     ("parallel.expert_parallel", 3, "parallel.expert_parallel", "1, 2, 4, 8, 16"),
     ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
     ("parallel.data_parallel_replicate", 3, "parallel.world_size", "x data_parallel_replicate x"),
@@ -76,7 +79,7 @@ REFUSALS = [
     ("stages.sft.mixture", {"chat": 0.5, "safety": 0.5}, "stages.sft.mixture.safety", "add a corpus"),
     ("stages.midtrain.seq_len", 2048, "stages.midtrain.seq_len", "model.max_seq_len = 1024"),
     ("stages.midtrain.seq_len", 128, "stages.midtrain.seq_len", "at least 256"),
-    ("stages.pretrain.global_batch_size", 24, "stages.pretrain.global_batch_size", "set it to 32"),
+    ("stages.pretrain.global_batch_size", 12, "stages.pretrain.global_batch_size", "set it to 16"),
     ("stages.sft.steps", 0, "stages.sft.steps", "above 0"),
     ("stages.sft.heldout_batches", 0, "stages.sft.heldout_batches", "above 0"),
     ("stages.sft.warmup_steps", 60, "stages.sft.warmup_steps", "below stages.sft.steps = 40"),
@@ -121,7 +124,7 @@ def test_smoke_in_a_pipeline_validates(in_a_pipeline):
 @pytest.mark.parametrize(
     ("changes", "field", "words"),
     [
-        ({"stages.pretrain.local_batch_size": 16}, "stages.pretrain.global_batch_size", "set it to at least 32"),
+        ({"stages.pretrain.local_batch_size": 8}, "stages.pretrain.global_batch_size", "set it to at least 16"),
         (
             {"parallel.pipeline_schedule": "Interleaved1F1B", "stages.sft.global_batch_size": 20},
             "stages.sft.global_batch_size",
