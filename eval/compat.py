@@ -4,6 +4,7 @@ tests/eval/test_contracts.py holds what each function relies on. Every function 
 called: code that needs one dependency does not load the others.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from executorch.exir.backend.partitioner import Partitioner
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+
+# torch: what the CPU can do.
+
+
+def is_bfloat16_supported_by_cpu() -> bool:
+    """Return whether oneDNN multiplies bfloat16 matrices on this CPU; it heeds ONEDNN_MAX_CPU_ISA."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 # lm-eval: its task files and its inner functions.
 
@@ -33,14 +42,14 @@ def load_task_yaml(path: Path) -> dict[str, Any]:
     return load_yaml(path)
 
 
-def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", counts: dict[str, int]) -> dict[str, Any]:
-    """Score the first items of task objects that are already built.
+def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", items: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Score items of task objects that are already built.
 
     lm-eval's documented entry, `simple_evaluate`, describes the machine on every call (pip, compilers, drivers), which
     takes seconds a benchmark. `evaluate` wants its tasks in the form that only `TaskManager.load` makes.
 
     Args:
-        counts: number of items to score, by task name.
+        items: numbers of the items to score, by task name.
 
     Returns:
         `results`: task name -> {"metric,filter": value}. `samples`: task name -> one record an item and filter, with
@@ -52,7 +61,7 @@ def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", counts: dict[str
     return lm_eval.evaluate(
         lm,
         task_dict=TaskManager(include_defaults=False).load(tasks),
-        samples={name: list(range(count)) for name, count in counts.items()},
+        samples={name: list(numbers) for name, numbers in items.items()},
         bootstrap_iters=0,
     )
 

@@ -14,16 +14,18 @@ import pytest
 import torch
 import xxhash
 from datatrove.utils.hashing import HashConfig, create_hash_func
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import compat
+from eval.benchmarks.harness import load_model
 from eval.export.hf_folder import write_hf_folder
 from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 from tests.titan_ext.stage_of_shards import DOCUMENTS, G, build, sequences, write_stage
 from titan_ext.config import FLAVORS
-from titan_ext.mobilemoe import model_config
+from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat, fake_quantize_activation, fake_quantize_weight
 
@@ -177,3 +179,83 @@ def test_a_prompt_of_a_benchmark_begins_with_one_bos():
     assert compat.encode_pair(lm, "a b", " c") == ([0, 2, 3], [4])
     assert lm.tok_encode("a") == [0, 2]
     assert lm.prefix_token_id == 0, "an empty context is a BOS"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The model that training builds, with the random weights of the folder `exported`."""
+    config = model_config(DIMS)
+    model = config.build()
+    model.init_states()
+    model.load_state_dict(MobileMoEStateDictAdapter(config, None).from_hf(random_tensors()))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with random weights in float32, as an export writes it."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    return write_hf_folder(random_tensors(), DIMS, tokenizer, folder / "model", dtype=torch.float32)
+
+
+@torch.no_grad()
+def _logprobs(trained, ids):
+    """Return the trained model's log-probabilities [L, V] for one sequence, without cache and padding."""
+    return trained(torch.tensor([ids]), positions=torch.arange(len(ids))[None])[0].log_softmax(-1)
+
+
+def test_no_tensor_of_the_experts_is_left_out_after_a_renaming(trained, tmp_path):
+    """torchtitan #4475: experts had new names; exports left them out, imports filled parameters that do not exist."""
+    adapter, state = MobileMoEStateDictAdapter(trained.config, None), trained.state_dict()
+    for name in (name for name in state if ".moe." in name):
+        renamed = {key if key != name else f"{key}_new": value for key, value in state.items()}
+        with pytest.raises((ValueError, KeyError), match=re.escape(name)):
+            adapter.to_hf(renamed)
+    released = adapter.to_hf(state)
+    back = adapter.from_hf(released)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert all(state[name].count_nonzero() for name in state if name.endswith("expert_bias_E"))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    for name in (name for name in released if re.search(r"\.0\.feed_forward\.(experts|expert_bias)", name)):
+        with pytest.raises(ValueError, match=re.escape(f"{name}_new")):
+            adapter.from_hf({f"{name}_new": released[name]})
+        others = {key: value for key, value in released.items() if key != name}
+        with pytest.raises(ValueError, match=re.escape(name)):
+            write_hf_folder(others, DIMS, tokenizer, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_generated_answers_are_those_of_the_trained_model(trained, exported):
+    """lm-evaluation-harness #3150: two backends scored GSM8K far apart, with gibberish in the place of answers."""
+    lm = load_model(exported, batch_tokens=300)
+    prompts = ["dog", "the quick brown fox jumps over the lazy dog " * 3, "fox jumps"]
+    options = {"until": ["\n\n"], "max_gen_toks": 24}
+    answers = lm.generate_until(
+        [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts)]
+    )
+    stops = set(lm.model.generation_config.eos_token_id)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = lm.tok_encode(prompt)
+        length = len(ids)
+        while len(ids) < length + 24 and not stops & set(ids[length:]):
+            ids.append(int(_logprobs(trained, ids)[-1].argmax()))
+        assert answer == lm.tok_decode(ids[length:])
+
+
+def test_a_question_is_computed_once_for_all_answers_of_one_token(trained, exported):
+    """lm-evaluation-harness #3604: its vLLM backend computed the whole question again for every answer."""
+    lm = load_model(exported, batch_tokens=100)
+    questions, answers = ("the quick brown", "the lazy dog jumps over", "fox"), (" fox", " dog", " the", " over")
+    computed = []
+    lm.model.register_forward_pre_hook(
+        lambda _, __, inputs: computed.extend(inputs["input_ids"].tolist()), with_kwargs=True
+    )
+    pairs = [(question, answer) for question in questions for answer in answers]
+    scores = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    assert len(computed) == len(questions)
+    for pair, (score, is_greedy) in zip(pairs, scores, strict=True):
+        context, (answer,) = compat.encode_pair(lm, *pair)
+        expected = _logprobs(trained, context)[-1]
+        assert score == pytest.approx(float(expected[answer]), rel=1e-3)
+        assert is_greedy == (int(expected.argmax()) == answer)

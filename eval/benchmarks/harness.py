@@ -33,9 +33,10 @@ from core.errors import RefusedInput, refuse_value_errors
 from core.hashing import sha256_file
 from core.progress import Progress
 from eval import compat
+from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.suites import Benchmark, get_suite
 from eval.benchmarks.tasks import build_tasks, load_task_configs
-from eval.benchmarks.text_lm import TextLM
+from eval.compute_dtype import choose_dtype
 from eval.config import EvaluationConfig
 from eval.export.tensor_files import check_config
 
@@ -53,7 +54,8 @@ def evaluate(
     Args:
         items: folder that `eval.benchmarks.items.prepare` wrote. Benchmarks without items there are left out.
         out: gets `<benchmark>.json` and `<benchmark>.samples.jsonl.zst`, each as its benchmark completes; a result
-            whose fingerprint (model files, items, limit, task configuration, versions) holds is not computed again.
+            whose fingerprint (model files, items, limit, dtype, task configuration, versions) holds is not computed
+            again.
         progress: called with the benchmark's key as the phase.
 
     Returns:
@@ -70,6 +72,7 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     model_sha256 = hash_files(path for path in model_dir.iterdir() if path.is_file())
     items_sha256 = hash_files([items / "items.json"])
+    dtype = choose_dtype(model_dir)
     results: dict[str, dict] = {}
     lm = None
     for done, benchmark in enumerate(benchmarks):
@@ -78,6 +81,7 @@ def evaluate(
             "model_sha256": model_sha256,
             "items_sha256": items_sha256,
             "limit": config.limit,
+            "dtype": dtype,
             "versions": VERSIONS,
             # An absolute folder that is the same everywhere: neither the place of the items nor the working directory
             # is a part of the identity.
@@ -87,7 +91,7 @@ def evaluate(
         if path.exists() and identity.items() <= (known := json.loads(path.read_text())).items():
             results[benchmark.key] = known
             continue
-        lm = lm or load_model(model_dir, config.batch_size)
+        lm = lm or load_model(model_dir, config.batch_tokens)
         result, samples = run_benchmark(lm, benchmark, items, config.limit)
         results[benchmark.key] = result | identity
         write_bytes(out / f"{benchmark.key}.samples.jsonl.zst", _compress_samples(samples))
@@ -107,8 +111,10 @@ def _check_input(model_dir: Path, items: Path, config: EvaluationConfig) -> None
         raise RefusedInput(f"evaluation.limit: {config.limit} items a task; give at least 1, or None for all")
 
 
-def load_model(model_dir: Path, batch_size: int) -> HFLM:
+def load_model(model_dir: Path, batch_tokens: int) -> PrefixLM:
     """Load model and tokenizer of a Hugging Face folder onto the GPU, or the CPU of a machine without one.
+
+    It computes in the dtype of `eval.compute_dtype.choose_dtype`.
 
     No code from the folder is run: MobileMoE's classes are this project's own.
 
@@ -118,7 +124,10 @@ def load_model(model_dir: Path, batch_size: int) -> HFLM:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_config(model_dir)
     with refuse_value_errors():
-        return TextLM(pretrained=str(model_dir), backend="causal", device=device, dtype="auto", batch_size=batch_size)
+        dtype = choose_dtype(model_dir)
+        return PrefixLM(
+            pretrained=str(model_dir), backend="causal", device=device, dtype=dtype, batch_tokens=batch_tokens
+        )
 
 
 def run_benchmark(lm: HFLM, benchmark: Benchmark, items: Path, limit: int | None) -> tuple[dict, list[dict]]:
@@ -135,7 +144,7 @@ def run_benchmark(lm: HFLM, benchmark: Benchmark, items: Path, limit: int | None
     max_gen_toks = _limit_generation(tasks, lm.max_length)
     for task in tasks:
         task.set_fewshot_seed(seed=SEED)
-    evaluated = compat.evaluate_tasks(lm, tasks, counts)
+    evaluated = compat.evaluate_tasks(lm, tasks, {name: range(count) for name, count in counts.items()})
     metric, metric_filter = benchmark.metric.split(",")
     samples = [
         {"task": name} | sample

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import eval.hf_mobilemoe  # noqa: F401  registers MobileMoE with the Auto classes
 from core.errors import DamagedData, RefusedInput, refuse_value_errors
 from core.progress import Progress
+from eval.compute_dtype import choose_dtype
 from eval.export.tensor_files import check_config
 from titan_ext.loader.shard_store import ShardStore
 
@@ -32,19 +33,19 @@ CACHE_BYTES = 1 << 28
 
 @torch.inference_mode()
 def heldout_loss(
-    model_dir: Path, shards: Path, *, max_tokens: int, context: int, batch_size: int, progress: Progress
+    model_dir: Path, shards: Path, *, max_tokens: int, context: int, batch_tokens: int, progress: Progress
 ) -> dict:
     """Measure the held-out loss of a Hugging Face folder over the MDS shards of `shards/<domain>/`.
 
     Args:
         max_tokens: largest number of counted targets a domain; the first documents are taken.
         context: targets a window, at most the model's max_position_embeddings.
-        batch_size: windows a forward pass, fewer where the logits would grow too large.
+        batch_tokens: number of tokens a forward pass, fewer where the logits would grow too large.
         progress: called with the domain's name as the phase.
 
     Returns:
-        {"loss": nats a token over all domains, "tokens", "by_domain": {domain: {"loss", "tokens"}}}; the loss of a
-        domain without targets is None.
+        {"loss": nats a token over all domains, "tokens", "dtype" that the model computed in, "by_domain": {domain:
+        {"loss", "tokens"}}}; the loss of a domain without targets is None.
 
     Raises:
         RefusedInput: the folder holds no model, there are no shards, no domain has a target, a token is outside the
@@ -67,7 +68,7 @@ def heldout_loss(
         progress(domain.name, done, len(domains))
         windows = list(cut_windows(read_documents(domain), context, max_tokens))
         _check_vocabulary(windows, domain, model.config.vocab_size)
-        by_domain[domain.name] = _measure_domain(model, windows, context, batch_size)
+        by_domain[domain.name] = _measure_domain(model, windows, context, batch_tokens)
     progress("heldout", len(domains), len(domains))
     tokens = sum(domain["tokens"] for domain in by_domain.values())
     if tokens == 0:
@@ -76,7 +77,8 @@ def heldout_loss(
             "conversation one that its loss_mask marks); raise data.heldout_fraction and run the data step again"
         )
     total = sum(domain["loss"] * domain["tokens"] for domain in by_domain.values() if domain["tokens"])
-    return {"loss": total / tokens, "tokens": tokens, "by_domain": by_domain}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"loss": total / tokens, "tokens": tokens, "dtype": dtype, "by_domain": by_domain}
 
 
 def read_documents(folder: Path) -> Iterator[dict[str, np.ndarray]]:
@@ -118,7 +120,8 @@ def _load_model(model_dir: Path) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_config(model_dir)
     with refuse_value_errors():
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+        dtype = choose_dtype(model_dir)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
 
 
@@ -131,9 +134,9 @@ def _check_vocabulary(windows: list[Window], domain: Path, vocab_size: int) -> N
         )
 
 
-def _measure_domain(model: PreTrainedModel, windows: list[Window], context: int, batch_size: int) -> dict:
+def _measure_domain(model: PreTrainedModel, windows: list[Window], context: int, batch_tokens: int) -> dict:
     """Return a domain's mean loss in nats a token (None without targets) and its number of counted targets."""
-    rows = max(1, min(batch_size, MAX_LOGITS // (context * model.config.vocab_size)))
+    rows = max(1, min(batch_tokens // context, MAX_LOGITS // (context * model.config.vocab_size)))
     # By length, so that a batch holds little padding.
     windows = sorted(windows, key=lambda window: len(window[0]))
     total = sum(_sum_losses(model, windows[i : i + rows]) for i in range(0, len(windows), rows))

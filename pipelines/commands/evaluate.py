@@ -14,7 +14,7 @@ from pipelines.commands import inputs
 from pipelines.commands.command import emit_result, require_known
 from pipelines.printing import print_error
 
-MOST_ITEMS, LARGEST_BATCH = 10**9, 2**16
+MOST_ITEMS, LARGEST_BATCH = 10**9, 2**24
 """Bounds beyond which a number is a slip of the keyboard."""
 
 
@@ -29,7 +29,8 @@ class Eval:
     """Folder of the results; CHECKPOINT-SUITE beside the checkpoint if not given."""
     limit: int | None = None
     """Items a task; all if not given."""
-    batch_size: int = EvaluationConfig.batch_size
+    batch_tokens: int = EvaluationConfig.batch_tokens
+    """Tokens a forward pass."""
     json: bool = False
     """One JSON object on stdout."""
 
@@ -46,14 +47,14 @@ def evaluate(arguments: Eval) -> None:
     checkpoint = arguments.checkpoint
     require_known("suite", arguments.suite, SUITES)
     inputs.require_between("--limit", arguments.limit, 1, MOST_ITEMS)
-    inputs.require_between("--batch-size", arguments.batch_size, 1, LARGEST_BATCH)
+    inputs.require_between("--batch-tokens", arguments.batch_tokens, 1, LARGEST_BATCH)
     inputs.require_folder("CHECKPOINT", checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise RefusedInput(
             f"{checkpoint}: no config.json, so no Hugging Face model; turn a run's checkpoint into one with "
             "`mobilemoe export`"
         )
-    config = EvaluationConfig(suite=arguments.suite, limit=arguments.limit, batch_size=arguments.batch_size)
+    config = EvaluationConfig(suite=arguments.suite, limit=arguments.limit, batch_tokens=arguments.batch_tokens)
     out = inputs.beside(checkpoint, f"-{arguments.suite}") if arguments.out is None else arguments.out
     inputs.require_apart("--out", out, "CHECKPOINT", checkpoint)
     inputs.require_output_folder("--out", out)

@@ -21,45 +21,55 @@ BENCHMARK_MODELS = {"sft_bf16": "artifacts/bf16", "int4": "artifacts/int4"}
 
 
 def evaluate_models(context: Context) -> None:
-    """Measure benchmarks and held-out losses, all models at once, and write eval/heldout.json."""
+    """Measure benchmarks and held-out losses at once, and write eval/heldout.json."""
     recipe, run = context.recipe, context.run
-    arguments: tuple[Any, ...]
-    jobs = []
-    for name, model in HELDOUT_MODELS.items():
-        out, job = run / "eval" / "work" / "heldout" / f"{name}.json", f"heldout_{name}"
-        arguments = (
-            run / model, run / "data" / "heldout", recipe.evaluation, recipe.stages.sft.seq_len, out,
-            context.progress("eval", job),
-        )  # fmt: skip
-        jobs.append(Job(job, measure_heldout_on_worker, arguments))
+    arguments: tuple[Any, ...] = (
+        {name: run / model for name, model in HELDOUT_MODELS.items()}, run / "data" / "heldout", recipe.evaluation,
+        recipe.stages.sft.seq_len, run / "eval" / "work" / "heldout", context.progress("eval", "heldout"),
+    )  # fmt: skip
+    jobs = [Job("heldout", measure_heldout_on_worker, arguments)]
     for name, model in BENCHMARK_MODELS.items():
         arguments = (run / model, run / "items", run / "eval" / name, recipe.evaluation, context.progress("eval", name))
         jobs.append(Job(name, run_benchmarks_on_worker, arguments))
-    results = context.run_jobs("eval", jobs, cpus=recipe.cluster.cpus_per_task, gpus=recipe.cluster.gpus_per_worker)
-    write_json(run / "eval" / "heldout.json", dict(zip(HELDOUT_MODELS, results, strict=False)))
+    losses, *_ = context.run_jobs("eval", jobs, cpus=recipe.cluster.cpus_per_task, gpus=recipe.cluster.gpus_per_worker)
+    write_json(run / "eval" / "heldout.json", losses)
 
 
 def measure_heldout_on_worker(
-    model: Path, heldout: Path, config: EvaluationConfig, context: int, out: Path, progress: Progress
+    models: dict[str, Path], heldout: Path, config: EvaluationConfig, context: int, out: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Measure the held-out loss over text and over conversations, in nats a token.
+    """Measure every model's held-out loss over text and over conversations, in nats a token.
 
-    The result is kept in `out`, so that an interrupted step does not measure it again.
+    One process measures all models, because loading the libraries takes longer than a small model. Each result is kept
+    in `out`, so that an interrupted step does not measure it again.
 
     Args:
+        models: name -> Hugging Face folder.
         context: tokens of a window.
+
+    Returns:
+        name -> {"text": ..., "sft": ...}, each from `eval.benchmarks.heldout.heldout_loss`.
     """
     from eval.benchmarks.heldout import heldout_loss
 
-    def measure(shards: str) -> dict[str, Any]:
-        return heldout_loss(
-            model, heldout / shards, max_tokens=config.heldout_tokens, context=context, batch_size=config.batch_size,
-            progress=progress,
-        )  # fmt: skip
+    results = {}
+    for name, model in models.items():
+        file = out / f"{name}.json"
 
-    if not out.exists():
-        write_json(out, {"text": measure("pretrain"), "sft": measure("sft")})
-    return json.loads(out.read_text())
+        def show(phase: str, done: int, total: int, name: str = name) -> None:
+            progress(f"{name}: {phase}", done, total)
+
+        if not file.exists():
+            measured = {
+                kind: heldout_loss(
+                    model, heldout / shards, max_tokens=config.heldout_tokens, context=context,
+                    batch_tokens=config.batch_tokens, progress=show,
+                )
+                for kind, shards in (("text", "pretrain"), ("sft", "sft"))
+            }  # fmt: skip
+            write_json(file, measured)
+        results[name] = json.loads(file.read_text())
+    return results
 
 
 def run_benchmarks_on_worker(model: Path, items: Path, out: Path, config: EvaluationConfig, progress: Progress) -> None:

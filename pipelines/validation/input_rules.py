@@ -137,7 +137,7 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("evaluation.suite", config.suite, "is no suite", f"choose one of {', '.join(sorted(SUITES))}")
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
-    yield from find_nonpositive("evaluation", config, ("batch_size", "heldout_tokens"))
+    yield from find_nonpositive("evaluation", config, ("batch_tokens", "heldout_tokens"))
 
 
 def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:

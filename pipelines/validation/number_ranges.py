@@ -25,10 +25,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "expert_bias_update_rate": (0, 10),
     "capacity_factor": (1, 1000),
     "warmup_steps": (0, 10**9),
+    "checkpoints_kept": (2, 10**6),
     "heldout_batches": (1, 10**6),
     "seed": (0, 2**32 - 1),
     "max_shard_bytes": (1, 2**50),
-    "batch_size": (1, 2**16),
+    "batch_tokens": (1, 2**24),
     "dashboard_port": (0, 65535),
 }
 """Name of a field -> its smallest and largest value, where another file of rules does not state them."""

@@ -69,7 +69,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(model_dir, items, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "eval"
-    config = EvaluationConfig(limit=LIMIT, batch_size=4)
+    config = EvaluationConfig(limit=LIMIT, batch_tokens=512)
     return out, evaluate(model_dir, items=items, out=out, config=config, progress=ignore_progress)
 
 

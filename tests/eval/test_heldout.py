@@ -68,7 +68,9 @@ def test_loss_is_that_of_the_documents_alone(tmp_path, model_dir, masked):
     by_domain = {"web": some_documents(1, [5, 33, 64, 2, 17], masked), "code": some_documents(2, [40, 9], masked)}
     for domain, samples in by_domain.items():
         write(tmp_path / domain, samples, masked)
-    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=64, batch_size=3, progress=ignore_progress)
+    result = heldout_loss(
+        model_dir, tmp_path, max_tokens=10_000, context=64, batch_tokens=192, progress=ignore_progress
+    )
     sums = {domain: reference(model_dir, samples) for domain, samples in by_domain.items()}
     for domain, (total, count) in sums.items():
         assert result["by_domain"][domain]["tokens"] == count
@@ -80,17 +82,19 @@ def test_loss_is_that_of_the_documents_alone(tmp_path, model_dir, masked):
 def test_a_document_longer_than_the_context_is_scored_in_windows(tmp_path, model_dir):
     tokens = some_documents(3, [41])[0]["tokens"]
     write(tmp_path / "web", [{"tokens": tokens}])
-    result = heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, progress=ignore_progress)
+    result = heldout_loss(
+        model_dir, tmp_path, max_tokens=10_000, context=16, batch_tokens=128, progress=ignore_progress
+    )
     pieces = [{"tokens": tokens[start : start + 17]} for start in (0, 16, 32)]
     total, count = reference(model_dir, pieces)
     assert (result["tokens"], count) == (40, 40)
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_batch_size_changes_nothing(tmp_path, model_dir):
+def test_the_batch_changes_nothing(tmp_path, model_dir):
     write(tmp_path / "web", some_documents(4, [3, 30, 12, 50, 8, 8]))
     losses = [
-        heldout_loss(model_dir, tmp_path, max_tokens=90, context=32, batch_size=size, progress=ignore_progress)
+        heldout_loss(model_dir, tmp_path, max_tokens=90, context=32, batch_tokens=32 * size, progress=ignore_progress)
         for size in (1, 5)
     ]
     assert losses[0]["tokens"] == losses[1]["tokens"] == 90
@@ -137,11 +141,11 @@ def test_a_damaged_shard_is_named(tmp_path, model_dir, compression):
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises((ValueError, DamagedData), match=f"{shard.name} is damaged"):
-        heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_size=8, progress=ignore_progress)
+        heldout_loss(model_dir, tmp_path, max_tokens=10_000, context=16, batch_tokens=128, progress=ignore_progress)
 
 
 def test_bad_input_is_refused(tmp_path, model_dir):
-    arguments = dict(max_tokens=100, batch_size=2, progress=ignore_progress)
+    arguments = dict(max_tokens=100, batch_tokens=64, progress=ignore_progress)
     with pytest.raises(ValueError, match=r"no <domain>/index\.json"):
         heldout_loss(model_dir, tmp_path, context=16, **arguments)
     write(tmp_path / "web", [{"tokens": np.array([1, VOCAB, 2], np.uint32)}])
@@ -155,7 +159,7 @@ def test_bad_input_is_refused(tmp_path, model_dir):
 
 
 def test_nothing_to_measure_is_refused_and_a_domain_without_targets_has_no_loss(tmp_path, model_dir):
-    arguments = dict(context=16, batch_size=2, progress=ignore_progress)
+    arguments = dict(context=16, batch_tokens=64, progress=ignore_progress)
     write(tmp_path / "short", [{"tokens": np.array([1], np.uint32)}] * 3)
     unmasked = {"tokens": np.array([1, 2, 3], np.uint32), "loss_mask": np.array([1, 0, 0], np.uint8)}
     write(tmp_path / "unmasked", [unmasked], masked=True)

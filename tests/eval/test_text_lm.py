@@ -19,7 +19,7 @@ def models(tmp_path_factory):
     tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
     tokenizer.save_pretrained(folder)
     stock = HFLM(pretrained=str(folder), backend="causal", device="cpu", dtype="auto", batch_size=1)
-    return load_model(folder, batch_size=1), stock
+    return load_model(folder, batch_tokens=64), stock
 
 
 @pytest.mark.parametrize("text", TEXTS)
