@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import eval.hf_mobilemoe  # noqa: F401  registers MobileMoE with the Auto classes
 from core.errors import DamagedData, RefusedInput, refuse_value_errors
 from core.progress import Progress
+from eval.benchmarks.expert_counts import ExpertCounts
 from eval.compute_dtype import choose_dtype
 from eval.export.tensor_files import check_config
 from titan_ext.loader.shard_store import ShardStore
@@ -45,7 +46,8 @@ def heldout_loss(
 
     Returns:
         {"loss": nats a token over all domains, "tokens", "dtype" that the model computed in, "by_domain": {domain:
-        {"loss", "tokens"}}}; the loss of a domain without targets is None.
+        {"loss", "tokens", "expert_load"}}}; the loss of a domain without targets is None. `expert_load` has every
+        layer's shares of the routed experts, and no layers for a model without.
 
     Raises:
         RefusedInput: the folder holds no model, there are no shards, no domain has a target, a token is outside the
@@ -135,16 +137,17 @@ def _check_vocabulary(windows: list[Window], domain: Path, vocab_size: int) -> N
 
 
 def _measure_domain(model: PreTrainedModel, windows: list[Window], context: int, batch_tokens: int) -> dict:
-    """Return a domain's mean loss in nats a token (None without targets) and its number of counted targets."""
+    """Return a domain's mean loss in nats a token (None without targets), its counted targets and the experts' load."""
     rows = max(1, min(batch_tokens // context, MAX_LOGITS // (context * model.config.vocab_size)))
     # By length, so that a batch holds little padding.
     windows = sorted(windows, key=lambda window: len(window[0]))
-    total = sum(_sum_losses(model, windows[i : i + rows]) for i in range(0, len(windows), rows))
+    with ExpertCounts(model) as experts:
+        total = sum(_sum_losses(model, windows[i : i + rows], experts) for i in range(0, len(windows), rows))
     tokens = sum(int(counted.sum()) for _, _, counted in windows)
-    return {"loss": total / tokens if tokens else None, "tokens": tokens}
+    return {"loss": total / tokens if tokens else None, "tokens": tokens, "expert_load": experts.shares()}
 
 
-def _sum_losses(model: PreTrainedModel, batch: list[Window]) -> float:
+def _sum_losses(model: PreTrainedModel, batch: list[Window], experts: ExpertCounts) -> float:
     """Return the sum of the counted targets' losses, in nats."""
     longest = max(len(inputs) for inputs, _, _ in batch)
     # Padding on the right: under causal attention nothing in front of it sees it.
@@ -152,6 +155,8 @@ def _sum_losses(model: PreTrainedModel, batch: list[Window]) -> float:
     inputs_BT, targets_BT, counted_BT = (
         torch.from_numpy(np.stack(column)).to(model.device) for column in zip(*padded, strict=True)
     )
+    lengths_B = torch.tensor([len(inputs) for inputs, _, _ in batch], device=model.device)
+    experts.real_BT = torch.arange(longest, device=model.device) < lengths_B[:, None]
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     logits_NV = logits_BTV[counted_BT].float()
     return F.cross_entropy(logits_NV, targets_BT[counted_BT], reduction="sum").item()

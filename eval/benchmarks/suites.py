@@ -10,6 +10,7 @@ customary in the base-model literature: MMLU, NQ and TriviaQA 5, DROP 3, GSM8K 8
 How to add a benchmark: see the docstring of `eval.benchmarks`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -138,41 +139,26 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL}
 """Suites by the name that a recipe's `evaluation.suite` and `mobilemoe eval --suite` take."""
 
 
-def get_suite(name: str) -> tuple[Benchmark, ...]:
+def get_suite(name: str, keys: Collection[str] = ()) -> tuple[Benchmark, ...]:
     """Return the benchmarks of a suite.
 
+    Args:
+        keys: of the benchmarks to return; empty returns all of them.
+
     Raises:
-        RefusedInput: there is no suite of that name; the message lists those there are.
+        RefusedInput: there is no such suite, or it has no such benchmark; the message lists those there are.
     """
     if name not in SUITES:
         raise RefusedInput(f"evaluation.suite: {name!r} is not a suite; choose one of {', '.join(sorted(SUITES))}")
-    return SUITES[name]
+    known = {benchmark.key: benchmark for benchmark in SUITES[name]}
+    for key in keys:
+        if key not in known:
+            raise RefusedInput(
+                f"evaluation.benchmarks: the suite {name} has no {key!r}; choose among {', '.join(known)}"
+            )
+    return tuple(benchmark for key, benchmark in known.items() if not keys or key in keys)
 
 
 def list_benchmarks() -> list[Benchmark]:
     """Return the benchmarks of all suites, each once."""
     return list({benchmark.key: benchmark for suite in SUITES.values() for benchmark in suite}.values())
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """Average over the 14 benchmarks, in points (percent); None where not published."""
-
-    base: float | None = None
-    sft: float | None = None
-    qat: float | None = None
-    note: str = ""
-
-
-PUBLISHED_AVERAGES: dict[str, PublishedModel] = {
-    "MobileMoE-S": PublishedModel(46.5, 46.7, 44.0, "its QAT card says 43.9"),
-    "MobileMoE-M": PublishedModel(55.4, 55.3, 52.5, "its QAT card says 52.7"),
-    "MobileMoE-L": PublishedModel(59.8, 60.1, 57.8, "its QAT card says 58.1"),
-    "OLMoE-1B-7B": PublishedModel(52.4),
-    "MobileLLM-Pro": PublishedModel(47.0, note="one public summary prints 43.7"),
-    "Qwen3.5 2B": PublishedModel(53.3),
-    "SmolLM2 1.7B": PublishedModel(50.7),
-    "Gemma 3 270M": PublishedModel(33.5),
-}
-PUBLISHED_QAT_COST: dict[str, float] = {"MobileMoE-S": -2.7, "MobileMoE-M": -2.8, "MobileMoE-L": -2.3}
-"""Change of the average over the 14 from BF16 SFT to INT4 QAT, in points."""

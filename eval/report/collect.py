@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
-from eval.benchmarks.suites import PUBLISHED_AVERAGES, PUBLISHED_QAT_COST, Benchmark, get_suite
+from eval.benchmarks.baselines import BASELINES, PUBLISHED_QAT_COST
+from eval.benchmarks.suites import get_suite
 from eval.export.sizes import int4_bytes
+from eval.report import operation, scores
 from titan_ext.config import FLAVORS, ModelDims, RopeScaling
 from titan_ext.model_stats import count_parameters
 
@@ -32,8 +34,6 @@ STAGE_TITLES = {
     "sft": StageTitle("3 Instruction tuning", "SFT", "heldout_sft"),
     "qat": StageTitle("4 INT4 quantization-aware training", "QAT", "heldout_sft"),
 }
-MODELS = {"sft_bf16": "SFT, BF16", "int4": "QAT, INT4"}
-"""Models that the benchmarks score: folder below `eval/` -> title."""
 HELDOUT_MODELS = {
     "pretrain": "after pre-training",
     "midtrain": "after mid-training",
@@ -45,8 +45,6 @@ HELDOUT_MODELS = {
 HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pte")
 """Endings of the files whose bytes are weights, but for a small header."""
-CHANCE_ERRORS = 2
-"""Number of standard errors: a score at most this far from the random-guess level is at chance."""
 
 
 def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
@@ -57,8 +55,10 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         stages: `collect_stages(run)`.
     """
     manifest = _read_json(run / "manifest.json")
-    suite = manifest.get("recipe", {}).get("evaluation", {}).get("suite", "foundational")
-    rows = collect_benchmarks(run, get_suite(suite))
+    evaluation = manifest.get("recipe", {}).get("evaluation", {})
+    suite = evaluation.get("suite", "foundational")
+    model = describe_model(manifest.get("recipe", {}))
+    rows = scores.collect_benchmarks(run, get_suite(suite, evaluation.get("benchmarks", ())))
     results = {
         "run": run.resolve().name,
         "suite": suite,
@@ -71,15 +71,23 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         ],
         "stages": [summarize_stage(stage) for stage in stages],
         "benchmarks": rows,
-        "averages": average_scores(rows),
-        "published_averages": {name: asdict(model) for name, model in PUBLISHED_AVERAGES.items()},
-        "published_qat_cost": PUBLISHED_QAT_COST["MobileMoE-S"],
-        "chance": {model: describe_chance(rows, model) for model in MODELS},
+        "averages": scores.average_scores(rows),
+        "average_differences": scores.average_differences(rows),
+        "categories": scores.average_categories(rows),
+        "published_models": [
+            asdict(model) | {"int4_bytes": model.int4_bytes} for model in BASELINES.values() if model.base is not None
+        ],
+        "published_qat_cost": PUBLISHED_QAT_COST,
+        "chance": {model: scores.describe_chance(rows, model) for model in scores.MODELS},
+        "mostly_chance": scores.is_mostly_chance(rows),
+        "truncated": scores.list_truncated(rows),
         "heldout": collect_heldout(run),
-        "artifacts": measure_artifacts(run, count_model(manifest.get("recipe", {}))),
+        "artifacts": measure_artifacts(run, model["total"] if model else None),
         "published_sizes": measure_published(),
         "computed_in": list_dtypes(run),
         "data": collect_data(run),
+        "operation": operation.describe_operation(run, manifest, stages),
+        "model": model,
         "items": _read_json(run / "items/items.json"),
     }
     return results | {"missing": list_missing(results)}
@@ -113,63 +121,11 @@ def summarize_stage(stage: dict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare_with_chance(value: float, stderr: float | None, chance: float) -> str | None:
-    """Return `chance` for a score within two standard errors of the random-guess level, else `above` or `below`.
-
-    None stands for a score whose standard error is not known.
-    """
-    if stderr is None:
-        return None
-    if abs(value - chance) <= CHANCE_ERRORS * stderr:
-        return "chance"
-    return "above" if value > chance else "below"
-
-
-def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str, Any]]:
-    """Return one row a benchmark: its description, and each model's result with its `verdict` (None: not run)."""
-    rows = []
-    for benchmark in suite:
-        row = benchmark.describe()
-        for model in MODELS:
-            result = _read_json(run / "eval" / model / f"{benchmark.key}.json") or None
-            if result:
-                result["verdict"] = compare_with_chance(result["value"], result["stderr"], result["chance"])
-            row[model] = result
-        both = row["sft_bf16"] and row["int4"]
-        row["difference"] = row["int4"]["value"] - row["sft_bf16"]["value"] if both else None
-        rows.append(row)
-    return rows
-
-
 def list_dtypes(run: Path) -> list[str]:
     """Return the dtypes that the models computed in for the held-out losses: one, unless machines differed."""
     measured = _read_json(run / "eval/heldout.json")
     found = {result[kind].get("dtype") for result in measured.values() for kind in HELDOUT_SETS}
     return sorted(dtype for dtype in found if dtype)
-
-
-def average_scores(rows: list[dict]) -> dict[str, float | None]:
-    """Return each model's mean over the rows, None unless it has a result in all of them."""
-    values = {model: [row[model]["value"] for row in rows if row[model]] for model in MODELS}
-    return {model: sum(v) / len(v) if len(v) == len(rows) else None for model, v in values.items()}
-
-
-def describe_chance(rows: list[dict], model: str) -> str:
-    """Return a sentence that says how many of a model's scores can be told from a guess."""
-    judged = {row["title"]: row[model]["verdict"] for row in rows if row[model] and row[model]["verdict"]}
-    if not judged:
-        return f"{MODELS[model]}: no benchmark has been scored yet."
-    groups = {kind: [title for title, v in judged.items() if v == kind] for kind in ("chance", "above", "below")}
-    sentence = (
-        f"{MODELS[model]}: {len(groups['chance'])} of {len(judged)} scores lie within two standard errors of the "
-        "random-guess level"
-    )
-    for kind in ("above", "below"):
-        if groups[kind]:
-            sentence += f"; {kind} it: {', '.join(groups[kind])}"
-    if 2 * len(groups["chance"]) > len(judged):
-        sentence += ". Most of this table is chance: it shows that the evaluation works, not what the model knows"
-    return sentence + "."
 
 
 def collect_heldout(run: Path) -> list[dict[str, Any]]:
@@ -224,12 +180,14 @@ def measure_published() -> list[dict[str, Any]]:
     return [{"name": f"MobileMoE-{name}", "bytes": n, "bits": 8 * n / total} for name, (n, total) in sizes.items()]
 
 
-def count_model(recipe: dict[str, Any]) -> int | None:
-    """Return the number of parameters of a recipe's model, None where it states none."""
-    model = recipe.get("model")
-    if model is None:
+def describe_model(recipe: dict[str, Any]) -> dict[str, int] | None:
+    """Return parameters (`active`, `total`) and INT4 bytes of a recipe's model, None where it states none."""
+    values = recipe.get("model")
+    if values is None:
         return None
-    return count_parameters(ModelDims(**model | {"rope_scaling": RopeScaling(**model["rope_scaling"])})).total
+    dims = ModelDims(**values | {"rope_scaling": RopeScaling(**values["rope_scaling"])})
+    count = count_parameters(dims)
+    return {"active": count.active, "total": count.total, "int4_bytes": int4_bytes(dims)}
 
 
 def collect_data(run: Path) -> dict[str, Any]:
@@ -249,8 +207,8 @@ def collect_data(run: Path) -> dict[str, Any]:
 def list_missing(results: dict) -> list[str]:
     """Return, in words, the parts that a finished run has and this one has not."""
     missing = [f"stage {stage['title']}" for stage in results["stages"] if stage["step"] is None]
-    for model, title in MODELS.items():
-        absent = [row["title"] for row in results["benchmarks"] if not row[model]]
+    for model, title in scores.MODELS.items():
+        absent = [row["title"] for row in results["benchmarks"] if not row["scores"][model]]
         if absent:
             names = "all benchmarks" if len(absent) == len(results["benchmarks"]) else ", ".join(absent)
             missing.append(f"{title}: {names}")

@@ -11,8 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
 from core.printable import make_line, make_printable
-from eval.report import figures
-from eval.report.collect import MODELS, collect_results, collect_stages
+from eval.report import score_figures, training_figures
+from eval.report.collect import collect_results, collect_stages
+from eval.report.scores import MODELS, PAIRS
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>#|~&$@:]")
 """Characters that Markdown, or an extension of it, may read as markup."""
@@ -45,31 +46,52 @@ def write_report(run: Path, scaling_law: dict[str, Any] | None = None) -> dict[s
     return results
 
 
-def _draw_figures(results: dict, stages: list[dict], folder: Path) -> dict[str, str]:
-    """Write the figures that have something to show, and return their file names by figure."""
+def _draw_figures(results: dict, stages: list[dict], folder: Path) -> dict[str, dict[str, str]]:
+    """Write the figures that have something to show, for a desk and for a phone.
+
+    Returns:
+        figure -> {"wide": file name, "narrow": file name}
+    """
+    final = results["heldout"][0]["rows"][-1]["result"] or {"by_domain": {}}
+    loads = {name: domain["expert_load"] for name, domain in final["by_domain"].items() if domain.get("expert_load")}
+    scored = any(result for row in results["benchmarks"] for result in row["scores"].values())
+    average = results["averages"]["qat_int4"]
+    own = [results["model"] | average | {"title": "this run, QAT"}] if results["model"] and average else []
+    draw: dict[str, tuple[bool, Callable[..., None], tuple[Any, ...]]] = {
+        "loss": (any(s["metrics"] for s in stages), training_figures.draw_loss_curves, (stages,)),
+        "expert_load": (any(s["expert_load"] for s in stages), training_figures.draw_expert_load, (stages,)),
+        "domain_load": (bool(loads), training_figures.draw_domain_load, (loads,)),
+        "benchmarks": (scored, score_figures.draw_benchmarks, (results["benchmarks"],)),
+        "categories": (scored, score_figures.draw_categories, (results["categories"],)),
+        "pareto": (
+            bool(own) and results["suite"] == "foundational", score_figures.draw_pareto,
+            (results["published_models"], own),
+        ),
+    }  # fmt: skip
     drawn = {}
-    if any(stage["metrics"] for stage in stages):
-        figures.draw_loss_curves(stages, folder / "loss.png")
-        drawn["loss"] = "loss.png"
-    if any(stage["expert_load"] for stage in stages):
-        figures.draw_expert_load(stages, folder / "expert_load.png")
-        drawn["expert_load"] = "expert_load.png"
-    if any(row[model] for row in results["benchmarks"] for model in MODELS):
-        figures.draw_benchmarks(results["benchmarks"], folder / "benchmarks.png")
-        drawn["benchmarks"] = "benchmarks.png"
+    for name, (is_due, function, arguments) in draw.items():
+        if is_due:
+            drawn[name] = {"wide": f"{name}.png", "narrow": f"{name}_narrow.png"}
+            for form, file in drawn[name].items():
+                function(*arguments, folder / file, narrow=form == "narrow")
     return drawn
 
 
-def _render_pages(results: dict, pictures: dict[str, str], folder: Path) -> None:
-    """Write report.html, which embeds its pictures, and report.md, which links them."""
-    embedded = {
-        name: "data:image/png;base64," + base64.b64encode((folder / file).read_bytes()).decode()
-        for name, file in pictures.items()
-    }
+def _render_pages(results: dict, pictures: dict[str, dict[str, str]], folder: Path) -> None:
+    """Write report.html, which embeds its pictures, and report.md, which links those for a desk."""
+    embedded = {name: {form: _embed(folder / file) for form, file in files.items()} for name, files in pictures.items()}
+    linked = {name: files["wide"] for name, files in pictures.items()}
     environment = _make_environment()
-    for template, images in (("report.html.j2", embedded), ("report.md.j2", pictures)):
-        text = make_printable(environment.get_template(template).render(**results, images=images, models=MODELS))
+    for template, images in (("report.html.j2", embedded), ("report.md.j2", linked)):
+        text = make_printable(
+            environment.get_template(template).render(**results, images=images, models=MODELS, pairs=PAIRS)
+        )
         (folder / template.removesuffix(".j2")).write_text(text, encoding="utf-8")
+
+
+def _embed(file: Path) -> str:
+    """Return a PNG as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def _make_environment() -> Environment:

@@ -64,9 +64,13 @@ class Manifest:
             record: version, fingerprint, identity, config and inputs of the step.
         """
         with self._lock:
+            before = self.content["steps"].get(name, {})
+            # A step that resumes keeps its attempts; one that was killed has no end, and so no seconds.
+            attempts = before.get("attempts", []) if before.get("fingerprint") == record["fingerprint"] else []
             self.content["steps"][name] = record | {
                 "state": "running", "started": current_time(), "started_unix": time.time(),
                 "host": socket.gethostname(),
+                "attempts": [*attempts, {"started": current_time(), "state": "killed", "seconds": None}],
             }  # fmt: skip
             self.save()
 
@@ -79,11 +83,9 @@ class Manifest:
         """
         with self._lock:
             entry = self.content["steps"][name]
-            entry |= {
-                "state": state,
-                "finished": current_time(),
-                "seconds": round(time.time() - entry.pop("started_unix"), 1),
-            } | facts
+            seconds = round(time.time() - entry.pop("started_unix"), 1)
+            entry["attempts"][-1] |= {"state": state, "seconds": seconds}
+            entry |= {"state": state, "finished": current_time(), "seconds": seconds} | facts
             self.save()
 
     def forget(self, names: list[str]) -> None:

@@ -14,6 +14,9 @@ from core.errors import DamagedData, RefusedInput
 from core.progress import ignore_progress
 from core.samples import SFT_COLUMNS, SHARD_HASH, TEXT_COLUMNS
 from eval.benchmarks.heldout import cut_windows, heldout_loss, read_documents
+from eval.export.hf_folder import write_hf_folder
+from eval.hf_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
+from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
 
 VOCAB = 50
 
@@ -167,7 +170,9 @@ def test_nothing_to_measure_is_refused_and_a_domain_without_targets_has_no_loss(
         heldout_loss(model_dir, tmp_path, max_tokens=100, **arguments)
     write(tmp_path / "web", [{"tokens": np.array([1, 2, 3], np.uint32)}])
     measured = heldout_loss(model_dir, tmp_path, max_tokens=100, **arguments)
-    assert measured["by_domain"]["short"] == measured["by_domain"]["unmasked"] == {"loss": None, "tokens": 0}
+    assert measured["by_domain"]["short"] == measured["by_domain"]["unmasked"] == {
+        "loss": None, "tokens": 0, "expert_load": [],
+    }  # fmt: skip
     assert measured["tokens"] == 2 and measured["loss"] == measured["by_domain"]["web"]["loss"]
     for nothing in (0, -1):
         with pytest.raises(RefusedInput, match=f"max_tokens is {nothing}"):
@@ -178,3 +183,36 @@ def test_a_mask_of_another_length_is_damage():
     sample = {"tokens": np.arange(5, dtype=np.uint32), "loss_mask": np.ones(4, np.uint8)}
     with pytest.raises(DamagedData, match="sample 0 has 5 tokens but a loss_mask of 4"):
         list(cut_windows([sample], 16, 100))
+
+
+def test_the_load_of_experts_by_domain_is_that_of_each_document_alone(tmp_path):
+    folder = write_hf_folder(
+        random_tensors(), DIMS, write_tokenizer(tmp_path / "tokenizer"), tmp_path / "model", dtype=torch.float32
+    )
+    domains = {"web": some_documents(1, [3, 17, 40]), "code": some_documents(2, [25, 9])}
+    for domain, samples in domains.items():
+        write(tmp_path / "shards" / domain, samples)
+    measured = heldout_loss(
+        folder, tmp_path / "shards", max_tokens=10_000, context=16, batch_tokens=64, progress=ignore_progress
+    )
+    model = MobileMoEForCausalLM.from_pretrained(folder).eval()
+    blocks = [layer.feed_forward for layer in model.model.layers]
+    for domain, samples in domains.items():
+        counts_LE = torch.zeros(DIMS.n_layers, DIMS.n_experts)
+
+        def count(block, inputs, counts_LE=counts_LE):
+            (x_BLD,) = inputs
+            scores_LE = torch.sigmoid(x_BLD[0].float() @ block.router.weight.T) + block.expert_bias
+            for expert in scores_LE.argsort(dim=-1, descending=True)[:, : DIMS.top_k].flatten():
+                counts_LE[blocks.index(block), expert] += 1
+
+        handles = [block.register_forward_pre_hook(count) for block in blocks]
+        for sample in samples:
+            tokens = torch.from_numpy(sample["tokens"].astype(np.int64))
+            for start in range(0, len(tokens) - 1, 16):
+                with torch.no_grad():
+                    model(input_ids=tokens[start : start + min(16, len(tokens) - 1 - start)][None])
+        for handle in handles:
+            handle.remove()
+        found = torch.tensor(measured["by_domain"][domain]["expert_load"])
+        torch.testing.assert_close(found, counts_LE / counts_LE.sum(dim=1, keepdim=True), atol=1e-6, rtol=0)

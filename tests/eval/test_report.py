@@ -6,13 +6,15 @@ import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from scipy import stats
 
 from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.suites import FOUNDATIONAL, SUITES
-from eval.report.collect import average_scores, compare_with_chance, describe_chance
 from eval.report.run_report import write_report
+from eval.report.scores import MODELS, average_scores, compare_with_chance, describe_chance, subtract
 from titan_ext.config import FLAVORS
 
 
@@ -25,10 +27,12 @@ def put_lines(path, records):
     put(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def result(benchmark, value, stderr=0.05, items=20):
+def result(benchmark, value, stderr=0.05, items=20, prompts="a"):
+    values = [1.0] * round(value * items) + [0.0] * (items - round(value * items))
     return {
         "benchmark": benchmark.key, "metric": benchmark.metric, "shots": benchmark.shots, "chance": benchmark.chance,
-        "value": value, "stderr": stderr, "items": items, "truncated": 3 if benchmark.key == "drop" else 0,
+        "value": value, "stderr": stderr, "items": items, "values": values, "prompts_sha256": prompts,
+        "truncated": 3 if benchmark.key == "drop" else 0,
     }  # fmt: skip
 
 
@@ -61,18 +65,22 @@ def make_run(run):
     """A made-up finished run: benchmark values equal to chance, but for PIQA (above) and SIQA (below)."""
     for number, (start, end) in enumerate([(8.3, 4.9), (4.9, 4.6), (3.4, 1.9), (2.1, 1.95)]):
         make_stage(run, number, start, end)
-    for model in ("sft_bf16", "int4"):
+    for model in MODELS:
         for benchmark in FOUNDATIONAL:
             value = {"piqa": 0.75, "siqa": 0.1}.get(benchmark.key, benchmark.chance)
             put(run / "eval" / model / f"{benchmark.key}.json", result(benchmark, value, 0.0 if not value else 0.05))
-    text = {"web": {"loss": 4.95, "tokens": 9000}, "code": {"loss": 4.2, "tokens": 3000}}
+    load = [[(e + layer) % 16 / 120 for e in range(16)] for layer in range(4)]
+    text = {
+        "web": {"loss": 4.95, "tokens": 9000, "expert_load": load},
+        "code": {"loss": 4.2, "tokens": 3000, "expert_load": load[::-1]},
+    }
     answers = {"chat": {"loss": 2.4, "tokens": 500}, "math": {"loss": 1.6, "tokens": 700}}
     losses = {"pretrain": 4.76, "midtrain": 4.6, "sft": 1.93, "sft_int4_rounded": 2.03, "qat_int4": 1.955}
     put(
         run / "eval/heldout.json",
         {
             key: {
-                "text": {"loss": loss + 1, "tokens": 12000, "by_domain": text},
+                "text": {"loss": loss + 1, "tokens": 12000, "by_domain": text, "dtype": "float32"},
                 "sft": {"loss": loss, "tokens": 1200, "by_domain": answers},
             }
             for key, loss in losses.items()
@@ -96,8 +104,19 @@ def make_run(run):
             "created": "2026-06-01T10:00:00+00:00",
             "git_commit": "0123456789abcdef",
             "versions": {"torch": "2.14.1", "lm-eval": "0.4.13"},
-            "steps": {"data": {"state": "done", "seconds": 71.2}, "pretrain": {"state": "running"}},
-            "recipe": {"model": asdict(FLAVORS["tiny"])},
+            "steps": {
+                "data": {"state": "done", "seconds": 71.2},
+                "pretrain": {
+                    "state": "done",
+                    "seconds": 60.0,
+                    "attempts": [
+                        {"state": "killed", "seconds": None},
+                        {"state": "failed", "seconds": 90.0},
+                        {"state": "done", "seconds": 60.0},
+                    ],
+                },
+            },
+            "recipe": {"model": asdict(FLAVORS["tiny"]), "parallel": {"world_size": 4}},
         },
     )
     for name, size in (("bf16", 6_000_000), ("int4", 2_100_000), ("executorch", 2_300_000)):
@@ -134,22 +153,27 @@ def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(
 
 def test_the_table_says_plainly_what_is_chance(finished):
     _, results = finished
-    sentence = results["chance"]["sft_bf16"]
+    sentence = results["chance"]["sft"]
     assert "12 of 14 scores lie within two standard errors of the random-guess level" in sentence
     assert "above it: PIQA; below it: SIQA" in sentence
-    assert "Most of this table is chance" in sentence
+    assert results["mostly_chance"] and results["truncated"] == [
+        {"title": "DROP", "prompts": 3, "items": 20, "models": list(MODELS.values())}
+    ]
 
 
 def test_html_needs_nothing_but_itself_and_markdown_only_its_pictures(finished):
     run, _ = finished
     html = (run / "report/report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    narrow = re.findall(r'<source media="[^"]*" srcset="data:image/png;base64,iVBOR', html)
+    assert len(narrow) == 6
+    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "url(" not in html and "<script" not in html
     assert "ODC-BY &lt;1.0&gt;" in html, "text is escaped"
     markdown = (run / "report/report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
-    assert sorted(pictures) == sorted(p.name for p in (run / "report").glob("*.png"))
+    drawn = {p.name for p in (run / "report").glob("*.png")}
+    assert set(pictures) == {name for name in drawn if "_narrow" not in name} and len(drawn) == 12
     assert r"ODC-BY \<1.0\>" in markdown
     assert all(benchmark.title in text for benchmark in FOUNDATIONAL for text in (html, markdown))
 
@@ -167,13 +191,13 @@ def test_an_unfinished_run_shows_what_is_missing(tmp_path):
     make_stage(run, 0, 8.3, 5.0)
     torn = run / "stages/1_pretrain/metrics.jsonl"
     torn.write_text(torn.read_text() + '{"step": 121, "lo')
-    put(run / "eval/sft_bf16/piqa.json", result(FOUNDATIONAL[1], 0.5, stderr=None, items=1))
+    put(run / "eval/sft/piqa.json", result(FOUNDATIONAL[1], 0.5, stderr=None, items=1))
     results = write_report(run)
     assert results["stages"][0]["step"] == 117, "a line that is being written is not read"
     assert [stage["step"] for stage in results["stages"][1:]] == [None] * 3
     assert "stage 4 INT4 quantization-aware training" in results["missing"]
     assert "QAT, INT4: all benchmarks" in results["missing"]
-    assert results["averages"] == {"sft_bf16": None, "int4": None}
+    assert results["averages"] == dict.fromkeys(MODELS)
     html = (run / "report/report.html").read_text()
     assert "Missing from this run so far" in html and "not run yet" in html
 
@@ -184,12 +208,12 @@ def test_the_table_is_that_of_the_runs_suite(tmp_path, monkeypatch):
     results = write_report(tmp_path)
     assert [row["key"] for row in results["benchmarks"]] == ["hellaswag", "piqa"]
     markdown = (tmp_path / "report/report.md").read_text()
-    assert "**Mean of the 2** | | | | | | – |" in markdown and "BoolQ" not in markdown
+    assert "| **Mean of the 2** | | | | | | – |" in markdown and "BoolQ" not in markdown
 
 
 def test_an_empty_run_gets_a_report_and_a_wrong_path_does_not(tmp_path):
     results = write_report(tmp_path)
-    assert len(results["missing"]) == 4 + 2 + 5 + 3
+    assert len(results["missing"]) == 4 + 5 + 5 + 3
     assert not list((tmp_path / "report").glob("*.png"))
     with pytest.raises(ValueError, match="is not a run folder"):
         write_report(tmp_path / "nowhere")
@@ -222,9 +246,38 @@ def test_a_score_within_two_standard_errors_is_chance(value, stderr, chance, exp
 
 
 def test_an_average_needs_every_benchmark():
-    rows = [{"title": str(i), "sft_bf16": {"value": i / 10, "verdict": None}, "int4": None} for i in range(3)]
-    assert average_scores(rows) == {"sft_bf16": pytest.approx(0.1), "int4": None}
-    assert describe_chance(rows, "int4") == "QAT, INT4: no benchmark has been scored yet."
+    rows = [
+        {"title": str(i), "scores": {model: None for model in MODELS} | {"sft": {"value": i / 10, "stderr": 0.03}}}
+        for i in range(3)
+    ]
+    averages = average_scores(rows)
+    assert averages["sft"] == {"value": pytest.approx(0.1), "stderr": pytest.approx(math.sqrt(3) * 0.03 / 3)}
+    assert averages["qat_int4"] is None
+    assert describe_chance(rows, "qat_int4") == "QAT, INT4: no benchmark has been scored yet."
+
+
+def test_a_difference_is_that_of_the_same_items():
+    rng = np.random.default_rng(0)
+    before = rng.integers(0, 2, 400).astype(float)
+    after = np.where(rng.random(400) < 0.05, 1 - before, before)  # the models agree on 95 of 100 items
+    arguments = [result(FOUNDATIONAL[1], 0.5) | {"values": list(values)} for values in (after, before)]
+    found = subtract(*arguments)
+    paired = stats.ttest_rel(after, before)
+    assert found["value"] == pytest.approx(after.mean() - before.mean())
+    assert found["value"] / found["stderr"] == pytest.approx(paired.statistic)
+    separate = math.hypot(stats.sem(after), stats.sem(before))
+    assert found["stderr"] < separate / 2, "items on which both agree add no error"
+    assert subtract(arguments[0], arguments[1] | {"prompts_sha256": "b"}) is None, "other prompts"
+    assert subtract(arguments[0], None) is None
+
+
+def test_interruptions_and_the_share_of_time_that_trained(finished):
+    _, results = finished
+    (row,) = results["operation"]
+    assert (row["attempts"], row["killed"], row["restarts"], row["wall_seconds"]) == (3, 1, 0, 150.0)
+    assert row["training_seconds"] == pytest.approx(4096 * 117 / 5012.0)
+    assert row["effective"] == pytest.approx(row["training_seconds"] / 150)
+    assert row["worker_hours"] == pytest.approx(4 * 150 / 3600)
 
 
 NAMES = [

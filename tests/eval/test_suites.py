@@ -2,14 +2,8 @@
 
 import pytest
 
-from eval.benchmarks.suites import (
-    FOUNDATIONAL,
-    PUBLISHED_AVERAGES,
-    PUBLISHED_QAT_COST,
-    SUITES,
-    get_suite,
-    list_benchmarks,
-)
+from eval.benchmarks.baselines import BASELINES, PUBLISHED_QAT_COST
+from eval.benchmarks.suites import FOUNDATIONAL, SUITES, get_suite, list_benchmarks
 from eval.benchmarks.tasks import find_stock_files
 from eval.compat import load_task_yaml
 
@@ -39,10 +33,16 @@ def test_published_figures():
         "boolq": 0.602,
     }  # fmt: skip
     for name, cost in PUBLISHED_QAT_COST.items():
-        model = PUBLISHED_AVERAGES[name]
+        model = BASELINES[name.lower()]
         assert model.qat - model.sft == pytest.approx(cost, abs=0.051)
 
 
 def test_an_unknown_suite_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'advanced' is not a suite; choose one of foundational"):
         get_suite("advanced")
+
+
+def test_an_unknown_benchmark_is_refused_with_those_of_the_suite():
+    with pytest.raises(ValueError, match="the suite foundational has no 'pica'; choose among hellaswag, piqa"):
+        get_suite("foundational", ("boolq", "pica"))
+    assert [b.key for b in get_suite("foundational", ("boolq", "piqa"))] == ["piqa", "boolq"], "in the suite's order"
