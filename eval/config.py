@@ -10,12 +10,16 @@ class EvaluationConfig:
 
     suite: str = "foundational"
     """Name in `eval.benchmarks.suites.SUITES`; `foundational` holds the 14 benchmarks of the paper's main table."""
+    benchmarks: tuple[str, ...] = ()
+    """Keys of the suite's benchmarks to score; empty takes all of them."""
     limit: int | None = None
-    """Number of items a task; None takes all of them."""
+    """Number of items a benchmark; None takes all of them."""
     allow_missing_items: bool = False
     """Whether to leave out the benchmarks whose items no registry has, instead of refusing; the report names them."""
     batch_tokens: int = 8192
     """Number of tokens a forward pass, padding included; a longer sequence passes alone."""
+    activations: Literal["float", "int8"] = "float"
+    """Activations of the benchmarks' models: in the dtype of the weights, or rounded to INT8 as on the device."""
     heldout_tokens: int = 200_000
     """Largest number of held-out tokens that are scored, a domain."""
 

@@ -38,7 +38,7 @@ class StepStatus:
     """Training loss in nats a token at the last logged step."""
     tokens_per_second: float | None = None
     seconds_left: float | None = None
-    """Estimate from the tokens left and the last logged speed."""
+    """Estimate from what is left, and the last logged speed of a training stage or the speed of the phase so far."""
     error: str = ""
 
 
@@ -100,9 +100,11 @@ def _read_step(
     jobs = _read_progress(run / "progress" / name, entry["started_unix"])
     active = [job for job in jobs if job["done"] < job["total"] or not job["total"]] or jobs[-1:]
     phase = ", ".join(f"{job['name']}: {job['phase']}" if len(jobs) > 1 else job["phase"] for job in active)
+    longest = max((job["seconds_left"] for job in active if job.get("seconds_left")), default=None)
     if len(active) == 1:
-        return StepStatus(name, state, seconds, phase, active[0]["done"], active[0]["total"])
-    return StepStatus(name, state, seconds, phase)
+        job = active[0]
+        return StepStatus(name, state, seconds, phase, job["done"], job["total"], seconds_left=longest)
+    return StepStatus(name, state, seconds, phase, seconds_left=longest)
 
 
 def _read_progress(folder: Path, since: float) -> list[dict[str, Any]]:

@@ -134,6 +134,11 @@ class Cluster(contextlib.AbstractContextManager):
         present = ray.cluster_resources()
         return present.get("CPU", 0.0), present.get("GPU", 0.0)
 
+    def count_slots(self, cpus: int, gpus: int) -> int:
+        """Return how many tasks with `cpus` and `gpus` each the whole cluster runs at once, at least one."""
+        all_cpus, all_gpus = self.count_resources()
+        return max(1, int(min(all_cpus // cpus, all_gpus // gpus if gpus else all_cpus)))
+
     def run_tasks(self, tasks: list[Task]) -> list[Any]:
         """Run tasks at once, as many as the cluster's resources hold, and return their results in order.
 

@@ -68,7 +68,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         step("data", 5, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
-        step("eval", 3, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
+        step("eval", 4, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
         step("package", 1, ("export",), {"formats": list(formats)}, tuple(formats.values()), package_artifacts),
         step("report", 1, ("eval", "package"), {}, ("report",), write_report),
     ]

@@ -135,6 +135,12 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
     config = recipe.evaluation
     if config.suite not in SUITES:
         yield Problem("evaluation.suite", config.suite, "is no suite", f"choose one of {', '.join(sorted(SUITES))}")
+    else:
+        keys = [benchmark.key for benchmark in SUITES[config.suite]]
+        for name in config.benchmarks:
+            if name not in keys:
+                rule = f"is no benchmark of the suite {config.suite}"
+                yield Problem("evaluation.benchmarks", name, rule, f"choose among {', '.join(keys)}")
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
     yield from find_nonpositive("evaluation", config, ("batch_tokens", "heldout_tokens"))

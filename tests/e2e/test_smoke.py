@@ -108,9 +108,9 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
         lambda: any((run / "data.partial").glob("work/logs/1-*/completions/*")),
         lambda: len(lines(pretrain / "metrics.jsonl")) >= 10 and any(pretrain.glob("checkpoint/step-*/.metadata")),
         lambda: any(run.glob("artifacts/*")),  # one of five, or its partial folder
-        lambda: any(run.glob("eval/sft_bf16*/*.json")),  # in the partial folder: the first of 14 is done
+        lambda: any(run.glob("eval/*.partial/*.json")),  # the first of 14 is done
         # Beside the evaluation, the program is traced then.
-        lambda: (run / "artifacts/gguf").exists() and len(list(run.glob("eval/sft_bf16*/*.json"))) > 3,
+        lambda: (run / "artifacts/gguf").exists() and len(list(run.glob("eval/*/*.json"))) > 3,
     )
     for number, moment in enumerate(moments):
         Driver(run, folder / f"driver_{number}.log").kill_when(moment)
@@ -168,9 +168,9 @@ def test_int4_differs_from_bf16_but_not_by_much(finished):
     assert 0.9 < cosine.min() < 1.0
 
 
-def test_results_hold_fourteen_benchmarks_of_both_models(finished):
+def test_results_hold_fourteen_benchmarks_of_every_stages_model(finished):
     run = finished[0]
-    for model in ("sft_bf16", "int4"):
+    for model in ("pretrain", "midtrain", "sft", "sft_int4_rounded", "qat_int4"):
         results = [json.loads(path.read_text()) for path in (run / "eval" / model).glob("*.json")]
         assert len(results) == 14
         assert all(0 <= result["value"] <= 1 and result["items"] == 2 for result in results)

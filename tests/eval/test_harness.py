@@ -16,8 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from core.errors import RefusedInput
 from core.progress import ignore_progress
-from eval.benchmarks.harness import allocate_items, evaluate, load_model, read_samples, run_benchmark
+from eval.benchmarks import slices
+from eval.benchmarks.harness import Evaluation, evaluate
 from eval.benchmarks.items import prepare
+from eval.benchmarks.scoring import allocate_items
+from eval.benchmarks.slices import cut_benchmark, locate_items, read_samples
 from eval.benchmarks.suites import FOUNDATIONAL, list_benchmarks
 from eval.benchmarks.tasks import build_tasks, find_stock_files, load_task_configs
 from eval.compat import load_task_yaml
@@ -126,29 +129,117 @@ def test_prompts_longer_than_the_context_are_counted(evaluated):
 
 
 def test_a_finished_benchmark_is_kept_until_what_it_depends_on_changes(model_dir, items, tmp_path):
-    out, config = tmp_path / "eval", EvaluationConfig(limit=2)
+    out, keys = tmp_path / "eval", ("hellaswag", "piqa", "siqa")
 
-    def stamps():
+    def stamps(limit):
+        config = EvaluationConfig(limit=limit, benchmarks=keys)
+        evaluate(model_dir, items=items, out=out, config=config, progress=ignore_progress)
         return {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
 
+    first = stamps(2)
+    assert set(first) == {f"{key}.json" for key in keys}
+    (out / "piqa.json").unlink()
+    second = stamps(2)
+    assert {name for name in second if second[name] == first[name]} == {"hellaswag.json", "siqa.json"}
+    third = stamps(1)
+    assert not set(third.items()) & set(second.items()), "another limit"
+    single = json.loads((out / "piqa.json").read_text())
+    assert (single["items"], single["stderr"]) == (1, None)
+
+
+KEYS = ("piqa", "mmlu", "triviaqa")
+"""Benchmarks of one task, of many tasks, and of generated answers with examples that are drawn at random."""
+
+
+def drop_time(results):
+    """The results without seconds, and with sums of floats to 9 digits."""
+    return {
+        key: result | {"seconds": 0, "other_metrics": {k: round(v, 9) for k, v in result["other_metrics"].items()}}
+        for key, result in results.items()
+    }
+
+
+@pytest.fixture
+def whole(model_dir, items, tmp_path):
+    config = EvaluationConfig(benchmarks=KEYS)
+    return evaluate(model_dir, items=items, out=tmp_path / "whole", config=config, progress=ignore_progress)
+
+
+def test_slices_of_any_size_give_the_scores_of_the_whole(whole, model_dir, items, tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_ITEMS", 3)
+    out, config = tmp_path / "sliced", EvaluationConfig(benchmarks=KEYS, batch_tokens=300)
+    seen = []
+    sliced = evaluate(
+        model_dir, items=items, out=out, config=config, progress=lambda *call: seen.append(call),
+    )  # fmt: skip
+    assert drop_time(sliced) == drop_time(whole)
+    for key in KEYS:
+        whole_samples, samples = (
+            read_samples(tmp_path / name / f"{key}.samples.jsonl.zst") for name in ("whole", "sliced")
+        )
+        assert [sample["arguments"] for sample in samples] == [sample["arguments"] for sample in whole_samples]
+    total = sum(result["items"] for result in whole.values())
+    assert seen[0] == ("triviaqa", 0, total) and seen[-1][1:] == (total, total)
+    assert not (out / "slices").exists()
+
+
+def test_a_killed_evaluation_keeps_its_slices(whole, model_dir, items, tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_ITEMS", 2)
+    out, config = tmp_path / "killed", EvaluationConfig(benchmarks=("piqa",))
+
     def interrupt(phase, done, total):
-        if done == 3:
+        if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model_dir, items=items, out=out, config=config, progress=interrupt)
-    first = stamps()
-    assert set(first) == {"hellaswag.json", "piqa.json", "siqa.json"}
-    (out / "piqa.json").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model_dir, items=items, out=out, config=config, progress=interrupt)
-    second = stamps()
-    assert {name for name in second if second[name] == first[name]} == {"hellaswag.json", "siqa.json"}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model_dir, items=items, out=out, config=EvaluationConfig(limit=1), progress=interrupt)
-    assert not set(stamps().items()) & set(second.items()), "another limit"
-    single = json.loads((out / "piqa.json").read_text())
-    assert (single["items"], single["stderr"]) == (1, None)
+    (kept,) = out.glob("slices/*.json")
+    before = kept.stat().st_mtime_ns
+    evaluation = Evaluation(model_dir, items=items, out=out, config=config)
+    assert (evaluation.count_done(), evaluation.count_items()) == (2, 4)
+    evaluation.score(lambda key: None)
+    assert kept.stat().st_mtime_ns == before
+    assert drop_time(evaluation.finish()) == drop_time({"piqa": whole["piqa"]})
+
+
+def test_processes_share_the_slices(whole, model_dir, items, tmp_path, monkeypatch):
+    """The second process starts while the first is in the middle, and takes the next slice; nothing is done twice."""
+    monkeypatch.setattr(slices, "SLICE_ITEMS", 2)
+    out, config, scored = tmp_path / "shared", EvaluationConfig(benchmarks=("piqa",)), []
+    first, second = (Evaluation(model_dir, items=items, out=out, config=config) for _ in range(2))
+
+    def show(key):
+        scored.append("first")
+        if len(scored) == 1:  # the first has taken a slice and not scored it
+            second.score(lambda key: scored.append("second"), owner="1")
+            assert not second.is_finished()
+
+    first.score(show, owner="0")
+    assert scored == ["first", "second", "second", "first"]
+    assert first.is_finished() and second.is_finished()
+    assert drop_time(first.finish()) == drop_time({"piqa": whole["piqa"]})
+
+
+def test_a_process_that_starts_again_keeps_what_it_had_taken(tmp_path):
+    folder, part = slices.SliceFolder(tmp_path / "slices"), slices.Slice("piqa", 0, 4)
+    assert folder.take(part, "0") and folder.take(part, "0")
+    assert not folder.take(part, "1")
+
+
+@given(sizes=st.lists(st.integers(0, 9), max_size=8), size=st.integers(1, 12))
+def test_slices_hold_every_item_once(sizes, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "SLICE_ITEMS", size)
+        parts = cut_benchmark("mmlu", sum(sizes))
+    found = [
+        (task, item)
+        for part in parts
+        for task, numbers in locate_items(sizes, part.start, part.stop).items()
+        for item in numbers
+    ]
+    assert found == [(task, item) for task, n in enumerate(sizes) for item in range(n)]
+    assert all(0 < len(part) <= size for part in parts)
+    assert sorted(part.name for part in parts) == [part.name for part in parts]
 
 
 def test_bad_input_is_refused(model_dir, items, tmp_path):
@@ -276,6 +367,5 @@ def test_data_files_lie_below_the_items(items):
             assert config["num_fewshot"] == benchmark.shots
 
 
-def test_the_whole_of_a_benchmark_without_a_limit(model_dir, items):
-    result, samples = run_benchmark(load_model(model_dir, 8), BY_KEY["siqa"], items, None)
-    assert result["items"] == len(samples) == 4
+def test_the_whole_of_a_benchmark_without_a_limit(whole):
+    assert {key: result["items"] for key, result in whole.items()} == {"piqa": 4, "mmlu": 2 * 57, "triviaqa": 10}

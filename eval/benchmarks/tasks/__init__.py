@@ -7,6 +7,8 @@ stock task's dataset_name. Data files are paths below the items folder: `<benchm
 """
 
 import json
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,30 @@ from lm_eval.api.task import ConfigurableTask
 from eval import compat
 from eval.benchmarks.suites import Benchmark
 
+SEED = 1234
+"""Seed of the examples that are drawn at random: every model gets the same ones."""
+
 
 class LocalTask(ConfigurableTask):
     """An lm-eval task whose documents are read from files, by their paths as they are.
 
     lm-eval gives the paths to `datasets.load_dataset`, which reads them as patterns: below a folder named `x [v1]` it
     finds no file. It would also keep a copy of every file in a cache in the user's home.
+
+    Examples that are drawn at random depend on the item alone. lm-eval's depend on how many items come before it, so
+    part of a benchmark would not have the prompts of the whole.
     """
+
+    @cached_property
+    def eval_docs(self) -> datasets.Dataset:
+        """The items that are asked. lm-eval reads them several times a call, and processes all of them every time."""
+        return super().eval_docs
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> str | list[str]:
+        """Return the prompt of an item, with its examples. lm-eval calls this."""
+        digest = sha256(f"{SEED} {json.dumps(doc, sort_keys=True, default=str)}".encode())
+        self.set_fewshot_seed(int.from_bytes(digest.digest()[:8]))
+        return super().fewshot_context(doc, num_fewshot, **options)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Read the task's `data_files`, one file of JSON lines for each split. lm-eval calls this."""
