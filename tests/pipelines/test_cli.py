@@ -122,7 +122,7 @@ def test_export_refuses_a_run_of_an_earlier_version(tmp_path, smoke, capsys):
 
 def test_eval_and_export_refuse_what_is_no_checkpoint(tmp_path, capsys):
     assert run("eval", str(tmp_path)) == 2
-    assert "mobilemoe export" in capsys.readouterr().err
+    assert "for example RUN/stages/3_sft/checkpoint/step-40" in capsys.readouterr().err
     assert run("eval", str(tmp_path), "--suite", "founational") == 2
     assert "Did you mean foundational?" in capsys.readouterr().err
     assert run("export", str(tmp_path), "--format", "bf16", "--out", str(tmp_path / "out")) == 2
