@@ -35,14 +35,20 @@ def find_lm_eval_tasks() -> Path:
     return Path(lm_eval.__file__).parent / "tasks"
 
 
-def load_task_yaml(path: Path) -> dict[str, Any]:
-    """Read an lm-eval task file, with its `include` files merged and every `!function` resolved."""
+def load_task_yaml(path: Path, *, functions: bool = True) -> dict[str, Any]:
+    """Read an lm-eval task file, with its `include` files merged.
+
+    Args:
+        functions: resolve every `!function`, which imports the file beside it; else their names stand for them.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    return load_yaml(path)
+    return load_yaml(path, resolve_func=functions)
 
 
-def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", items: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def evaluate_tasks(
+    lm: "HFLM", tasks: "list[ConfigurableTask]", items: Mapping[str, Sequence[int]], *, chat: bool = False
+) -> dict[str, Any]:
     """Score items of task objects that are already built.
 
     lm-eval's documented entry, `simple_evaluate`, describes the machine on every call (pip, compilers, drivers), which
@@ -50,6 +56,7 @@ def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", items: Mapping[s
 
     Args:
         items: numbers of the items to score, by task name.
+        chat: render the prompts by the model's chat template, with every example as a turn of its own.
 
     Returns:
         `results`: task name -> {"metric,filter": value}. `samples`: task name -> one record an item and filter, with
@@ -63,6 +70,8 @@ def evaluate_tasks(lm: "HFLM", tasks: "list[ConfigurableTask]", items: Mapping[s
         task_dict=TaskManager(include_defaults=False).load(tasks),
         samples={name: list(numbers) for name, numbers in items.items()},
         bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
 
 

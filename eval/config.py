@@ -14,6 +14,11 @@ class EvaluationConfig:
     """Keys of the suite's benchmarks to score; empty takes all of them."""
     limit: int | None = None
     """Number of items a benchmark; None takes all of them."""
+    items_folder: str = ""
+    """Folder with the items that no registry has, `<benchmark>/<split>.jsonl`; without it their benchmarks are left
+    out."""
+    run_generated_code: bool = False
+    """Whether code that a model writes may be run, in a sandbox, for the benchmarks that test it."""
     allow_missing_items: bool = False
     """Whether to leave out the benchmarks whose items no registry has, instead of refusing; the report names them."""
     batch_tokens: int = 8192

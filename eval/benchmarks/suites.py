@@ -12,15 +12,19 @@ How to add a benchmark: see the docstring of `eval.benchmarks`.
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from core.errors import RefusedInput
 from eval.benchmarks.item_readers import (
     ReadItems,
+    folder_reader,
     read_bbh,
     read_boolq,
     read_drop,
     read_gsm8k,
+    read_humaneval,
+    read_math500,
+    read_mbpp,
     read_mmlu,
     read_nq,
     read_triviaqa,
@@ -36,9 +40,10 @@ class ItemSource:
     read: ReadItems
     """Function that returns the items' rows; one of `eval.benchmarks.item_readers`."""
     text_fields: tuple[str, ...]
-    """Fields whose text identifies an item: training documents that share an n-gram with it are dropped."""
-    needs_package: bool = True
-    """True where `read` opens the items package; False where lm-eval itself carries the items."""
+    """Fields whose text identifies an item: training documents that share an n-gram with it are dropped. Empty where
+    another benchmark has the same items."""
+    place: Literal["package", "lm-eval", "folder"] = "package"
+    """What holds the items: the items package, lm-eval itself, or the folder `evaluation.items_folder`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class Benchmark:
     """Published score of MobileMoE-S base."""
     note: str = ""
     """Difference between our number and that of a stock lm-eval run; printed beside the result."""
+    chat: bool = False
+    """Whether prompts are rendered by the model's chat template."""
+    runs_code: bool = False
+    """Whether code that the model writes is run; it needs `evaluation.run_generated_code`."""
+    nltk_data: str = ""
+    """Resource of nltk that the metric needs; nltk's own downloader gets it."""
 
     def describe(self) -> dict[str, Any]:
         """Return the fields that reports and fingerprints carry: all but the source of the items."""
@@ -128,14 +139,59 @@ FOUNDATIONAL = (
     ),
     Benchmark(
         "bbh", "BBH", "reasoning", 2, "exact_match,none", 0.0,
-        ItemSource(read_bbh, ("input", "target"), needs_package=False),
+        ItemSource(read_bbh, ("input", "target"), place="lm-eval"),
         note="SMOKE TEST, NOT A SCORE: the items are lm-eval's 81 few-shot exemplars (27 tasks, 3 each), every one "
         "asked with the two others as examples. The customary setting is 6,511 items and 3 shots.",
     ),
 )  # fmt: skip
 """The 14 benchmarks of the paper's main table, in its order."""
 
-SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL}
+ADVANCED = (
+    Benchmark(
+        "math500", "MATH-500", "mathematics", 0, "exact_match,none", 0.0,
+        ItemSource(read_math500, ("problem", "solution")), chat=True,
+        note="lm-eval's hendrycks_math500, which compares normalised strings between the first and the last $.",
+    ),
+    Benchmark(
+        "gsm8k_chat", "GSM8K", "mathematics", 8, "exact_match,flexible-extract", 0.0, ItemSource(read_gsm8k, ()),
+        chat=True,
+        note="Chain of thought with the eight standard examples (lm-eval's gsm8k_cot); the last number counts.",
+    ),
+    Benchmark(
+        "humaneval", "HumanEval", "code", 0, "pass_at_1,none", 0.0,
+        ItemSource(read_humaneval, ("prompt", "canonical_solution")), chat=True, runs_code=True,
+        note="lm-eval's humaneval_instruct; tests run in our sandbox.",
+    ),
+    Benchmark(
+        "mbpp", "MBPP", "code", 0, "pass_at_1,none", 0.0, ItemSource(read_mbpp, ("text", "code")), chat=True,
+        runs_code=True, note="lm-eval's mbpp_instruct without its three examples; tests run in our sandbox.",
+    ),
+    Benchmark(
+        "ifeval", "IFEval", "instructions", 0, "prompt_level_strict_acc,none", 0.0,
+        ItemSource(folder_reader("ifeval", ("test",), ("key", "prompt", "instruction_id_list", "kwargs")), ("prompt",),
+                   "folder"),
+        chat=True, nltk_data="tokenizers/punkt_tab",
+    ),
+    Benchmark(
+        "mmlu_pro", "MMLU-Pro", "knowledge", 5, "exact_match,custom-extract", 0.0,
+        ItemSource(folder_reader("mmlu_pro", ("test", "validation"), ("question", "options", "answer", "category")),
+                   ("question", "options"), "folder"),
+        chat=True,
+    ),
+    Benchmark(
+        "gpqa", "GPQA", "knowledge", 0, "acc_norm,none", 1 / 4,
+        ItemSource(
+            folder_reader(
+                "gpqa", ("test",), ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
+            ),
+            ("Question",), "folder",
+        ),
+        chat=True, note="lm-eval's gpqa_diamond_zeroshot; the order of the choices is drawn once for all models.",
+    ),
+)  # fmt: skip
+"""The tier for instruction-tuned models. IFBench is not in it: lm-eval has no task for it."""
+
+SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL, "advanced": ADVANCED}
 """Suites by the name that a recipe's `evaluation.suite` and `mobilemoe eval --suite` take."""
 
 

@@ -7,7 +7,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from core.errors import RefusedInput
-from core.literal_text import copy_literal_tokenizer
+from core.literal_text import copy_literal_tokenizer, list_control_tokens
+
+RENDERED, BREAK = "\ufdd1", "\ufdd2"
+"""Code points that Unicode keeps for internal use: the first begins a prompt that a chat template has rendered, the
+second breaks a text that spells a special token."""
 
 
 class TextLM(HFLM):
@@ -26,6 +30,19 @@ class TextLM(HFLM):
             )
         return copy_literal_tokenizer(self.tokenizer.backend_tokenizer)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation, marked as one that the template has rendered. lm-eval calls this.
+
+        What a message spells is broken by a mark, so that only the template's own special tokens become tokens.
+        """
+        history = [message | {"content": self._break_spellings(message["content"])} for message in chat_history]
+        return RENDERED + super().apply_chat_template(history, add_generation_prompt)
+
+    def _break_spellings(self, text: str) -> str:
+        for token in list_control_tokens(self.tokenizer.backend_tokenizer):
+            text = text.replace(token, f"{token[0]}{BREAK}{token[1:]}")
+        return text
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
@@ -34,7 +51,13 @@ class TextLM(HFLM):
         Raises:
             RefusedInput: the tokenizer is not of the tokenizers library, or cannot read its special tokens as text.
         """
-        ids = self._literal.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        if string.startswith(RENDERED):
+            # The template has written bos, if there is to be one. Text on both sides of a break is encoded apart.
+            encode = self.tokenizer.backend_tokenizer.encode
+            parts = string.removeprefix(RENDERED).split(BREAK)
+            ids = [index for part in parts for index in encode(part, add_special_tokens=False).ids]
+        else:
+            ids = self._literal.encode(string, add_special_tokens=add_special_tokens is not False).ids
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(

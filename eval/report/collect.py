@@ -212,8 +212,12 @@ def list_missing(results: dict) -> list[str]:
         if absent:
             names = "all benchmarks" if len(absent) == len(results["benchmarks"]) else ", ".join(absent)
             missing.append(f"{title}: {names}")
-    if without := results["items"].get("missing"):
-        missing.append(f"the items of {len(without)} benchmarks: {results['items']['package']} could not be fetched")
+    places = {benchmark.key: benchmark.items.place for benchmark in get_suite(results["suite"])}
+    without = [places[row["key"]] for row in results["benchmarks"] if row["key"] in results["items"].get("missing", ())]
+    if n := without.count("package"):
+        missing.append(f"the items of {n} benchmarks: {results['items']['package']} could not be fetched")
+    if n := without.count("folder"):
+        missing.append(f"the items of {n} benchmarks, which no registry has: give evaluation.items_folder")
     missing += [f"held-out loss {row['title']}" for row in results["heldout"][0]["rows"] if not row["result"]]
     for key, title in (("artifacts", "artifacts"), ("versions", "manifest.json")):
         missing += [] if results[key] else [title]

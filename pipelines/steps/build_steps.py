@@ -64,7 +64,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     formats = list_outputs(recipe)
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
-        step("items", 2, ("fetch",), {}, ("items",), prepare_items),
+        step("items", 3, ("fetch",), {"items_folder": tree["evaluation"]["items_folder"]}, ("items",), prepare_items),
         step("data", 5, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),

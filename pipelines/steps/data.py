@@ -9,6 +9,7 @@ from core.errors import RefusedInput
 from core.progress import Progress
 from core.stages import heldout_folder
 from data.config import DataConfig
+from eval.benchmarks.suites import get_suite
 from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
 from pipelines.steps.fetch import list_packages
@@ -16,20 +17,25 @@ from pipelines.steps.fetch import list_packages
 
 def prepare_items(context: Context) -> None:
     """Write the benchmark items, and their texts for the decontamination of the corpora."""
-    out, allow_missing = context.run / "items", context.recipe.evaluation.allow_missing_items
-    arguments = (list_packages(context.run), out, context.progress("items"), allow_missing)
+    config = context.recipe.evaluation
+    folder = Path(config.items_folder) if config.items_folder else None
+    arguments = (
+        list_packages(context.run), context.run / "items", context.progress("items"), config.allow_missing_items,
+        folder,
+    )  # fmt: skip
     made = context.run_job("items", prepare_items_on_worker, arguments, cpus=1)
-    if made["missing"]:
-        context.log_line(f"items: {made['package']} is missing, so these are left out: {', '.join(made['missing'])}")
+    wanted = {benchmark.key for benchmark in get_suite(config.suite, config.benchmarks)}
+    if left_out := [key for key in made["missing"] if key in wanted]:
+        context.log_line(f"items: {', '.join(left_out)} have none, and are left out; see items/items.json")
 
 
 def prepare_items_on_worker(
-    packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool
+    packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool, folder: Path | None
 ) -> dict[str, Any]:
     """Write the benchmark items into `out` and return the content of its items.json."""
     from eval.benchmarks import items
 
-    return items.prepare(packages, out, progress, allow_missing)
+    return items.prepare(packages, out, progress, allow_missing, folder)
 
 
 def prepare_data(context: Context) -> None:

@@ -97,6 +97,59 @@ def _request_files():
         {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}", "id": i} for i in range(ROWS)
     ]
     yield "gsm8k/gold_bpb_5shot", _requests(gsm8k)
+    math = [{"problem": f"Find ${i}+1$.", "solution": f"It is $\\boxed{{{i + 1}}}$."} for i in range(ROWS)]
+    yield "minerva_math_500/gold_bpb_0shot", _requests(math)
+    humaneval = [
+        {
+            "task_id": f"HumanEval/{i}",
+            "prompt": f'def add_{i}(a):\n    """Return a plus {i}."""\n',
+            "canonical_solution": f"    return a + {i}\n",
+            "test": f"\n\ndef check(candidate):\n    assert candidate(1) == {i + 1}\n",
+            "entry_point": f"add_{i}",
+        }
+        for i in range(ROWS)
+    ]
+    yield "codex_humaneval/gold_bpb_0shot", _requests(humaneval)
+    mbpp = [
+        {
+            "task_id": i,
+            "text": f"Write a function that adds {i}.",
+            "code": f"def add(a):\n    return a + {i}",
+            "test_list": [f"assert add({n}) == {n + i}" for n in range(3)],
+            "test_setup_code": "",
+        }
+        for i in range(ROWS)
+    ]
+    yield "codex_mbpp/gold_bpb_0shot", _requests(mbpp)
+
+
+def write_folder(folder):
+    """Write a folder of the user's, with the items that no registry has, a few made-up rows each."""
+    rows = {
+        "ifeval/test": [
+            {"key": i, "prompt": f"Say {i} without commas.", "instruction_id_list": ["punctuation:no_comma"]}
+            | {"kwargs": [{}]}
+            for i in range(ROWS)
+        ],
+        "gpqa/test": [
+            {"Question": f"What is {i}?", "Correct Answer": "right", "Subdomain": "x"}
+            | {f"Incorrect Answer {n}": f"wrong {n}" for n in (1, 2, 3)}
+            for i in range(ROWS)
+        ],
+    }
+    subjects = [load_task_yaml(path)["task_alias"].replace("_", " ") for path in find_stock_files("mmlu_pro")]
+    for split, count in (("test", 2), ("validation", 5)):
+        rows[f"mmlu_pro/{split}"] = [
+            {"question_id": i, "question": f"Which is {i}?", "options": ["a", "b", "c"], "answer": "B"}
+            | {"answer_index": 1, "cot_content": "A: Let's think. The answer is (B).", "category": subject}
+            for subject in subjects
+            for i in range(count)
+        ]
+    for name, lines in rows.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def write_wheel(path):

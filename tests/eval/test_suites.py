@@ -8,7 +8,7 @@ from eval.benchmarks.tasks import find_stock_files
 from eval.compat import load_task_yaml
 
 CHOICES = {"hellaswag": 4, "piqa": 2, "siqa": 3, "winogrande": 2, "mmlu": 4, "arc_easy": 4, "arc_challenge": 4,
-           "openbookqa": 4, "boolq": 2}  # fmt: skip
+           "openbookqa": 4, "boolq": 2, "gpqa": 4}  # fmt: skip
 
 
 def test_the_suite_is_the_papers_fourteen():
@@ -19,9 +19,12 @@ def test_the_suite_is_the_papers_fourteen():
 
 @pytest.mark.parametrize("benchmark", list_benchmarks(), ids=lambda b: b.key)
 def test_chance_and_metric_fit_the_stock_task(benchmark):
-    stock = load_task_yaml(find_stock_files(benchmark.key)[0])
+    stock = load_task_yaml(find_stock_files(benchmark.key)[0], functions=not benchmark.runs_code)
     assert benchmark.chance == (1 / CHOICES[benchmark.key] if benchmark.key in CHOICES else 0.0)
     assert (stock["output_type"] == "multiple_choice") == (benchmark.key in CHOICES)
+    if benchmark.runs_code:
+        assert benchmark.metric == "pass_at_1,none" and stock["unsafe_code"], "the sandbox replaces its metric"
+        return
     metric, metric_filter = benchmark.metric.split(",")
     assert metric in {m["metric"] for m in stock["metric_list"]}
     assert metric_filter in {f["name"] for f in stock.get("filter_list", [{"name": "none"}])}
@@ -38,8 +41,8 @@ def test_published_figures():
 
 
 def test_an_unknown_suite_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'advanced' is not a suite; choose one of foundational"):
-        get_suite("advanced")
+    with pytest.raises(ValueError, match="'advance' is not a suite; choose one of advanced, foundational"):
+        get_suite("advance")
 
 
 def test_an_unknown_benchmark_is_refused_with_those_of_the_suite():

@@ -63,6 +63,7 @@ READ = {
     ("scaling-law fit", "points"): ("scaling-law", "fit", "{path}", "--out", "{new}"),
     ("scaling-law fit", "heldout"): ("scaling-law", "fit", "{path}", "--heldout", "{path}", "--out", "{new}"),
     ("eval", "checkpoint"): ("eval", "{path}"),
+    ("eval", "items_folder"): ("eval", "{good}", "--items-folder", "{path}"),
     ("export", "checkpoint"): ("export", "{path}", "--format", "bf16", "--out", "{new}"),
     ("import", "folder"): ("import", "{path}", "--out", "{new}"),
     ("profile", "artifact"): ("profile", "{path}", "--out", "{new}"),

@@ -3,10 +3,12 @@
 `stock` is a file (or a glob, for benchmarks of many tasks) below lm-eval's own tasks folder. Everything the file does
 not mention (prompt, target, choices, metric, filters) is lm-eval's, so a score means what it means elsewhere. Keys of
 the file win over the stock ones; `generation_kwargs` is merged key by key. `{subset}` in a data file stands for the
-stock task's dataset_name. Data files are paths below the items folder: `<benchmark>/<split>.jsonl`.
+stock task's dataset_name. Data files are paths below the items folder: `<benchmark>/<split>.jsonl`. With
+`stock_functions: false` the stock file's Python is not imported, and the file replaces every key that names it.
 """
 
 import json
+import random
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -34,8 +36,17 @@ class LocalTask(ConfigurableTask):
 
     @cached_property
     def eval_docs(self) -> datasets.Dataset:
-        """The items that are asked. lm-eval reads them several times a call, and processes all of them every time."""
-        return super().eval_docs
+        """The items that are asked. lm-eval reads them several times a call, and processes all of them every time.
+
+        A task that shuffles something in an item (GPQA its choices) draws from the seed alone, so that every process
+        and every model gets the same.
+        """
+        state = random.getstate()
+        random.seed(SEED)
+        try:
+            return super().eval_docs
+        finally:
+            random.setstate(state)
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> str | list[str]:
         """Return the prompt of an item, with its examples. lm-eval calls this."""
@@ -63,8 +74,9 @@ def find_stock_files(key: str) -> list[Path]:
 def load_task_configs(benchmark: Benchmark, items: Path) -> list[dict[str, Any]]:
     """Return a benchmark's lm-eval task configs (one, or one a subject), which read the files below `items`."""
     overrides = _load_overrides(benchmark.key)
+    functions = overrides.pop("stock_functions", True)
     return [
-        _merge_config(compat.load_task_yaml(path), overrides, items, benchmark.shots)
+        _merge_config(compat.load_task_yaml(path, functions=functions), overrides, items, benchmark.shots)
         for path in find_stock_files(benchmark.key)
     ]
 
