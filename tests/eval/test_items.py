@@ -152,3 +152,5 @@ def test_a_damaged_folder_is_refused_with_file_and_line(content, message, wheel,
     assert not (tmp_path / "items").exists()
     with pytest.raises(ValueError, match=r"evaluation\.items_folder: .* is no folder"):
         prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no folder of items; it may have ifeval, mmlu_pro, gpqa"):
+        prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=tmp_path)
