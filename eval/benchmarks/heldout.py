@@ -5,6 +5,7 @@ targets; every token after the first is a target exactly once, conditioned on th
 `loss_mask` only the targets it marks count. Tensor shapes: B windows, T tokens, V vocabulary, N counted targets.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,8 +47,10 @@ def heldout_loss(
 
     Returns:
         {"loss": nats a token over all domains, "tokens", "dtype" that the model computed in, "by_domain": {domain:
-        {"loss", "tokens", "expert_load"}}}; the loss of a domain without targets is None. `expert_load` has every
-        layer's shares of the routed experts, and no layers for a model without.
+        {"loss", "tokens", "expert_load", "windows", "targets_sha256"}}}; the loss of a domain without targets is None.
+        `expert_load` has every layer's shares of the routed experts, and no layers for a model without. `windows` has
+        each window's sum of losses and number of counted targets; two models can be compared on them where
+        `targets_sha256` is the same.
 
     Raises:
         RefusedInput: the folder holds no model, there are no shards, no domain has a target, a token is outside the
@@ -140,15 +143,26 @@ def _measure_domain(model: PreTrainedModel, windows: list[Window], context: int,
     """Return a domain's mean loss in nats a token (None without targets), its counted targets and the experts' load."""
     rows = max(1, min(batch_tokens // context, MAX_LOGITS // (context * model.config.vocab_size)))
     # By length, so that a batch holds little padding.
-    windows = sorted(windows, key=lambda window: len(window[0]))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
+    sums = [0.0] * len(windows)
     with ExpertCounts(model) as experts:
-        total = sum(_sum_losses(model, windows[i : i + rows], experts) for i in range(0, len(windows), rows))
-    tokens = sum(int(counted.sum()) for _, _, counted in windows)
-    return {"loss": total / tokens if tokens else None, "tokens": tokens, "expert_load": experts.shares()}
+        for start in range(0, len(order), rows):
+            numbers = order[start : start + rows]
+            for i, loss in zip(numbers, _sum_losses(model, [windows[i] for i in numbers], experts), strict=True):
+                sums[i] = loss
+    counts = [int(counted.sum()) for _, _, counted in windows]
+    digest = hashlib.sha256(b"".join(targets.tobytes() + counted.tobytes() for _, targets, counted in windows))
+    return {
+        "loss": sum(sums) / sum(counts) if sum(counts) else None,
+        "tokens": sum(counts),
+        "expert_load": experts.shares(),
+        "windows": [[round(loss, 4), n] for loss, n in zip(sums, counts, strict=True)],
+        "targets_sha256": digest.hexdigest(),
+    }
 
 
-def _sum_losses(model: PreTrainedModel, batch: list[Window], experts: ExpertCounts) -> float:
-    """Return the sum of the counted targets' losses, in nats."""
+def _sum_losses(model: PreTrainedModel, batch: list[Window], experts: ExpertCounts) -> list[float]:
+    """Return each window's sum of the counted targets' losses, in nats."""
     longest = max(len(inputs) for inputs, _, _ in batch)
     # Padding on the right: under causal attention nothing in front of it sees it.
     padded = [[np.pad(array, (0, longest - len(array))) for array in window] for window in batch]
@@ -158,5 +172,6 @@ def _sum_losses(model: PreTrainedModel, batch: list[Window], experts: ExpertCoun
     lengths_B = torch.tensor([len(inputs) for inputs, _, _ in batch], device=model.device)
     experts.real_BT = torch.arange(longest, device=model.device) < lengths_B[:, None]
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
-    logits_NV = logits_BTV[counted_BT].float()
-    return F.cross_entropy(logits_NV, targets_BT[counted_BT], reduction="sum").item()
+    losses_N = F.cross_entropy(logits_BTV[counted_BT].float(), targets_BT[counted_BT], reduction="none")
+    rows_N = counted_BT.nonzero()[:, 0]
+    return torch.zeros(len(batch), device=model.device).index_add_(0, rows_N, losses_N).tolist()

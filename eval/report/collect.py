@@ -13,7 +13,7 @@ from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.baselines import BASELINES, PUBLISHED_QAT_COST
 from eval.benchmarks.suites import get_suite
 from eval.export.sizes import int4_bytes
-from eval.report import operation, scores
+from eval.report import heldout_tables, operation, scores
 from titan_ext.config import FLAVORS, ModelDims, RopeScaling
 from titan_ext.model_stats import count_parameters
 
@@ -34,15 +34,6 @@ STAGE_TITLES = {
     "sft": StageTitle("3 Instruction tuning", "SFT", "heldout_sft"),
     "qat": StageTitle("4 INT4 quantization-aware training", "QAT", "heldout_sft"),
 }
-HELDOUT_MODELS = {
-    "pretrain": "after pre-training",
-    "midtrain": "after mid-training",
-    "sft": "after SFT, BF16",
-    "sft_int4_rounded": "SFT rounded to INT4",
-    "qat_int4": "after QAT, INT4",
-}
-"""Models whose held-out loss is measured: key in eval/heldout.json -> title."""
-HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pte")
 """Endings of the files whose bytes are weights, but for a small header."""
 
@@ -81,7 +72,7 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         "chance": {model: scores.describe_chance(rows, model) for model in scores.MODELS},
         "mostly_chance": scores.is_mostly_chance(rows),
         "truncated": scores.list_truncated(rows),
-        "heldout": collect_heldout(run),
+        "heldout": heldout_tables.collect_heldout(run),
         "artifacts": measure_artifacts(run, model["total"] if model else None),
         "published_sizes": measure_published(),
         "computed_in": list_dtypes(run),
@@ -123,37 +114,9 @@ def summarize_stage(stage: dict) -> dict[str, Any]:
 
 def list_dtypes(run: Path) -> list[str]:
     """Return the dtypes that the models computed in for the held-out losses: one, unless machines differed."""
-    measured = _read_json(run / "eval/heldout.json")
-    found = {result[kind].get("dtype") for result in measured.values() for kind in HELDOUT_SETS}
+    measured = heldout_tables.read_heldout(run)
+    found = {result[kind].get("dtype") for result in measured.values() for kind in heldout_tables.HELDOUT_SETS}
     return sorted(dtype for dtype in found if dtype)
-
-
-def collect_heldout(run: Path) -> list[dict[str, Any]]:
-    """Return the tables of text and of conversations: the models' losses, their domains, and what INT4 costs."""
-    measured = _read_json(run / "eval/heldout.json")
-    return [
-        _build_heldout_table(kind, title, {key: result[kind] for key, result in measured.items()})
-        for kind, title in HELDOUT_SETS.items()
-    ]
-
-
-def _build_heldout_table(kind: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
-    """Return one of the two tables; `found`: model -> loss, tokens, by_domain."""
-    loss = {key: found[key]["loss"] if key in found else None for key in HELDOUT_MODELS}
-
-    def subtract(after: str, before: str) -> float | None:
-        last, first = loss[after], loss[before]
-        return None if last is None or first is None else last - first
-
-    return {
-        "kind": kind,
-        "title": title,
-        "rows": [{"key": key, "title": model, "result": found.get(key)} for key, model in HELDOUT_MODELS.items()],
-        "domains": sorted({domain for result in found.values() for domain in result["by_domain"]}),
-        "rounding_cost": subtract("sft_int4_rounded", "sft"),
-        "qat_cost": subtract("qat_int4", "sft"),
-        "qat_against_rounding": subtract("qat_int4", "sft_int4_rounded"),
-    }
 
 
 def measure_artifacts(run: Path, parameters: int | None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
 from core.printable import make_line, make_printable
 from eval.report import score_figures, training_figures
+from eval.report.card import ARTIFACTS, build_lm_eval_results, build_model_index
 from eval.report.collect import collect_results, collect_stages
 from eval.report.scores import MODELS, PAIRS
 
@@ -20,7 +21,7 @@ _MARKUP = re.compile(r"[\\`*_\[\]<>#|~&$@:]")
 
 
 def write_report(run: Path, scaling_law: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write `run/report/` (report.md, report.html, results.json, PNGs) from what the run folder holds.
+    """Write `run/report/` (report.md, report.html, results.json, PNGs, scores for model cards) from the run folder.
 
     An unfinished run gets a report of what there is. An older report is replaced as a whole.
 
@@ -42,8 +43,18 @@ def write_report(run: Path, scaling_law: dict[str, Any] | None = None) -> dict[s
         pictures = _draw_figures(results, stages, partial)
         _render_pages(results, pictures, partial)
         write_json(partial / "results.json", results)
+        _write_cards(results, partial)
         remove(run / "report")
     return results
+
+
+def _write_cards(results: dict[str, Any], folder: Path) -> None:
+    """Write `model_index_<artifact>.md` and `lm_eval_<artifact>.json` for the artifacts that were scored."""
+    for model, artifact in ARTIFACTS.items():
+        if any(row["scores"][model] for row in results["benchmarks"]):
+            header = make_printable(build_model_index(results, model))
+            (folder / f"model_index_{artifact}.md").write_text(header, encoding="utf-8")
+            write_json(folder / f"lm_eval_{artifact}.json", build_lm_eval_results(results, model))
 
 
 def _draw_figures(results: dict, stages: list[dict], folder: Path) -> dict[str, dict[str, str]]:
@@ -108,7 +119,7 @@ def _make_environment() -> Environment:
         "percent": _make_filter("{:.1f}", 100),
         "points": _make_filter("{:+.1f}", 100),
         "nats": _make_filter("{:.4f}"),
-        "change": _make_filter("{:+.4f}"),
+        "difference": _format_difference,
         "count": _make_filter("{:,.0f}"),
         "ratio": _make_filter("{:.2f}"),
         "bytes": _format_bytes,
@@ -135,6 +146,14 @@ def _quote_code(text: str) -> str:
 def _make_filter(template: str, scale: float = 1.0) -> Callable[[float | None], str]:
     """Return a jinja filter that prints a number times `scale`, and a dash for None."""
     return lambda value: "–" if value is None else template.format(scale * value)
+
+
+def _format_difference(difference: dict[str, Any] | None) -> str:
+    """Return a difference of losses with its standard error, and a dash for None."""
+    if difference is None:
+        return "–"
+    stderr = "" if difference["stderr"] is None else f" ± {difference['stderr']:.4f}"
+    return f"{difference['value']:+.4f}{stderr}"
 
 
 def _format_bytes(value: float) -> str:

@@ -8,13 +8,20 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from scipy import stats
 
 from core.stages import STAGE_FOLDERS, STAGES
-from eval.benchmarks.suites import FOUNDATIONAL, SUITES
+from eval.benchmarks.suites import FOUNDATIONAL, SUITES, list_benchmarks
+from eval.benchmarks.tasks import find_stock_files
+from eval.compat import load_task_yaml
+from eval.report.card import DATASETS
+from eval.report.compare import compare_runs
+from eval.report.heldout_tables import subtract_losses
 from eval.report.run_report import write_report
 from eval.report.scores import MODELS, average_scores, compare_with_chance, describe_chance, subtract
+from pipelines.cli import main
 from titan_ext.config import FLAVORS
 
 
@@ -32,7 +39,8 @@ def result(benchmark, value, stderr=0.05, items=20, prompts="a"):
     return {
         "benchmark": benchmark.key, "metric": benchmark.metric, "shots": benchmark.shots, "chance": benchmark.chance,
         "value": value, "stderr": stderr, "items": items, "values": values, "prompts_sha256": prompts,
-        "truncated": 3 if benchmark.key == "drop" else 0,
+        "truncated": 3 if benchmark.key == "drop" else 0, "versions": {"lm_eval": "0.4.13"}, "task_version": 1.0,
+        "other_metrics": {benchmark.metric: value, "f1,none": 0.5},
     }  # fmt: skip
 
 
@@ -145,9 +153,8 @@ def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(
     assert [table["kind"] for table in results["heldout"]] == ["text", "sft"]
     for table, domains in zip(results["heldout"], (["code", "web"], ["chat", "math"]), strict=True):
         assert table["domains"] == domains
-        assert table["rounding_cost"] == pytest.approx(0.10)
-        assert table["qat_cost"] == pytest.approx(0.025)
-        assert table["qat_against_rounding"] == pytest.approx(-0.075)
+        costs = {"rounding_cost": 0.10, "qat_cost": 0.025, "qat_against_rounding": -0.075}
+        assert {name: table[name]["value"] for name in costs} == pytest.approx(costs)
     assert results["data"]["contaminated"] == {"piqa": 2}
 
 
@@ -271,6 +278,25 @@ def test_a_difference_is_that_of_the_same_items():
     assert subtract(arguments[0], None) is None
 
 
+def test_scores_in_the_forms_of_the_hub_and_of_lm_eval(finished):
+    run, _ = finished
+    card = ModelCard((run / "report/model_index_int4.md").read_text(encoding="utf-8") + "# Model")
+    scores = {entry.dataset_name: entry for entry in card.data.eval_results}
+    assert len(scores) == 14
+    piqa = scores["PIQA (0-shot, 20 items)"]
+    assert (piqa.dataset_type, piqa.metric_type, piqa.metric_value) == ("baber/piqa", "acc_norm", 75.0)
+    assert "standard error 5.00" in piqa.metric_name
+    found = json.loads((run / "report/lm_eval_bf16.json").read_text())
+    assert (
+        found["results"]["piqa"]["acc_norm,none"] == 0.75 and found["results"]["piqa"]["acc_norm_stderr,none"] == 0.05
+    )
+    assert found["n-samples"]["piqa"] == {"effective": 20} and found["n-shot"]["mmlu"] == 5
+    for benchmark in list_benchmarks():
+        stock = load_task_yaml(find_stock_files(benchmark.key)[0], functions=False)
+        path, config = DATASETS[benchmark.key]
+        assert path == stock["dataset_path"] and config in (None, stock.get("dataset_name"))
+
+
 def test_interruptions_and_the_share_of_time_that_trained(finished):
     _, results = finished
     (row,) = results["operation"]
@@ -278,6 +304,55 @@ def test_interruptions_and_the_share_of_time_that_trained(finished):
     assert row["training_seconds"] == pytest.approx(4096 * 117 / 5012.0)
     assert row["effective"] == pytest.approx(row["training_seconds"] / 150)
     assert row["worker_hours"] == pytest.approx(4 * 150 / 3600)
+
+
+def losses(seed, shift, windows=300, digest="a"):
+    """A held-out result over windows of 20 tokens, whose difficulty differs more than the models do."""
+    rng = np.random.default_rng(7)
+    hard, own = rng.normal(5, 1, windows), np.random.default_rng(seed).normal(0, 0.02, windows)
+    sums = 20 * (hard + own + shift)
+    domain = {"loss": sums.sum() / 20 / windows, "tokens": 20 * windows, "windows": [[x, 20] for x in sums.tolist()]}
+    return {
+        "loss": domain["loss"],
+        "tokens": domain["tokens"],
+        "by_domain": {"web": domain | {"targets_sha256": digest}},
+    }
+
+
+def test_a_difference_of_losses_is_that_of_the_same_windows():
+    first, second = losses(1, 0.01), losses(2, 0.0)
+    found = subtract_losses(first, second)
+    pairs = zip(first["by_domain"]["web"]["windows"], second["by_domain"]["web"]["windows"], strict=True)
+    changes = [(x - y) / 20 for (x, _), (y, _) in pairs]
+    assert found["value"] == pytest.approx(np.mean(changes))
+    assert found["stderr"] == pytest.approx(stats.sem(changes), rel=1e-6), "windows of one length: an ordinary mean"
+    assert found["verdict"] == "above"
+    assert subtract_losses(losses(1, 0.0), losses(2, 0.0))["verdict"] == "chance"
+    assert subtract_losses(first, losses(2, 0.0, digest="b"))["stderr"] is None, "other texts"
+    assert subtract_losses(first, None) is None
+
+
+def test_two_runs_beside_each_other(tmp_path, capsys):
+    for name, piqa, shift in (("a", 0.75, 0.01), ("b", 0.25, 0.0)):
+        put(tmp_path / name / "eval/sft/piqa.json", result(FOUNDATIONAL[1], piqa, items=40))
+        put(tmp_path / name / "eval/sft/siqa.json", result(FOUNDATIONAL[2], piqa, items=40, prompts=name))
+        put(tmp_path / name / "eval/heldout.json", {"sft": {"text": losses(1, shift), "sft": losses(2, 0.0)}})
+        put(tmp_path / name / "manifest.json", {"steps": {}, "recipe": {}})
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    piqa, siqa = found["benchmarks"]
+    assert piqa["paired"] and not siqa["paired"]
+    assert piqa["difference"]["value"] == siqa["difference"]["value"] == 0.5
+    assert siqa["difference"]["stderr"] == pytest.approx(math.hypot(0.05, 0.05))
+    text, conversations = found["heldout"]
+    assert text["difference"]["value"] == pytest.approx(0.01) and text["difference"]["verdict"] == "above"
+    assert conversations["difference"]["value"] == 0
+    assert main(["report", "--compare", str(tmp_path / "b"), str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 4 differences are beyond two standard errors" in printed and "other items" in printed
+    assert not (tmp_path / "a/report").exists()
+    (tmp_path / "b/eval").rename(tmp_path / "gone")
+    assert main(["report", str(tmp_path / "a"), "--compare", str(tmp_path / "b")]) == 2
+    assert "have measured nothing that both have" in capsys.readouterr().err
 
 
 NAMES = [

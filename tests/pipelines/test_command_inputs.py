@@ -58,6 +58,7 @@ READ = {
     ("status", "run"): ("status", "{path}"),
     ("report", "run"): ("report", "{path}"),
     ("report", "law"): ("report", "{good}", "--law", "{path}"),
+    ("report", "compare"): ("report", "{good}", "--compare", "{path}"),
     ("scaling-law law", "law"): ("scaling-law", "law", "--law", "{path}"),
     ("scaling-law solve", "law"): ("scaling-law", "solve", "--memory", "3GB", "--tokens", "1B", "--law", "{path}"),
     ("scaling-law fit", "points"): ("scaling-law", "fit", "{path}", "--out", "{new}"),
