@@ -14,6 +14,10 @@ class EvaluationConfig:
     """Keys of the suite's benchmarks to score; empty takes all of them."""
     limit: int | None = None
     """Number of items a benchmark; None takes all of them."""
+    quick_benchmarks: tuple[str, ...] = ("hellaswag", "piqa", "arc_easy")
+    """Benchmarks of the suite `foundational` that are scored while a stage trains (`stages.*.benchmark_interval`)."""
+    quick_limit: int = 200
+    """Number of items a benchmark that is scored while a stage trains."""
     items_folder: str = ""
     """Folder with the items that no registry has, `<benchmark>/<split>.jsonl`; without it their benchmarks are left
     out."""

@@ -111,6 +111,9 @@ class StageConfig:
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
     """Number of global batches of held-out data in one measurement."""
+    benchmark_interval: int = 0
+    """Number of steps between two scores of `evaluation.quick_benchmarks`, measured beside the training from its
+    checkpoints, so a multiple of `checkpoint_interval`; 0 measures none."""
     quantize: bool = False
     """Whether the stage trains with fake-quantized weights and activations, on the grid of `Recipe.quantization`."""
     distillation_weight: float = 0.0

@@ -2,7 +2,8 @@
 
 The requests of a benchmark share long prefixes: a subject's solved examples with all of its questions, a question with
 its answers. Here a prefix is computed once, the rests of the contexts that follow it in batches over its cache, and the
-continuations of each context over that. Scores are those of `HFLM` but for float rounding.
+continuations of each context over that. A context without such a prefix passes in one row with its continuations.
+Scores are those of `HFLM` but for float rounding.
 
 In lm-eval, after `import eval.benchmarks.prefix_lm`: `simple_evaluate(model="hf-prefix", model_args=...)`.
 """
@@ -19,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from eval.benchmarks.cached_rows import CachedModel, Rows, batch, can_continue
+from eval.benchmarks.packed_rows import PackedRow, can_pack, count_kept, score_packed
 from eval.benchmarks.shared_prefixes import Ids, group_by_prefix
 from eval.benchmarks.text_lm import TextLM
 
@@ -26,6 +28,8 @@ BATCH_TOKENS = 4096
 """Default number of tokens of a forward pass."""
 MAX_LOGITS = 1 << 28
 """Number of logits of a forward pass: 1 GiB in float32."""
+MAX_ROW = 2048
+"""Largest number of tokens of a context and its answers in one row."""
 GREEDY = {"do_sample": False, "temperature": 0.0}
 """Generation options of greedy decoding, in which lm-eval's tasks generate; other options go to transformers."""
 
@@ -86,24 +90,62 @@ class PrefixLM(TextLM):
             context.continuations.setdefault(ids[start:], []).append(number)
         results: dict[int, tuple[float, bool]] = {}
         with self._show(len(requests), "Running loglikelihood requests", disable_tqdm) as bar:
-            for before, part, shared in self._batch_by_prefix(contexts):
-                for number, result in self._score([contexts[ids] for ids in part], before, shared):
-                    results[number] = result
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
-                    bar.update(1)
+            for number, result in self._score_all(contexts):
+                results[number] = result
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
+                bar.update(1)
         return [results[number] for number in range(len(requests))]
+
+    def _score_all(self, contexts: dict[Ids, Context]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Yield request number and (log-likelihood, whether greedy decoding gives it) of all contexts.
+
+        Contexts that share a prefix are computed over its cache. Of the others, each passes with its answers in a row.
+        """
+        alone: list[Context] = []
+        for prefix, group in group_by_prefix(list(contexts)):
+            packed = {ids for ids in group if not prefix and self._fits_in_a_row(contexts[ids])}
+            alone += [contexts[ids] for ids in packed]
+            for before, part, shared in self._batch_group(prefix, [ids for ids in group if ids not in packed]):
+                yield from self._score([contexts[ids] for ids in part], before, shared)
+        yield from self._score_alone(alone)
+
+    def _fits_in_a_row(self, context: Context) -> bool:
+        """Return whether a context passes in one row with its answers; attention over a long row costs too much."""
+        tokens = len(context.ids) + sum(len(ids) - 1 for ids in context.continuations)
+        return tokens <= MAX_ROW and can_pack(self.model)
+
+    def _score_alone(self, contexts: list[Context]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Yield what `_score_all` does, of contexts that pass with their answers in a row each, the longest first."""
+        pairs = [(context, PackedRow(context.ids, tuple(context.continuations))) for context in contexts]
+        pairs.sort(key=lambda pair: len(pair[1]), reverse=True)
+        for numbers in batch([len(row) for _, row in pairs], self.batch_tokens):
+            rows = [pairs[i][1] for i in numbers]
+            most = max(1, MAX_LOGITS // (count_kept(rows) * self.model.config.vocab_size))
+            found = [
+                scores
+                for start in range(0, len(rows), most)
+                for scores in score_packed(self.model, rows[start : start + most], self.mixed_precision_dtype)
+            ]
+            for i, scores in zip(numbers, found, strict=True):
+                for wanted, score in zip(pairs[i][0].continuations.values(), scores, strict=True):
+                    for number in wanted:
+                        yield number, score
 
     def _batch_by_prefix(self, contexts: dict[Ids, Any]) -> Iterator[tuple[Rows | None, list[Ids], int]]:
         """Yield contexts that pass together, with the cached row that they follow and its number of tokens.
 
         The longest of a group come first: a batch that does not fit into memory fails at once.
         """
-        assert self._cached is not None
         for prefix, group in group_by_prefix(list(contexts)):
-            before = self._cached.extend(None, [prefix])[0] if prefix else None
-            ordered = sorted(group, key=len, reverse=True)
-            for numbers in batch([len(ids) - len(prefix) for ids in ordered], self.batch_tokens):
-                yield before, [ordered[i] for i in numbers], len(prefix)
+            yield from self._batch_group(prefix, group)
+
+    def _batch_group(self, prefix: Ids, group: list[Ids]) -> Iterator[tuple[Rows | None, list[Ids], int]]:
+        """Yield the contexts of one prefix as `_batch_by_prefix` does."""
+        assert self._cached is not None
+        before = self._cached.extend(None, [prefix])[0] if prefix and group else None
+        ordered = sorted(group, key=len, reverse=True)
+        for numbers in batch([len(ids) - len(prefix) for ids in ordered], self.batch_tokens):
+            yield before, [ordered[i] for i in numbers], len(prefix)
 
     def _score(
         self, contexts: Sequence[Context], before: Rows | None, shared: int

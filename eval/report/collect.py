@@ -90,7 +90,9 @@ def collect_stages(run: Path) -> list[dict[str, Any]]:
     stages = []
     for name in STAGES:
         folder, title = run / STAGE_FOLDERS[name], STAGE_TITLES[name]
-        records = {log: _read_lines(folder / f"{log}.jsonl") for log in ("metrics", "heldout", "expert_load")}
+        records = {
+            log: _read_lines(folder / f"{log}.jsonl") for log in ("metrics", "heldout", "expert_load", "benchmarks")
+        }
         entropy = entropies.get(title.heldout, {}).get("overall")
         stages.append(
             {"key": folder.name, "title": title.title, "short": title.short, "unigram_entropy": entropy} | records

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9"
 """Hues of Okabe and Ito, and one of Tol; figures give every series a marker of its own, too."""
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 REFERENCE, INK, SOFT, GRID = "#8a8f98", "#22262b", "#555b63", "#eceef1"
 MARKERS = ("o", "s", "^", "D", "v")
 LINE: dict[str, Any] = {"linewidth": 1.6, "solid_capstyle": "round"}

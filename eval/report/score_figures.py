@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 
 from eval.report.drawing import (
     BLUE,
+    COLOURS,
     GREEN,
     INK,
     LINE,
     MARKERS,
     NARROW,
     ORANGE,
-    PURPLE,
     REFERENCE,
     SKY,
     SOFT,
@@ -72,7 +72,6 @@ def draw_categories(categories: dict[str, dict[str, dict | None]], path: Path, *
     figure = make_figure(NARROW if narrow else WIDE, 4.0)
     axes = figure.subplots()
     labels = [title.replace(" rounded to", "\nrounded to").replace(", ", "\n") for title in MODELS.values()]
-    colours = (BLUE, ORANGE, GREEN, PURPLE, SKY)
     for number, (category, found) in enumerate(categories.items()):
         points = [(x, mean) for x, model in enumerate(MODELS) if (mean := found[model])]
         if not points:
@@ -81,7 +80,7 @@ def draw_categories(categories: dict[str, dict[str, dict | None]], path: Path, *
         places = [x + 0.06 * (number - (len(categories) - 1) / 2) for x, _ in points]
         values = [100 * point["value"] for _, point in points]
         errors = [200 * (point["stderr"] or 0.0) for _, point in points]
-        style: dict[str, Any] = {"color": colours[number % 5], "marker": MARKERS[number % 5], "ms": 5}
+        style: dict[str, Any] = {"color": COLOURS[number % 5], "marker": MARKERS[number % 5], "ms": 5}
         axes.errorbar(places, values, yerr=errors, elinewidth=1.0, label=category, **style, **LINE)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylabel="mean score, percent", ylim=(0, None))

@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from eval.report.drawing import BLUE, LINE, NARROW, ORANGE, REFERENCE, SOFT, WIDE, make_figure, style_axes
+from eval.report.drawing import (
+    BLUE,
+    COLOURS,
+    LINE,
+    MARKERS,
+    NARROW,
+    ORANGE,
+    REFERENCE,
+    SOFT,
+    WIDE,
+    make_figure,
+    style_axes,
+)
 
 
 def draw_loss_curves(stages: list[dict], path: Path, *, narrow: bool) -> None:
@@ -40,6 +52,38 @@ def draw_loss_curves(stages: list[dict], path: Path, *, narrow: bool) -> None:
 
 def _get_series(records: list[dict], key: str) -> tuple[list, list]:
     return [record["step"] for record in records], [record[key] for record in records]
+
+
+def draw_quick_suite(stages: list[dict], path: Path, *, narrow: bool) -> None:
+    """Draw the benchmarks that were scored while the stages trained, with two standard errors, over all steps.
+
+    A stage has short, metrics and benchmarks: records with step and benchmark -> value, stderr (fractions).
+    """
+    figure = make_figure(NARROW if narrow else WIDE, 3.6)
+    axes = figure.subplots()
+    names = sorted({name for stage in stages for record in stage["benchmarks"] for name in record["benchmarks"]})
+    before = 0
+    for stage in stages:
+        for number, name in enumerate(names):
+            records = [record for record in stage["benchmarks"] if name in record["benchmarks"]]
+            steps = [before + record["step"] for record in records]
+            values = [100 * record["benchmarks"][name]["value"] for record in records]
+            errors = [200 * (record["benchmarks"][name]["stderr"] or 0.0) for record in records]
+            label = name if stage is next(s for s in stages if s["benchmarks"]) else None
+            axes.errorbar(
+                steps, values, yerr=errors, marker=MARKERS[number % 5], ms=4, color=COLOURS[number % 5], elinewidth=0.8,
+                label=label, **LINE,
+            )  # fmt: skip
+        if stage["metrics"]:
+            axes.annotate(
+                stage["short"], (before, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                textcoords="offset points", va="top", fontsize=8, color=REFERENCE,
+            )  # fmt: skip
+            before += stage["metrics"][-1]["step"]
+    axes.set(xlabel="step, all stages", ylabel="score, percent")
+    axes.legend(frameon=False, fontsize=8.5)
+    style_axes(axes, "Benchmarks while training, ± 2 standard errors", grid="y")
+    figure.savefig(path)
 
 
 def draw_expert_load(stages: list[dict], path: Path, *, narrow: bool) -> None:

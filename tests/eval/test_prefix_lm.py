@@ -18,8 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from eval.benchmarks import shared_prefixes
+from eval.benchmarks import prefix_lm, shared_prefixes
 from eval.benchmarks.cached_rows import batch, can_continue
+from eval.benchmarks.packed_rows import PackedRow, score_packed
 from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.shared_prefixes import group_by_prefix
 from eval.benchmarks.text_lm import TextLM
@@ -188,6 +189,33 @@ def test_batches_hold_all_and_no_more_than_the_limit(lengths, limit):
         grown = lengths[numbers[0]] * (len(numbers) + 1)
         padding = 1 - sum(lengths[i] for i in (*numbers, following[0])) / grown
         assert grown > limit or (grown > limit / 8 and padding > 0.1), "a batch ends too early"
+
+
+@pytest.mark.parametrize("answers", [((7,),), ((7, 8, 9),), ((7,), (8, 9), (10, 11, 12, 13), (7, 9))])
+def test_a_row_of_a_context_and_its_answers_scores_each_as_if_alone(models, answers):
+    ours, _, _ = models
+    if not can_continue(ours.model):
+        return
+    rows = [PackedRow(tuple(make_ids(n, n)), answers) for n in (1, 5, 23)]
+    found = score_packed(ours.model, rows)
+    for row, scores in zip(rows, found, strict=True):
+        for answer, (score, greedy) in zip(answers, scores, strict=True):
+            with torch.no_grad():
+                logprobs_LV = ours.model(torch.tensor([[*row.context, *answer]])).logits[0].log_softmax(-1)
+            targets = list(enumerate(answer, len(row.context) - 1))
+            assert score == pytest.approx(float(sum(logprobs_LV[i, token] for i, token in targets)), rel=1e-4)
+            assert greedy == all(int(logprobs_LV[i].argmax()) == token for i, token in targets)
+
+
+def test_long_rows_and_models_without_such_masks_take_the_cache(models, monkeypatch):
+    ours, _, _ = models
+    requests = make_requests()
+    expected = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    monkeypatch.setattr(prefix_lm, "MAX_ROW", 30)
+    monkeypatch.setattr(prefix_lm, "MAX_LOGITS", 320 * 40)
+    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=2e-3, rel=1e-4)
 
 
 def test_short_sequences_do_not_pass_with_long_ones():

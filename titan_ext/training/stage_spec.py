@@ -32,6 +32,12 @@ class StageSpec:
     """INT4 grid of a stage with `quantize`."""
 
 
+def list_finished_checkpoints(out: Path) -> list[int]:
+    """Return the steps of the finished checkpoints in a stage's folder, the first one first."""
+    found = (path.parent.name for path in (Path(out) / "checkpoint").glob("step-*/.metadata"))
+    return sorted(int(name.removeprefix("step-")) for name in found if name.removeprefix("step-").isdecimal())
+
+
 def find_final_checkpoint(out: Path, steps: int) -> Path:
     """Return the DCP folder that a finished stage of `steps` steps wrote in its folder `out`.
 

@@ -1,0 +1,112 @@
+"""A context and all of its answers in one row: the context passes once, and no cache is copied from answer to answer.
+
+Each answer sees the context and itself: a 4-D mask and positions that go on from the context for every answer anew.
+Shape suffixes: B rows, L positions of a row, K of them kept at its end, T targets of the batch, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from eval.benchmarks.shared_prefixes import Ids
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One context, and the answers that are scored after it."""
+
+    context: Ids
+    answers: tuple[Ids, ...]
+
+    def __len__(self) -> int:
+        """Return the number of tokens that pass: the last token of an answer is a target only."""
+        return len(self.context) + sum(len(answer) - 1 for answer in self.answers)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Return whether the model's attention takes a 4-D mask."""
+    return model.config._attn_implementation in ("sdpa", "eager")
+
+
+def count_kept(rows: Sequence[PackedRow]) -> int:
+    """Return how many positions at the end of each row of a batch have logits: those of the answers, and one before."""
+    return max(len(row) - len(row.context) for row in rows) + 1
+
+
+def score_packed(
+    model: PreTrainedModel, rows: Sequence[PackedRow], autocast: torch.dtype | None = None
+) -> list[list[tuple[float, bool]]]:
+    """Return (log-likelihood, whether greedy decoding gives it) of every answer of every row.
+
+    Args:
+        model: one for which `can_continue` and `can_pack` hold.
+        autocast: dtype of its products where that is not the weights'.
+    """
+    device, length = model.device, max(map(len, rows))
+    kept = count_kept(rows)
+    ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions_BL = torch.zeros_like(ids_BL)
+    # The part of a row that a position belongs to: 0 is the context, then the answers; -1 is padding.
+    parts_BL = torch.full_like(ids_BL, -1)
+    where_T: list[tuple[int, int]] = []
+    targets_T: list[int] = []
+    for b, row in enumerate(rows):
+        at = length - len(row)
+        start = at + len(row.context)
+        ids_BL[b, at:start] = torch.tensor(row.context)
+        positions_BL[b, at:start] = torch.arange(len(row.context))
+        parts_BL[b, at:start] = 0
+        at = start
+        for number, answer in enumerate(row.answers, 1):
+            end = at + len(answer) - 1
+            ids_BL[b, at:end] = torch.tensor(answer[:-1], dtype=torch.int64)
+            positions_BL[b, at:end] = len(row.context) + torch.arange(len(answer) - 1)
+            parts_BL[b, at:end] = number
+            # The first token is predicted at the end of the context, the others at the token before them.
+            where_T += [(b, k - (length - kept)) for k in (start - 1, *range(at, end))]
+            targets_T += answer
+            at = end
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        logits_BKV = model(
+            input_ids=ids_BL.to(device), attention_mask=_build_mask(parts_BL.to(device), model.dtype),
+            position_ids=positions_BL.to(device), use_cache=False, logits_to_keep=kept,
+        ).logits  # fmt: skip
+        scores_T, greedy_T = _score_targets(logits_BKV, where_T, targets_T)
+    return _collect(rows, scores_T.tolist(), greedy_T.tolist())
+
+
+def _build_mask(parts_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask [B, 1, L, L] that is added to the scores: a token sees the context and its own answer so far."""
+    query_BL1, key_B1L = parts_BL[:, :, None], parts_BL[:, None, :]
+    sees_BLL = (key_B1L == 0) | (key_B1L == query_BL1)
+    sees_BLL &= torch.ones_like(sees_BLL[0]).tril()
+    return torch.zeros(sees_BLL.shape, dtype=dtype, device=parts_BL.device).masked_fill_(
+        ~sees_BLL, torch.finfo(dtype).min
+    )[:, None]
+
+
+def _score_targets(
+    logits_BKV: torch.Tensor, where_T: list[tuple[int, int]], targets_T: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probability of every target, float32, and whether it is the likeliest token."""
+    rows_T, kept_T = torch.tensor(where_T, device=logits_BKV.device).unbind(1)
+    wanted_T = torch.tensor(targets_T, device=logits_BKV.device)
+    # What is not asked for, such as padding, is left out before the float32 copy is made.
+    logits_TV = logits_BKV[rows_T, kept_T].float()
+    best_T = logits_TV.argmax(-1)
+    chosen_T = logits_TV.gather(-1, wanted_T[:, None])[:, 0]
+    return chosen_T - logits_TV.logsumexp(-1), best_T == wanted_T
+
+
+def _collect(rows: Sequence[PackedRow], scores_T: list[float], greedy_T: list[bool]) -> list[list[tuple[float, bool]]]:
+    found: list[list[tuple[float, bool]]] = []
+    at = 0
+    for row in rows:
+        found.append([])
+        for answer in row.answers:
+            end = at + len(answer)
+            found[-1].append((sum(scores_T[at:end]), all(greedy_T[at:end])))
+            at = end
+    return found
