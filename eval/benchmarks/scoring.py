@@ -118,6 +118,7 @@ def summarize(
         "other_metrics": {name: sum(part["other_metrics"][name] for part in slices) / len(values) for name in names},
         "task_version": version,
         "prompts_sha256": hash_value([[sample["arguments"], sample["target"]] for sample in samples]),
+        "note": benchmark.note,
         "notes": notes,
         "seconds": round(sum(part["seconds"] for part in slices), 1),
     }

@@ -11,7 +11,7 @@ How to add a benchmark: see the docstring of `eval.benchmarks`.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from core.errors import RefusedInput
@@ -28,6 +28,7 @@ from eval.benchmarks.item_readers import (
     read_mmlu,
     read_nq,
     read_triviaqa,
+    read_whole_bbh,
     science_reader,
     validation_reader,
 )
@@ -70,6 +71,8 @@ class Benchmark:
     """Whether prompts are rendered by the model's chat template."""
     runs_code: bool = False
     """Whether code that the model writes is run; it needs `evaluation.run_generated_code`."""
+    task_file: str = ""
+    """Name of the task file in eval/benchmarks/tasks where it is not the key."""
     nltk_data: str = ""
     """Resource of nltk that the metric needs; nltk's own downloader gets it."""
 
@@ -190,6 +193,14 @@ ADVANCED = (
     ),
 )  # fmt: skip
 """The tier for instruction-tuned models. IFBench is not in it: lm-eval has no task for it."""
+
+LARGER = {
+    "bbh": replace(
+        next(benchmark for benchmark in FOUNDATIONAL if benchmark.key == "bbh"),
+        shots=3, items=ItemSource(read_whole_bbh, ("input", "target"), "folder"), task_file="bbh_whole", note="",
+    )
+}  # fmt: skip
+"""Key -> benchmark that takes the place of the one of that key, where the user's folder has its items."""
 
 SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL, "advanced": ADVANCED}
 """Suites by the name that a recipe's `evaluation.suite` and `mobilemoe eval --suite` take."""

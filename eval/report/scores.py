@@ -37,11 +37,14 @@ def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str
     for benchmark in suite:
         found = {model: read_result(run / "eval" / model / f"{benchmark.key}.json") for model in MODELS}
         differences = {name: subtract(found[after], found[before]) for name, (after, before, _) in PAIRS.items()}
-        counts = [result["items"] for result in found.values() if result]
+        present = [result for result in found.values() if result]
+        # A larger benchmark may have taken the place of the suite's.
+        own = {key: present[0][key] for key in ("shots", "note")} if present else {}
         rows.append(
             benchmark.describe()
+            | own
             | {
-                "n_items": max(counts, default=None),
+                "n_items": max((result["items"] for result in present), default=None),
                 "scores": {model: _drop_values(result) for model, result in found.items()},
                 "differences": differences,
             }

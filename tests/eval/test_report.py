@@ -39,6 +39,7 @@ def result(benchmark, value, stderr=0.05, items=20, prompts="a"):
     return {
         "benchmark": benchmark.key, "metric": benchmark.metric, "shots": benchmark.shots, "chance": benchmark.chance,
         "value": value, "stderr": stderr, "items": items, "values": values, "prompts_sha256": prompts,
+        "note": benchmark.note,
         "truncated": 3 if benchmark.key == "drop" else 0, "versions": {"lm_eval": "0.4.13"}, "task_version": 1.0,
         "other_metrics": {benchmark.metric: value, "f1,none": 0.5},
     }  # fmt: skip

@@ -65,19 +65,20 @@ def _read_items(path: Path) -> datasets.Dataset:
         return datasets.Dataset.from_list([json.loads(line) for line in lines])
 
 
-def find_stock_files(key: str) -> list[Path]:
-    """Return the stock task files that eval/benchmarks/tasks/<key>.yaml names, sorted by name."""
-    pattern = _load_overrides(key)["stock"]
+def find_stock_files(name: str) -> list[Path]:
+    """Return the stock task files that eval/benchmarks/tasks/<name>.yaml names, sorted by name."""
+    pattern = _load_overrides(name)["stock"]
     return [path for path in sorted(compat.find_lm_eval_tasks().glob(pattern)) if not path.name.startswith("_")]
 
 
 def load_task_configs(benchmark: Benchmark, items: Path) -> list[dict[str, Any]]:
     """Return a benchmark's lm-eval task configs (one, or one a subject), which read the files below `items`."""
-    overrides = _load_overrides(benchmark.key)
+    name = benchmark.task_file or benchmark.key
+    overrides = _load_overrides(name)
     functions = overrides.pop("stock_functions", True)
     return [
         _merge_config(compat.load_task_yaml(path, functions=functions), overrides, items, benchmark.shots)
-        for path in find_stock_files(benchmark.key)
+        for path in find_stock_files(name)
     ]
 
 
@@ -86,8 +87,8 @@ def build_tasks(benchmark: Benchmark, items: Path) -> list[LocalTask]:
     return [LocalTask(config=config) for config in load_task_configs(benchmark, items)]
 
 
-def _load_overrides(key: str) -> dict[str, Any]:
-    return compat.load_task_yaml(Path(__file__).parent / f"{key}.yaml")
+def _load_overrides(name: str) -> dict[str, Any]:
+    return compat.load_task_yaml(Path(__file__).parent / f"{name}.yaml")
 
 
 def _merge_config(stock: dict[str, Any], overrides: dict[str, Any], items: Path, shots: int) -> dict[str, Any]:
