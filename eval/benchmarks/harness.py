@@ -23,7 +23,7 @@ import datasets
 import torch
 
 import eval.hf_mobilemoe  # noqa: F401  registers MobileMoE with the Auto classes
-from core.atomic import remove, write_bytes, write_json
+from core.atomic import write_bytes, write_json
 from core.errors import RefusedInput, refuse_value_errors
 from core.hashing import sha256_file
 from core.progress import Progress
@@ -122,10 +122,10 @@ class Evaluation:
         return all(self._read_result(benchmark) for benchmark in self._benchmarks)
 
     def finish(self) -> dict[str, dict]:
-        """Return all results, in the order of the suite, and remove the slices. All processes have ended."""
+        """Return all results, in the order of the suite, and remove their slices. All processes have ended."""
         results = {benchmark.key: self._read_result(benchmark) for benchmark in self._benchmarks}
         assert all(results.values()), f"every slice was scored, but not all have a result: {results}"
-        remove(self._slices.folder)
+        self._slices.remove(results)
         return {key: result for key, result in results.items() if result}
 
     def _join(self, benchmark: Benchmark) -> None:
@@ -135,14 +135,10 @@ class Evaluation:
         if len(facts) < len(parts):
             return
         samples = self._slices.read_samples(parts)
-        version, context = (
-            build_benchmark(benchmark, self._items, self._config.limit).tasks[0].VERSION,
-            facts[0]["context"],
-        )
+        task = build_benchmark(benchmark, self._items, self._config.limit).tasks[0]
+        result = summarize(benchmark, facts, samples, task.VERSION, context=facts[0]["context"])
         write_bytes(self._out / f"{benchmark.key}.samples.jsonl.zst", compress_samples(samples))
-        write_json(
-            self._out / f"{benchmark.key}.json", summarize(benchmark, facts, samples, version, context) | identity
-        )
+        write_json(self._out / f"{benchmark.key}.json", result | identity)
 
     def _read_result(self, benchmark: Benchmark) -> dict[str, Any] | None:
         path = self._out / f"{benchmark.key}.json"

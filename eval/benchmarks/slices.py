@@ -100,6 +100,13 @@ class SliceFolder:
             return path.read_text(encoding="utf-8") == owner
         return True
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove the slices of benchmarks, and the folder if it is empty then: others may have begun and not ended."""
+        for path in [path for key in keys for path in self.folder.glob(f"{key}.*")]:
+            path.unlink()
+        if self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
     def _path(self, part: Slice) -> Path:
         return self.folder / f"{part.name}.json"
 

@@ -198,6 +198,9 @@ def test_a_killed_evaluation_keeps_its_slices(whole, model_dir, items, tmp_path,
     before = kept.stat().st_mtime_ns
     evaluation = Evaluation(model_dir, items=items, out=out, config=config)
     assert (evaluation.count_done(), evaluation.count_items()) == (2, 4)
+    other = EvaluationConfig(benchmarks=("siqa",))
+    assert evaluate(model_dir, items=items, out=out, config=other, progress=ignore_progress).keys() == {"siqa"}
+    assert [path.name for path in out.glob("slices/*.json")] == [kept.name], "another benchmark's end keeps it"
     evaluation.score(lambda key: None)
     assert kept.stat().st_mtime_ns == before
     assert drop_time(evaluation.finish()) == drop_time({"piqa": whole["piqa"]})
