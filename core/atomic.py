@@ -1,5 +1,6 @@
 """Write files and folders so that they appear complete or not at all: written beside their path first, then renamed."""
 
+import itertools
 import json
 import os
 import re
@@ -79,6 +80,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def find_free_path(path: Path) -> Path:
+    """Return the path, or NAME-2, NAME-3 ... beside it, the first that does not exist."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in names if not candidate.exists())
 
 
 def remove_leftovers(folder: Path, *, skip: Collection[Path] = ()) -> None:

@@ -25,7 +25,7 @@ from typing import Literal
 
 from datatrove.pipeline.writers import JsonlWriter
 
-from core.atomic import remove, write_json
+from core.atomic import find_free_path, remove, write_json
 from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.progress import Progress
@@ -183,7 +183,10 @@ def _make_plan(
 
 
 def _is_finished(out: Path, plan: dict) -> bool:
-    """Return whether the folder holds the finished work of this plan, after removing the work of any other plan."""
+    """Return whether the folder holds the finished work of this plan, after putting the work of any other plan aside.
+
+    It may be days of work, and the other plan a slip: it moves to `<out>.former`, or to the next number of that.
+    """
     finished = out / MANIFEST
     if finished.exists() and json.loads(finished.read_text())["plan"] == plan:
         # A run may have been killed between the manifest and the removal of its working files.
@@ -191,10 +194,14 @@ def _is_finished(out: Path, plan: dict) -> bool:
         return True
     recorded = out / "work" / "plan.json"
     if not recorded.exists() or json.loads(recorded.read_text()) != plan:
-        for name in OUTPUTS:
-            if (out / name).is_dir():
-                log.warning("clearing %s: it belongs to another configuration or other inputs", out / name)
-            remove(out / name)
+        found = [name for name in OUTPUTS if (out / name).exists()]
+        if found:
+            former = find_free_path(out.with_name(f"{out.name}.former"))
+            former.mkdir()
+            for name in found:
+                os.replace(out / name, former / name)
+            named = ", ".join(found)
+            log.warning("%s: of another configuration or other inputs, so it was put aside in %s", named, former)
         write_json(recorded, plan)
     return False
 

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from core.atomic import partial_path, remove, remove_leftovers
+from core.atomic import find_free_path, partial_path, remove_leftovers
 from pipelines.engine.fingerprints import fingerprint, step_identities
 from pipelines.engine.manifest import Manifest, current_time
 from pipelines.engine.step import Step, StepFailed, decide, select_until
@@ -128,16 +128,15 @@ def _append_traceback(log: Path) -> None:
 
 
 def archive_outputs(step: Step, run: Path, log_line: Callable[[str], None]) -> None:
-    """Move the former outputs of a step to `stale/` and remove its partial outputs.
+    """Move the former outputs of a step to `stale/`, finished and partial ones: days of work may be in either.
 
-    Outputs that an earlier change had moved there are replaced: `stale/` keeps one former version.
+    Nothing that an earlier change had moved there is replaced; the next one gets a number.
     """
     for output in step.outputs:
-        path = run / output
-        remove(partial_path(path))
-        if path.exists():
-            archived = run / "stale" / output
-            remove(archived)
-            archived.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, archived)
-            log_line(f"  former {output} moved to stale/{output}; delete it when you don't need it")
+        for path in (run / output, partial_path(run / output)):
+            if path.exists():
+                archived = find_free_path(run / "stale" / path.relative_to(run))
+                archived.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, archived)
+                moved = f"{path.relative_to(run)} moved to {archived.relative_to(run)}"
+                log_line(f"  former {moved}; delete it when you don't need it")

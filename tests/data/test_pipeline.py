@@ -18,6 +18,7 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
+from data import pipeline
 from data.pipeline import prepare
 from data.tokens import mds
 from data.tokens.verify_shards import verify_shards
@@ -240,3 +241,18 @@ def test_interrupted_join_goes_on(tmp_path):
     read = samples(tmp_path / "out/shards/sft/math")
     assert [len(sample["tokens"]) for sample in read] == [3, 3, 4, 3, 4, 5]
     assert all((sample["loss_mask"] == sample["tokens"] % 2).all() for sample in read)
+
+
+def test_work_of_another_plan_is_put_aside_and_never_replaced(tmp_path):
+    out = tmp_path / "data.partial"
+    for number in range(3):
+        assert not pipeline._is_finished(out, {"config": number})
+        assert not pipeline._is_finished(out, {"config": number}), "the same plan goes on with its work"
+        for folder in ("work/read", "shards"):
+            (out / folder).mkdir(parents=True)
+        (out / "shards" / "index.json").write_text(str(number))
+    former = [tmp_path / name for name in ("data.partial.former", "data.partial.former-2")]
+    assert [(folder / "shards/index.json").read_text() for folder in former] == ["0", "1"]
+    assert all((folder / "work/read").is_dir() for folder in former)
+    assert json.loads((former[1] / "work/plan.json").read_text()) == {"config": 1}
+    assert (out / "shards/index.json").read_text() == "2"

@@ -92,6 +92,22 @@ def test_changed_config_remakes_it_and_what_depends_on_it(graph):
     assert (graph.run / "stale" / "text").read_text() == "abc"
 
 
+def test_what_a_change_puts_aside_is_never_replaced_and_partial_work_is_put_aside_too(graph):
+    graph.go()
+    for text in ("abcde", "fgh"):
+        (graph.run / "text.partial").mkdir()
+        (graph.run / "text.partial" / "days of work").write_text(text)
+        graph.text = text
+        graph.go()
+    stale = graph.run / "stale"
+    assert [(stale / name).read_text() for name in ("text", "text-2")] == ["abc", "abcde"]
+    assert [(stale / name / "days of work").read_text() for name in ("text.partial", "text.partial-2")] == [
+        "abcde",
+        "fgh",
+    ]
+    assert any("former text.partial moved to stale/text.partial-2; delete it" in line for line in graph.said)
+
+
 def test_code_version_counts(graph):
     graph.go()
     graph.version = 2
