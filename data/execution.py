@@ -7,7 +7,6 @@ when the jobs are submitted, without waiting for them to end.
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import multiprocessing
@@ -31,6 +30,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from core.errors import RefusedInput
+from core.lease import hold_lock
 from core.progress import Progress
 from data import compat
 
@@ -118,8 +118,12 @@ class LocalExecutor(LocalPipelineExecutor):
         """
         folder = Path(self.logging_dir.path) / "processes"
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(_open_stderr_file(folder)), (folder / f"{rank:05d}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / f"{rank:05d}.lock"
+        with (
+            contextlib.redirect_stderr(_open_stderr_file(folder)),
+            path.open("w") as lock,
+            hold_lock(lock, path.with_suffix(".lease")),
+        ):
             compat.run_rank(self, rank)
 
 

@@ -28,6 +28,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from core.atomic import find_free_path, remove, write_json
 from core.errors import RefusedInput
 from core.hashing import sha256_file
+from core.lease import NO_FLOCK, LeaseHeld, hold_lease
 from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data import compat
@@ -150,6 +151,12 @@ def _lock_folder(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise refusal from error
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            with _hold_lease(out / ".lease", refusal):
+                yield
+            return
         # A process that ended between our open and our lock has removed this file: to lock it keeps nobody out.
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
             raise refusal
@@ -157,6 +164,16 @@ def _lock_folder(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink()
+
+
+@contextmanager
+def _hold_lease(path: Path, refusal: RefusedInput) -> Iterator[None]:
+    """Keep other processes out on a file system without locks."""
+    try:
+        with hold_lease(path):
+            yield
+    except LeaseHeld as error:
+        raise refusal from error
 
 
 def _make_plan(

@@ -1,7 +1,8 @@
 """The lock on a run folder: one driver at a time works on it.
 
 The lock is flock(2) on RUN/.lock. The operating system releases it when the process ends, however it ends, so a driver
-that was killed never leaves a run folder locked. A file system without flock gives no protection.
+that was killed never leaves a run folder locked. On a file system without flock it is a lease, RUN/.lease
+(`core.lease`).
 """
 
 import fcntl
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import RefusedInput
+from core.lease import NO_FLOCK, LeaseHeld, describe_holder, hold_lease, is_gone, read_lease
+
+LOCK, LEASE = ".lock", ".lease"
 
 PATIENCE_SECONDS = 1.0
 """Time that a driver waits for the lock. `mobilemoe status` takes it for microseconds, to see whether one has it."""
@@ -30,15 +34,17 @@ def lock_run(run: Path) -> Iterator[None]:
     Raises:
         RunLocked: another driver holds it; the message names its process and host.
     """
-    with (run / ".lock").open("a+") as file:
+    with (run / LOCK).open("a+") as file:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not _try_lock(file.fileno(), fcntl.LOCK_EX):
+        while (is_held := _try_lock(file.fileno(), fcntl.LOCK_EX)) is False:
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise RunLocked(
-                    f"{run}: another driver, {file.read().strip()}, is running this run; wait for it or stop it"
-                )
+                raise _refuse(run, file.read().strip())
             time.sleep(RETRY_SECONDS)
+        if is_held is None:
+            with _hold_lease(run):
+                yield
+            return
         # The file is truncated only now: until here it named the driver that held the lock.
         file.truncate(0)
         file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
@@ -46,19 +52,44 @@ def lock_run(run: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _hold_lease(run: Path) -> Iterator[None]:
+    try:
+        with hold_lease(run / LEASE):
+            yield
+    except LeaseHeld as error:
+        raise _refuse(run, str(error)) from error
+
+
+def _refuse(run: Path, holder: str) -> RunLocked:
+    return RunLocked(f"{run}: another driver, {holder}, is running this run; wait for it or stop it")
+
+
 def find_driver(run: Path) -> str | None:
-    """Return "pid N on host H" of the driver that holds the run folder now; None where there is none."""
-    path = run / ".lock"
+    """Return "pid N on host H" of the driver that holds the run folder now; None where there is none.
+
+    Without flock, a driver of another host that was killed is still named until another one takes its lease.
+    """
+    path = run / LOCK
     if not path.exists():
         return None
     with path.open() as file:
         # A shared lock is granted only if no driver holds the exclusive one; it is released when the file is closed.
-        return None if _try_lock(file.fileno(), fcntl.LOCK_SH) else file.read().strip()
+        is_free = _try_lock(file.fileno(), fcntl.LOCK_SH)
+        if is_free is not None:
+            return None if is_free else file.read().strip()
+    lease = read_lease(run / LEASE)
+    return describe_holder(lease) if lease and not is_gone(lease) else None
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool | None:
+    """Return whether the lock is granted; None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in NO_FLOCK:
+            return None
+        raise
     return True
