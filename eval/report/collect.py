@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core.json_lines import read_json_lines
 from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.baselines import BASELINES, PUBLISHED_QAT_COST
 from eval.benchmarks.suites import get_suite
@@ -34,6 +35,8 @@ STAGE_TITLES = {
     "sft": StageTitle("3 Instruction tuning", "SFT", "heldout_sft"),
     "qat": StageTitle("4 INT4 quantization-aware training", "QAT", "heldout_sft"),
 }
+MAX_POINTS = 2000
+"""Number of records of a curve that are enough for a picture."""
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pte")
 """Endings of the files whose bytes are weights, but for a small header."""
 
@@ -90,14 +93,40 @@ def collect_stages(run: Path) -> list[dict[str, Any]]:
     stages = []
     for name in STAGES:
         folder, title = run / STAGE_FOLDERS[name], STAGE_TITLES[name]
-        records = {
-            log: _read_lines(folder / f"{log}.jsonl") for log in ("metrics", "heldout", "expert_load", "benchmarks")
-        }
+        records = {log: list(read_json_lines(folder / f"{log}.jsonl")) for log in ("metrics", "heldout", "benchmarks")}
         entropy = entropies.get(title.heldout, {}).get("overall")
         stages.append(
-            {"key": folder.name, "title": title.title, "short": title.short, "unigram_entropy": entropy} | records
+            {"key": folder.name, "title": title.title, "short": title.short, "unigram_entropy": entropy}
+            | records
+            | read_expert_load(folder / "expert_load.jsonl")
         )
     return stages
+
+
+def read_expert_load(path: Path) -> dict[str, Any]:
+    """Return what the report shows of a stage's expert load, without holding the file, which has gigabytes in the end.
+
+    Returns:
+        `expert_load`: at most some MAX_POINTS records, evenly spread, with step and of each layer `max_over_mean` and
+        `dead`; the last one is the last record. `last_load`: step and layers of shares of the newest record that has
+        them, None where there is none.
+    """
+    kept: list[dict] = []
+    last, whole, every = None, None, 1
+    for number, record in enumerate(read_json_lines(path)):
+        last = {
+            "step": record["step"],
+            "layers": [{key: layer[key] for key in ("max_over_mean", "dead")} for layer in record["layers"]],
+        }
+        if "load" in record["layers"][0]:
+            whole = {"step": record["step"], "layers": [layer["load"] for layer in record["layers"]]}
+        if number % every == 0:
+            kept.append(last)
+        if len(kept) > 2 * MAX_POINTS:
+            kept, every = kept[::2], 2 * every
+    if last is not None and kept[-1] is not last:
+        kept.append(last)
+    return {"expert_load": kept, "last_load": whole}
 
 
 def summarize_stage(stage: dict) -> dict[str, Any]:
@@ -191,10 +220,3 @@ def list_missing(results: dict) -> list[str]:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """Return the records of a JSON-lines file that may be growing, without a last line that has no end yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -71,7 +71,7 @@ def _draw_figures(results: dict, stages: list[dict], folder: Path) -> dict[str, 
     draw: dict[str, tuple[bool, Callable[..., None], tuple[Any, ...]]] = {
         "loss": (any(s["metrics"] for s in stages), training_figures.draw_loss_curves, (stages,)),
         "quick_suite": (any(s["benchmarks"] for s in stages), training_figures.draw_quick_suite, (stages,)),
-        "expert_load": (any(s["expert_load"] for s in stages), training_figures.draw_expert_load, (stages,)),
+        "expert_load": (any(s["last_load"] for s in stages), training_figures.draw_expert_load, (stages,)),
         "domain_load": (bool(loads), training_figures.draw_domain_load, (loads,)),
         "benchmarks": (scored, score_figures.draw_benchmarks, (results["benchmarks"],)),
         "categories": (scored, score_figures.draw_categories, (results["categories"],)),

@@ -89,16 +89,15 @@ def draw_quick_suite(stages: list[dict], path: Path, *, narrow: bool) -> None:
 def draw_expert_load(stages: list[dict], path: Path, *, narrow: bool) -> None:
     """Draw a heat map of the latest load by layer and expert (1 = an even share), and the imbalance over all steps.
 
-    A stage has title and expert_load: records with step and layers of load (share a routed expert) and max_over_mean.
+    A stage has short, expert_load (records with step and layers of max_over_mean) and last_load (step and layers of
+    shares a routed expert).
     """
-    stages = [stage for stage in stages if stage["expert_load"]]
+    stages = [stage for stage in stages if stage["last_load"]]
     figure = make_figure(NARROW, 6.4) if narrow else make_figure(WIDE, 3.6)
     left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2, width_ratios=[1.25, 1])
-    last = stages[-1]["expert_load"][-1]
-    load_LE = np.array([layer["load"] for layer in last["layers"]])
-    _add_bar(
-        figure, [left], _draw_load(left, load_LE, f"Load of the experts, {stages[-1]['short']} step {last['step']}")
-    )
+    last = stages[-1]["last_load"]
+    title = f"Load of the experts, {stages[-1]['short']} step {last['step']}"
+    _add_bar(figure, [left], _draw_load(left, np.array(last["layers"]), title))
 
     before = 0
     for number, stage in enumerate(stages):

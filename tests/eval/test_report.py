@@ -16,6 +16,7 @@ from core.stages import STAGE_FOLDERS, STAGES
 from eval.benchmarks.suites import FOUNDATIONAL, SUITES, list_benchmarks
 from eval.benchmarks.tasks import find_stock_files
 from eval.compat import load_task_yaml
+from eval.report import collect
 from eval.report.card import DATASETS
 from eval.report.compare import compare_runs
 from eval.report.heldout_tables import subtract_losses
@@ -296,6 +297,23 @@ def test_scores_in_the_forms_of_the_hub_and_of_lm_eval(finished):
         stock = load_task_yaml(find_stock_files(benchmark.key)[0], functions=False)
         path, config = DATASETS[benchmark.key]
         assert path == stock["dataset_path"] and config in (None, stock.get("dataset_name"))
+
+
+def test_a_long_log_of_expert_load_is_thinned_and_its_last_whole_record_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "MAX_POINTS", 10)
+    path = tmp_path / "expert_load.jsonl"
+    records = [{"step": step, "layers": [layer(step, 0), layer(step, 1)]} for step in range(1, 208)]
+    for record in records:
+        if record["step"] % 50:
+            record["layers"] = [{k: v for k, v in one.items() if k != "load"} for one in record["layers"]]
+    put_lines(path, records)
+    found = collect.read_expert_load(path)
+    steps = [record["step"] for record in found["expert_load"]]
+    assert 10 <= len(steps) <= 22 and steps[0] == 1 and steps[-1] == 207
+    assert len(set(np.diff(steps[:-1]))) == 1, "evenly spread"
+    assert found["last_load"]["step"] == 200
+    assert found["last_load"]["layers"] == [one["load"] for one in records[199]["layers"]]
+    assert collect.read_expert_load(tmp_path / "none") == {"expert_load": [], "last_load": None}
 
 
 def test_interruptions_and_the_share_of_time_that_trained(finished):

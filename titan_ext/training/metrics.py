@@ -19,12 +19,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
-from core.atomic import write_text
+from core.json_lines import cut_last_lines, read_json_lines
 from titan_ext.mobilemoe import load_metrics
 from titan_ext.mobilemoe.tied_embedding_pp import broadcast_from_last_stage
 from titan_ext.training.callbacks import Callback
 
 FILES = ("metrics.jsonl", "expert_load.jsonl", "heldout.jsonl", "data.jsonl")
+LOAD_LOGS = 20
+"""One of so many records of expert_load.jsonl, the first and the last have every expert's load: most of its bytes."""
 LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
 
 
@@ -123,7 +125,8 @@ class StageMetrics(MetricsProcessor):
                 "seconds": time.perf_counter() - self._start_time,
             },
         )
-        self._append("expert_load.jsonl", {"step": step, "layers": layers})
+        is_whole = step == 1 or step % (self.config.log_freq * LOAD_LOGS) == 0 or self.is_last_step(step)
+        self._append("expert_load.jsonl", {"step": step, "layers": layers if is_whole else _drop_loads(layers)})
         self._append("data.jsonl", {"step": step, **data})
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
@@ -138,8 +141,7 @@ class StageMetrics(MetricsProcessor):
 
     def has_heldout_loss(self, step: int) -> bool:
         """Return whether heldout.jsonl has the loss after this step."""
-        path = self._folder / "heldout.jsonl"
-        return path.exists() and any(json.loads(line)["step"] == step for line in path.read_text().splitlines())
+        return any(record["step"] == step for record in read_json_lines(self._folder / "heldout.jsonl"))
 
     def _append(self, name: str, record: dict) -> None:
         if dist.get_rank() != 0:
@@ -149,12 +151,13 @@ class StageMetrics(MetricsProcessor):
 
 
 def _keep_steps_before(first_step: int, path: Path) -> None:
-    """Remove the lines of `first_step` and later steps from a file of JSON lines, if it exists."""
-    if not path.exists():
-        return
-    # A killed process can leave a last line that is cut short. Its step is later than the checkpoint as well.
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    write_text(path, "".join(line for line in lines if json.loads(line)["step"] < first_step))
+    """Remove the lines of `first_step` and later steps from the end of a file of JSON lines, if it exists."""
+    if path.exists():
+        cut_last_lines(path, lambda record: record["step"] >= first_step)
+
+
+def _drop_loads(layers: list[dict]) -> list[dict]:
+    return [{key: value for key, value in layer.items() if key != "load"} for layer in layers]
 
 
 def _name_layer_scalars(layers: list[dict]) -> dict[str, float]:
