@@ -18,7 +18,7 @@ from core.progress import Progress
 from eval.benchmarks.item_readers import PACKAGE, Files, Rows
 from eval.benchmarks.suites import LARGER, Benchmark, list_benchmarks
 
-FORMAT = 3
+FORMAT = 4
 """Version of the written files: raised when the same package would be written differently."""
 
 
