@@ -141,16 +141,23 @@ def _is_renewed(path: Path, seen: dict[str, Any]) -> bool:
 
 
 def _take_away(path: Path, seen: dict[str, Any]) -> None:
-    """Remove a lease that nobody renews. One of several processes moves it; one that is new meanwhile comes back."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
+    """Remove a lease that nobody renews, if it is still the one that was seen.
+
+    Whoever removes one holds a second file meanwhile, so that no two processes look and remove at once: the second
+    would remove the lease that the first has just made. A second file that stays is of a process killed just then.
+    """
+    removing = path.with_name(f"{path.name}.removing")
+    own = {"owner": uuid.uuid4().hex}
+    if not _create(removing, own):
+        other = read_lease(removing)
+        if other is not None and not _is_renewed(removing, other) and read_lease(removing) == other:
+            removing.unlink(missing_ok=True)
         return
-    if read_lease(aside) == seen:
-        aside.unlink()
-    else:
-        os.rename(aside, path)
+    try:
+        if read_lease(path) == seen:
+            path.unlink(missing_ok=True)
+    finally:
+        removing.unlink(missing_ok=True)
 
 
 def _renew(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
@@ -158,8 +165,12 @@ def _renew(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(RENEW_SECONDS):
         holder = read_lease(path)
         if holder is None or holder.get("owner") != own["owner"]:
-            # This process was stopped, and another one works in the folder now.
-            os.kill(os.getpid(), signal.SIGTERM)
+            end_process()
             return
         renewed += 1
         write_json(path, own | {"renewed": renewed})
+
+
+def end_process() -> None:
+    """End this process, as a user would: it was stopped for long, and another one works in the folder now."""
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -34,8 +34,16 @@ with lock_run(pathlib.Path(sys.argv[1])):
 
 @pytest.fixture
 def fast(monkeypatch):
-    for name, value in (("RENEW_SECONDS", 0.05), ("STALE_SECONDS", 0.6), ("POLL_SECONDS", 0.02)):
+    for name, value in (("RENEW_SECONDS", 0.05), ("STALE_SECONDS", 3.0), ("POLL_SECONDS", 0.02)):
         monkeypatch.setattr(lease, name, value)
+
+
+@pytest.fixture(autouse=True)
+def lost(monkeypatch):
+    """How often a holder was to be ended; a list with one entry each time."""
+    calls = []
+    monkeypatch.setattr(lease, "end_process", lambda: calls.append(1))
+    return calls
 
 
 @pytest.fixture
@@ -62,7 +70,10 @@ def test_one_process_holds_it_and_gives_it_back(tmp_path, fast):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_that_begin_at_once_one_gets_it(tmp_path, fast):
+@pytest.mark.parametrize("attempt", range(2))
+def test_of_many_that_find_a_stale_one_at_once_one_gets_it(attempt, tmp_path, monkeypatch, lost):
+    for name, value in (("RENEW_SECONDS", 0.02), ("STALE_SECONDS", 3.0), ("POLL_SECONDS", 0.001)):
+        monkeypatch.setattr(lease, name, value)
     held, refused, start = [], [], threading.Barrier(8)
 
     def work():
@@ -74,13 +85,22 @@ def test_of_many_that_begin_at_once_one_gets_it(tmp_path, fast):
         except LeaseHeld:
             refused.append(1)
 
-    write_foreign(tmp_path / "lease")  # and all of them find a stale one
+    write_foreign(tmp_path / "lease")
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(held), len(refused)) == (1, 7)
+    assert (len(held), len(refused), lost) == (1, 7, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_process_left_that_was_killed_while_it_took_one_is_no_obstacle(tmp_path, fast):
+    write_foreign(tmp_path / "lease")
+    write_foreign(tmp_path / "lease.removing")
+    with hold_lease(tmp_path / "lease"):
+        assert read_lease(tmp_path / "lease")["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -128,14 +148,23 @@ def test_a_lease_in_the_making_is_not_taken(tmp_path, fast):
         pytest.fail("two hold it")
 
 
-def test_a_holder_that_lost_it_is_ended(tmp_path, fast):
+def test_a_holder_that_lost_it_is_ended(tmp_path, fast, lost):
+    with hold_lease(tmp_path / "lease"):
+        write_foreign(tmp_path / "lease")
+        deadline = time.monotonic() + 10
+        while not lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert lost == [1]
+    assert read_lease(tmp_path / "lease")["host"] == "another", "the new holder's lease stays"
+
+
+def test_to_end_a_process_is_a_signal_that_it_can_answer(monkeypatch):
+    monkeypatch.undo()
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
     try:
-        with hold_lease(tmp_path / "lease"):
-            write_foreign(tmp_path / "lease")
-            assert ended.wait(10)
-        assert read_lease(tmp_path / "lease")["host"] == "another", "the new holder's lease stays"
+        lease.end_process()
+        assert ended.wait(10)
     finally:
         signal.signal(signal.SIGTERM, before)
 
