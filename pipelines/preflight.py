@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import RefusedInput
-from pipelines.recipe import Recipe
+from core.stages import STAGE_FOLDERS
+from pipelines.engine.manifest import Manifest
+from pipelines.recipe import Recipe, to_dict
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -46,21 +48,46 @@ def estimate_disk(recipe: Recipe) -> DiskEstimate:
     )
 
 
+def estimate_left(recipe: Recipe, run: Path) -> DiskEstimate:
+    """Estimate what is still to be written to a run folder.
+
+    What a finished step has written is neither counted nor looked at: shards are hundreds of thousands of files. A step
+    that was recorded with other options of the recipe counts as not finished.
+    """
+    whole, parameters = estimate_disk(recipe), count_parameters(recipe.model).total
+    manifest = Manifest(run)
+    tree, recorded = to_dict(recipe), manifest.content.get("recipe", {})
+
+    def is_done(step: str, *keys: str) -> bool:
+        return manifest.step(step)["state"] == "done" and all(tree[key] == recorded.get(key) for key in keys)
+
+    data_done = is_done("data", "data", "seed")
+    data = 0 if data_done else whole.data - measure_folder(run / "data.partial") - measure_folder(run / "data")
+    checkpoints = 0
+    for name, stage in recipe.stages.items():
+        is_same = tree["stages"][name] == recorded.get("stages", {}).get(name)
+        if not (data_done and is_same and is_done(name, "model", "parallel")):
+            size = parameters * CHECKPOINT_BYTES_PER_PARAMETER * stage.checkpoints_kept
+            checkpoints += max(0, size - measure_folder(run / STAGE_FOLDERS[name] / "checkpoint"))
+    artifacts = 0
+    if checkpoints or not is_done("export", "export", "quantization"):
+        artifacts = whole.artifacts - measure_folder(run / "artifacts") - measure_folder(run / "eval" / "work")
+    return DiskEstimate(max(0, data), checkpoints, max(0, artifacts))
+
+
 def check_disk(recipe: Recipe, run: Path) -> None:
-    """Check that a run's files will fit; what the run folder already holds counts as written.
+    """Check that what a run still has to write will fit.
 
     Raises:
-        RefusedInput: the files will not fit; the message has the estimate, the free space and the way out.
+        RefusedInput: it will not fit; the message has the estimate, the free space and the way out.
     """
-    estimate = estimate_disk(recipe)
-    anchor = find_existing_parent(run)
-    free, written = shutil.disk_usage(anchor).free, measure_folder(run)
-    if estimate.total - written > free:
+    left, anchor = estimate_left(recipe, run), find_existing_parent(run)
+    free = shutil.disk_usage(anchor).free
+    if left.total > free:
         raise RefusedInput(
-            f"--out {run}: the run needs about {_format_gb(estimate.total)} (data {_format_gb(estimate.data)}, "
-            f"checkpoints {_format_gb(estimate.checkpoints)}, artifacts {_format_gb(estimate.artifacts)}), "
-            f"{_format_gb(written)} of it are there, and the file system of {anchor} has {_format_gb(free)} free; give "
-            "--out on a larger one, or free some space"
+            f"--out {run}: the run still needs about {_format_gb(left.total)} (data {_format_gb(left.data)}, "
+            f"checkpoints {_format_gb(left.checkpoints)}, artifacts {_format_gb(left.artifacts)}), and the file system "
+            f"of {anchor} has {_format_gb(free)} free; give --out on a larger one, or free some space"
         )
 
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from core.stages import STAGES
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.validate_config import estimate_bytes, validate_config
-from pipelines.preflight import check_disk, estimate_disk
+from pipelines.engine.manifest import Manifest
+from pipelines.preflight import check_disk, estimate_disk, estimate_left, measure_folder
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.validation.input_rules import read_tokenizer_size
@@ -178,13 +180,35 @@ def test_disk_check_refuses_with_numbers(smoke, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_disk_check_counts_what_is_written(smoke, tmp_path, monkeypatch):
-    total = estimate_disk(smoke).total
-    monkeypatch.setattr("pipelines.preflight.shutil.disk_usage", lambda path: type("Usage", (), {"free": total - 1000}))
+def test_disk_check_counts_what_is_still_to_be_written(smoke, tmp_path, monkeypatch):
+    whole, looked = estimate_disk(smoke), []
+
+    def measure(folder):
+        looked.append(folder.name)
+        return measure_folder(folder)
+
+    monkeypatch.setattr("pipelines.preflight.measure_folder", measure)
+    monkeypatch.setattr("pipelines.preflight.shutil.disk_usage", lambda path: SimpleNamespace(free=whole.total - 1000))
+    assert estimate_left(smoke, tmp_path) == whole
     with pytest.raises(ValueError, match="free"):
         check_disk(smoke, tmp_path)
-    (tmp_path / "shard").write_bytes(b"x" * 1000)
+    (tmp_path / "data.partial").mkdir()
+    (tmp_path / "data.partial" / "shard").write_bytes(b"x" * 1000)
     check_disk(smoke, tmp_path)
+    # The data is finished, and so is the first stage: neither is wanted again, or looked at.
+    manifest = Manifest(tmp_path)
+    manifest.describe(smoke)
+    for name in ("data", "pretrain"):
+        manifest.start(name, {"fingerprint": "x"})
+        manifest.finish(name, "done")
+    looked.clear()
+    left = estimate_left(smoke, tmp_path)
+    assert left.data == 0 and left.checkpoints == pytest.approx(whole.checkpoints * 3 / 4)
+    assert "data" not in looked and looked.count("checkpoint") == 3
+    # Another option of the data: all of it is made anew.
+    other = replace(smoke, seed=1)
+    assert estimate_left(other, tmp_path).data == whole.data - 1000
+    assert estimate_left(other, tmp_path).checkpoints == whole.checkpoints
 
 
 def test_recipe_as_dict_is_json_ready(smoke):
