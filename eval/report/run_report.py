@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
 from core.printable import make_line, make_printable
-from eval.report import score_figures, training_figures
+from eval.report import data_figures, score_figures, training_figures
 from eval.report.card import ARTIFACTS, build_lm_eval_results, build_model_index
 from eval.report.collect import collect_results, collect_stages
 from eval.report.scores import MODELS, PAIRS
@@ -69,6 +69,10 @@ def _draw_figures(results: dict, stages: list[dict], folder: Path) -> dict[str, 
     average = results["averages"]["qat_int4"]
     own = [results["model"] | average | {"title": "this run, QAT"}] if results["model"] and average else []
     draw: dict[str, tuple[bool, Callable[..., None], tuple[Any, ...]]] = {
+        "composition": (
+            any(row["split"] == "shards" for row in results["data"]["rows"]), data_figures.draw_composition,
+            (results["data"]["rows"],),
+        ),
         "loss": (any(s["metrics"] for s in stages), training_figures.draw_loss_curves, (stages,)),
         "quick_suite": (any(s["benchmarks"] for s in stages), training_figures.draw_quick_suite, (stages,)),
         "expert_load": (any(s["last_load"] for s in stages), training_figures.draw_expert_load, (stages,)),

@@ -39,7 +39,7 @@ def collect_benchmarks(run: Path, suite: tuple[Benchmark, ...]) -> list[dict[str
         differences = {name: subtract(found[after], found[before]) for name, (after, before, _) in PAIRS.items()}
         present = [result for result in found.values() if result]
         # A larger benchmark may have taken the place of the suite's.
-        own = {key: present[0][key] for key in ("shots", "note")} if present else {}
+        own = {key: present[0][key] for key in ("shots", "note") if present and key in present[0]}
         rows.append(
             benchmark.describe()
             | own
@@ -84,6 +84,8 @@ def subtract(after: dict[str, Any] | None, before: dict[str, Any] | None) -> dic
     None where a result is absent, or where their prompts are not the same.
     """
     if not after or not before or after["prompts_sha256"] != before["prompts_sha256"]:
+        return None
+    if "values" not in after or "values" not in before:  # of an earlier version of this program
         return None
     changes = [x - y for x, y in zip(after["values"], before["values"], strict=True)]
     if len(changes) < 2:

@@ -175,14 +175,14 @@ def test_html_needs_nothing_but_itself_and_markdown_only_its_pictures(finished):
     html = (run / "report/report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     narrow = re.findall(r'<source media="[^"]*" srcset="data:image/png;base64,iVBOR', html)
-    assert len(narrow) == 6
-    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert len(narrow) == 7
+    assert len(sources) == 7 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "url(" not in html and "<script" not in html
     assert "ODC-BY &lt;1.0&gt;" in html, "text is escaped"
     markdown = (run / "report/report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
     drawn = {p.name for p in (run / "report").glob("*.png")}
-    assert set(pictures) == {name for name in drawn if "_narrow" not in name} and len(drawn) == 12
+    assert set(pictures) == {name for name in drawn if "_narrow" not in name} and len(drawn) == 14
     assert r"ODC-BY \<1.0\>" in markdown
     assert all(benchmark.title in text for benchmark in FOUNDATIONAL for text in (html, markdown))
 
@@ -278,6 +278,8 @@ def test_a_difference_is_that_of_the_same_items():
     assert found["stderr"] < separate / 2, "items on which both agree add no error"
     assert subtract(arguments[0], arguments[1] | {"prompts_sha256": "b"}) is None, "other prompts"
     assert subtract(arguments[0], None) is None
+    earlier = {key: value for key, value in arguments[1].items() if key != "values"}
+    assert subtract(arguments[0], earlier) is None
 
 
 def test_scores_in_the_forms_of_the_hub_and_of_lm_eval(finished):
