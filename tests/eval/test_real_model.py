@@ -17,8 +17,8 @@ from eval.config import EvaluationConfig
 
 KEYS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "boolq")
 ITEMS, COMPARED = 50, 6
-LIKELY = {"hellaswag": (0.25, 0.60), "piqa": (0.50, 0.82), "arc_easy": (0.30, 0.65), "boolq": (0.35, 0.80)}
-"""Range of the score of 50 items: that of all items, and two and a half standard errors on both sides."""
+LIKELY = {"hellaswag": (0.25, 0.60), "piqa": (0.46, 0.82), "arc_easy": (0.28, 0.65)}
+"""Range of the score of 50 items: some two and a half standard errors around that of all items."""
 
 
 @pytest.fixture(scope="module")
