@@ -84,8 +84,6 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 def run(lm: HFLM, tasks: list, numbers: dict[str, range]) -> tuple[float, list[int], list[float]]:
     """Return the seconds that the model took, each item's answer, and the log-likelihoods of all answers."""
-    for task in tasks:
-        task.set_fewshot_seed(seed=harness.SEED)
     seconds, compute = 0.0, lm.loglikelihood
 
     def timed(*args: Any, **kwargs: Any) -> list:

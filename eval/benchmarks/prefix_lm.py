@@ -26,6 +26,8 @@ from eval.benchmarks.text_lm import TextLM
 
 BATCH_TOKENS = 4096
 """Default number of tokens of a forward pass."""
+CPU_BATCH_TOKENS = 2048
+"""Number of tokens beyond which a larger batch is slower on a CPU: its activations leave the caches."""
 MAX_LOGITS = 1 << 28
 """Number of logits of a forward pass: 1 GiB in float32."""
 MAX_ROW = 2048
@@ -65,10 +67,12 @@ class PrefixLM(TextLM):
         """Load a model as `HFLM`.
 
         Args:
-            batch_tokens: number of tokens of a forward pass, padding included; a longer sequence passes alone.
+            batch_tokens: number of tokens of a forward pass, padding included; a longer sequence passes alone. On a CPU
+                at most CPU_BATCH_TOKENS.
         """
         super().__init__(*args, **kwargs)
-        self.batch_tokens = int(batch_tokens)
+        is_cpu = self.model.device.type == "cpu"
+        self.batch_tokens = min(int(batch_tokens), CPU_BATCH_TOKENS) if is_cpu else int(batch_tokens)
 
     @cached_property
     def _cached(self) -> CachedModel | None:
