@@ -2,13 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import RefusedInput
 from core.stages import STAGE_FOLDERS
-from pipelines.engine.manifest import Manifest
-from pipelines.recipe import Recipe, to_dict
+from pipelines.recipe import Recipe
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -48,40 +48,45 @@ def estimate_disk(recipe: Recipe) -> DiskEstimate:
     )
 
 
-def estimate_left(recipe: Recipe, run: Path) -> DiskEstimate:
+def estimate_left(recipe: Recipe, run: Path, actions: Mapping[str, str]) -> DiskEstimate:
     """Estimate what is still to be written to a run folder.
 
-    What a finished step has written is neither counted nor looked at: shards are hundreds of thousands of files. A step
-    that was recorded with other options of the recipe counts as not finished.
+    What an up-to-date step has written is neither counted nor looked at: shards are hundreds of thousands of files. A
+    step that is resumed writes what is not there yet. One that is done anew writes all, beside what it puts aside.
+
+    Args:
+        actions: step -> what will happen to it (`pipelines.engine.step.plan_actions`); one that is absent is run.
     """
     whole, parameters = estimate_disk(recipe), count_parameters(recipe.model).total
-    manifest = Manifest(run)
-    tree, recorded = to_dict(recipe), manifest.content.get("recipe", {})
 
-    def is_done(step: str, *keys: str) -> bool:
-        return manifest.step(step)["state"] == "done" and all(tree[key] == recorded.get(key) for key in keys)
+    def count_left(step: str, size: int, *folders: str) -> int:
+        action = actions.get(step)
+        if action == "skip":
+            return 0
+        written = sum(measure_folder(run / folder) for folder in folders) if action == "resume" else 0
+        return max(0, size - written)
 
-    data_done = is_done("data", "data", "seed")
-    data = 0 if data_done else whole.data - measure_folder(run / "data.partial") - measure_folder(run / "data")
-    checkpoints = 0
-    for name, stage in recipe.stages.items():
-        is_same = tree["stages"][name] == recorded.get("stages", {}).get(name)
-        if not (data_done and is_same and is_done(name, "model", "parallel")):
-            size = parameters * CHECKPOINT_BYTES_PER_PARAMETER * stage.checkpoints_kept
-            checkpoints += max(0, size - measure_folder(run / STAGE_FOLDERS[name] / "checkpoint"))
-    artifacts = 0
-    if checkpoints or not is_done("export", "export", "quantization"):
-        artifacts = whole.artifacts - measure_folder(run / "artifacts") - measure_folder(run / "eval" / "work")
-    return DiskEstimate(max(0, data), checkpoints, max(0, artifacts))
+    return DiskEstimate(
+        data=count_left("data", whole.data, "data.partial"),
+        checkpoints=sum(
+            count_left(
+                name,
+                parameters * CHECKPOINT_BYTES_PER_PARAMETER * stage.checkpoints_kept,
+                f"{STAGE_FOLDERS[name]}/checkpoint",
+            )
+            for name, stage in recipe.stages.items()
+        ),
+        artifacts=count_left("export", whole.artifacts, "artifacts", "eval/work"),
+    )
 
 
-def check_disk(recipe: Recipe, run: Path) -> None:
-    """Check that what a run still has to write will fit.
+def check_disk(recipe: Recipe, run: Path, actions: Mapping[str, str]) -> None:
+    """Check that what a run still has to write will fit. Arguments are those of `estimate_left`.
 
     Raises:
         RefusedInput: it will not fit; the message has the estimate, the free space and the way out.
     """
-    left, anchor = estimate_left(recipe, run), find_existing_parent(run)
+    left, anchor = estimate_left(recipe, run, actions), find_existing_parent(run)
     free = shutil.disk_usage(anchor).free
     if left.total > free:
         raise RefusedInput(

@@ -56,15 +56,13 @@ class RequestCounter(PrefixLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        contexts: dict[Ids, set[Ids]] = {}
-        for _, context, continuation in requests:
-            ids = tuple((context + continuation)[-(self.max_length + 1) :])
-            start = len(ids) - len(continuation)
-            contexts.setdefault(ids[:start], set()).add(ids[start:])
-            self.cost.prompt_tokens += len(ids) - 1
+        contexts = self._group_requests(requests)
         self.cost.requests += len(requests)
         self._count_computed(contexts)
-        self.cost.computed_tokens += sum(len(ids) - 1 for answers in contexts.values() for ids in answers)
+        for context in contexts.values():
+            for ids, wanted in context.continuations.items():
+                self.cost.computed_tokens += len(ids) - 1
+                self.cost.prompt_tokens += (len(context.ids) + len(ids) - 1) * len(wanted)
         return [(0.0, False)] * len(requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

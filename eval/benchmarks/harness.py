@@ -189,6 +189,13 @@ def choose_benchmarks(model_dir: Path, items: Path, config: EvaluationConfig) ->
         for benchmark in suite
         if benchmark.key in rows
     ]
+    absent = [key for key in config.benchmarks if key not in rows]
+    if (absent or not chosen) and not config.allow_missing_items:
+        named = ", ".join(absent or (benchmark.key for benchmark in suite))
+        raise RefusedInput(
+            f"evaluation.benchmarks: there are no items of {named}; give --items-folder for those that no registry "
+            "has, or choose others"
+        )
     requirements.check_requirements(chosen, model_dir, config)
     return chosen, {b.key: min(rows[b.key], config.limit or rows[b.key]) for b in chosen}
 

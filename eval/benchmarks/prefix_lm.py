@@ -84,6 +84,17 @@ class PrefixLM(TextLM):
         if self._cached is None:
             self._bound_batch(len(context) + len(continuation) for _, context, continuation in requests)
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        contexts = self._group_requests(requests)
+        results: dict[int, tuple[float, bool]] = {}
+        with self._show(len(requests), "Running loglikelihood requests", disable_tqdm) as bar:
+            for number, result in self._score_all(contexts):
+                results[number] = result
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
+                bar.update(1)
+        return [results[number] for number in range(len(requests))]
+
+    def _group_requests(self, requests: list[Request]) -> dict[Ids, Context]:
+        """Return the distinct contexts of requests, each with its distinct continuations."""
         contexts: dict[Ids, Context] = {}
         for number, (_, context_ids, continuation_ids) in enumerate(requests):
             # The last token is a target only; what is beyond the model's context is cut off on the left, as in HFLM.
@@ -92,13 +103,7 @@ class PrefixLM(TextLM):
             assert start > 0, "a continuation leaves no room for its context"
             context = contexts.setdefault(ids[:start], Context(ids[:start]))
             context.continuations.setdefault(ids[start:], []).append(number)
-        results: dict[int, tuple[float, bool]] = {}
-        with self._show(len(requests), "Running loglikelihood requests", disable_tqdm) as bar:
-            for number, result in self._score_all(contexts):
-                results[number] = result
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
-                bar.update(1)
-        return [results[number] for number in range(len(requests))]
+        return contexts
 
     def _score_all(self, contexts: dict[Ids, Context]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Yield request number and (log-likelihood, whether greedy decoding gives it) of all contexts.

@@ -27,7 +27,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a piece of code may take; each process of it but for `seconds`, `disk_bytes` and `output_bytes`."""
+    """Bounds of a piece of code: `seconds`, `disk_bytes` and `output_bytes` for all of it, the others for a process."""
 
     seconds: float = 10.0
     """Time by the clock, for all of it."""

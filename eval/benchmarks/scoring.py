@@ -42,10 +42,6 @@ class BenchmarkTasks:
             if task.OUTPUT_TYPE == "generate_until"
         }
 
-    def __len__(self) -> int:
-        """Return the number of items."""
-        return sum(self.counts)
-
     def score(self, lm: HFLM, part: Slice) -> tuple[dict[str, Any], list[dict]]:
         """Score the items of a slice.
 

@@ -100,8 +100,7 @@ def average(results: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if not present or len(present) < len(results):
         return None
     errors = [result["stderr"] for result in present]
-    known = [error for error in errors if error is not None]
-    stderr = sqrt(sum(error**2 for error in known)) / len(known) if len(known) == len(errors) else None
+    stderr = None if None in errors else sqrt(sum(error**2 for error in errors)) / len(errors)
     return {"value": fmean(result["value"] for result in present), "stderr": stderr}
 
 

@@ -14,7 +14,7 @@ from pipelines.commands.checkpoints import describes_itself, find_opener, find_r
 
 
 class ModelInput:
-    """What the command names as its model, checked, and opened as a Hugging Face folder."""
+    """The model that a command names. It is checked first, and opened as a Hugging Face folder later."""
 
     def __init__(self, checkpoint: Path, weights: Literal["bf16", "int4"] | None):
         """Check the input; nothing large is read yet.

@@ -16,7 +16,7 @@ from pipelines.display import Display, format_table
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.run_lock import lock_run
 from pipelines.engine.runner import run_steps
-from pipelines.engine.step import is_up_to_date
+from pipelines.engine.step import is_up_to_date, plan_actions
 from pipelines.preflight import check_disk
 from pipelines.printing import quote_command
 from pipelines.recipe import Recipe
@@ -114,11 +114,11 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
             f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
         )
     inputs.require_output_folder("--out", run)
-    check_disk(recipe, run)
-    # Slow to import, as Ray is below: only once the input has been accepted.
+    # Slow to import, as Ray is below: only once the recipe has been accepted.
     from eval.benchmarks.items import PACKAGE
     from pipelines.steps.build_steps import build_steps
 
+    check_disk(recipe, run, plan_actions(build_steps(Context(recipe, run, None, print), PACKAGE), run, Manifest(run)))
     run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
         manifest, stop = Manifest(run), threading.Event()

@@ -64,6 +64,21 @@ def decide(step: Step, inputs: dict[str, str], entry: dict[str, Any], run: Path)
     return Decision("redo", f"{', '.join(missing)} is gone") if missing else Decision("skip", "up to date")
 
 
+def plan_actions(steps: list[Step], run: Path, manifest: Manifest) -> dict[str, str]:
+    """Return what would happen to each step if all were brought up to date now: run, redo, resume or skip.
+
+    A step whose inputs are still to be made counts as one that is run.
+    """
+    actions: dict[str, str] = {}
+    for step in steps:
+        if all(actions[name] == "skip" for name in step.needs):
+            inputs = step_identities(manifest, step.needs)
+            actions[step.name] = decide(step, inputs, manifest.step(step.name), run).action
+        else:
+            actions[step.name] = "run"
+    return actions
+
+
 def is_up_to_date(steps: list[Step], run: Path, manifest: Manifest, until: str | None) -> bool:
     """Return whether every step as far as `until` would be skipped."""
     return all(

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval.export.sizes import int4_bytes
+from eval.report.drawing import INK, SOFT, style_axes
 from pipelines.scaling.fit import Fit
 from pipelines.scaling.law import Law
 from pipelines.scaling.points import SCALE_TOLERANCE, Point, group_scales
@@ -22,7 +23,6 @@ from titan_ext.model_stats import count_parameters, kv_cache_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, SOFT, GRID = "#22262b", "#555b63", "#e4e7eb"
 CONTEXT = 8192
 """Positions of the KV cache, of 8 bits a value, in pictures with a memory."""
 MEMORIES = (0.5e9, 1e9, 2e9, 3e9, 5e9, 8e9)
@@ -82,7 +82,7 @@ def draw_experts(
             if found:
                 colour = COLOURS[number]
                 axes.plot(*zip(*found, strict=True), MARKERS[number], mfc="white", mec=colour, mew=1.8, ms=8, zorder=3)
-        style_axes(axes, f"{format_count(length)} tokens")
+        style_axes(axes, f"{format_count(length)} tokens", grid="both")
         axes.set(xscale="log", xlabel="coarse experts E")
         set_ticks(axes, shown)
     figure.axes[0].set_ylabel("loss, nats a token" if points else "predicted loss, nats a token")
@@ -111,12 +111,12 @@ def draw_tradeoffs(law: Law, memories: Sequence[float], compute: float, path: Pa
         left.plot([m.count.active for m in models], losses, label=f"E = {experts}", **style)
         right.plot(*_keep_best(models, losses), label=f"E = {experts}", **style)
     least = min(candidate.predict_loss(law) for candidate in candidates)
-    style_axes(left, f"Equal training compute, {compute:.0e} FLOPs")
+    style_axes(left, f"Equal training compute, {compute:.0e} FLOPs", grid="both")
     left.set(xscale="log", xlabel="active parameters", ylabel="predicted loss, nats a token", xlim=(1e8, 1e10))
     left.set_ylim(least - 0.01, least + SHOWN_LOSS)
     set_ticks(left, [1e8, 3e8, 1e9, 3e9, 1e10])
     left.legend(frameon=False, fontsize=8, ncols=2)
-    style_axes(right, "The same compute within a memory")
+    style_axes(right, "The same compute within a memory", grid="both")
     right.set(xscale="log", xlabel="weights and KV cache, GB", xlim=(min(memories) / 1e9 / 2, max(memories) / 1e9))
     set_ticks(right, [memory / 1e9 for memory in memories])
     figure.savefig(path)
@@ -156,7 +156,7 @@ def draw_solutions(law: Law, marked: dict[str, tuple[float, float]], path: Path)
         axes.annotate(name, (compute, memory / 1e9), xytext=(7, 4), textcoords="offset points", fontweight="bold")
     bar = figure.colorbar(filled, ax=axes, ticks=EXPERTS, format=FuncFormatter(lambda value, _: f"{value:g}"))
     bar.set_label("best number of coarse experts E", fontsize=9, color=SOFT)
-    style_axes(axes, "Best experts (shade) and predicted loss (lines, nats a token)")
+    style_axes(axes, "Best experts (shade) and predicted loss (lines, nats a token)", grid="both")
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="weights and KV cache, GB")
     axes.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 8]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -171,23 +171,11 @@ def draw_residuals(points: Sequence[Point], residuals: Sequence[float], path: Pa
     for axes, (name, label) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         axes.axhline(0, color=SOFT, lw=1)
         axes.plot([getattr(point, name) for point in points], residuals, "o", ms=4, color=COLOURS[0], alpha=0.6)
-        style_axes(axes, "")
+        style_axes(axes, "", grid="both")
         axes.set(xscale="log", xlabel=label)
         set_ticks(axes, [float(np.mean(scale)) for scale in group_scales(getattr(point, name) for point in points)])
     figure.axes[0].set_ylabel("log loss, measured - predicted")
     figure.savefig(path)
-
-
-def style_axes(axes: Axes, title: str) -> None:
-    """Give axes a title and the common look."""
-    axes.set_title(title, loc="left", fontsize=9.5, color=INK, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c4c8ce")
-    axes.tick_params(colors=SOFT, labelsize=8)
-    axes.xaxis.label.set(size=9, color=SOFT)
-    axes.yaxis.label.set(size=9, color=SOFT)
-    axes.grid(color=GRID, lw=0.6)
-    axes.set_axisbelow(True)
 
 
 def set_ticks(axes: Axes, values: Sequence[float]) -> None:

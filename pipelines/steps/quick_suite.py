@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.atomic import remove
+from core.json_lines import cut_last_lines, read_json_lines
 from core.progress import ignore_progress
 from core.stages import STAGE_FOLDERS
 from eval.config import EvaluationConfig
@@ -56,6 +57,9 @@ class QuickSuite:
 
     def watch(self, trained: threading.Event) -> None:
         """Score due checkpoints as they appear, until `trained` is set and none is left."""
+        path = self._folder / RESULTS
+        if path.exists():
+            cut_last_lines(path, lambda record: False)  # a line that a killed process left torn
         while True:
             is_last = trained.is_set()
             due = self.list_due()
@@ -68,9 +72,7 @@ class QuickSuite:
 
     def list_due(self) -> list[int]:
         """Return the steps of finished checkpoints that are to be scored and are not, the first one first."""
-        path = self._folder / RESULTS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        scored = {json.loads(line)["step"] for line in lines}
+        scored = {record["step"] for record in read_json_lines(self._folder / RESULTS)}
         steps = list_finished_checkpoints(self._folder)
         return [step for step in steps if step % self._interval == 0 and step not in scored | self._given_up]
 
@@ -132,7 +134,7 @@ def score_checkpoint_on_worker(
 
     config = EvaluationConfig(
         benchmarks=recipe.evaluation.quick_benchmarks, limit=recipe.evaluation.quick_limit,
-        batch_tokens=recipe.evaluation.batch_tokens,
+        batch_tokens=recipe.evaluation.batch_tokens, allow_missing_items=recipe.evaluation.allow_missing_items,
     )  # fmt: skip
     form = "int4" if recipe.stages.get(name).quantize else "bf16"
     with tempfile.TemporaryDirectory(prefix="mobilemoe-benchmarks-") as scratch:

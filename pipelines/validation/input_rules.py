@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.errors import RefusedInput
+from eval.config import EvaluationConfig
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, find_nonpositive
+
+if TYPE_CHECKING:
+    from eval.benchmarks.suites import Benchmark
 
 
 def find_start_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -137,17 +141,7 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
     if config.suite not in SUITES:
         yield Problem("evaluation.suite", config.suite, "is no suite", f"choose one of {', '.join(sorted(SUITES))}")
     else:
-        keys = [benchmark.key for benchmark in SUITES[config.suite]]
-        for name in config.benchmarks:
-            if name not in keys:
-                rule = f"is no benchmark of the suite {config.suite}"
-                yield Problem("evaluation.benchmarks", name, rule, f"choose among {', '.join(keys)}")
-        code = [
-            b.key for b in SUITES[config.suite] if b.runs_code and (not config.benchmarks or b.key in config.benchmarks)
-        ]
-        if code and not config.run_generated_code:
-            rule = f"{', '.join(code)} run code that the model writes"
-            yield Problem("evaluation.run_generated_code", False, rule, "set it, or choose other evaluation.benchmarks")
+        yield from _find_benchmark_problems(config, SUITES[config.suite])
     for name in config.quick_benchmarks:
         if name not in [benchmark.key for benchmark in FOUNDATIONAL]:
             rule = "is no benchmark of the suite foundational"
@@ -160,6 +154,22 @@ def find_evaluation_problems(recipe: Recipe) -> Iterator[Problem]:
     if config.limit is not None and config.limit <= 0:
         yield Problem("evaluation.limit", config.limit, "must be above 0", "leave it out to take all items")
     yield from find_nonpositive("evaluation", config, ("batch_tokens", "heldout_tokens"))
+
+
+def _find_benchmark_problems(config: EvaluationConfig, suite: "Sequence[Benchmark]") -> Iterator[Problem]:
+    """Yield the benchmarks that the suite lacks, that have no items, or that need a permission."""
+    known = {benchmark.key: benchmark for benchmark in suite}
+    for name in config.benchmarks:
+        if name not in known:
+            rule = f"is no benchmark of the suite {config.suite}"
+            yield Problem("evaluation.benchmarks", name, rule, f"choose among {', '.join(known)}")
+        elif known[name].items.place == "folder" and not config.items_folder:
+            way_out = "give evaluation.items_folder, or leave it out"
+            yield Problem("evaluation.benchmarks", name, "has no items in a registry", way_out)
+    code = [key for key, b in known.items() if b.runs_code and (not config.benchmarks or key in config.benchmarks)]
+    if code and not config.run_generated_code:
+        rule = f"{', '.join(code)} run code that the model writes"
+        yield Problem("evaluation.run_generated_code", False, rule, "set it, or choose other evaluation.benchmarks")
 
 
 def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -261,6 +261,15 @@ def test_bad_input_is_refused(model_dir, items, tmp_path):
         evaluate(tmp_path, items=items, config=EvaluationConfig(), **arguments)
 
 
+def test_a_benchmark_that_is_named_and_has_no_items_is_refused(model_dir, tmp_path):
+    prepare({}, tmp_path / "items", ignore_progress, allow_missing=True)
+    arguments = dict(items=tmp_path / "items", out=tmp_path / "out", progress=ignore_progress)
+    with pytest.raises(RefusedInput, match=r"there are no items of piqa; give --items-folder"):
+        evaluate(model_dir, config=EvaluationConfig(benchmarks=("piqa", "bbh"), limit=1), **arguments)
+    config = EvaluationConfig(benchmarks=("piqa",), limit=1, allow_missing_items=True)
+    assert evaluate(model_dir, config=config, **arguments) == {}
+
+
 def test_benchmarks_without_items_are_left_out(model_dir, tmp_path):
     prepare({}, tmp_path / "items", ignore_progress, allow_missing=True)
     config = EvaluationConfig(limit=1)

@@ -103,6 +103,16 @@ def test_what_waits_for_a_worker_is_kept_from_deletion(prepared, context):
     assert [record["step"] for record in records(context)] == [4]
 
 
+def test_a_line_that_a_killed_driver_left_torn_is_no_obstacle(prepared, context):
+    path = context.run / "stages/3_sft/benchmarks.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 4, "benchmarks": {}}\n{"step": 8, "ben')
+    with score_beside(context, "sft"):
+        for step in (4, 8):
+            write_checkpoint(prepared, context, step)
+    assert [record["step"] for record in records(context)] == [4, 8]
+
+
 def test_a_failure_is_said_and_training_goes_on(prepared, context):
     def fail(*_, **__):
         raise WorkerFailed("no memory")

@@ -9,10 +9,17 @@ import pytest
 from core.stages import STAGES
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.validate_config import estimate_bytes, validate_config
+from eval.benchmarks.items import PACKAGE
+from eval.config import EvaluationConfig
+from pipelines.engine.fingerprints import fingerprint
 from pipelines.engine.manifest import Manifest
+from pipelines.engine.step import plan_actions
 from pipelines.preflight import check_disk, estimate_disk, estimate_left, measure_folder
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
+from pipelines.steps import STEPS
+from pipelines.steps.build_steps import build_steps
+from pipelines.steps.context import Context
 from pipelines.validation.input_rules import read_tokenizer_size
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.validate_recipe import find_problems, validate_recipe
@@ -66,6 +73,7 @@ REFUSALS = [
     ("model.shared_hidden", -64, "model.shared_hidden", "must not be negative"),
     ("stages.sft.benchmark_interval", 30, "stages.sft.benchmark_interval", "must be a multiple of"),
     ("evaluation.benchmarks", ("pica",), "evaluation.benchmarks", "is no benchmark of the suite foundational"),
+    ("evaluation", EvaluationConfig("advanced", ("gpqa",)), "evaluation.benchmarks", "has no items in a registry"),
     ("evaluation.quick_benchmarks", ("pica",), "evaluation.quick_benchmarks", "is no benchmark of the suite"),
     ("evaluation.suite", "advanced", "evaluation.run_generated_code", "run code that the model writes"),
     ("evaluation.items_folder", "/nowhere", "evaluation.items_folder", "is no folder"),
@@ -172,11 +180,15 @@ def test_tokenizer_that_is_none_is_refused(tmp_path):
         read_tokenizer_size(tmp_path)
 
 
+NEW = dict.fromkeys(STEPS, "run")
+"""Actions of a run of which nothing is there."""
+
+
 def test_disk_check_refuses_with_numbers(smoke, tmp_path, monkeypatch):
-    check_disk(smoke, tmp_path / "not" / "there")
+    check_disk(smoke, tmp_path / "not" / "there", NEW)
     huge = replace(smoke, model=dataclasses.replace(FLAVORS["L"], n_layers=100_000))
-    with pytest.raises(ValueError, match=r"needs about [\d,]+\.\d\d GB .* free; give --out"):
-        check_disk(huge, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"still needs about [\d,]+\.\d\d GB .* free; give --out"):
+        check_disk(huge, tmp_path / "run", NEW)
     assert not (tmp_path / "run").exists()
 
 
@@ -184,31 +196,44 @@ def test_disk_check_counts_what_is_still_to_be_written(smoke, tmp_path, monkeypa
     whole, looked = estimate_disk(smoke), []
 
     def measure(folder):
-        looked.append(folder.name)
+        looked.append(str(folder.relative_to(tmp_path)))
         return measure_folder(folder)
 
     monkeypatch.setattr("pipelines.preflight.measure_folder", measure)
     monkeypatch.setattr("pipelines.preflight.shutil.disk_usage", lambda path: SimpleNamespace(free=whole.total - 1000))
-    assert estimate_left(smoke, tmp_path) == whole
-    with pytest.raises(ValueError, match="free"):
-        check_disk(smoke, tmp_path)
     (tmp_path / "data.partial").mkdir()
     (tmp_path / "data.partial" / "shard").write_bytes(b"x" * 1000)
-    check_disk(smoke, tmp_path)
-    # The data is finished, and so is the first stage: neither is wanted again, or looked at.
-    manifest = Manifest(tmp_path)
-    manifest.describe(smoke)
-    for name in ("data", "pretrain"):
-        manifest.start(name, {"fingerprint": "x"})
-        manifest.finish(name, "done")
-    looked.clear()
-    left = estimate_left(smoke, tmp_path)
+    # Where the data is done anew, the former work stays beside it.
+    for action in ("run", "redo"):
+        assert estimate_left(smoke, tmp_path, NEW | {"data": action}) == whole
+    with pytest.raises(ValueError, match="free"):
+        check_disk(smoke, tmp_path, NEW)
+    assert looked == []
+    check_disk(smoke, tmp_path, NEW | {"data": "resume"})
+    assert looked == ["data.partial"]
+    left = estimate_left(smoke, tmp_path, NEW | {"data": "skip", "pretrain": "skip", "midtrain": "resume"})
     assert left.data == 0 and left.checkpoints == pytest.approx(whole.checkpoints * 3 / 4)
-    assert "data" not in looked and looked.count("checkpoint") == 3
-    # Another option of the data: all of it is made anew.
-    other = replace(smoke, seed=1)
-    assert estimate_left(other, tmp_path).data == whole.data - 1000
-    assert estimate_left(other, tmp_path).checkpoints == whole.checkpoints
+    assert looked[1:] == ["stages/2_midtrain/checkpoint"]
+
+
+def test_workers_and_other_options_that_change_no_bytes_ask_for_no_room_again(smoke, tmp_path):
+    """A finished data step counts as finished, whatever the number of its workers."""
+    manifest, inputs = Manifest(tmp_path), {}
+    for step in build_steps(Context(smoke, tmp_path, None, print), PACKAGE)[:4]:
+        manifest.start(step.name, {
+            "version": step.version, "config": step.config, "inputs": {name: inputs[name] for name in step.needs},
+            "fingerprint": fingerprint(step, {name: inputs[name] for name in step.needs}),
+        })  # fmt: skip
+        inputs[step.name] = f"identity of {step.name}"
+        manifest.finish(step.name, "done", identity=inputs[step.name])
+        for output in step.outputs:
+            (tmp_path / output).mkdir(parents=True)
+    other = replace(smoke, data=replace(smoke.data, workers=512))
+    for recipe, expected in ((smoke, "skip"), (other, "skip"), (replace(smoke, seed=1), "redo")):
+        actions = plan_actions(
+            build_steps(Context(recipe, tmp_path, None, print), PACKAGE), tmp_path, Manifest(tmp_path)
+        )
+        assert actions["data"] == expected and actions["midtrain"] == "run"
 
 
 def test_recipe_as_dict_is_json_ready(smoke):
