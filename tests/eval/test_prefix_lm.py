@@ -25,13 +25,7 @@ from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.shared_prefixes import group_by_prefix
 from eval.benchmarks.text_lm import TextLM
 from eval.export.hf_folder import write_hf_folder
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
-
-SIZES = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": 5, "initializer_range": 0.3,
-}  # fmt: skip
+from tests.eval.tiny_checkpoint import DIMS, LLAMA_SIZES, random_tensors, write_tokenizer
 
 
 @pytest.fixture(scope="module", params=["mobilemoe", "llama", "qwen3", "gemma3", "bloom"])
@@ -44,9 +38,9 @@ def models(request, tmp_path_factory):
     else:
         torch.manual_seed(0)
         if request.param == "gemma3":  # its layers see 16 tokens, and bloom takes no positions: they are not shared
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=16))
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**LLAMA_SIZES, sliding_window=16))
         else:
-            config = {"llama": LlamaConfig, "qwen3": Qwen3Config, "bloom": BloomConfig}[request.param](**SIZES)
+            config = {"llama": LlamaConfig, "qwen3": Qwen3Config, "bloom": BloomConfig}[request.param](**LLAMA_SIZES)
             model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder)
         write_tokenizer(folder)

@@ -25,6 +25,13 @@ DIMS = ModelDims(
     rope_scaling=RopeScaling(factor=16.0, original_max_position_embeddings=64),
 )  # fmt: skip
 
+LLAMA_SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 5, "initializer_range": 0.3,
+}  # fmt: skip
+"""Sizes of tiny models of other architectures, for the same tokenizer."""
+
 SPECIAL_TOKENS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<|finetune_right_pad_id|>", "<|python_tag|>", "<|eom_id|>",

@@ -28,17 +28,13 @@ from pipelines.commands import evaluate
 from pipelines.commands.baselines import fetch_baseline
 from pipelines.commands.model_input import ModelInput
 from tests.eval.miniature_items import write_wheel
-from tests.eval.tiny_checkpoint import DIMS, random_tensors, write_tokenizer
+from tests.eval.tiny_checkpoint import DIMS, LLAMA_SIZES, random_tensors, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
 
-SIZES = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": 5, "initializer_range": 0.3,
-}  # fmt: skip
 ARCHITECTURES = {
-    "olmoe-1b-7b": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2), "llama-3.2-1b": LlamaConfig(**SIZES),
-    "qwen3-0.6b": Qwen3Config(**SIZES), "gemma-3-270m": Gemma3TextConfig(**SIZES, sliding_window=16),
+    "olmoe-1b-7b": OlmoeConfig(**LLAMA_SIZES, num_experts=4, num_experts_per_tok=2),
+    "llama-3.2-1b": LlamaConfig(**LLAMA_SIZES),
+    "qwen3-0.6b": Qwen3Config(**LLAMA_SIZES), "gemma-3-270m": Gemma3TextConfig(**LLAMA_SIZES, sliding_window=16),
 }  # fmt: skip
 
 
