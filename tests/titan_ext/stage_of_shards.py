@@ -58,5 +58,7 @@ def sequences(loaders, micro_steps):
     try:
         return np.concatenate([rows(next(it)) for _ in range(micro_steps) for it in iterators])
     finally:
+        for loader in loaders:  # the thread that packs batches ahead first: it asks for shards
+            loader._packer.shutdown(cancel_futures=True)
         shard_store._worker_pool().shutdown()
         shard_store._worker_pool.cache_clear()
