@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+N_ANSWER = 32
+"""Number of tokens that a profile decodes after the prompt; prompt and answer together fill the context."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -39,6 +42,10 @@ class ExportConfig:
 
     formats: tuple[str, ...] = ("hf-native", "compressed-tensors", "gguf", "mlx", "executorch")
     """Formats that a run ends with, beside bf16 and int4: names of `eval.export.formats.PACKAGED`."""
+
+    profile_contexts: tuple[int, ...] = (512, 2048)
+    """Numbers of tokens of prompt and answer at which a run's ExecuTorch program is measured on the machine that made
+    it, as far as its context reaches; empty measures it nowhere."""
 
     max_shard_bytes: int = 4 << 30
     """Size limit of one safetensors file, bytes."""

@@ -26,6 +26,7 @@ from core.atomic import write_json
 from core.errors import RefusedInput
 from core.progress import Progress, ignore_progress
 from eval.compute_dtype import choose_float_dtype
+from eval.config import N_ANSWER
 from eval.device import prompts
 from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
@@ -34,8 +35,6 @@ from eval.hf_mobilemoe.folder_mobilemoe import read_json
 
 CONTEXTS = (512, 1024, 2048, 4096)
 """Numbers of tokens of prompt and answer that are measured by default."""
-N_ANSWER = 32
-"""Number of tokens decoded after the prompt; prompt and answer together fill the context."""
 MOST_REPETITIONS = 1000
 TIMEOUT_SECONDS = 1800
 """Time limit of one measuring process."""

@@ -78,6 +78,7 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         "heldout": heldout_tables.collect_heldout(run),
         "artifacts": measure_artifacts(run, model["total"] if model else None),
         "published_sizes": measure_published(),
+        "profile": _read_json(run / "profile/profile.json") or None,
         "computed_in": list_dtypes(run),
         "data": collect_data(run),
         "operation": operation.describe_operation(run, manifest, stages),

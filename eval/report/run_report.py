@@ -127,6 +127,7 @@ def _make_environment() -> Environment:
         "difference": _format_difference,
         "count": _make_filter("{:,.0f}"),
         "ratio": _make_filter("{:.2f}"),
+        "milliseconds": _make_filter("{:,.1f}", 1000),
         "bytes": _format_bytes,
         "duration": _format_duration,
     }

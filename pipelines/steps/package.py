@@ -16,11 +16,15 @@ def list_outputs(recipe: Recipe) -> dict[str, str]:
     return {name: f"artifacts/{FORMATS[name].artifact}" for name in recipe.export.formats}
 
 
+def choose_device(recipe: Recipe) -> DeviceConfig:
+    """Return the options of the run's ExecuTorch program: the usual context, as far as the model has it."""
+    return DeviceConfig(context=min(DeviceConfig.context, recipe.model.max_seq_len))
+
+
 def package_artifacts(context: Context) -> None:
     """Write every format that is not there yet. One that fails ends the step, after the others are written."""
     recipe = context.recipe
-    device = DeviceConfig(context=min(DeviceConfig.context, recipe.model.max_seq_len))
-    options = replace(ExportOptions(), export=recipe.export, device=device)
+    options = replace(ExportOptions(), export=recipe.export, device=choose_device(recipe))
     missing = [name for name, output in list_outputs(recipe).items() if not (context.run / output).exists()]
     arguments = (context.run, missing, options, context.progress("package"))
     context.run_job("package", package_on_worker, arguments, cpus=recipe.cluster.cpus_per_task)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from core.stages import SHARD_FOLDERS
+from eval.config import N_ANSWER
 from eval.export.formats import FORMATS, PACKAGED
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, divides, find_nonpositive, list_divisors
@@ -205,7 +206,9 @@ def find_quantization_problems(quantization: QuantizationConfig, model: ModelDim
 
 
 def find_format_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield the formats of `export.formats` that are none, are named twice, or cannot hold the recipe's model."""
+    """Yield the formats of `export.formats` that are none, are named twice, or cannot hold the recipe's model, and
+    contexts that leave no room for a prompt.
+    """
     names = recipe.export.formats
     for i, name in enumerate(names):
         others = " ".join(["--export.formats", *(other for other in names if other != name)])
@@ -216,6 +219,10 @@ def find_format_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("export.formats", name, "is named twice", "name it once")
         elif reason := FORMATS[name].explain_misfit(recipe.model, recipe.quantization):
             yield Problem("export.formats", name, reason, f"leave it out: {others}")
+    for wanted in recipe.export.profile_contexts:
+        if wanted <= N_ANSWER:
+            rule = f"must be above {N_ANSWER}, the tokens that are decoded after the prompt"
+            yield Problem("export.profile_contexts", wanted, rule, "set 512, or none")
 
 
 def _find_group_size_problems(field: str, group_size: int, widths: dict[str, int]) -> Iterator[Problem]:

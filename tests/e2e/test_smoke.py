@@ -129,6 +129,7 @@ def test_every_step_is_done_and_finished_steps_were_not_redone(finished):
                 assert after[name]["finished"] == entry["finished"], f"{name} was done and ran again"
     assert not (run / "stale").exists()
     assert not list(run.rglob("*.partial"))
+    assert json.loads((run / "profile/profile.json").read_text())["measurements"][0]["context"] == 512
 
 
 def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):

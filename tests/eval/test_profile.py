@@ -6,8 +6,9 @@ import pytest
 
 from core.errors import RefusedInput
 from eval import compute_dtype
+from eval.config import N_ANSWER
 from eval.device import profile_worker, prompts
-from eval.device.profile import N_ANSWER, count_float_bytes, describe
+from eval.device.profile import count_float_bytes, describe
 from eval.export.dimensions import config_from_dims
 from eval.export.hf_native import export_native
 from eval.export.source import open_folder

@@ -125,6 +125,18 @@ def make_run(run):
             "recipe": {"model": asdict(FLAVORS["tiny"]), "parallel": {"world_size": 4}},
         },
     )
+    measured = {"load_seconds": 0.25, "ttft_seconds": 0.0421, "prefill_tokens_per_second": 11_401.4,
+                "decode_tokens_per_second": 912.3, "peak_rss_bytes": 230_000_000, "floor_rss_bytes": 210_000_000,
+                "weight_bytes_a_decoded_token": 1_500_000, "weight_bytes_of_the_prompt": None}  # fmt: skip
+    put(
+        run / "profile/profile.json",
+        {
+            "artifact": {"folder": "program", "format": "ExecuTorch, stock", "file_bytes": 2_300_000},
+            "machine": {"cpu": "A CPU <1.0>", "python": "3.11.7", "threads": 2},
+            "repetitions": 3,
+            "measurements": [{"domain": "knowledge", "context": 512} | measured],
+        },
+    )
     for name, size in (("bf16", 6_000_000), ("int4", 2_100_000), ("executorch", 2_300_000)):
         put(run / "artifacts" / name / "model.safetensors", "x" * size)
         put(run / "artifacts" / name / "config.json", "{}")
@@ -154,6 +166,15 @@ def test_a_finished_run_has_nothing_missing_and_every_number_is_from_the_folder(
         costs = {"rounding_cost": 0.10, "qat_cost": 0.025, "qat_against_rounding": -0.075}
         assert {name: table[name]["value"] for name in costs} == pytest.approx(costs)
     assert results["data"]["contaminated"] == {"piqa": 2}
+
+
+def test_the_profile_of_the_program_names_the_machine(finished):
+    run, _ = finished
+    markdown, html = ((run / "report" / name).read_text() for name in ("report.md", "report.html"))
+    row = ["knowledge", "512", "0.25", "42.1", "11,401", "912", "230.0 MB", "20.0 MB", "1.5 MB"]
+    assert f"| {' | '.join(row)} |" in markdown
+    assert "".join(f"<td>{cell}</td>" for cell in row[1:]) in html
+    assert r"on A CPU \<1.0\>, 2 threads; medians of 3" in markdown and "on A CPU &lt;1.0&gt;, 2 threads" in html
 
 
 def test_the_table_says_plainly_what_is_chance(finished):

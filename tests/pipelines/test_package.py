@@ -1,5 +1,6 @@
 """The step `package`: every format of a run, what one failure leaves, and what a recipe may not ask for."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from eval.export.hf_folder import write_hf_folder
 from pipelines.recipe import Recipe
 from pipelines.recipes import smoke
 from pipelines.steps.package import list_outputs, package_on_worker
+from pipelines.steps.profile import list_profile_outputs, profile_on_worker
 from pipelines.validation.validate_recipe import find_problems
 from tests.eval.tiny_checkpoint import DIMS, quantize_folder, random_tensors, write_tokenizer
 from tests.runtimes import run_card
@@ -43,6 +45,9 @@ def test_one_format_that_fails_is_named_and_the_others_are_kept(run, tmp_path):
     assert verify_checksums(artifacts / "program") and (artifacts / "program/model.pte").is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert run_card(artifacts / "program", dict(os.environ), tmp_path).endswith("\n")
+    profile_on_worker(artifacts / "program", run / "profile", [48], 1, lambda *_: None)
+    profile = json.loads((run / "profile/profile.json").read_text())
+    assert {m["context"] for m in profile["measurements"]} == {48} and profile["machine"]["threads"] == 1
 
 
 def test_the_file_names_the_run_it_comes_from(run, tmp_path):
@@ -56,6 +61,16 @@ def test_the_file_names_the_run_it_comes_from(run, tmp_path):
 def test_every_format_has_a_folder_of_its_own():
     assert set(list_outputs(smoke.recipe())) == set(PACKAGED)
     assert len({entry.artifact for entry in FORMATS.values()}) == len(FORMATS)
+
+
+def test_a_run_profiles_the_program_that_it_makes_where_there_is_room():
+    recipe = smoke.recipe()
+    assert list_profile_outputs(recipe) == ("profile",)
+    for fields in ({"formats": ("gguf",)}, {"profile_contexts": ()}):
+        assert list_profile_outputs(replace(recipe, export=replace(recipe.export, **fields))) == ()
+    assert list_profile_outputs(replace(recipe, model=replace(recipe.model, max_seq_len=32))) == ()
+    (fault,) = find_problems(replace(recipe, export=replace(recipe.export, profile_contexts=(512, 32))))
+    assert str(fault).startswith("export.profile_contexts = 32: must be above 32")
 
 
 def list_faults(recipe: Recipe) -> list[str]:
