@@ -2,6 +2,8 @@
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
 """Names of the training stages in the order in which they run (arXiv 2605.27358)."""
+BASE_STAGES = ("pretrain", "midtrain")
+"""Stages before instruction tuning: their models have seen no chat template."""
 STAGE_FOLDERS = {name: f"stages/{number}_{name}" for number, name in enumerate(STAGES, 1)}
 """Stage -> the folder of its checkpoints and logs, relative to the run folder."""
 SHARD_FOLDERS = ("pretrain", "midtrain", "sft")

@@ -21,6 +21,9 @@ class TokenizerConfig:
     """Folder or `tokenizer.json` of an existing tokenizer; empty trains one."""
     train_vocab_size: int = 4096
     """Number of entries of the trained tokenizer, special tokens included. Ignored where `path` is set."""
+    single_digits: bool = False
+    """Whether every digit is a word of its own to the trained tokenizer, as in Llama 2 and Qwen; Llama 3 takes up to
+    three together. A small model learns to calculate from single ones. Ignored where `path` is set."""
     template_date: str = ""
     """Date (2024-07-26) that the chat template of `path` prints where it would print today's; empty for the others."""
 

@@ -264,7 +264,8 @@ def _clean(
         ("5-near-buckets", dedup.make_near_buckets(near, groups)),
         ("6-near-cluster", dedup.make_near_cluster(near, groups)),
     ):
-        runner.run(name, [block], near_labels)
+        if near_labels:
+            runner.run(name, [block], near_labels)
     finish = [RankReader(work / "distinct"), dedup.make_near_filter(near)]
     if benchmark_texts:
         index = work / "benchmarks"
@@ -316,7 +317,8 @@ def _make_tokenizer(config: DataConfig, units: list[Unit], out: Path, progress: 
                     "data.tokenizer: no document is left for pre-training, so a tokenizer has nothing to learn from; "
                     "lower data.heldout_fraction or data.midtrain_fraction, add corpora, or give data.tokenizer.path"
                 )
-            made = tokenizer.train(chain([first], texts), config.tokenizer.train_vocab_size)
+            about = config.tokenizer
+            made = tokenizer.train(chain([first], texts), about.train_vocab_size, about.single_digits)
         tokenizer.save(made, folder)
     progress("8-tokenizer", 1, 1)
 

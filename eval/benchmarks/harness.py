@@ -43,7 +43,7 @@ VERSIONS = {name: version(name) for name in ("lm_eval", "transformers", "torch",
 
 
 def evaluate(
-    model_dir: Path, *, items: Path, out: Path, config: EvaluationConfig, progress: Progress
+    model_dir: Path, *, items: Path, out: Path, config: EvaluationConfig, progress: Progress, base: bool = False
 ) -> dict[str, dict]:
     """Score a Hugging Face folder (config.json, safetensors, tokenizer) on the benchmarks of a suite, in this process.
 
@@ -53,6 +53,8 @@ def evaluate(
             whose fingerprint (model files, items, limit, dtype, task configuration, versions) holds is not computed
             again.
         progress: called with the benchmark's key as the phase, and numbers of items.
+        base: whether it is a base model, which has seen no chat template: it gets plain prompts where the suite's are
+            rendered by one.
 
     Returns:
         benchmark key -> result with value (fraction), stderr, items, values (of every item, in order), shots, metric,
@@ -61,7 +63,7 @@ def evaluate(
     Raises:
         RefusedInput: the folder holds no model, the items are missing, or the suite or the limit is none.
     """
-    evaluation = Evaluation(model_dir, items=items, out=out, config=config)
+    evaluation = Evaluation(model_dir, items=items, out=out, config=config, base=base)
     total = evaluation.count_items()
     evaluation.score(lambda key: progress(key, evaluation.count_done(), total))
     return evaluation.finish()
@@ -70,10 +72,10 @@ def evaluate(
 class Evaluation:
     """The benchmarks of a suite on one model. Several processes may score the slices of one evaluation at once."""
 
-    def __init__(self, model_dir: Path, *, items: Path, out: Path, config: EvaluationConfig):
+    def __init__(self, model_dir: Path, *, items: Path, out: Path, config: EvaluationConfig, base: bool = False):
         """Check the input; the model is loaded when the first slice is scored. Arguments are those of `evaluate`."""
-        self._benchmarks, counts = choose_benchmarks(model_dir, items, config)
-        self._model_dir, self._items, self._out, self._config = model_dir, items, out, config
+        self._benchmarks, counts = choose_benchmarks(model_dir, items, config, base=base)
+        self._model_dir, self._items, self._out, self._config, self._base = model_dir, items, out, config, base
         self._parts = {key: cut_benchmark(key, count) for key, count in counts.items()}
         self._slices = SliceFolder(out / "slices")
         datasets.disable_progress_bars()
@@ -111,7 +113,7 @@ class Evaluation:
                     continue
                 show(benchmark.key)
                 lm = lm or load_model(self._model_dir, self._config.batch_tokens, self._config.activations)
-                facts, samples = build_benchmark(benchmark, self._items, self._config.limit).score(lm, part)
+                facts, samples = self._build(benchmark).score(lm, part)
                 facts |= {"context": lm.max_length}
                 self._slices.write(part, facts | identity, samples)
                 show(benchmark.key)
@@ -135,10 +137,13 @@ class Evaluation:
         if len(facts) < len(parts):
             return
         samples = self._slices.read_samples(parts)
-        task = build_benchmark(benchmark, self._items, self._config.limit).tasks[0]
+        task = self._build(benchmark).tasks[0]
         result = summarize(benchmark, facts, samples, task.VERSION, context=facts[0]["context"])
         write_bytes(self._out / f"{benchmark.key}.samples.jsonl.zst", compress_samples(samples))
         write_json(self._out / f"{benchmark.key}.json", result | identity)
+
+    def _build(self, benchmark: Benchmark) -> BenchmarkTasks:
+        return build_benchmark(benchmark, self._items, self._config.limit, self._base)
 
     def _read_result(self, benchmark: Benchmark) -> dict[str, Any] | None:
         path = self._out / f"{benchmark.key}.json"
@@ -164,10 +169,13 @@ class Evaluation:
         # An absolute folder that is the same everywhere: neither the place of the items nor the working directory is a
         # part of the identity.
         configs = load_task_configs(benchmark, Path("/items"))
-        return self._common_identity | {"task_sha256": hash_value([benchmark.describe(), configs])}
+        chat = {"chat": not self._base} if benchmark.chat else {}
+        return self._common_identity | chat | {"task_sha256": hash_value([benchmark.describe(), configs])}
 
 
-def choose_benchmarks(model_dir: Path, items: Path, config: EvaluationConfig) -> tuple[list[Benchmark], dict[str, int]]:
+def choose_benchmarks(
+    model_dir: Path, items: Path, config: EvaluationConfig, *, base: bool
+) -> tuple[list[Benchmark], dict[str, int]]:
     """Return the benchmarks of a suite that have items, and how many of them each is asked, by its key.
 
     Raises:
@@ -196,7 +204,7 @@ def choose_benchmarks(model_dir: Path, items: Path, config: EvaluationConfig) ->
             f"evaluation.benchmarks: there are no items of {named}; give --items-folder for those that no registry "
             "has, or choose others"
         )
-    requirements.check_requirements(chosen, model_dir, config)
+    requirements.check_requirements(chosen, model_dir, config, base=base)
     return chosen, {b.key: min(rows[b.key], config.limit or rows[b.key]) for b in chosen}
 
 
@@ -224,9 +232,9 @@ def load_model(model_dir: Path, batch_tokens: int, activations: str = "float") -
 
 
 @cache
-def build_benchmark(benchmark: Benchmark, items: Path, limit: int | None) -> BenchmarkTasks:
+def build_benchmark(benchmark: Benchmark, items: Path, limit: int | None, base: bool) -> BenchmarkTasks:
     """Build a benchmark's tasks, once for all models that a process evaluates: MMLU's are 57."""
-    return BenchmarkTasks(benchmark, items, limit)
+    return BenchmarkTasks(benchmark, items, limit, base=base)
 
 
 def hash_files(files: Iterable[Path]) -> str:

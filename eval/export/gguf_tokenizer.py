@@ -15,6 +15,8 @@ LLAMA3_WORDS = (
     r"|\s+(?!\S)|\s+"
 )
 """Llama 3's pattern of the words that are tokenized one by one."""
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+"""Qwen2's: every digit is a word."""
 
 
 def write_tokenizer(writer: GGUFWriter, folder: Path, chat_template: str, config: MobileMoEConfig) -> None:
@@ -68,9 +70,11 @@ def find_word_splitter(content: dict[str, Any], where: str) -> str:
     if is_byte_level and not last.get("use_regex", True) and patterns == [LLAMA3_WORDS]:
         # The same words; the first takes a word that is one token as that, the second merges it from its bytes.
         return "llama-bpe" if ignore_merges else "smaug-bpe"
+    if is_byte_level and not last.get("use_regex", True) and patterns == [QWEN2_WORDS] and not ignore_merges:
+        return "qwen2"
     if is_byte_level and last.get("use_regex", True) and not patterns and not ignore_merges:
         return "gpt-2"
     raise RefusedInput(
-        f"{where}: pre_tokenizer {steps} is neither Llama 3's nor GPT-2's, and llama.cpp knows ways to split text by "
-        "name only; export to another format, or train with Llama 3's pattern"
+        f"{where}: pre_tokenizer {steps} is not Llama 3's, Qwen2's or GPT-2's, and llama.cpp knows ways to split text "
+        "by name only; export to another format, or train with Llama 3's pattern"
     )

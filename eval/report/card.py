@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eval.benchmarks.suites import QUESTIONS
 from eval.report.scores import MODELS
 
 ARTIFACTS = {"sft": "bf16", "qat_int4": "int4"}
@@ -28,8 +29,10 @@ DATASETS = {
     "ifeval": ("google/IFEval", None),
     "mmlu_pro": ("TIGER-Lab/MMLU-Pro", None),
     "gpqa": ("Idavidrein/gpqa", "gpqa_diamond"),
+    **{benchmark.key: ("reasoning-gym", None) for benchmark in QUESTIONS},
 }
-"""Benchmark -> data set on the hub and its configuration, as lm-eval's stock task names them; None for several."""
+"""Benchmark -> data set on the hub and its configuration, as lm-eval's stock task names them; None for several.
+Generated benchmarks name the package that made them."""
 
 
 def build_model_index(results: dict[str, Any], model: str) -> str:

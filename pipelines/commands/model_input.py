@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import RefusedInput
-from core.stages import STAGE_FOLDERS
+from core.stages import BASE_STAGES, STAGE_FOLDERS
 from pipelines.commands import inputs
 from pipelines.commands.baselines import PREFIX, fetch_baseline
 from pipelines.commands.checkpoints import describes_itself, find_opener, find_run_of_checkpoint
@@ -42,6 +42,12 @@ class ModelInput:
         if self._run is None:
             return ()
         return self.checkpoint.absolute().relative_to(self._run.absolute()).parts
+
+    @property
+    def is_base(self) -> bool:
+        """Return whether it is a checkpoint of a stage before instruction tuning. Folders do not tell."""
+        names = [Path(STAGE_FOLDERS[stage]).name for stage in BASE_STAGES]
+        return any(name in self._parts for name in names)
 
     def place_results(self, suite: str) -> Path:
         """Return the folder of the results where none is given."""

@@ -14,10 +14,11 @@ from core.stages import STAGE_FOLDERS, STAGES
 from data.catalogue.corpora import Requirement, packages_needed
 from data.config import RUNTIME_FIELDS
 from data.tokens.tokenizer_files import hash_tokenizer_files
+from eval.benchmarks.suites import get_suite
 from pipelines.engine.step import Result, Step
 from pipelines.recipe import to_dict
 from pipelines.steps.context import Context
-from pipelines.steps.data import prepare_data, prepare_items
+from pipelines.steps.data import list_generated, prepare_data, prepare_items
 from pipelines.steps.evaluate import EVAL_OUTPUTS, evaluate_models
 from pipelines.steps.export import EXPORT_OUTPUTS, export_models
 from pipelines.steps.fetch import fetch_packages
@@ -64,10 +65,13 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
         "export": writing, "quantization": tree["quantization"], "precision": tree["parallel"]["precision"],
     }  # fmt: skip
     formats = list_outputs(recipe)
+    about_items = {"items_folder": tree["evaluation"]["items_folder"]}
+    if kinds := list_generated(get_suite(recipe.evaluation.suite, recipe.evaluation.benchmarks)):
+        about_items |= {"generated": kinds}
     profiling = {"profile_contexts": tree["export"]["profile_contexts"]}
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
-        step("items", 3, ("fetch",), {"items_folder": tree["evaluation"]["items_folder"]}, ("items",), prepare_items),
+        step("items", 3, ("fetch",), about_items, ("items",), prepare_items),
         step("data", 5, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),

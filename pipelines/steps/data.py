@@ -1,6 +1,7 @@
 """The steps `items` and `data`: benchmark items, then the tokenizer and the shards that training reads."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,33 +10,55 @@ from core.errors import RefusedInput
 from core.progress import Progress
 from core.stages import heldout_folder
 from data.config import DataConfig
-from eval.benchmarks.suites import get_suite
+from eval.benchmarks.suites import Benchmark, get_suite
 from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
 from pipelines.steps.fetch import list_packages
+
+GENERATED_ITEMS = 500
+"""Number of items of a generated benchmark."""
 
 
 def prepare_items(context: Context) -> None:
     """Write the benchmark items, and their texts for the decontamination of the corpora."""
     config = context.recipe.evaluation
     folder = Path(config.items_folder) if config.items_folder else None
+    suite = get_suite(config.suite, config.benchmarks)
+    kinds = list_generated(suite)
     arguments = (
         list_packages(context.run), context.run / "items", context.progress("items"), config.allow_missing_items,
-        folder,
+        folder, kinds,
     )  # fmt: skip
     made = context.run_job("items", prepare_items_on_worker, arguments, cpus=1)
-    wanted = {benchmark.key for benchmark in get_suite(config.suite, config.benchmarks)}
+    wanted = {benchmark.key for benchmark in suite}
     if left_out := [key for key in made["missing"] if key in wanted]:
         context.log_line(f"items: {', '.join(left_out)} have none, and are left out; see items/items.json")
 
 
+def list_generated(suite: Sequence[Benchmark]) -> list[str]:
+    """Return the kinds of questions that a suite wants generated."""
+    return [benchmark.key.removeprefix("questions_") for benchmark in suite if benchmark.items.place == "generated"]
+
+
+def generate_items(kinds: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of generated benchmarks, by benchmark."""
+    from data.readers.generated_questions import make_benchmark
+
+    return {f"questions_{kind}": make_benchmark(kind, GENERATED_ITEMS) for kind in kinds}
+
+
 def prepare_items_on_worker(
-    packages: dict[str, Path], out: Path, progress: Progress, allow_missing: bool, folder: Path | None
+    packages: dict[str, Path],
+    out: Path,
+    progress: Progress,
+    allow_missing: bool,
+    folder: Path | None,
+    kinds: Sequence[str],
 ) -> dict[str, Any]:
     """Write the benchmark items into `out` and return the content of its items.json."""
     from eval.benchmarks import items
 
-    return items.prepare(packages, out, progress, allow_missing, folder)
+    return items.prepare(packages, out, progress, allow_missing, folder, generate_items(kinds))
 
 
 def prepare_data(context: Context) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from core.atomic import atomic_write, partial_path, remove, write_json
 from core.progress import Progress
+from core.stages import BASE_STAGES
 from eval.config import EvaluationConfig
 from pipelines.steps.context import Context, Job
 
@@ -109,7 +110,8 @@ def score_benchmarks_on_worker(
     from eval.benchmarks.harness import Evaluation
 
     evaluations = {
-        name: Evaluation(model, items=items, out=out, config=config) for name, (model, out) in models.items()
+        name: Evaluation(model, items=items, out=out, config=config, base=name in BASE_STAGES)
+        for name, (model, out) in models.items()
     }
     total = sum(evaluation.count_items() for evaluation in evaluations.values())
     names = list(evaluations)

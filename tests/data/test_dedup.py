@@ -42,3 +42,15 @@ def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
     ]
     assert sum(map(len, left)) == kept
     assert page(4) in left[2]
+
+
+def test_texts_that_differ_in_numbers_alone_are_not_compared(tmp_path):
+    generated = replace(BOOKS, near_duplicates=False)
+    units = [Unit(generated, "", 0, 0), Unit(WEB, "", 0, 0)]
+    groups = dedup.assign_near_groups(units, "all")
+    assert groups == [None, "all"]
+    documents = [Document(text=text, id=str(i)) for i, text in enumerate((page(1), page(1)))]
+    dedup.make_near_signature(tmp_path, groups).run(documents, 0, 2)
+    assert not list(tmp_path.rglob("*.sig"))
+    nothing = dedup.assign_near_groups(units[:1], "all")
+    assert dedup.make_near_buckets(tmp_path, nothing)[1] == dedup.make_near_cluster(tmp_path, nothing)[1] == []

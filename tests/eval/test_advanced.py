@@ -12,7 +12,7 @@ from core.errors import RefusedInput
 from core.progress import ignore_progress
 from eval.benchmarks.harness import evaluate, load_model
 from eval.benchmarks.slices import read_samples
-from eval.benchmarks.suites import ADVANCED
+from eval.benchmarks.suites import ADVANCED, QUESTIONS
 from eval.benchmarks.tasks import build_tasks
 from eval.benchmarks.tasks.generated_code import check_humaneval, check_mbpp
 from eval.benchmarks.text_lm import BREAK, RENDERED
@@ -60,6 +60,41 @@ def test_the_suite_is_scored_with_the_chat_template(score, tmp_path):
             assert "<|eot_id|>" not in answer, "the model goes on with the turn"
     shots = read_samples(tmp_path / "out/gsm8k_chat.samples.jsonl.zst")[0]["arguments"][0][0]
     assert shots.count("<|start_header_id|>user") == 8 + 1, "an example is a turn of its own"
+
+
+def test_a_base_model_gets_plain_prompts_and_needs_no_template(model_dir, items, tmp_path):
+    config, found = EvaluationConfig(suite="questions", benchmarks=("questions_sums",)), {}
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    for is_base, folder in ((True, base), (False, model_dir)):
+        out = tmp_path / str(is_base)
+        (result,) = evaluate(
+            folder, items=items, out=out, config=config, progress=ignore_progress, base=is_base
+        ).values()
+        found[is_base] = [
+            sample["arguments"][0][0] for sample in read_samples(out / "questions_sums.samples.jsonl.zst")
+        ]
+        assert result["chat"] == (not is_base) and result["items"] == 4
+    assert found[True][0] == "Say 0."
+    assert found[False][0].startswith(RENDERED) and "Say 0." in found[False][0]
+    with pytest.raises(RefusedInput, match="has no chat template"):
+        evaluate(base, items=items, out=tmp_path / "refused", config=config, progress=ignore_progress)
+
+
+@pytest.mark.parametrize(
+    ("written", "score"), [("3", 1.0), ("\n3", 1.0), (" 3 ", 1.0), ("3\n", 1.0), ("3.", 0.0), ("", 0.0), ("33", 0.0)]
+)
+def test_an_answer_counts_without_the_white_space_around_it(written, score, items):
+    (task,) = build_tasks(next(b for b in QUESTIONS if b.key == "questions_sums"), items)
+    request = task.construct_requests(task.eval_docs[3], task.doc_to_text(task.eval_docs[3]))
+    request.resps = [written]
+    task._instances = [request]
+    task.apply_filters()
+    assert task.process_results(task.eval_docs[3], [request.filtered_resps["strip"]]) == {"exact_match": score}
 
 
 def test_a_rendered_prompt_has_the_ids_of_the_template_and_text_stays_text(model_dir):

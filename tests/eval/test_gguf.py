@@ -227,12 +227,13 @@ def test_a_trained_model_keeps_its_loss_in_q4_0(int4_folder, tmp_path):
     assert abs(losses[0] - losses[1]) < 0.01
 
 
-@pytest.mark.parametrize("ignore_merges", [False, True])
-def test_a_trained_tokenizer_gives_the_same_ids_and_chat(ignore_merges, tmp_path):
+@pytest.mark.parametrize(("single_digits", "ignore_merges"), [(False, False), (False, True), (True, False)])
+def test_a_trained_tokenizer_gives_the_same_ids_and_chat(single_digits, ignore_merges, tmp_path):
     require_runtime("llama_cpp")
-    texts = [*TEXTS, "def f(x):\n    return x**2  # 3.14159\n", "Der Straßenbahn-Fahrplan: 7:05, 17:35"] * 3
+    texts = [*TEXTS, "def f(x):\n    return x**2  # 3.14159\n", "Der Straßenbahn-Fahrplan: 7:05, 17:35, 1234"] * 3
     dims = replace(DIMS, vocab_size=400)
-    trained_tokenizer.save(trained_tokenizer.train(iter(texts), 400), tmp_path / "tokenizer")
+    made = trained_tokenizer.train(iter(texts), 400, single_digits)
+    trained_tokenizer.save(made, tmp_path / "tokenizer")
     if ignore_merges:
         path = tmp_path / "tokenizer/tokenizer.json"
         content = json.loads(path.read_text())

