@@ -1,10 +1,11 @@
 """A context and all of its answers in one row: the context passes once, and no cache is copied from answer to answer.
 
 Each answer sees the context and itself: a 4-D mask and positions that go on from the context for every answer anew.
-Shape suffixes: B rows, L positions of a row, K of them kept at its end, T targets of the batch, V vocabulary.
+Shape suffixes: B rows, L positions of a row, T targets of the batch, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,15 @@ class PackedRow:
         """Return the number of tokens that pass: the last token of an answer is a target only."""
         return len(self.context) + sum(len(answer) - 1 for answer in self.answers)
 
+    @property
+    def targets(self) -> int:
+        """Return the number of tokens that are scored."""
+        return sum(map(len, self.answers))
+
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Return whether the model's attention takes a 4-D mask."""
-    return model.config._attn_implementation in ("sdpa", "eager")
-
-
-def count_kept(rows: Sequence[PackedRow]) -> int:
-    """Return how many positions at the end of each row of a batch have logits: those of the answers, and one before."""
-    return max(len(row) - len(row.context) for row in rows) + 1
+    """Return whether the model's attention takes a 4-D mask, and its output projection is a module of its own."""
+    return model.config._attn_implementation in ("sdpa", "eager") and model.get_output_embeddings() is not None
 
 
 def score_packed(
@@ -45,7 +46,7 @@ def score_packed(
         autocast: dtype of its products where that is not the weights'.
     """
     device, length = model.device, max(map(len, rows))
-    kept = count_kept(rows)
+    kept = max(len(row) - len(row.context) for row in rows) + 1
     ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
     positions_BL = torch.zeros_like(ids_BL)
     # The part of a row that a position belongs to: 0 is the context, then the answers; -1 is padding.
@@ -68,13 +69,36 @@ def score_packed(
             where_T += [(b, k - (length - kept)) for k in (start - 1, *range(at, end))]
             targets_T += answer
             at = end
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        logits_BKV = model(
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+        _project_only(model, where_T),
+    ):
+        logits_1TV = model(
             input_ids=ids_BL.to(device), attention_mask=_build_mask(parts_BL.to(device), model.dtype),
             position_ids=positions_BL.to(device), use_cache=False, logits_to_keep=kept,
         ).logits  # fmt: skip
-        scores_T, greedy_T = _score_targets(logits_BKV, where_T, targets_T)
+        scores_T, greedy_T = _score_targets(logits_1TV[0].float(), torch.tensor(targets_T, device=device))
     return _collect(rows, scores_T.tolist(), greedy_T.tolist())
+
+
+@contextmanager
+def _project_only(model: PreTrainedModel, where_T: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Let the output projection compute these (row, kept position) alone, as one row: padding has no logits.
+
+    What a model does with its logits afterwards (scaling, capping) is done to each of them.
+    """
+    head = model.get_output_embeddings()
+    rows_T, kept_T = torch.tensor(where_T, device=model.device).unbind(1)
+
+    def select(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0][rows_T, kept_T][None],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _build_mask(parts_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -87,17 +111,11 @@ def _build_mask(parts_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     )[:, None]
 
 
-def _score_targets(
-    logits_BKV: torch.Tensor, where_T: list[tuple[int, int]], targets_T: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_targets(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of every target, float32, and whether it is the likeliest token."""
-    rows_T, kept_T = torch.tensor(where_T, device=logits_BKV.device).unbind(1)
-    wanted_T = torch.tensor(targets_T, device=logits_BKV.device)
-    # What is not asked for, such as padding, is left out before the float32 copy is made.
-    logits_TV = logits_BKV[rows_T, kept_T].float()
     best_T = logits_TV.argmax(-1)
-    chosen_T = logits_TV.gather(-1, wanted_T[:, None])[:, 0]
-    return chosen_T - logits_TV.logsumexp(-1), best_T == wanted_T
+    chosen_T = logits_TV.gather(-1, targets_T[:, None])[:, 0]
+    return chosen_T - logits_TV.logsumexp(-1), best_T == targets_T
 
 
 def _collect(rows: Sequence[PackedRow], scores_T: list[float], greedy_T: list[bool]) -> list[list[tuple[float, bool]]]:

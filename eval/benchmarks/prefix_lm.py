@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from eval.benchmarks.cached_rows import CachedModel, Rows, batch, can_continue
-from eval.benchmarks.packed_rows import PackedRow, can_pack, count_kept, score_packed
+from eval.benchmarks.packed_rows import PackedRow, can_pack, score_packed
 from eval.benchmarks.shared_prefixes import Ids, group_by_prefix
 from eval.benchmarks.text_lm import TextLM
 
@@ -129,7 +129,7 @@ class PrefixLM(TextLM):
         pairs.sort(key=lambda pair: len(pair[1]), reverse=True)
         for numbers in batch([len(row) for _, row in pairs], self.batch_tokens):
             rows = [pairs[i][1] for i in numbers]
-            most = max(1, MAX_LOGITS // (count_kept(rows) * self.model.config.vocab_size))
+            most = max(1, MAX_LOGITS // (max(row.targets for row in rows) * self.model.config.vocab_size))
             found = [
                 scores
                 for start in range(0, len(rows), most)
