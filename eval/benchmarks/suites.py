@@ -1,4 +1,4 @@
-"""The table of benchmarks: shots, metric, random-guess level, where the items are read, and what has been published.
+"""The table of benchmarks: shots, metric, chance level, where the items are read, and what has been published.
 
 Source of the benchmark list, of the zero-shot tasks and of every published figure: arXiv 2605.27358 and the model
 cards of its releases. A figure that could not be found there is None. Scores are fractions here, percent in print.
@@ -131,7 +131,7 @@ FOUNDATIONAL = (
     Benchmark(
         "boolq", "BoolQ", "reading", 0, "acc,none", 1 / 2, ItemSource(read_boolq, ("passage", "question")),
         published_base=0.602,
-        note="62% of the answers are yes: a model that always says yes is above the random-guess level.",
+        note="62% of the answers are yes: a model that always says yes is above the chance level.",
     ),
     Benchmark(
         "drop", "DROP", "reading", 3, "f1,none", 0.0, ItemSource(read_drop, ("passage", "question", "answers")),

@@ -34,14 +34,14 @@ SHOWN = {"pretrain": SKY, "sft": BLUE, "sft_int4_rounded": GREEN, "qat_int4": OR
 
 
 def draw_benchmarks(rows: list[dict], path: Path, *, narrow: bool) -> None:
-    """Draw scores with two standard errors, beside the random-guess level and the published base model."""
+    """Draw scores with two standard errors, beside the chance level and the published base model."""
     figure = make_figure(NARROW if narrow else WIDE, 0.5 * len(rows) + (1.9 if narrow else 1.3))
     axes = figure.subplots()
     positions = np.arange(len(rows))[::-1]
     for y in positions[::2]:
         axes.axhspan(y - 0.5, y + 0.5, color="#f6f7f9", zorder=0)
     chance = [100 * row["chance"] for row in rows]
-    axes.scatter(chance, positions, marker="|", s=420, color=REFERENCE, linewidths=2, label="random guess", zorder=2)
+    axes.scatter(chance, positions, marker="|", s=420, color=REFERENCE, linewidths=2, label="chance", zorder=2)
     published = [
         (100 * row["published_base"], y) for row, y in zip(rows, positions, strict=True) if row["published_base"]
     ]

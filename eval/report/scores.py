@@ -24,7 +24,7 @@ PAIRS = {
 }
 """Name of a difference -> the two models, and its title."""
 CHANCE_ERRORS = 2
-"""Number of standard errors: a score at most this far from the random-guess level is at chance, and a difference at
+"""Number of standard errors: a score at most this far from the chance level is at chance, and a difference at
 most this large is none that can be seen."""
 
 
@@ -66,7 +66,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def compare_with_chance(value: float, stderr: float | None, chance: float) -> str | None:
-    """Return `chance` for a score within two standard errors of the random-guess level, else `above` or `below`.
+    """Return `chance` for a score within two standard errors of the chance level, else `above` or `below`.
 
     None stands for a score whose standard error is not known.
     """
@@ -129,7 +129,7 @@ def describe_chance(rows: list[dict[str, Any]], model: str) -> str:
     groups = {kind: [title for title, v in judged.items() if v == kind] for kind in ("chance", "above", "below")}
     sentence = (
         f"{MODELS[model]}: {len(groups['chance'])} of {len(judged)} scores lie within two standard errors of the "
-        "random-guess level"
+        "chance level"
     )
     for kind in ("above", "below"):
         if groups[kind]:

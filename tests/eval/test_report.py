@@ -180,7 +180,7 @@ def test_the_profile_of_the_program_names_the_machine(finished):
 def test_the_table_says_plainly_what_is_chance(finished):
     _, results = finished
     sentence = results["chance"]["sft"]
-    assert "12 of 14 scores lie within two standard errors of the random-guess level" in sentence
+    assert "12 of 14 scores lie within two standard errors of the chance level" in sentence
     assert "above it: PIQA; below it: SIQA" in sentence
     assert results["mostly_chance"] and results["truncated"] == [
         {"title": "DROP", "prompts": 3, "items": 20, "models": list(MODELS.values())}
