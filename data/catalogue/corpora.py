@@ -129,8 +129,9 @@ _INSTRUCTION_SAMPLES = (
 )  # fmt: skip
 
 _generated = partial(
-    Corpus, licence="Apache-2.0 (reasoning-gym)", source=Installed(("reasoning-gym",)), shards=2, near_duplicates=False
-)
+    Corpus, licence="Apache-2.0 (reasoning-gym)", source=Installed(("reasoning-gym",)), shards=2,
+    deduplicated="generated; the texts differ in their numbers, which the search does not see",
+)  # fmt: skip
 _STAGE_OF_LEVEL: dict[generated_questions.Level, str] = {"easy": "pretrain", "hard": "midtrain"}
 _NUMBERS, _WORDS = tuple(generated_questions.NUMBER_KINDS), tuple(generated_questions.WORD_KINDS)
 

@@ -76,8 +76,8 @@ class Corpus:
         stages: stages that a text corpus feeds; `midtrain_fraction` divides a corpus that feeds both.
         non_commercial: whether the licence, or the terms of access, forbid commercial use.
         tokens, documents: size that the publisher states; None where no figure is published.
-        near_duplicates: whether near duplicates are searched for in it, where it is of the kind `text`. Texts that are
-            generated differ in their numbers alone, which the search does not see.
+        deduplicated: reason why near duplicates are not searched for in a corpus of the kind `text`: what its publisher
+            did, with the source. Empty where they are.
         max_documents: largest number of records read, an equal part of it from each shard; None reads all.
         fallback: name of the corpus to read instead where the package registry did not answer.
     """
@@ -95,7 +95,7 @@ class Corpus:
     non_commercial: bool = False
     tokens: float | None = None
     documents: int | None = None
-    near_duplicates: bool = True
+    deduplicated: str = ""
     max_documents: int | None = None
     fallback: str | None = None
 

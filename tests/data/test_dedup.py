@@ -44,9 +44,9 @@ def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
     assert page(4) in left[2]
 
 
-def test_texts_that_differ_in_numbers_alone_are_not_compared(tmp_path):
-    generated = replace(BOOKS, near_duplicates=False)
-    units = [Unit(generated, "", 0, 0), Unit(WEB, "", 0, 0)]
+def test_a_deduplicated_corpus_is_not_searched(tmp_path):
+    published = replace(BOOKS, deduplicated="by its publisher")
+    units = [Unit(published, "", 0, 0), Unit(WEB, "", 0, 0)]
     groups = dedup.assign_near_groups(units, "all")
     assert groups == [None, "all"]
     documents = [Document(text=text, id=str(i)) for i, text in enumerate((page(1), page(1)))]
