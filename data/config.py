@@ -10,7 +10,7 @@ FILTERS = (
     "encyclopedia_quality", "documentation_quality",
 )  # fmt: skip
 """Labels of the quality filters (data/filters/quality.py), each for one style of writing."""
-NEAR_DUPLICATES_WITHIN = ("all", "corpus", "shard")
+NEAR_DUPLICATES_WITHIN = ("all", "corpus")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class DataConfig:
     redact_pii: bool = True
     """Whether to replace e-mail and public IP addresses in prose, encyclopedia and documentation."""
     near_duplicates_within: str = "all"
-    """Group in which near duplicates are searched for: `all` text corpora together, each `corpus` alone, or each
-    `shard` of a corpus alone. One task a group holds all its documents that have a duplicate, 180 bytes each; use
-    `shard` for trillions of tokens."""
+    """Group in which near duplicates are searched for: `all` text corpora together, or each `corpus` alone. One task a
+    group holds all its documents that have a duplicate, 180 bytes each."""
     heldout_fraction: float = 0.02
     """Share of the documents of every domain that is held out of training, chosen by a hash of the text."""
     midtrain_fraction: float = 0.25

@@ -59,6 +59,13 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def __init__(self, blocks: list[PipelineStep], tasks: int, workers: int, logging_dir: Path):
         super().__init__(blocks, tasks=tasks, workers=workers, logging_dir=compat.LocalFolder(logging_dir))
+        self.sizes: Sequence[float] = ()
+        """Work of each rank, in any unit; empty where it is not known."""
+
+    def list_waiting(self) -> list[int]:
+        """Return the ranks that are not completed, the largest first: no large one is left alone at the end."""
+        ranks = compat.list_incomplete_ranks(self)
+        return sorted(ranks, key=lambda rank: -self.sizes[rank]) if self.sizes else ranks
 
     def run(self) -> Iterator[tuple[int, str]]:
         """Run all ranks that are not completed; yield (rank, error) of each one that failed, when it has failed.
@@ -66,7 +73,7 @@ class LocalExecutor(LocalPipelineExecutor):
         Every worker has a pool of its own. So a worker that is killed takes no other rank with it, and it is known
         which rank it ran. That rank is tried again, because another process may have taken the memory.
         """
-        waiting = compat.list_incomplete_ranks(self)
+        waiting = self.list_waiting()
         # The fork server imports the heavy libraries once; the workers of every step are forked from it.
         multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
         tries: Counter[int] = Counter()
@@ -163,7 +170,7 @@ class RayExecutor(LocalExecutor):
 
         task = ray.remote(num_cpus=1, max_retries=MAX_TRIES - 1)(_try_rank)
         shared = ray.put(self)
-        waiting = compat.list_incomplete_ranks(self)
+        waiting = self.list_waiting()
         running: dict[ray.ObjectRef, int] = {}
         while waiting or running:
             while waiting and len(running) < self.workers:
@@ -201,7 +208,7 @@ class SlurmExecutor(LocalExecutor):
             raise RefusedInput(f"{folder}: sbatch drops a backslash from the path of its output; name another folder")
         shutil.rmtree(folder / "errors", ignore_errors=True)
         (folder / "errors").mkdir(parents=True)
-        incomplete = compat.list_incomplete_ranks(self)
+        incomplete = self.list_waiting()
         for first in range(0, len(incomplete), MAX_ARRAY_SIZE):
             ranks = incomplete[first : first + MAX_ARRAY_SIZE]
             job = folder / f"array_{first:06d}.pickle"
@@ -254,19 +261,21 @@ class StepRunner:
     progress: Progress
     """Called with (step name, completed tasks, all tasks)."""
 
-    def run(self, name: str, blocks: list[PipelineStep], labels: Sequence[str]) -> None:
+    def run(self, name: str, blocks: list[PipelineStep], labels: Sequence[str], sizes: Sequence[float] = ()) -> None:
         """Run the blocks as one task for each label, leaving out those that are completed.
 
         A task that fails is logged at once, and the others go on.
 
         Args:
             labels: what each task works on, for messages.
+            sizes: work of each task, so that the largest begin first.
 
         Raises:
             RuntimeError: tasks failed. The message names each with its label, its error and its log.
         """
         folder, tasks = self.logs / name, len(labels)
         executor = EXECUTORS[self.kind](blocks, tasks, self.workers, folder)
+        executor.sizes = sizes
         finished = threading.Event()
         watcher = threading.Thread(target=self._report_progress, args=(name, folder, tasks, finished), daemon=True)
         watcher.start()

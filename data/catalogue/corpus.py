@@ -72,13 +72,14 @@ class Corpus:
             a row that cannot be used is `{"malformed": reason, "raw": str}`, and one that is left out on purpose
             `{"excluded": reason, "raw": str}` (data/readers/rows.py).
         text_bytes: estimate of the UTF-8 bytes that it yields, for the disk check.
-        shards: number of units that the corpus is divided into, each read by one task.
+        shards: number of units that the corpus is divided into, each read by one task; files under an address are
+            divided by their sizes instead (data/sources.py).
         stages: stages that a text corpus feeds; `midtrain_fraction` divides a corpus that feeds both.
         non_commercial: whether the licence, or the terms of access, forbid commercial use.
         tokens, documents: size that the publisher states; None where no figure is published.
         deduplicated: reason why near duplicates are not searched for in a corpus of the kind `text`: what its publisher
             did, with the source. Empty where they are.
-        max_documents: largest number of records read, an equal part of it from each shard; None reads all.
+        max_documents: largest number of records read, an equal part of it from each unit; None reads all.
         fallback: name of the corpus to read instead where the package registry did not answer.
     """
 
@@ -113,9 +114,15 @@ class Unit:
     location: str
     """Path of the wheel or sdist, or address of the remote files; empty for installed sources."""
     shard: int
-    """Number of the unit among the corpus's `shards`."""
+    """Number of the unit among the corpus's."""
     seed: int
     """Seed of generated corpora."""
+    files: tuple[str, ...] | None = None
+    """Paths of the remote files on their file system; None stands for all of the corpus."""
+    text_bytes: int = 0
+    """Estimate of the UTF-8 bytes that the unit yields."""
+    parts: int = 1
+    """Number of the corpus's units."""
 
     @property
     def label(self) -> str:

@@ -31,9 +31,9 @@ _DOLMINO = f"{_HF}/allenai/dolmino-mix-1124"
 _NEMOTRON = f"{_HF}/nvidia/Nemotron-Post-Training-Dataset-v1"
 _LLAMA_NEMOTRON = f"{_HF}/nvidia/Llama-Nemotron-Post-Training-Dataset"
 
-_text = partial(Corpus, kind="text", shards=64, read=remote_readers.read_text)
+_text = partial(Corpus, kind="text", read=remote_readers.read_text)
 _midtrain = partial(_text, stages=("midtrain",))
-_sft = partial(Corpus, kind="sft", style="conversation", shards=16)
+_sft = partial(Corpus, kind="sft", style="conversation")
 
 _WEB = (
     _text(

@@ -83,14 +83,9 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:
     """Return the name of each unit's group, in which near duplicates are searched for; None where they are not.
 
     Args:
-        within: `DataConfig.near_duplicates_within`: one group of all units, one a corpus, or one a unit.
+        within: `DataConfig.near_duplicates_within`: one group of all units, or one a corpus.
     """
-    name_group = {
-        "all": lambda unit: "all",
-        "corpus": lambda unit: unit.corpus.name,
-        "shard": lambda unit: unit.label,
-    }
-    return [None if unit.corpus.deduplicated else name_group[within](unit) for unit in units]
+    return [None if unit.corpus.deduplicated else "all" if within == "all" else unit.corpus.name for unit in units]
 
 
 def _list_names(groups: Sequence[str | None]) -> list[str]:

@@ -135,7 +135,7 @@ class CorpusReader(BaseReader):
     def _records(unit: Unit) -> Iterator[dict]:
         """Yield the unit's records, at most its share of the corpus's cap (rounded up)."""
         cap = unit.corpus.max_documents
-        share = None if cap is None else -(-cap // unit.corpus.shards)
+        share = None if cap is None else -(-cap // unit.parts)
         return islice(unit.corpus.read(unit), share)
 
     @staticmethod

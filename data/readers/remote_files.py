@@ -6,6 +6,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
-from data.catalogue.corpus import RemoteFiles, Unit
+from data.catalogue.corpus import Corpus, RemoteFiles, Unit
 from data.readers.file_formats import (
     MAX_JSON_BYTES,
     TABLE_MAGICS,
@@ -26,6 +27,7 @@ from data.readers.file_formats import (
     read_table,
 )
 from data.readers.match_files import match_files
+from data.readers.retries import retry, retry_rows
 from data.readers.rows import dump_row, is_malformed, make_malformed, parse_json
 
 CHECKED_ROWS = 1000
@@ -69,24 +71,35 @@ def open_address(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def list_files(unit: Unit) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """Return the file system and the unit's files on it: every `shards`-th file of the corpus in sorted order.
+    """Return the file system and the unit's files on it, in sorted order.
 
     Raises:
         RefusedInput: no file matches the corpus's pattern, or a folder may not be listed.
     """
-    source = get_source(unit)
     fs, root = open_address(unit.location)
+    if unit.files is not None:
+        return fs, list(unit.files)
+    return fs, match_corpus(unit.corpus, fs, root)
+
+
+def match_corpus(corpus: Corpus, fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    """Return all files of a corpus, in sorted order.
+
+    Raises:
+        RefusedInput: no file matches the corpus's pattern, or a folder may not be listed.
+    """
+    assert isinstance(corpus.source, RemoteFiles), f"{corpus.name} is no corpus of remote files"
+    pattern = corpus.source.pattern
     try:
-        files = match_files(fs, root, source.pattern)
+        files = retry(partial(match_files, fs, root, pattern), f"{corpus.name}: list {root}")
     except PermissionError as error:
         raise RefusedInput(
-            f"corpora: {unit.corpus.name}: {error.filename} may not be listed; give this user the right to read it"
+            f"corpora: {corpus.name}: {error.filename} may not be listed; give this user the right to read it"
         ) from error
     if not files:
-        raise RefusedInput(
-            f"corpora: {unit.corpus.name} finds no {source.pattern!r} under {unit.location}; check the address"
-        )
-    return fs, files[unit.shard :: unit.corpus.shards]
+        address = corpus.source.address
+        raise RefusedInput(f"corpora: {corpus.name} finds no {pattern!r} under {address}; check the address")
+    return files
 
 
 def list_inputs(unit: Unit) -> list[dict]:
@@ -96,20 +109,26 @@ def list_inputs(unit: Unit) -> list[dict]:
     and None where the store states neither.
     """
     fs, files = list_files(unit)
-    return [_describe_file(fs, path) for path in files]
+    described = []
+    for path in files:
+        info = get_info(fs, path)
+        local = isinstance(fs, LocalFileSystem)
+        checksum = f"sha256:{sha256_file(Path(path))}" if local else find_checksum(info)
+        described.append({"path": path, "bytes": info["size"], "checksum": checksum})
+    return described
 
 
-def _describe_file(fs: fsspec.AbstractFileSystem, path: str) -> dict:
-    info = fs.info(path)
-    checksum: str | None
-    if isinstance(fs, LocalFileSystem):
-        checksum = f"sha256:{sha256_file(Path(path))}"
-    elif info.get("lfs"):
-        checksum = f"sha256:{info['lfs']['sha256']}"
-    else:
-        stated = (f"{key}:{info[key]}" for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key))
-        checksum = next(stated, None)
-    return {"path": path, "bytes": info["size"], "checksum": checksum}
+def get_info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Return what a file system knows of a file: its size, and what it has besides."""
+    return retry(partial(fs.info, path), path)
+
+
+def find_checksum(info: dict[str, Any]) -> str | None:
+    """Return the checksum that a store states of a file, None where it states none."""
+    if info.get("lfs"):
+        return f"sha256:{info['lfs']['sha256']}"
+    stated = (f"{key}:{info[key]}" for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key))
+    return next(stated, None)
 
 
 def read_rows(unit: Unit, optional: Sequence[str] = ()) -> Iterator[dict]:
@@ -152,13 +171,16 @@ def _find_damage(fs: fsspec.AbstractFileSystem, path: str, columns: Sequence[str
 def read_file(
     fs: fsspec.AbstractFileSystem, path: str, columns: Sequence[str], required: Sequence[str]
 ) -> Iterator[dict]:
-    """Yield the rows of one file.
+    """Yield the rows of one file. What a store refuses for a moment is tried again.
 
     Raises:
         DamagedData: the file cannot be read to its end, or lacks a required column; names the file and the place.
     """
     place = Place()
-    try:
+
+    def read_once() -> Iterator[dict]:
+        nonlocal place
+        place = Place()
         with fs.open(path) as raw:
             file, beginning = open_content(raw, path)
             if beginning.startswith(TABLE_MAGICS):
@@ -167,6 +189,9 @@ def read_file(
                 rows = _check_columns(_read_json_rows(read_lines(file, beginning, raw, place)), required)
                 # Another column may have any name, `malformed` too.
                 yield from (row if is_malformed(row) else _select(row, columns) for row in rows)
+
+    try:
+        yield from retry_rows(read_once, path)
     except DamagedData as error:
         raise DamagedData(f"{path} {error}") from error
     except IsADirectoryError as error:

@@ -46,7 +46,7 @@ def build_published(name: str, model: ModelDims, world_size: int, pretrain_token
     return Recipe(
         name=name,
         model=model,
-        data=DataConfig(corpora=CORPORA, commercial_only=True, near_duplicates_within="shard", workers=64),
+        data=DataConfig(corpora=CORPORA, commercial_only=True, near_duplicates_within="corpus", workers=64),
         stages=Stages(**stages),
         parallel=ParallelConfig(world_size=world_size, expert_parallel=4, precision="bfloat16"),
         cluster=ClusterConfig(ray_address="auto", cpus_per_worker=8, gpus_per_worker=1, cpus_per_task=8),

@@ -207,7 +207,7 @@ def test_rows_whose_prompt_the_publisher_withholds_are_excluded_and_not_malforme
     rows = [{"messages": turns}, {"messages": [turns[0] | {"content": "q"}, turns[1]]}]
     (tmp_path / "chat-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     entry = CATALOGUE["nemotron-chat"]
-    corpus = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*.jsonl", ("messages",)), shards=1)
+    corpus = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*.jsonl", ("messages",)))
     withheld, given = corpus.read(Unit(corpus, str(tmp_path), 0, 0))
     assert withheld["excluded"] == "prompt withheld by the publisher"
     assert given == {"messages": rows[1]["messages"]}

@@ -27,7 +27,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("within", "kept"), [("all", 4), ("corpus", 5), ("shard", 6)])
+@pytest.mark.parametrize(("within", "kept"), [("all", 4), ("corpus", 5)])
 def test_duplicates_are_removed_within_their_group(tmp_path, within, kept):
     groups = dedup.assign_near_groups(UNITS, within)
     documents = [[Document(text=text, id=str(i)) for i, text in enumerate(texts)] for texts in TEXTS]

@@ -33,11 +33,9 @@ TEXTS = [row["text"] for row in ROWS]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def make_unit(address: Path | str, pattern: str = "*", columns: tuple[str, ...] = ("text",), shards: int = 1) -> Unit:
+def make_unit(address: Path | str, pattern: str = "*", columns: tuple[str, ...] = ("text",)) -> Unit:
     source = RemoteFiles(str(address), pattern, columns)
-    return Unit(
-        Corpus("c", "web", "text", "prose", "test", source, remote_readers.read_text, 1, shards), str(address), 0, 0
-    )
+    return Unit(Corpus("c", "web", "text", "prose", "test", source, remote_readers.read_text, 1), str(address), 0, 0)
 
 
 def read(address: Path | str, pattern: str = "*") -> list[str]:

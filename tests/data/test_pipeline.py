@@ -207,9 +207,9 @@ def test_finished_folder_is_returned_as_it_is(prepared, monkeypatch):
 def test_damaged_files_are_named_and_the_other_units_are_kept(prepared, tmp_path, monkeypatch):
     source = tmp_path / "source [1]"
     shutil.copytree(prepared.source, source)
-    (source / "b.jsonl").rename(source / "c.jsonl")  # the second unit has b and d, the first has a and c
-    whole = gzip.compress(b"".join((source / name).read_bytes() for name in ("a.jsonl", "c.jsonl")))
-    for name in ("b.jsonl", "d.jsonl"):
+    # Half of the bytes are in a and b, so the first unit has these, and the second one y and z.
+    whole = gzip.compress(b"".join((source / name).read_bytes() for name in ("a.jsonl", "b.jsonl")), compresslevel=0)
+    for name in ("y.jsonl", "z.jsonl"):
         (source / name).write_bytes(whole[: len(whole) // 2])
     plant(monkeypatch, source)
     config = dataclasses.replace(CONFIG, corpora=("planted", "mirror"))
@@ -218,7 +218,7 @@ def test_damaged_files_are_named_and_the_other_units_are_kept(prepared, tmp_path
         prepare(config, packages={}, benchmark_texts=None, out=out, progress=lambda *_: None)
     message = str(caught.value)
     assert "rank 1 (planted.00001): DamagedData: 2 of 2 files of planted.00001 cannot be used" in message
-    for name in ("b.jsonl", "d.jsonl"):
+    for name in ("y.jsonl", "z.jsonl"):
         assert re.search(rf"{re.escape(str(source / name))} cannot be read .*byte [\d,]+: EOFError", message)
     completed = (out / "work/logs/1-read-and-filter/completions").iterdir()
     assert sorted(path.name for path in completed) == ["00000", "00002"]

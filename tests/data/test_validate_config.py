@@ -8,6 +8,7 @@ import pytest
 from core.errors import DamagedData, RefusedInput
 from data.catalogue import corpora
 from data.catalogue.corpora import SMOKE_CORPORA
+from data.catalogue.corpus import RemoteFiles
 from data.config import DataConfig, TokenizerConfig
 from data.filters.decontaminate import build_index, hash_item
 from data.filters.split import assign_split
@@ -37,7 +38,7 @@ def test_smoke_config_passes_and_its_estimate_is_tens_of_megabytes():
         ({"decontaminate_ngram": 2}, r"data\.decontaminate_ngram = 2: must be at least 5"),
         ({"shard_bytes": 100}, r"data\.shard_bytes = 100"),
         ({"shard_bytes": 1 << 32}, r"data\.shard_bytes"),
-        ({"near_duplicates_within": "dump"}, r"data\.near_duplicates_within = 'dump': .*all, corpus, shard"),
+        ({"near_duplicates_within": "dump"}, r"data\.near_duplicates_within = 'dump': .*all, corpus"),
         ({"workers": 0}, r"data\.workers = 0"),
         ({"tokenizer": TokenizerConfig(train_vocab_size=100)}, r"data\.tokenizer\.train_vocab_size = 100: .*264"),
         ({"tokenizer": TokenizerConfig(path="/nowhere")}, r"data\.tokenizer\.path = '/nowhere': .* does not exist"),
@@ -65,7 +66,7 @@ def test_corpus_of_which_nothing_is_left_fails_the_step_with_the_counts(tmp_path
         "text",
         "prose",
         "test",
-        corpora.RemoteFiles(str(tmp_path), "*.jsonl"),
+        RemoteFiles(str(tmp_path), "*.jsonl"),
         remote_readers.read_text,
         text_bytes=1,
     )
