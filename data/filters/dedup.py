@@ -5,8 +5,8 @@ recipe.
 
 Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
 setting, likely above a Jaccard similarity of 0.75): text corpora only, and of them those that their publishers have not
-deduplicated (`Corpus.deduplicated`). Generated questions differ in little but their
-numbers, which MinHash's normalisation maps to one symbol, so it would reduce an instruction corpus to a few samples.
+deduplicated (`Corpus.deduplicated`). Generated questions differ in little but their numbers, which MinHash's
+normalisation maps to one symbol, so it would reduce an instruction corpus to a few samples.
 
 The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
 (`assign_near_groups`) bound it: each group has signatures, buckets and clusters of its own, so a document that occurs

@@ -7,6 +7,7 @@ model is never asked what it was trained on, whatever seed made it.
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from xxhash import xxh64_intdigest
@@ -19,8 +20,8 @@ Level = Literal["easy", "hard"]
 WORKSHEETS, EXCHANGES = 14_000, 12_000
 """Numbers of texts and of conversations of one unit."""
 QUESTIONS_A_WORKSHEET = 4
-BENCHMARK_SHARE = 8
-"""One question of so many belongs to the benchmark."""
+BENCHMARK_SHARE, MOST_DRAWS = 8, 400
+"""One question of so many belongs to the benchmark; the most that are drawn for one of it."""
 MOST_ITEMS = 1 << 31
 """Size of a data set of reasoning-gym, more than anybody takes: item i of seed s is drawn from the seed s + i."""
 
@@ -179,9 +180,10 @@ def _is_for_training(pair: tuple[str, str]) -> bool:
 def make_benchmark(kind: str, size: int) -> list[dict[str, str]]:
     """Return hard questions that no training text holds, each once: rows of `question` and `answer`."""
     rows: dict[str, str] = {}
-    for question, answer in generate(kind, "hard", seed=0):
+    for question, answer in islice(generate(kind, "hard", seed=0), MOST_DRAWS * size):
         if is_for_benchmark(question):
             rows.setdefault(question, answer)
         if len(rows) == size:
             break
+    assert len(rows) == size, f"{kind} has too few different questions"
     return [{"question": question, "answer": answer} for question, answer in rows.items()]
