@@ -168,7 +168,7 @@ class Evaluation:
         """Return what a benchmark's result depends on."""
         # An absolute folder that is the same everywhere: neither the place of the items nor the working directory is a
         # part of the identity.
-        configs = load_task_configs(benchmark, Path("/items"))
+        configs = load_task_configs(benchmark, Path("/items"), base=self._base)
         chat = {"chat": not self._base} if benchmark.chat else {}
         return self._common_identity | chat | {"task_sha256": hash_value([benchmark.describe(), configs])}
 

@@ -34,7 +34,7 @@ class BenchmarkTasks:
         """
         self.benchmark = benchmark
         self._chat = benchmark.chat and not base
-        tasks = build_tasks(benchmark, items)
+        tasks = build_tasks(benchmark, items, base=base)
         counts = allocate_items(limit, [len(task.eval_docs) for task in tasks])
         self.tasks: list[LocalTask] = [task for task, count in zip(tasks, counts, strict=True) if count]
         self.counts = [count for count in counts if count]

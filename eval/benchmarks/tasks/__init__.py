@@ -5,7 +5,7 @@ not mention (prompt, target, choices, metric, filters) is lm-eval's, so a score 
 the file win over the stock ones; `generation_kwargs` is merged key by key. Data files are paths below the items folder:
 `<benchmark>/<split>.jsonl`; `{subset}` in one stands for the stock task's dataset_name, `{benchmark}` for the
 benchmark's key. With `stock_functions: false` the stock file's Python is not imported, and the file replaces every key
-that names it. A file without `stock` is a task of our own.
+that names it. A file without `stock` is a task of our own. Keys below `base` win where a base model is asked.
 """
 
 import json
@@ -74,18 +74,20 @@ def find_stock_files(name: str) -> list[Path]:
     return [path for path in sorted(compat.find_lm_eval_tasks().glob(pattern)) if not path.name.startswith("_")]
 
 
-def load_task_configs(benchmark: Benchmark, items: Path) -> list[dict[str, Any]]:
+def load_task_configs(benchmark: Benchmark, items: Path, *, base: bool = False) -> list[dict[str, Any]]:
     """Return a benchmark's lm-eval task configs (one, or one a subject), which read the files below `items`."""
     name = benchmark.task_file or benchmark.key
     overrides = _load_overrides(name)
+    for_base = overrides.pop("base", {})
+    overrides |= for_base if base else {}
     functions = overrides.pop("stock_functions", True)
     stock = [compat.load_task_yaml(path, functions=functions) for path in find_stock_files(name)]
     return [_merge_config(config, overrides, items, benchmark) for config in stock or [{"task": benchmark.key}]]
 
 
-def build_tasks(benchmark: Benchmark, items: Path) -> list[LocalTask]:
+def build_tasks(benchmark: Benchmark, items: Path, *, base: bool = False) -> list[LocalTask]:
     """Build a benchmark's lm-eval tasks and load their items."""
-    return [LocalTask(config=config) for config in load_task_configs(benchmark, items)]
+    return [LocalTask(config=config) for config in load_task_configs(benchmark, items, base=base)]
 
 
 def _load_overrides(name: str) -> dict[str, Any]:
