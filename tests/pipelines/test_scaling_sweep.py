@@ -161,7 +161,7 @@ def test_a_json_file_is_the_same_sweep(tmp_path):
         ({"grids": [{"d_model": [32], "experts": [1]}]}, "grids[0]: lacks tokens"),
         ({"grids": [{**SWEEP["grids"][0], "tokens": 4e5}]}, "grids[0].tokens = 400000.0: must be a list"),
         ({"grids": {}}, "grids: must be a list"),
-        ({"recipe": "huge"}, "recipe = 'huge': give smoke, s, m, l, tiny, published"),
+        ({"recipe": "huge"}, "recipe = 'huge': give smoke, hour, s, m, l, tiny, published"),
     ],
 )
 def test_a_json_file_that_gives_no_sweep_is_refused(change, message, tmp_path):
