@@ -23,10 +23,8 @@ LONGEST = 40
 def answer(program: DeviceProgram, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Return the program's greedy answer."""
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-    end = tokenizer.convert_tokens_to_ids(EOT)
-    ids = [int(program.logits(prompt, 0).argmax())]
-    while ids[-1] != end and len(ids) < LONGEST:
-        ids.append(int(program.logits(ids[-1:], len(prompt) + len(ids) - 1).argmax()))
+    ids, end = program.greedy(prompt, LONGEST), tokenizer.convert_tokens_to_ids(EOT)
+    ids = ids[: ids.index(end)] if end in ids else ids
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

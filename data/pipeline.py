@@ -10,7 +10,6 @@ outputs outside datatrove (tokenizer, joined MDS folders, manifest) are written 
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -28,7 +26,6 @@ from datatrove.pipeline.writers import JsonlWriter
 from core.atomic import find_free_path, remove, write_json
 from core.errors import RefusedInput
 from core.hashing import sha256_file
-from core.lease import NO_FLOCK, LeaseHeld, hold_lease
 from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data import compat
@@ -41,6 +38,7 @@ from data.filters import decontaminate, dedup, language
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
 from data.filters.time_limit import SlowDocuments
+from data.folder_lock import lock_folder
 from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
 from data.readers.remote_files import make_absolute
 from data.report import data_manifest, malformed_limit, shard_statistics
@@ -104,7 +102,7 @@ def prepare(
         )
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
     plan = _make_plan(config, seed, corpora, packages, wheel, benchmark_texts)
-    with _lock_folder(out):
+    with lock_folder(out):
         if _is_finished(out, plan):
             return json.loads((out / MANIFEST).read_text())
         sources = freeze_sources(corpora, out / "work" / "sources.json", progress)
@@ -140,47 +138,6 @@ def prepare(
         }
         _finish(out, manifest)
     return manifest
-
-
-@contextmanager
-def _lock_folder(out: Path) -> Iterator[None]:
-    """Keep other processes from writing to `out`.
-
-    The kernel releases the lock of a process that dies, so a killed run blocks no later one.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / ".lock"
-    refusal = RefusedInput(
-        f"{out} is being written by another process; wait until it has ended, or name another folder"
-    )
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise refusal from error
-        except OSError as error:
-            if error.errno not in NO_FLOCK:
-                raise
-            with _hold_lease(out / ".lease", refusal):
-                yield
-            return
-        # A process that ended between our open and our lock has removed this file: to lock it keeps nobody out.
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-            raise refusal
-        try:
-            yield
-        finally:
-            path.unlink()
-
-
-@contextmanager
-def _hold_lease(path: Path, refusal: RefusedInput) -> Iterator[None]:
-    """Keep other processes out on a file system without locks."""
-    try:
-        with hold_lease(path):
-            yield
-    except LeaseHeld as error:
-        raise refusal from error
 
 
 def _make_plan(

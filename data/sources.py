@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fsspec.implementations.local import LocalFileSystem
-
 from core.atomic import write_json
 from core.errors import DamagedData, RefusedInput
 from core.progress import Progress
 from data.catalogue.corpus import Corpus, PackageFile, RemoteFiles, Unit
 from data.readers.remote_files import find_checksum, get_info, make_absolute, match_corpus, open_address
+from data.readers.retries import is_transient
 
 UNIT_TEXT_BYTES = 2_000_000_000
 """Largest text of a unit of several files: an hour and a half of one core (data/planning.py). A larger file is one."""
@@ -32,7 +31,7 @@ class SourceFile:
     """Path on its file system."""
     bytes: int
     checksum: str | None
-    """What the store states of it; of a file of this machine the time of its last change, in nanoseconds."""
+    """What the store states of it; None where it states nothing, as for files of this machine."""
 
 
 def freeze_sources(corpora: Sequence[Corpus], path: Path, progress: Progress) -> dict[str, list[SourceFile]]:
@@ -47,6 +46,7 @@ def freeze_sources(corpora: Sequence[Corpus], path: Path, progress: Progress) ->
         return {corpus.name: [SourceFile(**file) for file in kept[corpus.name]] for corpus in remote}
     found: dict[str, list[SourceFile]] = {}
     problems: list[str] = []
+    failure: Exception
     for done, corpus in enumerate(remote):
         progress(f"0-sources: {corpus.name}", done, len(remote))
         try:
@@ -54,9 +54,20 @@ def freeze_sources(corpora: Sequence[Corpus], path: Path, progress: Progress) ->
             try_corpus(corpus, found[corpus.name])
         except (RefusedInput, DamagedData) as error:
             problems.append(str(error))
+            failure = error
+        except Exception as error:  # each store has exception types of its own
+            problems.append(f"{corpus.name}: cannot be listed: {type(error).__name__}: {error}")
+            failure = error
+        else:
+            continue
+        if is_transient(failure):  # the store did not answer for minutes, and would not for the next corpus
+            break
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise RefusedInput(f"{len(problems)} of {len(remote)} remote corpora cannot be read:\n{listed}")
+        raise RefusedInput(
+            f"{len(problems)} of {len(remote)} remote corpora cannot be read; correct the address, the columns or the "
+            f"access, take them out of data.corpora, or run again when the store answers:\n{listed}"
+        )
     write_json(path, {name: [asdict(file) for file in files] for name, files in found.items()})
     return found
 
@@ -68,8 +79,7 @@ def list_sources(corpus: Corpus) -> list[SourceFile]:
     files = []
     for path in match_corpus(corpus, fs, root):
         info = get_info(fs, path)
-        changed = Path(path).stat().st_mtime_ns if isinstance(fs, LocalFileSystem) else None
-        files.append(SourceFile(path, info["size"], find_checksum(info) if changed is None else f"mtime:{changed}"))
+        files.append(SourceFile(path, info["size"], find_checksum(info)))
     return files
 
 
@@ -89,7 +99,7 @@ def try_corpus(corpus: Corpus, files: Sequence[SourceFile]) -> None:
             next(iter(corpus.read(Unit(corpus, location, 0, 0, (file.path,)))), None)
             return
         except DamagedData as error:
-            if number == len(tried):
+            if number == len(tried) or is_transient(error):
                 reason = str(error).rpartition("\n")[2].strip()
                 raise DamagedData(f"{corpus.name}: {reason}") from error
 
@@ -100,15 +110,12 @@ def find_changed(files: Sequence[SourceFile], inputs: Sequence[dict]) -> list[st
     Args:
         inputs: `path`, `bytes` and `checksum` of the files that were read.
     """
-    listed = {file.path: file for file in files}
-    changed = []
-    for file in inputs:
-        before = listed[file["path"]]
-        # What this machine's files have is their hash, and what they were listed with is a time.
-        stated = before.checksum if before.checksum and not before.checksum.startswith("mtime:") else file["checksum"]
-        if (before.bytes, stated) != (file["bytes"], file["checksum"]):
-            changed.append(file["path"])
-    return changed
+    read = {file["path"]: file for file in inputs}
+    return [
+        file.path
+        for file in files
+        if file.bytes != read[file.path]["bytes"] or file.checksum not in (None, read[file.path]["checksum"])
+    ]
 
 
 def divide_files(files: Sequence[SourceFile], text_bytes: int, limit: int) -> list[tuple[tuple[str, ...], int]]:

@@ -12,8 +12,9 @@ OpenCoder's `synthetic_qa`; OpenThoughts' licence. No address was opened: the da
 it. Gated sets need an accepted agreement and HF_TOKEN. NVIDIA's sets are reported to withhold prompts that belong to
 others (LMSYS's in `chat`): such a row has a user's message without text and is excluded; the manifest counts them.
 
-`deduplicated` states what publishers say of near duplicates; where no such statement was found, the data step searches.
-Corpora with one are 23.6 of 24.6 TB of text; a search within each 64th of them would find one pair in 64.
+`deduplicated` states what publishers did about near duplicates; where nothing is known of it, the data step searches.
+Corpora with a statement are 23.6 of 24.6 TB of text. That FineWeb-Edu was deduplicated within every crawl and DCLM in
+ten parts is also what the publisher of a third corpus writes (Zyphra); NOT checked: the papers that are named.
 
 `tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
 the uncompressed text where a card states it. Otherwise it is an estimate for the disk check: 4.5 bytes a token or, for

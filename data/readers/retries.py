@@ -43,6 +43,8 @@ def retry(function: Callable[[], T], what: str) -> T:
         try:
             return function()
         except Exception as error:
+            if not is_transient(error):
+                raise
             _pause(error, what, wait)
     return function()
 
@@ -63,14 +65,12 @@ def retry_rows(read: Callable[[], Iterator[T]], what: str) -> Iterator[T]:
         except Exception as error:
             tries = tries + 1 if tried_at == done else 1
             tried_at = done
-            if tries > len(WAITS):
+            if tries > len(WAITS) or not is_transient(error):
                 raise
             _pause(error, what, WAITS[tries - 1])
 
 
 def _pause(error: Exception, what: str, seconds: float) -> None:
-    """Wait after a transient error; raise another one again."""
-    if not is_transient(error):
-        raise error
+    """Say a transient error, and wait."""
     log.warning("%s: %s: %s; again in %.0f s", what, type(error).__name__, error, seconds)
     time.sleep(seconds)

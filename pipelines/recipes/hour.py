@@ -4,13 +4,14 @@ Its texts are generated questions (data/readers/generated_questions.py), easy on
 then on. The suite `questions` asks questions of the same kinds that no training text holds (docs/evaluation.md).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from data.catalogue.corpora import QUESTION_CORPORA
 from data.config import DataConfig, TokenizerConfig
 from eval.config import EvaluationConfig
 from pipelines.recipe import ClusterConfig, Recipe, Stages
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.config import FLAVORS, ParallelConfig, StageConfig
 
 TEXT_MIXTURE = {"math": 0.4, "knowledge": 0.6}
 SFT_MIXTURE = {"math": 0.4, "reasoning": 0.6}
@@ -27,10 +28,7 @@ def recipe() -> Recipe:
     chat: dict[str, Any] = {"shards": "sft", "mixture": SFT_MIXTURE, "checkpoint_interval": 200, **every_stage}
     return Recipe(
         name="hour",
-        model=ModelDims(
-            d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32,
-            expert_hidden=64, shared_hidden=256, n_experts=16, top_k=4, vocab_size=640, max_seq_len=512,
-        ),
+        model=replace(FLAVORS["tiny"], vocab_size=640, max_seq_len=512),
         data=DataConfig(
             corpora=QUESTION_CORPORA, languages=(), filters=(), heldout_fraction=0.02,
             tokenizer=TokenizerConfig(train_vocab_size=640, single_digits=True),

@@ -14,7 +14,6 @@ from core.stages import STAGE_FOLDERS, STAGES
 from data.catalogue.corpora import Requirement, packages_needed
 from data.config import RUNTIME_FIELDS
 from data.tokens.tokenizer_files import hash_tokenizer_files
-from eval.benchmarks.suites import get_suite
 from pipelines.engine.step import Result, Step
 from pipelines.recipe import to_dict
 from pipelines.steps.context import Context
@@ -66,8 +65,8 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     }  # fmt: skip
     formats = list_outputs(recipe)
     about_items = {"items_folder": tree["evaluation"]["items_folder"]}
-    if kinds := list_generated(get_suite(recipe.evaluation.suite, recipe.evaluation.benchmarks)):
-        about_items |= {"generated": kinds}
+    if generated := list_generated(recipe.evaluation):
+        about_items |= {"generated": generated}
     profiling = {"profile_contexts": tree["export"]["profile_contexts"]}
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),

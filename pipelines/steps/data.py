@@ -10,7 +10,8 @@ from core.errors import RefusedInput
 from core.progress import Progress
 from core.stages import heldout_folder
 from data.config import DataConfig
-from eval.benchmarks.suites import Benchmark, get_suite
+from eval.benchmarks.suites import get_suite
+from eval.config import EvaluationConfig
 from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
 from pipelines.steps.fetch import list_packages
@@ -24,10 +25,9 @@ def prepare_items(context: Context) -> None:
     config = context.recipe.evaluation
     folder = Path(config.items_folder) if config.items_folder else None
     suite = get_suite(config.suite, config.benchmarks)
-    kinds = list_generated(suite)
     arguments = (
         list_packages(context.run), context.run / "items", context.progress("items"), config.allow_missing_items,
-        folder, kinds,
+        folder, list_generated(config),
     )  # fmt: skip
     made = context.run_job("items", prepare_items_on_worker, arguments, cpus=1)
     wanted = {benchmark.key for benchmark in suite}
@@ -35,16 +35,17 @@ def prepare_items(context: Context) -> None:
         context.log_line(f"items: {', '.join(left_out)} have none, and are left out; see items/items.json")
 
 
-def list_generated(suite: Sequence[Benchmark]) -> list[str]:
-    """Return the kinds of questions that a suite wants generated."""
-    return [benchmark.key.removeprefix("questions_") for benchmark in suite if benchmark.items.place == "generated"]
+def list_generated(config: EvaluationConfig) -> list[str]:
+    """Return the benchmarks of an evaluation whose items are generated."""
+    suite = get_suite(config.suite, config.benchmarks)
+    return [benchmark.key for benchmark in suite if benchmark.items.place == "generated"]
 
 
-def generate_items(kinds: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+def generate_items(benchmarks: Sequence[str]) -> dict[str, list[dict[str, str]]]:
     """Return the rows of generated benchmarks, by benchmark."""
     from data.readers.generated_questions import make_benchmark
 
-    return {f"questions_{kind}": make_benchmark(kind, GENERATED_ITEMS) for kind in kinds}
+    return {key: make_benchmark(key.removeprefix("questions_"), GENERATED_ITEMS) for key in benchmarks}
 
 
 def prepare_items_on_worker(
@@ -53,12 +54,12 @@ def prepare_items_on_worker(
     progress: Progress,
     allow_missing: bool,
     folder: Path | None,
-    kinds: Sequence[str],
+    generated: Sequence[str],
 ) -> dict[str, Any]:
     """Write the benchmark items into `out` and return the content of its items.json."""
     from eval.benchmarks import items
 
-    return items.prepare(packages, out, progress, allow_missing, folder, generate_items(kinds))
+    return items.prepare(packages, out, progress, allow_missing, folder, generate_items(generated))
 
 
 def prepare_data(context: Context) -> None:

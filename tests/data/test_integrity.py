@@ -12,7 +12,7 @@ import pytest
 from datatrove.data import Document
 
 from core.errors import DamagedData, RefusedInput
-from data import pipeline
+from data.folder_lock import lock_folder
 from data.pipeline import prepare
 from data.tokens import mds
 from data.tokens.shard_writer import ShardWriter
@@ -80,10 +80,10 @@ def test_the_lock_of_a_writer_that_ended_meanwhile_lets_no_two_in(tmp_path, monk
         lock_file(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", lock_a_removed_file)
-    with pytest.raises(RefusedInput, match="is being written by another process"), pipeline._lock_folder(tmp_path):
+    with pytest.raises(RefusedInput, match="is being written by another process"), lock_folder(tmp_path):
         pytest.fail("two processes write to one folder")
     monkeypatch.undo()
-    with pipeline._lock_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert (tmp_path / ".lock").exists()
     assert not (tmp_path / ".lock").exists()
 

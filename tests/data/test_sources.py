@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import DamagedData, RefusedInput
+from core.progress import ignore_progress
 from data import sources
 from data.catalogue.corpus import Corpus, Installed, RemoteFiles
 from data.pipeline import prepare
@@ -21,8 +22,6 @@ from data.readers import remote_files, remote_readers, retries
 from data.readers.retries import is_transient, retry
 from data.sources import SourceFile, divide_files, freeze_sources, list_units
 from tests.data import planted
-
-SILENT = lambda *_: None  # noqa: E731
 
 
 def make_corpus(folder, name="r", pattern="*.jsonl", columns=("text",), text_bytes=100):
@@ -45,7 +44,7 @@ def test_units_hold_every_file_once_in_order_and_no_more_than_their_limit(sizes,
     text = {file.path: ratio * file.bytes for file in files}
     for (paths, size), (following, _) in zip(groups, [*groups[1:], ((), 0)], strict=True):
         assert size == sum(text[path] for path in paths)
-        assert size <= limit or len(paths) == 1 or sum(text[path] for path in paths[:-1]) == 0 or size <= limit
+        assert size <= limit or len(paths) == 1
         assert not following or size + text[following[0]] > limit, "no unit is smaller than it could be"
 
 
@@ -60,10 +59,10 @@ def test_a_corpus_at_published_size_has_units_of_an_hour():
 def test_the_list_is_made_once(tmp_path, monkeypatch):
     write(tmp_path / "a", "1.jsonl", "one")
     corpus, path = make_corpus(tmp_path / "a"), tmp_path / "work/sources.json"
-    found = freeze_sources([corpus], path, SILENT)
+    found = freeze_sources([corpus], path, ignore_progress)
     write(tmp_path / "a", "2.jsonl", "two")
     monkeypatch.setattr(sources, "match_corpus", None)
-    assert freeze_sources([corpus], path, SILENT) == found
+    assert freeze_sources([corpus], path, ignore_progress) == found
     (unit,) = list_units([corpus], {}, 0, found)
     assert [record["text"] for record in corpus.read(unit)] == ["one"]
     assert (unit.text_bytes, unit.parts) == (100, 1)
@@ -82,13 +81,28 @@ def test_all_that_is_wrong_is_named_before_the_first_step(tmp_path, monkeypatch)
         make_corpus(tmp_path / "damaged", "damaged", pattern="*"),
     ]
     with pytest.raises(RefusedInput) as refused:
-        freeze_sources(corpora, tmp_path / "sources.json", SILENT)
+        freeze_sources(corpora, tmp_path / "sources.json", ignore_progress)
     lines = str(refused.value).splitlines()
-    assert lines[0] == "3 of 4 remote corpora cannot be read:"
+    assert lines[0].startswith("3 of 4 remote corpora cannot be read; correct the address, the columns or the access")
     assert "column: " in lines[1] and "content" in lines[1] and "1.jsonl" in lines[1]
     assert "nothing finds no '*.jsonl'" in lines[2]
     assert "damaged: " in lines[3] and "a.parquet" in lines[3]
     assert not (tmp_path / "sources.json").exists()
+
+
+def test_a_store_that_does_not_answer_is_said_once(tmp_path, monkeypatch):
+    asked = []
+
+    def fail(fs, root, pattern):
+        asked.append(root)
+        raise requests.ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(retries, "WAITS", (0.0,))
+    monkeypatch.setattr(remote_files, "match_files", fail)
+    corpora = [make_corpus(tmp_path, "first"), make_corpus(tmp_path, "second")]
+    with pytest.raises(RefusedInput, match=r"(?s)1 of 2 .*when the store answers.*first: cannot be listed: .*no route"):
+        freeze_sources(corpora, tmp_path / "sources.json", ignore_progress)
+    assert len(asked) == 2, "tried again once, and the second corpus not at all"
 
 
 def test_a_damaged_file_among_good_ones_is_left_to_the_first_step(tmp_path, monkeypatch):
@@ -96,7 +110,7 @@ def test_a_damaged_file_among_good_ones_is_left_to_the_first_step(tmp_path, monk
     write(tmp_path / "a", "good.jsonl", "one")
     (tmp_path / "a/cut.jsonl").write_text('{"te')
     (tmp_path / "a/empty.jsonl").touch()
-    assert len(freeze_sources([make_corpus(tmp_path / "a")], tmp_path / "sources.json", SILENT)["r"]) == 3
+    assert len(freeze_sources([make_corpus(tmp_path / "a")], tmp_path / "sources.json", ignore_progress)["r"]) == 3
 
 
 def test_a_wrong_column_ends_the_data_step_at_once(tmp_path, monkeypatch):
@@ -105,7 +119,7 @@ def test_a_wrong_column_ends_the_data_step_at_once(tmp_path, monkeypatch):
     for path in (source / "mirror").glob("*.jsonl"):
         path.write_text(path.read_text().replace('"text"', '"content"'))
     with pytest.raises(RefusedInput, match=r"mirror: .*has no column 'text'"):
-        prepare(planted.CONFIG, packages={}, benchmark_texts=None, out=tmp_path / "out", progress=SILENT)
+        prepare(planted.CONFIG, packages={}, benchmark_texts=None, out=tmp_path / "out", progress=ignore_progress)
     assert not (tmp_path / "out/work/logs").exists()
 
 
@@ -121,7 +135,7 @@ def test_a_file_that_changes_after_it_was_listed_is_named_in_the_manifest(tmp_pa
         return found
 
     monkeypatch.setattr("data.pipeline.freeze_sources", list_and_change)
-    made = prepare(planted.CONFIG, packages={}, benchmark_texts=None, out=tmp_path / "out", progress=SILENT)
+    made = prepare(planted.CONFIG, packages={}, benchmark_texts=None, out=tmp_path / "out", progress=ignore_progress)
     changed = {name: entry.get("changed_inputs") for name, entry in made["corpora"].items()}
     assert changed["planted"] == [] and changed["mirror"] == [os.path.realpath(source / "mirror/a.jsonl")]
 
@@ -210,4 +224,4 @@ def test_a_corpus_without_files_keeps_its_shards():
     assert [(unit.shard, unit.parts, unit.text_bytes, unit.files) for unit in units] == [
         (number, 3, 30, None) for number in range(3)
     ]
-    assert os.path.basename(units[0].label) == "g.00000"
+    assert units[2].label == "g.00002"
