@@ -160,7 +160,7 @@ def make_blocks(language_wheel: Path | None, scratch: Path) -> dict[str, Callabl
         "pii": redaction.format,
         "minhash signature": partial(sign, signature),
         "decontamination": partial(filter_text, decontamination),
-        "exact hash": dedup.make_exact_signature(scratch / "exact", ["c"]).hash_fc,
+        "exact hash": dedup.make_exact_signature(scratch / "exact", {"c": 0}).hash_fc,
         "split": lambda text: assign_split(text, ("pretrain", "midtrain"), 0, 0.02, 0.25),
         "statistics": lambda text: ShardStatistics().add("c", text, {"tokens": np.zeros(2, np.uint32)}),
         "tokenizer training": lambda text: tokenizer.train(iter([text]), 300),

@@ -1,5 +1,6 @@
 """Write files and folders so that they appear complete or not at all: written beside their path first, then renamed."""
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""Errors of a link to another file system, on one without links, or of a file with too many of them."""
 LEFTOVER = re.compile(r"\..+\.\d+\.\d+\.partial", re.DOTALL)
 """Names of the files that `write_bytes` writes to before it renames them."""
 
@@ -72,6 +75,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a value as indented JSON, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links; a file at `path` is replaced.
+
+    Missing parent folders are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError as error:
+        if error.errno not in NO_LINK_ERRNOS:
+            raise
+        shutil.copyfile(source, partial)
+    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # a rename does nothing where both names are of one file
 
 
 def remove(path: Path) -> None:

@@ -13,6 +13,8 @@ SHARD_HASH = "xxh64"
 """Name of the hash that index.json holds of every shard. Readers check it before they use the shard."""
 VOCABULARY_KEY = "vocabulary_sha256"
 """Key that we add to MDS's index.json: `hash_vocabulary` of the tokenizer whose ids the shards hold."""
+SHARDS_AT = "shards_at.txt"
+"""Name of a file beside an index.json whose shards lie elsewhere: one line, the path or address of their folder."""
 
 
 def hash_vocabulary(vocabulary: dict[str, int]) -> str:

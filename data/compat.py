@@ -31,6 +31,8 @@ from fsspec.implementations.local import LocalFileSystem
 from spacy.lang.lex_attrs import is_punct
 from spacy.pipeline import Sentencizer
 
+from core.errors import DamagedData
+
 __all__ = ["find_duplicates", "is_punct"]
 
 # --- Folders ---
@@ -113,9 +115,23 @@ FILTER_REASON_PREFIX = "dropped_"
 # --- datatrove's readers and filters ---
 
 
+def rank_file(rank: int) -> str:
+    """Return the name of the file that holds a rank's documents between two steps."""
+    return f"{rank:05d}.jsonl.zst"
+
+
 def read_jsonl_file(reader: JsonlReader, name: str) -> Iterator[Document]:
-    """Yield the documents of one file of the reader's folder; nothing where the file does not exist."""
+    """Yield the documents of one file of the reader's folder; nothing where the file does not exist.
+
+    Raises:
+        DamagedData: the file is empty, as a later step leaves one that it has read.
+    """
     if reader.data_folder.exists(name):
+        if not reader.data_folder.size(name):
+            raise DamagedData(
+                f"{reader.data_folder.path}/{name} is empty: a later step has read it, and this one has lost its "
+                "completion marker; move the folder `work` away, and run again"
+            )
         yield from reader.read_files_shard([name])
 
 

@@ -10,6 +10,8 @@ FILTERS = (
     "encyclopedia_quality", "documentation_quality",
 )  # fmt: skip
 """Labels of the quality filters (data/filters/quality.py), each for one style of writing."""
+VERSION = 7
+"""Code version of the data step. Raise it when the same inputs would now give other shards."""
 NEAR_DUPLICATES_WITHIN = ("all", "corpus")
 
 

@@ -61,6 +61,8 @@ class LocalExecutor(LocalPipelineExecutor):
         super().__init__(blocks, tasks=tasks, workers=workers, logging_dir=compat.LocalFolder(logging_dir))
         self.sizes: Sequence[float] = ()
         """Work of each rank, in any unit; empty where it is not known."""
+        self.consumed: Path | None = None
+        """Folder of the ranks' input files, which this step is the last to read."""
 
     def list_waiting(self) -> list[int]:
         """Return the ranks that are not completed, the largest first: no large one is left alone at the end."""
@@ -132,6 +134,15 @@ class LocalExecutor(LocalPipelineExecutor):
             hold_lock(lock, path.with_suffix(".lease")),
         ):
             compat.run_rank(self, rank)
+        self.empty_input(rank)
+
+    def empty_input(self, rank: int) -> None:
+        """Empty the input file of a completed rank, which nothing reads again, to free its room.
+
+        The empty file stays, so that a rank that lost its completion marker fails instead of finding no document.
+        """
+        if self.consumed is not None and (path := self.consumed / compat.rank_file(rank)).exists():
+            os.truncate(path, 0)
 
 
 def _make_pool() -> ProcessPoolExecutor:
@@ -261,7 +272,14 @@ class StepRunner:
     progress: Progress
     """Called with (step name, completed tasks, all tasks)."""
 
-    def run(self, name: str, blocks: list[PipelineStep], labels: Sequence[str], sizes: Sequence[float] = ()) -> None:
+    def run(
+        self,
+        name: str,
+        blocks: list[PipelineStep],
+        labels: Sequence[str],
+        sizes: Sequence[float] = (),
+        consumed: Path | None = None,
+    ) -> None:
         """Run the blocks as one task for each label, leaving out those that are completed.
 
         A task that fails is logged at once, and the others go on.
@@ -269,13 +287,17 @@ class StepRunner:
         Args:
             labels: what each task works on, for messages.
             sizes: work of each task, so that the largest begin first.
+            consumed: folder of the tasks' input files, each emptied when its task is completed.
 
         Raises:
             RuntimeError: tasks failed. The message names each with its label, its error and its log.
         """
         folder, tasks = self.logs / name, len(labels)
+        if not tasks:
+            self.progress(name, 0, 0)
+            return
         executor = EXECUTORS[self.kind](blocks, tasks, self.workers, folder)
-        executor.sizes = sizes
+        executor.sizes, executor.consumed = sizes, consumed
         finished = threading.Event()
         watcher = threading.Thread(target=self._report_progress, args=(name, folder, tasks, finished), daemon=True)
         watcher.start()
@@ -292,6 +314,8 @@ class StepRunner:
         incomplete = compat.list_incomplete_ranks(executor)
         if incomplete:
             raise RuntimeError(_describe_failures(name, folder, incomplete, failures, tasks))
+        for rank in range(tasks):
+            executor.empty_input(rank)  # a task may have been killed behind its completion marker
         self.progress(name, tasks, tasks)
 
     def _report_progress(self, name: str, folder: Path, tasks: int, finished: threading.Event) -> None:

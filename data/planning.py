@@ -63,8 +63,9 @@ class DataPlan:
     """Compressed size of a full shard, an object in a store."""
     storage_bytes: int
     """Compressed size of all shards."""
-    work_bytes: int
-    """Disk that the step needs while it runs, besides the shards: two compressed copies of the text, and signatures."""
+    peak_bytes: int
+    """Disk at the worst moment: one compressed copy of the text with the signatures, or the shards. A task's input is
+    emptied when the task is completed, so shards grow as the text shrinks. The files of tasks at work come on top."""
     loader_cache_bytes: int
     """Size of a training node's cache of unpacked shards for one pass in order: for every domain, the group of shards
     in use and the next one."""
@@ -77,8 +78,6 @@ class DataPlan:
 
 TEXT_COMPRESSION = 3.0
 """Size of text divided by its size as zstd jsonl."""
-TEXT_COPIES = 2
-"""Number of compressed copies of the text that exist at once."""
 DOMAINS = 5
 """Number of text domains (data.catalogue.corpus.TEXT_DOMAINS)."""
 SHARDS_AHEAD = 32
@@ -94,6 +93,7 @@ def plan_data(
     shard_bytes: int = DataConfig.shard_bytes,
     kept: float = 1.0,
     largest_group: float = 1.0,
+    compared: float = 1.0,
     largest_unit: float = UNIT_TEXT_BYTES,
 ) -> DataPlan:
     """Estimate the cost of preparing `tokens` tokens.
@@ -104,10 +104,11 @@ def plan_data(
         largest_group: share of the documents in the largest group that near duplicates are searched for in
             (`DataConfig.near_duplicates_within`): 1 for `all`, the share of the largest corpus for `corpus`. Corpora
             that their publishers have deduplicated count for nothing.
+        compared: share of the documents in all these groups.
         largest_unit: text of the largest file, in bytes, where it is more than that of a unit of several files.
 
     Raises:
-        RefusedInput: `tokens`, `kept` or `largest_group` is out of its range.
+        RefusedInput: `tokens`, `kept`, `largest_group` or `compared` is out of its range.
     """
     if tokens <= 0:
         raise RefusedInput(f"tokens is {tokens}: must be positive")
@@ -115,8 +116,11 @@ def plan_data(
         raise RefusedInput(f"kept is {kept}: the share of the text that is kept lies above 0 and is at most 1")
     if not 0 < largest_group <= 1:
         raise RefusedInput(f"largest_group is {largest_group}: a share of the documents lies above 0 and is at most 1")
+    if not largest_group <= compared <= 1:
+        raise RefusedInput(f"compared is {compared}: a share from that of the largest group ({largest_group}) to 1")
     text = tokens * rates.text_bytes_per_token / kept
     documents = tokens / rates.tokens_per_document / kept
+    signatures = documents * compared * rates.signature_bytes
     shards = math.ceil(tokens * TOKEN_BYTES / shard_bytes)
     hours_a_byte = (1 / rates.clean + kept / rates.tokenize) / 1e6 / 3600
     return DataPlan(
@@ -132,6 +136,6 @@ def plan_data(
         files=shards + DOMAINS,
         shard_object_bytes=round(shard_bytes / TOKEN_BYTES * rates.shard_bytes_per_token),
         storage_bytes=round(tokens * rates.shard_bytes_per_token),
-        work_bytes=round(TEXT_COPIES * text / TEXT_COMPRESSION + documents * rates.signature_bytes),
+        peak_bytes=round(max(text / TEXT_COMPRESSION + signatures, tokens * rates.shard_bytes_per_token)),
         loader_cache_bytes=DOMAINS * SHARDS_AHEAD * shard_bytes,
     )

@@ -32,6 +32,8 @@ class SourceFile:
     bytes: int
     checksum: str | None
     """What the store states of it; None where it states nothing, as for files of this machine."""
+    modified: float | None = None
+    """Time of the last change of a file without a checksum, in seconds."""
 
 
 def freeze_sources(corpora: Sequence[Corpus], path: Path, progress: Progress) -> dict[str, list[SourceFile]]:
@@ -79,7 +81,8 @@ def list_sources(corpus: Corpus) -> list[SourceFile]:
     files = []
     for path in match_corpus(corpus, fs, root):
         info = get_info(fs, path)
-        files.append(SourceFile(path, info["size"], find_checksum(info)))
+        checksum = find_checksum(info)
+        files.append(SourceFile(path, info["size"], checksum, None if checksum else info.get("mtime")))
     return files
 
 

@@ -1,18 +1,19 @@
 """Remove exact and near duplicates with datatrove's blocks, over all corpora at once.
 
-A copy is kept in the corpus that is read first: text corpora before conversations, and otherwise in the order of the
-recipe.
+A copy is kept in the corpus that is read first, in the order of the recipe.
 
-Exact: equal text, in every corpus. Near (MinHash, 14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's
-setting, likely above a Jaccard similarity of 0.75): text corpora only, and of them those that their publishers have not
-deduplicated (`Corpus.deduplicated`). Generated questions differ in little but their numbers, which MinHash's
-normalisation maps to one symbol, so it would reduce an instruction corpus to a few samples.
+Exact: equal text, in every corpus of the same kind (text, conversations). Near (MinHash, 14 buckets of 8 hashes over
+word 5-grams, datatrove's and FineWeb's setting, likely above a Jaccard similarity of 0.75): text corpora only, and of
+them those that their publishers have not deduplicated (`Corpus.deduplicated`). Generated questions differ in little but
+their numbers, which MinHash's normalisation maps to one symbol, so it would reduce an instruction corpus to a few
+samples.
 
 The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
 (`assign_near_groups`) bound it: each group has signatures, buckets and clusters of its own, so a document that occurs
 in two groups is kept in both.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,11 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.utils.typeshelper import ExtensionHelperSD
 
+from core.atomic import link_file
 from data import compat
-from data.catalogue.corpus import Unit
+from data.catalogue.corpus import Corpus, Unit
 from data.compat import LocalFolder
 from data.filters.mark_runs import remove_mark_runs
 from data.filters.spacy_cache import EnglishWords
@@ -45,33 +48,56 @@ MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
 def _get_text(document: Document) -> str:
-    # datatrove chooses the hash function by the return annotation.
-    return document.text
+    # datatrove chooses the hash function by the return annotation. A text is no duplicate of a conversation, so that
+    # the corpora of one kind decide nothing about those of the other.
+    return document.text if document.metadata["kind"] == "text" else f"conversation\0{document.text}"
 
 
 def _exact_config() -> ExactDedupConfig:
     return ExactDedupConfig(content_getter=_get_text)
 
 
-def _priority(document: Document, corpora: list[str]) -> int:
+def _priority(document: Document, places: dict[str, int]) -> int:
     """Return a document's priority, higher for a corpus that is read earlier; datatrove keeps the highest copy."""
-    return HIGHEST_PRIORITY - corpora.index(document.metadata["corpus"])
+    return HIGHEST_PRIORITY - places[document.metadata["corpus"]]
 
 
-def make_exact_signature(folder: Path, corpora: list[str]) -> PipelineStep:
+def make_exact_signature(folder: Path, places: dict[str, int]) -> PipelineStep:
     """Return the last block of a step, which writes the hashes of the rank's documents.
 
     Args:
-        corpora: names of the corpora in reading order.
+        places: name of each corpus -> its place in the reading order of its kind. Corpora that are added behind the
+            others leave the places of those as they were.
     """
     config = _exact_config()
-    config.document_priority = partial(_priority, corpora=corpora)
+    config.document_priority = partial(_priority, places=places)
     return ExactDedupSignature(LocalFolder(folder / "signatures"), config)
 
 
 def make_exact_find(folder: Path) -> PipelineStep:
     """Return the block that finds the documents whose text occurs in another one of higher priority; one task."""
     return ExactFindDedups(LocalFolder(folder / "signatures"), LocalFolder(folder / "duplicates"), _exact_config())
+
+
+def move_signatures(folder: Path, rank: int, target: Path) -> None:
+    """Move the hashes of a rank's documents to the folder `target`, for `add_signatures`; there may be none."""
+    target.mkdir(parents=True, exist_ok=True)
+    for source in (folder / "signatures").glob(f"*/{rank:05d}.*"):
+        os.replace(source, target / f"{source.parent.name}.{rank:05d}")
+
+
+def add_signatures(folder: Path, source: Path, first_rank: int) -> int:
+    """Add the hashes of another data set's corpus as those of further ranks, of which nothing is dropped.
+
+    Returns:
+        number of ranks.
+    """
+    ranks = sorted({path.name.partition(".")[2] for path in source.iterdir()})
+    for path in source.iterdir():
+        part, _, rank = path.name.partition(".")
+        name = f"{first_rank + ranks.index(rank):05d}{ExtensionHelperSD.stage_1_signature}"
+        link_file(path, folder / "signatures" / part / name)
+    return len(ranks)
 
 
 def make_exact_filter(folder: Path) -> PipelineStep:
@@ -85,7 +111,14 @@ def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:
     Args:
         within: `DataConfig.near_duplicates_within`: one group of all units, or one a corpus.
     """
-    return [None if unit.corpus.deduplicated else "all" if within == "all" else unit.corpus.name for unit in units]
+    return [assign_near_group(unit.corpus, within) for unit in units]
+
+
+def assign_near_group(corpus: Corpus, within: str) -> str | None:
+    """Return the name of a corpus's group, in which near duplicates are searched for; None where they are not."""
+    if corpus.deduplicated:
+        return None
+    return "all" if within == "all" else corpus.name
 
 
 def _list_names(groups: Sequence[str | None]) -> list[str]:

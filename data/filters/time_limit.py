@@ -14,7 +14,7 @@ time is bounded by the size of a document (`data.readers.corpus_reader.MAX_DOCUM
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -87,18 +87,18 @@ def run_limited(document: Document, block: str, work: Callable[[], Result], othe
 class SlowDocuments(BaseFilter):
     """Drops the documents that are marked as too slow; the reason is the block.
 
-    `<folder>/<rank>.jsonl` gets samples of them (`data.report.set_aside.SetAside`).
+    `<folder>/<label of the unit>.jsonl` gets samples of them (`data.report.set_aside.SetAside`).
     """
 
     name = "time limit"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, labels: Sequence[str]):
         super().__init__()
-        self.folder = folder
+        self.folder, self.labels = folder, labels
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents that no block was too slow for."""
-        with SetAside(self.folder / f"{rank:05d}.jsonl") as self._set_aside:
+        with SetAside(self.folder / f"{self.labels[rank]}.jsonl") as self._set_aside:
             yield from super().run(data, rank, world_size)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:

@@ -28,11 +28,6 @@ of the text and its words, about a gigabyte, and the tokenizer encodes it in one
 TOO_LARGE = f"longer than {MAX_DOCUMENT_CHARS:,} characters"
 
 
-def rank_file(rank: int) -> str:
-    """Return the name of the file that holds a rank's documents between two steps."""
-    return f"{rank:05d}.jsonl.zst"
-
-
 def find_problem(record: dict, kind: str) -> str | None:
     """Return why a record cannot be used, or None where it can.
 
@@ -161,6 +156,6 @@ class RankReader(JsonlReader):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents of the rank's file."""
         assert data is None
-        for document in compat.read_jsonl_file(self, rank_file(rank)):
+        for document in compat.read_jsonl_file(self, compat.rank_file(rank)):
             self.update_doc_stats(document)
             yield document

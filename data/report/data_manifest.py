@@ -93,7 +93,7 @@ def describe_source(corpus: Corpus, packages: dict[str, Path]) -> dict:
             "file": source.member,
         }
     if isinstance(source, Installed):
-        versions = {name: _read_version(name) for name in source.distributions if name != "*"}
+        versions = {name: read_version(name) for name in source.distributions if name != "*"}
         return entry | {"installed": versions or "all installed distributions"}
     return entry | {"address": source.address, "pattern": source.pattern}
 
@@ -103,7 +103,8 @@ def read_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def _read_version(distribution: str) -> str:
+def read_version(distribution: str) -> str:
+    """Return the version of an installed distribution; `python` is the interpreter."""
     return platform.python_version() if distribution == "python" else importlib.metadata.version(distribution)
 
 

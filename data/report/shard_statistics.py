@@ -77,10 +77,10 @@ def save(statistics: dict[str, ShardStatistics], part: Path) -> None:
     np.savez_compressed(part / "unigrams.npz", **unigrams)
 
 
-def load(parts: Path) -> dict[str, ShardStatistics]:
-    """Return the sum of the statistics that all tasks saved below `parts`, sorted by destination."""
+def load(parts: Iterable[Path]) -> dict[str, ShardStatistics]:
+    """Return the sum of the statistics that were saved in the folders `parts`, sorted by destination."""
     total: dict[str, ShardStatistics] = {}
-    for file in sorted(parts.glob("*/tally.json")):
+    for file in (part / "tally.json" for part in parts):
         with np.load(file.with_name("unigrams.npz")) as unigrams:
             for target, part in json.loads(file.read_text()).items():
                 entry = total.setdefault(target, ShardStatistics())

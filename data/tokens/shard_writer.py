@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,19 +34,26 @@ class ShardWriter(PipelineStep):
 
     A part appears complete or not at all. It also holds the statistics of its shards
     (`data.report.shard_statistics.save`). A conversation that cannot be encoded is set aside: counted by its reason,
-    and the first ones of every reason written to `<set_aside>/<rank>.jsonl`.
+    and the first ones of every reason written to `<set_aside>/<label of the unit>.jsonl`.
     """
 
     type = "💽 - WRITER"
     name = "mds"
 
     def __init__(
-        self, tokenizer_folder: Path, parts: Path, set_aside: Path, shard_bytes: int, max_conversation_tokens: int
+        self,
+        tokenizer_folder: Path,
+        parts: Path,
+        set_aside: Path,
+        labels: Sequence[str],
+        shard_bytes: int,
+        max_conversation_tokens: int,
     ):
         super().__init__()
         self.tokenizer_folder = tokenizer_folder
         self.parts = parts
         self.set_aside = set_aside
+        self.labels = labels
         self.shard_bytes = shard_bytes
         self.max_conversation_tokens = max_conversation_tokens
 
@@ -57,7 +64,7 @@ class ShardWriter(PipelineStep):
         part = self.parts / f"{rank:05d}"
         # A rank that runs again was killed between its last rename and datatrove's completion marker.
         remove(part)
-        with atomic_write(part) as partial, SetAside(self.set_aside / f"{rank:05d}.jsonl") as set_aside:
+        with atomic_write(part) as partial, SetAside(self.set_aside / f"{self.labels[rank]}.jsonl") as set_aside:
             partial.mkdir()
             self._write_samples(data, partial, set_aside)
         for reason, count in set_aside.counts.items():

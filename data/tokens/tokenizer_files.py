@@ -20,3 +20,8 @@ def hash_tokenizer_files(path: str) -> dict[str, str]:
     file = locate_tokenizer(path)
     files = [file] if path.endswith(".json") else [file.with_name(name) for name in (TOKENIZER, CONFIG, TEMPLATE)]
     return {file.name: sha256_file(file) for file in files if file.is_file()}
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of every file of a tokenizer folder that was saved."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
+from core.samples import SHARDS_AT
 
 MANIFEST = "data_manifest.json"
+PAGE = "statistics.html"
+"""The statistics page, which no hash covers."""
 
 
 def verify_shards(folder: Path) -> dict[str, int]:
@@ -20,7 +23,7 @@ def verify_shards(folder: Path) -> dict[str, int]:
         numbers of `domains`, `shards` and `bytes` that were verified.
 
     Raises:
-        RefusedInput: the folder has no manifest.
+        RefusedInput: the folder has no manifest, or shards of another folder.
         DamagedData: a file is missing, changed or not in its index; names it and the way out.
     """
     recorded = folder / MANIFEST
@@ -28,10 +31,14 @@ def verify_shards(folder: Path) -> dict[str, int]:
         raise RefusedInput(f"{recorded} is missing: the folder is not a finished data step; run the data step again")
     manifest = json.loads(recorded.read_text())
     totals = {"domains": 0, "shards": 0, "bytes": 0}
-    for target, entry in _list_destinations(manifest):
+    for target, entry in list_destinations(manifest):
         index = folder / target / "index.json"
         _check_hash(index, entry["index_sha256"])
         files = [shard["zip_data"] or shard["raw_data"] for shard in json.loads(index.read_text())["shards"]]
+        if index.with_name(SHARDS_AT).exists():
+            raise RefusedInput(
+                f"{index.parent} holds the index alone; verify the data set that {index.with_name(SHARDS_AT)} names"
+            )
         for file in files:
             _check_hash(index.with_name(file["basename"]), file["hashes"]["sha256"])
         unknown = {path.name for path in index.parent.iterdir()} - {file["basename"] for file in files} - {"index.json"}
@@ -43,7 +50,8 @@ def verify_shards(folder: Path) -> dict[str, int]:
     return totals
 
 
-def _list_destinations(manifest: dict) -> Iterator[tuple[str, dict]]:
+def list_destinations(manifest: dict) -> Iterator[tuple[str, dict]]:
+    """Yield the path of every MDS folder below the data folder, such as `shards/pretrain/web`, and its entry."""
     for top in ("shards", "heldout"):
         for stage, domains in manifest[top].items():
             for domain, entry in domains.items():

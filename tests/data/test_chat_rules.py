@@ -75,12 +75,12 @@ def test_one_whose_first_answer_does_not_fit_is_set_aside_and_counted(folder, en
         for number, messages in enumerate([TOOLS[:3], long, TOOLS])
     ]
     limit = len(encoder.encode_conversation(TOOLS, 8192).tokens) - 1
-    writer = ShardWriter(folder, tmp_path / "parts", tmp_path / "set_aside", 1 << 20, limit)
+    writer = ShardWriter(folder, tmp_path / "parts", tmp_path / "set_aside", ["c.00000"], 1 << 20, limit)
     writer.run(documents, 0, 1)
-    (line,) = (tmp_path / "set_aside/00000.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "set_aside/c.00000.jsonl").read_text().splitlines()
     assert json.loads(line) == {"reason": TOO_LONG, "id": "1", "sample": json.dumps(long)}
     assert (writer.stats["too_long"].total, writer.stats["shortened"].total) == (1, 1)
-    mds.assemble(tmp_path / "parts", tmp_path, "shards/sft/tool_use", "v")
+    mds.assemble([("c", tmp_path / "parts/00000")], tmp_path, "shards/sft/tool_use", "v")
     assert len(samples(tmp_path / "shards/sft/tool_use")) == 2
 
 
@@ -130,16 +130,16 @@ def test_conversations_that_the_template_refuses_are_set_aside_by_reason(folder,
         Document(text="t", id=str(number), metadata=metadata | {"messages": messages})
         for number, messages in enumerate(chats)
     ]
-    writer = ShardWriter(tmp_path / "tokenizer", tmp_path / "parts", tmp_path / "set_aside", 1 << 20, 8192)
+    writer = ShardWriter(tmp_path / "tokenizer", tmp_path / "parts", tmp_path / "set_aside", ["c.00000"], 1 << 20, 8192)
     writer.run(documents, 0, 1)
-    lines = [json.loads(line) for line in (tmp_path / "set_aside/00000.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "set_aside/c.00000.jsonl").read_text().splitlines()]
     alternate = "the chat template fails with TemplateError: Conversation roles must alternate!"
     # Ten samples of a reason, and all of them counted.
     assert [line["reason"] for line in lines].count(alternate) == 10
     assert json.loads(lines[0]["sample"]) == chats[1] and lines[0]["id"] == "1"
     counted = {key: value.total for key, value in writer.stats.stats.items() if key.startswith(REFUSED_PREFIX)}
     assert counted == {f"{REFUSED_PREFIX}{alternate}": 24, f"{REFUSED_PREFIX}{NO_ANSWER}": 1}
-    mds.assemble(tmp_path / "parts", tmp_path, "shards/sft/chat", "v")
+    mds.assemble([("c", tmp_path / "parts/00000")], tmp_path, "shards/sft/chat", "v")
     assert len(samples(tmp_path / "shards/sft/chat")) == 2
 
 

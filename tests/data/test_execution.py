@@ -9,7 +9,9 @@ import pytest
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from core.errors import DamagedData
 from data.execution import MAX_SHOWN_FAILURES, MAX_TRIES, StepRunner
+from data.readers.corpus_reader import RankReader
 
 LABELS = ["corpus.00000", "corpus.00001", "corpus.00002", "other.00000"]
 
@@ -41,6 +43,28 @@ class Touch(PipelineStep):
             if self.killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError("disk is full")
+
+
+def test_an_input_is_emptied_when_its_task_is_completed_and_not_before(tmp_path):
+    runner = StepRunner("local", 2, tmp_path / "logs", lambda *_: None)
+    files = [tmp_path / "input" / f"{rank:05d}.jsonl.zst" for rank in range(4)]
+    files[0].parent.mkdir()
+    for file in files[:3]:  # the last rank had no document
+        file.write_text("documents")
+    with pytest.raises(RuntimeError, match="disk is full"):
+        runner.run("touch", [Touch(tmp_path)], LABELS, consumed=files[0].parent)
+    assert [file.exists() and file.read_text() for file in files] == ["", "documents", "", False]
+    files[2].write_text("documents")  # as if killed between the marker and the emptying
+    (tmp_path / "repaired").touch()
+    runner.run("touch", [Touch(tmp_path)], LABELS, consumed=files[0].parent)
+    assert [file.exists() and file.read_text() for file in files] == ["", "", "", False]
+
+
+def test_an_emptied_input_is_not_taken_for_no_documents(tmp_path):
+    (tmp_path / "00000.jsonl.zst").touch()
+    with pytest.raises(DamagedData, match=r"00000\.jsonl\.zst is empty: a later step has read it"):
+        list(RankReader(tmp_path).run(None, 0, 2))
+    assert list(RankReader(tmp_path).run(None, 1, 2)) == []
 
 
 def check_failure_and_resume(kind: str, folder: Path, killed: bool = False) -> None:

@@ -40,11 +40,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["index.json", "shard.00000.mds.zstd"])
+@pytest.mark.parametrize("pattern", ["index.json", "planted-*.00000.mds.zstd"])
 @pytest.mark.parametrize(("damage", "said"), [(flip, "is damaged"), (Path.unlink, "is missing")])
-def test_a_changed_or_missing_file_is_named(copy, name, damage, said):
-    damage(copy / "shards/pretrain/web" / name)
-    with pytest.raises(DamagedData, match=rf"shards/pretrain/web/{name} {said}"):
+def test_a_changed_or_missing_file_is_named(copy, pattern, damage, said):
+    (file,) = (copy / "shards/pretrain/web").glob(pattern)
+    damage(file)
+    with pytest.raises(DamagedData, match=rf"shards/pretrain/web/{file.name} {said}"):
         verify_shards(copy)
 
 
@@ -93,7 +94,7 @@ def _write_with_little_room(folder: Path, parts: Path, result) -> None:
     metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
     documents = [Document(text=page(number), id=str(number), metadata=metadata) for number in range(400)]
     try:
-        ShardWriter(folder, parts, parts / "set_aside", 1 << 16, 8192).run(documents, 0, 1)
+        ShardWriter(folder, parts, parts / "set_aside", ["c.00000"], 1 << 16, 8192).run(documents, 0, 1)
         result.put("written")
     except OSError as error:
         result.put(os.strerror(error.errno))
@@ -109,10 +110,10 @@ def test_a_disk_full_among_shards_leaves_no_part_that_looks_whole(prepared, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["00000.partial"]
     # The next try begins again, and its part is whole.
     metadata = {"corpus": "c", "domain": "web", "kind": "text", "split": "pretrain"}
-    ShardWriter(prepared.out / "tokenizer", tmp_path, tmp_path / "set_aside", 1 << 16, 8192).run(
+    ShardWriter(prepared.out / "tokenizer", tmp_path, tmp_path / "set_aside", ["c.00000"], 1 << 16, 8192).run(
         [Document(text=page(0), id="0", metadata=metadata)], 0, 1
     )
-    assert mds.assemble(tmp_path, tmp_path / "out", "shards/pretrain/web", "v")["shards"] == 1
+    assert mds.assemble([("c", tmp_path / "00000")], tmp_path / "out", "shards/pretrain/web", "v")["shards"] == 1
 
 
 def test_the_page_shows_what_the_manifest_counts_and_needs_nothing_else(prepared):

@@ -16,14 +16,14 @@ TEXT = next(corpus for corpus in CATALOGUE.values() if corpus.kind == "text")
 
 
 def documents(*texts: str) -> list[Document]:
-    return [Document(text=text, id=text, metadata={"corpus": "c"}) for text in texts]
+    return [Document(text=text, id=text, metadata={"corpus": "c", "kind": "text"}) for text in texts]
 
 
 @pytest.mark.parametrize("texts", [(), ("one two three four five six", "too short to sign")])
 def test_deduplication_without_documents_in_a_rank_or_in_all(texts, tmp_path):
     ranks = [list(texts), []]
     for rank, found in enumerate(ranks):
-        dedup.make_exact_signature(tmp_path, ["c"]).run(documents(*found), rank, 2)
+        dedup.make_exact_signature(tmp_path, {"c": 0}).run(documents(*found), rank, 2)
     dedup.make_exact_find(tmp_path).run(None, 0, 1)
     exact = [dedup.make_exact_filter(tmp_path).run(documents(*found), rank, 2) for rank, found in enumerate(ranks)]
     assert [[document.text for document in kept] for kept in exact] == ranks

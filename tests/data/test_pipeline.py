@@ -18,10 +18,10 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
-from data import pipeline
 from data.pipeline import prepare
 from data.tokens import mds
 from data.tokens.verify_shards import verify_shards
+from data.work_folder import is_finished
 from tests.data.planted import CONFIG, NUM_PAGES, Preparation, plant
 
 REPOSITORY = Path(__file__).parents[2]
@@ -234,10 +234,13 @@ def test_interrupted_join_goes_on(tmp_path):
     beside = tmp_path / "out/shards/sft/math.partial"
     beside.mkdir(parents=True)
     shard = parts / "00000/shards/sft/math/shard.00000.mds.zstd"
-    shard.rename(beside / "shard.00000.mds.zstd")  # as if killed after the first rename
-    entry = mds.assemble(parts, tmp_path / "out", "shards/sft/math", "abc")
+    shard.rename(beside / "a-1.00000.mds.zstd")  # as if killed after the first rename
+    folders = [("a-1", parts / "00000"), ("a-1", parts / "00001"), ("b-2", parts / "00002")]
+    entry = mds.assemble(folders, tmp_path / "out", "shards/sft/math", "abc")
     index = json.loads((tmp_path / "out/shards/sft/math/index.json").read_text())
     assert index["vocabulary_sha256"] == "abc" and entry["shards"] == len(index["shards"]) == 3
+    names = [shard["zip_data"]["basename"] for shard in index["shards"]]
+    assert names == ["a-1.00000.mds.zstd", "a-1.00001.mds.zstd", "b-2.00000.mds.zstd"]
     read = samples(tmp_path / "out/shards/sft/math")
     assert [len(sample["tokens"]) for sample in read] == [3, 3, 4, 3, 4, 5]
     assert all((sample["loss_mask"] == sample["tokens"] % 2).all() for sample in read)
@@ -246,8 +249,8 @@ def test_interrupted_join_goes_on(tmp_path):
 def test_work_of_another_plan_is_put_aside_and_never_replaced(tmp_path):
     out = tmp_path / "data.partial"
     for number in range(3):
-        assert not pipeline._is_finished(out, {"config": number})
-        assert not pipeline._is_finished(out, {"config": number}), "the same plan goes on with its work"
+        assert not is_finished(out, {"config": number})
+        assert not is_finished(out, {"config": number}), "the same plan goes on with its work"
         for folder in ("work/read", "shards"):
             (out / folder).mkdir(parents=True)
         (out / "shards" / "index.json").write_text(str(number))

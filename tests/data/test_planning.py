@@ -20,7 +20,7 @@ def test_a_plan_worked_out_by_hand():
     assert plan.files == 423
     assert plan.storage_bytes == 12_250_000_000
     assert plan.shard_object_bytes == 2**26 / 4 * 1.75
-    assert plan.work_bytes == 42_000_000_000 + 10_000_000_000
+    assert plan.peak_bytes == 21_000_000_000 + 10_000_000_000
     # 63 GB are 32 units of 2 GB; the largest takes 2,000 s to clean and 200 s to tokenize.
     assert plan.units == 32 and plan.longest_unit_hours == pytest.approx(2200 / 3600)
     assert plan.estimate_hours(16) == pytest.approx((17.5 + 1.75) / 16 + 200 / 3600)
@@ -33,7 +33,9 @@ def test_groups_bound_the_one_task_and_nothing_else():
     whole, parts = plan_data(1e12, RATES), plan_data(1e12, RATES, largest_group=1 / 64)
     assert parts.cluster_memory_bytes == pytest.approx(whole.cluster_memory_bytes / 64)
     assert parts.cluster_hours == pytest.approx(whole.cluster_hours / 64)
-    assert (parts.work_bytes, parts.clean_core_hours) == (whole.work_bytes, whole.clean_core_hours)
+    assert (parts.peak_bytes, parts.clean_core_hours) == (whole.peak_bytes, whole.clean_core_hours)
+    few = plan_data(1e12, RATES, largest_group=0.01, compared=0.05)
+    assert few.peak_bytes == few.storage_bytes < whole.peak_bytes, "then the shards are the largest"
 
 
 def test_twice_the_tokens_cost_twice_as_much():

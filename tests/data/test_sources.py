@@ -136,6 +136,7 @@ def test_a_file_that_changes_after_it_was_listed_is_named_in_the_manifest(tmp_pa
 
     monkeypatch.setattr("data.pipeline.freeze_sources", list_and_change)
     made = prepare(planted.CONFIG, packages={}, benchmark_texts=None, out=tmp_path / "out", progress=ignore_progress)
+    assert made["keys"]["corpora"] == {}, "keys are of files as they were listed"
     changed = {name: entry.get("changed_inputs") for name, entry in made["corpora"].items()}
     assert changed["planted"] == [] and changed["mirror"] == [os.path.realpath(source / "mirror/a.jsonl")]
 

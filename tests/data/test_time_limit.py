@@ -58,8 +58,15 @@ class Recorder(BaseFilter):
         return True
 
 
+LABELS = [f"c.{rank:05d}" for rank in range(4)]
+
+
 def test_a_slow_document_is_set_aside_and_the_others_are_kept(tmp_path):
-    slow, recorder, last = StyleFilter(Backtracking(), ("prose",), "slow one"), Recorder(), SlowDocuments(tmp_path)
+    slow, recorder, last = (
+        StyleFilter(Backtracking(), ("prose",), "slow one"),
+        Recorder(),
+        SlowDocuments(tmp_path, LABELS),
+    )
     after = StyleFilter(recorder, ("prose",), "after")
     data = documents("first", "a" * 200, "second", "a" * 300, "third")
     for block in (slow, after, last):
@@ -67,14 +74,14 @@ def test_a_slow_document_is_set_aside_and_the_others_are_kept(tmp_path):
     assert [document.text for document in data] == ["first", "second", "third"]
     assert recorder.seen == ["first", "second", "third"]  # no later block works on a slow document
     assert (last.stats["total"].total, last.stats["forwarded"].total, last.stats["dropped_slow one"].total) == (5, 3, 2)
-    samples = [json.loads(line) for line in (tmp_path / "00003.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (tmp_path / "c.00003.jsonl").read_text().splitlines()]
     assert [(row["reason"], row["id"], len(row["sample"])) for row in samples] == [
         ("too slow: slow one", "1", 200), ("too slow: slow one", "3", 300),
     ]  # fmt: skip
 
 
 def test_nothing_is_left_behind_where_no_document_is_slow(tmp_path):
-    assert len(list(SlowDocuments(tmp_path).run(documents("first", "second")))) == 2
+    assert len(list(SlowDocuments(tmp_path, LABELS).run(documents("first", "second")))) == 2
     assert list(tmp_path.iterdir()) == []
 
 
