@@ -5,6 +5,7 @@ after its input has been accepted, so that help and refusals come at once.
 """
 
 from pipelines.commands import (
+    data,
     evaluate,
     export,
     fetch,
@@ -22,6 +23,7 @@ from pipelines.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
     "run": Command(run.Run, run.run, run.parse),
+    "data": Command(data.Data, data.make_data, data.parse),
     "status": Command(status.Status, status.show_status),
     "report": Command(report.Report, report.rewrite_report),
     "recipes": Command(recipes.Recipes, recipes.list_recipes),

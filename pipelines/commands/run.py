@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from core.errors import RefusedInput
+from core.stages import STAGES
 from pipelines.commands import inputs
 from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
 from pipelines.commands.supervise import supervise, take_signals
@@ -20,6 +21,7 @@ from pipelines.engine.step import is_up_to_date, plan_actions
 from pipelines.preflight import check_disk
 from pipelines.printing import quote_command
 from pipelines.recipe import Recipe
+from pipelines.shared_data import DATA_ADDRESS, choose_shared_data
 from pipelines.status import RunStatus, read_status
 from pipelines.steps import STEPS
 from pipelines.steps.context import Context
@@ -44,6 +46,9 @@ class Run:
     """Stop after this step."""
     from_: Annotated[StepName | None, tyro.conf.arg(name="from")] = None
     """Compute this step and those after it anew."""
+    data: str | None = None
+    """Take over a finished data set: the folder of another run, or an address that `mobilemoe data` sent one to. A run
+    remembers it."""
     json: bool = False
     """Print the run's status as one JSON object on stdout at the end."""
 
@@ -60,17 +65,18 @@ def parse(words: Sequence[str]) -> Run:
 
     if not words or words[0] in ("-h", "--help"):
         raise UsageShown(
-            "usage: mobilemoe run RECIPE|FILE.py|--like RUN [--out DIR] [--until STEP] [--from STEP] [overrides]\n\n"
+            "usage: mobilemoe run RECIPE|FILE.py|--like RUN [--out DIR] [--data ADDRESS] [--until STEP] [--from STEP] "
+            "[overrides]\n\n"
             f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override\n"
             "FILE.py: a Python file whose function recipe() returns a Recipe\n"
             "--like RUN: the recipe of a run folder",
             asked=bool(words),
         )
-    recipe, title, rest = _choose_recipe(words)
+    recipe, title, rest = choose_recipe(words)
     return parse_arguments(Run, rest, f"run {title}", Run(recipe=recipe, out=Path("runs") / recipe.name))
 
 
-def _choose_recipe(words: Sequence[str]) -> tuple[Recipe, str, Sequence[str]]:
+def choose_recipe(words: Sequence[str]) -> tuple[Recipe, str, Sequence[str]]:
     """Return the recipe that the first words name, these words as a title, and the words that are left."""
     from pipelines.recipes import RECIPES
     from pipelines.recipes.load import load_recipe_file, load_recipe_of_run
@@ -93,15 +99,24 @@ def run(arguments: Run) -> None:
         RefusedInput, StepFailed, KeyboardInterrupt: as `run_recipe`.
     """
     assert arguments.out is not None, "`parse` fills it"
-    status = run_recipe(arguments.recipe, arguments.out.absolute(), until=arguments.until, restart_from=arguments.from_)
+    status = run_recipe(
+        arguments.recipe,
+        arguments.out.absolute(),
+        until=arguments.until,
+        restart_from=arguments.from_,
+        data=arguments.data,
+    )
     emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
 
 
-def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None) -> RunStatus:
+def run_recipe(
+    recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None, data: str | None = None
+) -> RunStatus:
     """Run a recipe in a run folder as far as `until`, and return its status.
 
     Args:
         restart_from: compute this step and those after it anew.
+        data: address of a data set to take over; None stands for that of the run's last call, if it had one.
 
     Raises:
         RefusedInput: no step was started; nothing was created either, unless the lock or the cluster refused.
@@ -118,17 +133,20 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
     from eval.benchmarks.items import PACKAGE
     from pipelines.steps.build_steps import build_steps
 
-    check_disk(recipe, run, plan_actions(build_steps(Context(recipe, run, None, print), PACKAGE), run, Manifest(run)))
+    shared = choose_shared_data(data, recipe.data, run)
+    planned = build_steps(Context(recipe, run, None, print, shared), PACKAGE)
+    actions = plan_actions(planned, run, Manifest(run))
+    check_disk(recipe, run, actions | ({"data": "skip"} if shared else {}))
     run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
         manifest, stop = Manifest(run), threading.Event()
 
         def bring_up_to_date(cluster: "Cluster | None", log_line: Callable[[str], None]) -> None:
-            steps = build_steps(Context(recipe, run, cluster, log_line), PACKAGE)
+            steps = build_steps(Context(recipe, run, cluster, log_line, shared), PACKAGE)
             run_steps(steps, run, manifest, until=until, restart_from=restart_from, log_line=log_line, stop=stop)
 
-        steps = build_steps(Context(recipe, run, None, print), PACKAGE)
-        if restart_from is None and is_up_to_date(steps, run, manifest, until):
+        manifest.content |= {DATA_ADDRESS: shared.address} if shared else {}
+        if restart_from is None and is_up_to_date(planned, run, manifest, until):
             with Display(run, until) as display:
                 manifest.describe(recipe)
                 bring_up_to_date(None, display.log_line)
@@ -138,11 +156,17 @@ def run_recipe(recipe: Recipe, run: Path, *, until: str | None, restart_from: st
             take_signals()
             with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run, until) as display:
                 take_signals()
-                cluster.check_size()
+                if needs_gang(until):
+                    cluster.check_size()
                 manifest.describe(recipe)
                 print_header(display, cluster, run)
                 supervise(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
     return read_status(run)
+
+
+def needs_gang(until: str | None) -> bool:
+    """Return whether a run as far as a step trains."""
+    return until is None or STEPS.index(until) >= STEPS.index(STAGES[0])
 
 
 def print_header(display: Display, cluster: "Cluster", run: Path) -> None:

@@ -27,6 +27,7 @@ from pipelines.recipe import Recipe
 from pipelines.scaling.points import Point
 from pipelines.scaling.sizes import parse_size
 from pipelines.scaling.sweep.grid import SweepRun, expand_sweep
+from pipelines.shared_data import DATA_ADDRESS, choose_shared_data
 from pipelines.steps.context import Context
 from pipelines.validation.input_rules import find_cluster_problems, find_data_problems
 from pipelines.validation.problems import InvalidRecipe
@@ -50,6 +51,8 @@ class SweepArguments:
     """Folder of the sweep: shared data, points, points.csv, fits and figures. Not needed with --estimate."""
     estimate: bool = False
     """Only print what the sweep costs: points, FLOPs, hours, disk."""
+    data: str | None = None
+    """Take over a finished data set, as `mobilemoe run --data` does."""
     rate: str | None = None
     """FLOPs a second of one rank for the estimate, for example 150T; measured from finished points, or assumed, if not
     given."""
@@ -140,6 +143,7 @@ def _run_sweep(recipe: Recipe, runs: Sequence[SweepRun], out: Path, arguments: S
 
     chains = list_tasks(recipe, runs, out)
     _check_disk(recipe, runs, out)
+    shared = choose_shared_data(arguments.data, recipe.data, out)
     out.mkdir(parents=True, exist_ok=True)
     with lock_run(out):
         manifest, stop = Manifest(out), threading.Event()
@@ -150,11 +154,12 @@ def _run_sweep(recipe: Recipe, runs: Sequence[SweepRun], out: Path, arguments: S
             take_signals()
             cluster.check_size()
             manifest.describe(recipe)
+            manifest.content |= {DATA_ADDRESS: shared.address} if shared else {}
             display.log_line(f"sweep folder  {out}")
             display.log_line(f"dashboard     {cluster.dashboard_url or 'none'}")
 
             def train() -> None:
-                steps = build_steps(Context(recipe, out, cluster, display.log_line), PACKAGE)
+                steps = build_steps(Context(recipe, out, cluster, display.log_line, shared), PACKAGE)
                 run_steps(steps, out, manifest, until="data", restart_from=None, log_line=display.log_line, stop=stop)
                 data = manifest.step("data")["identity"]
                 check_folders(chains, data)

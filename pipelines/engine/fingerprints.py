@@ -30,7 +30,7 @@ def describe_changes(step: "Step", inputs: dict[str, str], entry: dict[str, Any]
     found = []
     if entry["version"] != step.version:
         found.append(f"code version {entry['version']} -> {step.version}")
-    old, new = _flatten(entry["config"]), _flatten(step.config)
+    old, new = flatten(entry["config"]), flatten(step.config)
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
             found.append(f"{path}: {old.get(path)!r} -> {new.get(path)!r}")
@@ -38,14 +38,12 @@ def describe_changes(step: "Step", inputs: dict[str, str], entry: dict[str, Any]
     return found
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as {dotted path: leaf}."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
-        path: leaf
-        for key, item in value.items()
-        for path, leaf in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()
+        path: leaf for key, item in value.items() for path, leaf in flatten(item, f"{prefix}.{key}".lstrip(".")).items()
     }
 
 

@@ -49,7 +49,8 @@ def run_steps(
             log_line(f"step {numbers[step.name]} of {len(steps)}  {step.name}: {decision.action} ({decision.why})")
             if decision.action == "skip":
                 continue
-            if decision.action != "resume":
+            # Where the user asked for a step anew, nothing of its former outputs is to be taken over.
+            if decision.action == "run" or (decision.action == "redo" and not step.replaces_outputs):
                 archive_outputs(step, run, log_line)
             starting.append((step, inputs))
         _execute_at_once(starting, run, manifest, stop)
@@ -134,9 +135,14 @@ def archive_outputs(step: Step, run: Path, log_line: Callable[[str], None]) -> N
     """
     for output in step.outputs:
         for path in (run / output, partial_path(run / output)):
-            if path.exists():
-                archived = find_free_path(run / "stale" / path.relative_to(run))
-                archived.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, archived)
-                moved = f"{path.relative_to(run)} moved to {archived.relative_to(run)}"
-                log_line(f"  former {moved}; delete it when you don't need it")
+            archive_path(path, run, log_line)
+
+
+def archive_path(path: Path, run: Path, log_line: Callable[[str], None]) -> None:
+    """Move a file or folder of a run to `stale/`; a missing one is no error."""
+    if path.exists():
+        archived = find_free_path(run / "stale" / path.relative_to(run))
+        archived.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, archived)
+        moved = f"{path.relative_to(run)} moved to {archived.relative_to(run)}"
+        log_line(f"  former {moved}; delete it when you don't need it")

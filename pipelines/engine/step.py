@@ -29,6 +29,9 @@ class Step:
     """Function that does the work. It may find its own outputs of an interrupted run, never outputs of another
     fingerprint. Its result goes to the manifest; the key `identity` in it replaces the fingerprint that dependent steps
     see."""
+    replaces_outputs: bool = False
+    """Whether the work itself replaces former outputs, once the new ones are whole: it takes parts of them over, or
+    others read them meanwhile. Otherwise they are moved away before it begins."""
 
 
 @dataclass(frozen=True)

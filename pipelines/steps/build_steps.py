@@ -6,13 +6,14 @@ Each step's config holds what identifies its work and nothing else. A run theref
 evaluation batch, cluster or checkpoint interval without computing anything anew.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
 from data.catalogue.corpora import Requirement, packages_needed
-from data.config import RUNTIME_FIELDS
+from data.config import RUNTIME_FIELDS, VERSION
 from data.tokens.tokenizer_files import hash_tokenizer_files
 from pipelines.engine.step import Result, Step
 from pipelines.recipe import to_dict
@@ -44,7 +45,14 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     data = {key: value for key, value in tree["data"].items() if key not in RUNTIME_FIELDS}
     if recipe.data.tokenizer.path:
         data |= {"tokenizer_sha256": hash_tokenizer_files(recipe.data.tokenizer.path)}
-    wanted = packages_needed(recipe.data) | {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
+    wanted = {items_package.partition("==")[0]: Requirement(items_package, sdist=False)}
+    data_needs: tuple[str, ...] = ()
+    making: dict[str, Any] = {"data": data, "seed": tree["seed"]}
+    if shared := context.shared:
+        making = {"shared": {"address": shared.address, "manifest_sha256": hashlib.sha256(shared.content).hexdigest()}}
+    else:
+        wanted = packages_needed(recipe.data) | wanted
+        data_needs = ("fetch", "items")
     aside = ("batch_tokens", "quick_benchmarks", "quick_limit")
     evaluation = {key: value for key, value in tree["evaluation"].items() if key not in aside}
 
@@ -71,7 +79,7 @@ def build_steps(context: Context, items_package: str) -> list[Step]:
     return [
         Step("fetch", 1, (), {"packages": packages}, ("packages",), lambda: fetch_packages(context, wanted)),
         step("items", 3, ("fetch",), about_items, ("items",), prepare_items),
-        step("data", 6, ("fetch", "items"), {"data": data, "seed": tree["seed"]}, ("data",), prepare_data),
+        Step("data", VERSION, data_needs, making, ("data",), lambda: prepare_data(context), replaces_outputs=True),
         *(_build_stage_step(context, tree, name) for name in STAGES),
         step("export", 2, ("data", *STAGES), export, EXPORT_OUTPUTS, export_models),
         step("eval", 4, ("items", "data", "export"), {"evaluation": evaluation}, EVAL_OUTPUTS, evaluate_models),

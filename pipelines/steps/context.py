@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.engine.progress_file import ProgressFile
 from pipelines.recipe import Recipe
+from pipelines.shared_data import SharedData
 
 if TYPE_CHECKING:
     from pipelines.ray.cluster import Cluster
@@ -32,6 +33,8 @@ class Context:
     """None where no step has to run, so that no Ray is started for nothing."""
     log_line: Callable[[str], None]
     """Function that shows one line to the user."""
+    shared: SharedData | None = None
+    """Data set that the run takes over instead of making its own."""
 
     def require_cluster(self) -> "Cluster":
         """Return the cluster of a step that runs."""

@@ -1,18 +1,22 @@
 """The steps `items` and `data`: benchmark items, then the tokenizer and the shards that training reads."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from core.atomic import atomic_write
+from core.atomic import partial_path
 from core.errors import RefusedInput
 from core.progress import Progress
 from core.stages import heldout_folder
 from data.config import DataConfig
 from eval.benchmarks.suites import get_suite
 from eval.config import EvaluationConfig
+from pipelines.engine.fingerprints import digest
+from pipelines.engine.runner import archive_path
 from pipelines.recipe import Recipe
+from pipelines.shared_data import SharedData, find_uncovered, receive_data
 from pipelines.steps.context import Context
 from pipelines.steps.fetch import list_packages
 
@@ -62,22 +66,49 @@ def prepare_items_on_worker(
     return items.prepare(packages, out, progress, allow_missing, folder, generate_items(generated))
 
 
-def prepare_data(context: Context) -> None:
+def prepare_data(context: Context) -> dict[str, Any]:
     """Write the shards and the tokenizer; after an interruption `data.pipeline` continues in the partial folder.
+
+    What the run's former data and the new one have in common is taken over. The former data stays in its place until
+    the new one is whole, because other runs may read it.
 
     Raises:
         RefusedInput: a stage wants a domain that the shards lack (`check_domains`).
     """
     run, recipe = context.run, context.recipe
-    with atomic_write(run / "data", keep_partial=True) as out:
+    out = partial_path(run / "data")
+    if context.shared:
+        receive_shared_data(context, context.shared, out)
+    else:
         texts = run / "items" / "benchmark_texts.jsonl"
         # On one machine forked processes start at once, where each Ray worker imports for seconds.
         executor = "local" if context.require_cluster().local else "ray"
-        arguments = (recipe.data, recipe.seed, list_packages(run), texts, out, executor, context.progress("data"))
+        arguments = (
+            recipe.data, recipe.seed, list_packages(run), texts, out, executor, context.progress("data"), run / "data",
+        )  # fmt: skip
         # This job only coordinates. It holds no CPU of the cluster, so that they all go to the processes it starts.
         context.run_job("data", prepare_data_on_worker, arguments, cpus=0)
-        check_domains(recipe, out)
-        _log_corpora(context, out)
+    check_domains(recipe, out)
+    archive_path(run / "data", run, context.log_line)
+    os.replace(out, run / "data")
+    manifest = json.loads((run / "data" / "data_manifest.json").read_text(encoding="utf-8"))
+    _log_corpora(context, manifest)
+    return {"identity": digest({key: manifest[key] for key in ("tokenizer", "shards", "heldout")})}
+
+
+def receive_shared_data(context: Context, shared: SharedData, out: Path) -> None:
+    """Write to `out` what the run needs of a shared data set, and say which benchmarks it was not searched for."""
+    recorded = out / "data_manifest.json"
+    if (out / "work").exists() or (recorded.exists() and recorded.read_bytes() != shared.content):
+        archive_path(out, context.run, context.log_line)  # the run had begun to make data of its own, or took another's
+    receive_data(shared, out, context.progress("data"))
+    context.log_line(f"data: of {shared.address}")
+    evaluation = context.recipe.evaluation
+    names = [benchmark.key for benchmark in get_suite(evaluation.suite, evaluation.benchmarks)]
+    if uncovered := find_uncovered(shared, names):
+        context.log_line(
+            f"data: not searched for the items of {', '.join(uncovered)}, which may be in the training text"
+        )
 
 
 def prepare_data_on_worker(
@@ -88,6 +119,7 @@ def prepare_data_on_worker(
     out: Path,
     executor: Literal["local", "ray"],
     progress: Progress,
+    former: Path,
 ) -> None:
     """Write tokenizer and shards into `out` with datatrove.
 
@@ -95,17 +127,24 @@ def prepare_data_on_worker(
         seed: decides, together with a document's text, its split, and seeds the generated corpora.
         texts: JSON lines of benchmark texts, for the decontamination.
         executor: processes of this node, or the Ray cluster.
+        former: folder of an earlier data set, if there is one, whose corpora are taken over where they are the same.
     """
     from data import pipeline
 
     pipeline.prepare(
-        config, seed=seed, packages=packages, benchmark_texts=texts, out=out, progress=progress, executor=executor
+        config,
+        seed=seed,
+        packages=packages,
+        benchmark_texts=texts,
+        out=out,
+        progress=progress,
+        executor=executor,
+        former=[former],
     )
 
 
-def _log_corpora(context: Context, data: Path) -> None:
+def _log_corpora(context: Context, made: dict[str, Any]) -> None:
     """Show which corpora the shards were made of, and what replaced those whose package is missing."""
-    made = json.loads((data / "data_manifest.json").read_text(encoding="utf-8"))
     kept = [f"{name} {corpus['kept']:,}" for name, corpus in made["corpora"].items()]
     context.log_line(f"data: documents kept of {', '.join(kept)}")
     for entry in made["missing"]:

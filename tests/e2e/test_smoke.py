@@ -182,6 +182,23 @@ def test_results_hold_fourteen_benchmarks_of_every_stages_model(finished):
     assert "chance" in (run / "report/report.md").read_text()
 
 
+def test_another_run_takes_over_the_data(finished, tmp_path):
+    run, other = finished[0], tmp_path / "other"
+    words = ["run", "smoke", "--out", str(other), *OVERRIDES, "--until", "pretrain", "--stages.pretrain.steps", "4"]
+    for data in (["--data", str(run)], []):  # the second time it is remembered
+        command = [sys.executable, "-m", "pipelines.cli", *words, *data]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "data: skip (up to date)" in ended.stderr
+    assert not list((other / "data/shards").rglob("*.zstd"))
+    packages = {path.name.partition("-")[0] for path in (other / "packages").iterdir()}
+    assert packages < {path.name.partition("-")[0] for path in (run / "packages").iterdir()}
+    own, first = (lines(folder / "stages/1_pretrain/metrics.jsonl")[0] for folder in (other, run))
+    assert own["loss"] == first["loss"]  # of the same batch, with the same first weights
+    own, first = (read_steps(folder)["data"]["identity"] for folder in (other, run))
+    assert own == first
+
+
 def test_the_same_command_again_does_nothing(finished, tmp_path):
     run, seen, _ = finished
     text = Driver(run, tmp_path / "again.log").finish(timeout=200)

@@ -72,9 +72,13 @@ READ = {
     ("profile", "prompts"): ("profile", "{good}", "--prompts", "{path}"),
     ("publish", "source"): ("publish", "{path}", "{new}"),
     ("fetch", "source"): ("fetch", "{path}", "{new}"),
+    ("run", "data"): ("run", "smoke", "--out", "{new}", "--data", "{path}"),
+    ("scaling-law sweep", "data"): ("scaling-law", "sweep", "tiny", "--out", "{new}", "--data", "{path}"),
 }
 WRITTEN = {
     ("run", "out"): ("run", "smoke", "--out", "{path}"),
+    ("data", "out"): ("data", "smoke", "--out", "{path}"),
+    ("data", "work"): ("data", "smoke", "--out", "memory://sets", "--work", "{path}"),
     ("eval", "out"): ("eval", "{good}", "--out", "{path}"),
     ("export", "out"): ("export", "{good}", "--format", "bf16", "--out", "{path}"),
     ("import", "out"): ("import", "{good}", "--out", "{path}"),
@@ -91,7 +95,12 @@ FILES = {("scaling-law fit", "out"), ("scaling-law solve", "write_recipe")}
 
 def test_every_path_of_every_command_is_tried():
     """A new option that takes a path belongs into one of the two tables."""
-    paths = {("publish", "destination"), ("fetch", "source")}  # addresses too, so text
+    paths = {
+        ("publish", "destination"),
+        ("fetch", "source"),
+        ("run", "data"),
+        ("data", "out"),
+    }  # addresses too, so text
     kinds = {command: entry.arguments for command, entry in COMMANDS.items()}
     kinds |= {f"scaling-law {name}": kind for name, kind in ACTIONS.items()}
     for command, arguments in kinds.items():

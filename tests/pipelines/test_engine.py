@@ -8,7 +8,7 @@ import pytest
 from core.atomic import atomic_write, partial_path
 from pipelines.engine.fingerprints import find_stale_steps, fingerprint
 from pipelines.engine.manifest import Manifest
-from pipelines.engine.runner import group_independent, run_steps
+from pipelines.engine.runner import archive_path, group_independent, run_steps
 from pipelines.engine.step import Step, StepFailed, is_up_to_date
 
 
@@ -106,6 +106,27 @@ def test_what_a_change_puts_aside_is_never_replaced_and_partial_work_is_put_asid
         "fgh",
     ]
     assert any("former text.partial moved to stale/text.partial-2; delete it" in line for line in graph.said)
+
+
+def test_a_step_that_replaces_its_outputs_finds_the_former_ones_unless_it_is_asked_for_anew(tmp_path):
+    found = []
+
+    def go(config, restart_from=None):
+        step = Step("text", 1, (), {"of": config}, ("text",), work, replaces_outputs=True)
+        run_steps(
+            [step], tmp_path, Manifest(tmp_path), until=None, restart_from=restart_from, log_line=print,
+            stop=threading.Event(),
+        )  # fmt: skip
+
+    def work():
+        found.append((tmp_path / "text").read_text() if (tmp_path / "text").exists() else None)
+        archive_path(tmp_path / "text", tmp_path, print)
+        (tmp_path / "text").write_text(f"text {len(found)}")
+
+    for config, restart_from in (("a", None), ("b", None), ("b", None), ("b", "text")):
+        go(config, restart_from)
+    assert found == [None, "text 1", None]
+    assert sorted(path.read_text() for path in (tmp_path / "stale").iterdir()) == ["text 1", "text 2"]
 
 
 def test_code_version_counts(graph):

@@ -39,7 +39,7 @@ from streaming import Stream
 
 from core import atomic
 from core.errors import DamagedData, RefusedInput
-from core.samples import SFT_COLUMNS, SHARD_HASH, VOCABULARY_KEY
+from core.samples import SFT_COLUMNS, SHARD_HASH, SHARDS_AT, VOCABULARY_KEY
 from titan_ext.compat import download_file, load_shard_readers
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ class ShardStore:
 
         Args:
             name: name of the domain; it begins the name of its cache folder.
-            source: a folder, or an address that streaming can download from.
+            source: a folder, or an address that streaming can download from. A folder may hold the index alone, and
+                say where the shards are (`core.samples.SHARDS_AT`).
             cache: folder for decompressed shards; several processes may share it. Uncompressed local shards are read
                 in place.
             cache_bytes: limit for the raw shards in `cache`, in bytes. The shards not used for the longest time are
@@ -89,7 +90,9 @@ class ShardStore:
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         index = _parse_index(source, content)
         self.vocabulary: str | None = index.get(VOCABULARY_KEY)
-        self._in_place = not is_remote(source) and not any(shard["zip_data"] for shard in index["shards"])
+        self._shards_at = _find_shards(source)
+        stays = self._shards_at == source and not is_remote(source)
+        self._in_place = stays and not any(shard["zip_data"] for shard in index["shards"])
         if self._in_place:
             self._local = source
         else:
@@ -149,7 +152,7 @@ class ShardStore:
         """Return the calling thread's stream. A stream's downloader cannot be shared between threads."""
         if not hasattr(self._streams, "stream"):
             self._streams.stream = Stream(
-                remote=None if self._in_place else self.source,
+                remote=None if self._in_place else self._shards_at,
                 local=self._local,
                 download_retry=2,
                 download_timeout=DOWNLOAD_TIMEOUT,
@@ -197,8 +200,8 @@ class ShardStore:
                 raise self._explain_fetch_error(shard, error) from error
             if not self._is_intact(shard):
                 raise DamagedData(
-                    f"shard {path} does not have the {SHARD_HASH} that {self.source}/index.json states. Restore the "
-                    "folder from where it was written, or run the data step again"
+                    f"shard {path} does not have the {SHARD_HASH} that {self.source}/index.json states. Restore "
+                    f"{self._shards_at} from where it was written, or run the data step again"
                 )
             # Shards that were fetched at the same time each made room for themselves alone.
             _evict_shards(self._cache, self._cache_bytes, keep=path)
@@ -208,7 +211,7 @@ class ShardStore:
             return _explain_full_disk(self.path(shard), error)
         file = self._readers[shard].zip_data or self._readers[shard].raw_data
         return DamagedData(
-            f"shard {self.source}/{file.basename} is damaged, missing or out of reach at its source "
+            f"shard {self._shards_at}/{file.basename} is damaged, missing or out of reach at its source "
             f"({type(error).__name__}: {error}). Restore the file, or run the data step again"
         )
 
@@ -268,6 +271,13 @@ def _read_index(source: str) -> bytes:
                 "folder written by MDSWriter; check the address and the credentials"
             ) from error
         return local.read_bytes()
+
+
+def _find_shards(source: str) -> str:
+    """Return the folder or address of the shards that the index.json at `source` lists: the same, or another."""
+    if is_remote(source) or not (elsewhere := Path(source) / SHARDS_AT).is_file():
+        return source
+    return elsewhere.read_text(encoding="utf-8").strip("\n")
 
 
 def _parse_index(source: str, content: bytes) -> dict:
