@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass, field
 
+from data.catalogue.corpus import TEXT_DOMAINS
+
 FILTERS = (
     "gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality", "encyclopedia_repetition",
     "encyclopedia_quality", "documentation_quality",
@@ -50,8 +52,17 @@ class DataConfig:
     group holds all its documents that have a duplicate, 180 bytes each."""
     heldout_fraction: float = 0.02
     """Share of the documents of every domain that is held out of training, chosen by a hash of the text."""
-    midtrain_fraction: float = 0.25
-    """Share of the remaining text documents that goes to mid-training; pre-training gets the others."""
+    max_heldout_tokens: int = 50_000_000
+    """Largest number of tokens of a domain to hold out, by the catalogue's count: a smaller share than
+    `heldout_fraction` is held out of a domain of which that would be more. Corpora of unknown size do not count."""
+    midtrain_fraction: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TEXT_DOMAINS, 0.25))
+    """Text domain -> share of the remaining documents, of corpora that feed both text stages, that goes to
+    mid-training; pre-training gets the others."""
+    max_epochs: dict[str, float] = field(
+        default_factory=lambda: {"pretrain": 4.0, "midtrain": 4.0, "sft": 8.0, "qat": 8.0}
+    )
+    """Stage -> how often it may repeat a domain, by the catalogue's count of tokens; a run that repeats one more often
+    is refused. Four repetitions of text are almost as good as new text (arXiv 2305.16264)."""
     decontaminate_ngram: int = 13
     """Length n in words: a training document that shares a run of n words with a benchmark item is dropped, and one
     that contains an item of fewer words completely."""
@@ -67,5 +78,5 @@ class DataConfig:
     """Number of datatrove tasks that run at once."""
 
 
-RUNTIME_FIELDS = ("max_malformed_share", "workers")
+RUNTIME_FIELDS = ("max_epochs", "max_malformed_share", "workers")
 """Fields that change no output of the step, so that a change of them makes nothing stale."""

@@ -218,7 +218,7 @@ def _clean(
         finish.append(decontaminate.DecontaminationFilter(work / "benchmarks", config.decontaminate_ngram, dropped))
     finish += [
         SlowDocuments(out / "set_aside" / "too_slow" / "decontaminate", labels),
-        SplitTagger(units, seed, config.heldout_fraction, config.midtrain_fraction),
+        SplitTagger(units, seed, config),
         _make_jsonl_writer(work / "clean"),
     ]
     runner.run("7-decontaminate-and-split", finish, labels, sizes, consumed=work / "distinct")

@@ -114,8 +114,8 @@ def plan_data(
         raise RefusedInput(f"tokens is {tokens}: must be positive")
     if not 0 < kept <= 1:
         raise RefusedInput(f"kept is {kept}: the share of the text that is kept lies above 0 and is at most 1")
-    if not 0 < largest_group <= 1:
-        raise RefusedInput(f"largest_group is {largest_group}: a share of the documents lies above 0 and is at most 1")
+    if not 0 <= largest_group <= 1:
+        raise RefusedInput(f"largest_group is {largest_group}: a share of the documents is at least 0 and at most 1")
     if not largest_group <= compared <= 1:
         raise RefusedInput(f"compared is {compared}: a share from that of the largest group ({largest_group}) to 1")
     text = tokens * rates.text_bytes_per_token / kept

@@ -2,8 +2,9 @@
 
 from core.errors import RefusedInput
 from core.special_tokens import MIN_VOCAB_SIZE
+from core.stages import STAGES
 from data.catalogue.corpora import CATALOGUE
-from data.catalogue.corpus import Corpus
+from data.catalogue.corpus import TEXT_DOMAINS, Corpus
 from data.config import FILTERS, NEAR_DUPLICATES_WITHIN, DataConfig
 from data.tokens.tokenizer_files import locate_tokenizer
 
@@ -54,9 +55,20 @@ def validate_config(config: DataConfig) -> None:
         "must be above 0 and at most 0.5", "0.02 is the default",
     )  # fmt: skip
     _require(
-        0 <= config.midtrain_fraction < 1, "midtrain_fraction", config.midtrain_fraction,
-        "must be at least 0 and below 1", "0.25 is the default",
+        config.max_heldout_tokens >= 1, "max_heldout_tokens", config.max_heldout_tokens, "must be at least 1",
+        "50000000 is the default",
     )  # fmt: skip
+    _validate_by_name(config.midtrain_fraction, "midtrain_fraction", TEXT_DOMAINS)
+    for domain, share in config.midtrain_fraction.items():
+        _require(
+            0 <= share < 1, f"midtrain_fraction.{domain}", share, "must be at least 0 and below 1",
+            "0.25 is the default",
+        )  # fmt: skip
+    _validate_by_name(config.max_epochs, "max_epochs", STAGES)
+    for stage, limit in config.max_epochs.items():
+        _require(
+            limit > 0, f"max_epochs.{stage}", limit, "must be above 0", "4 (text) and 8 (sft, qat) are the defaults"
+        )
     _require(
         config.decontaminate_ngram >= MIN_NGRAM, "decontaminate_ngram", config.decontaminate_ngram,
         f"must be at least {MIN_NGRAM} words, or ordinary phrases count as contamination", "13 is the default",
@@ -76,6 +88,13 @@ def validate_config(config: DataConfig) -> None:
     )  # fmt: skip
     _require(config.workers >= 1, "workers", config.workers, "must be at least 1", "use the number of cores")
     _validate_tokenizer(config)
+
+
+def _validate_by_name(given: dict[str, float], field: str, names: tuple[str, ...]) -> None:
+    wrong = sorted(set(given) ^ set(names))
+    _require(
+        not wrong, field, given, f"has a number for each of {', '.join(names)}", f"add or remove {', '.join(wrong)}"
+    )
 
 
 def _validate_tokenizer(config: DataConfig) -> None:

@@ -6,14 +6,19 @@ the web.
 Checked against the data set cards and file lists that public pages and repositories quote: hub ids, licences, folders
 and file names except for those below; the sizes of the Dolma and Proof Pile parts (from OLMoE's card; the files are
 OLMo 2's, whose card lists the same folders, while OLMoE's no longer has the arXiv files); WildGuardMix's labels; the
-columns of ToolACE, xLAM, OpenThoughts and the Nemotron sets. NOT checked: the sizes of FineWeb-Edu and xLAM; the file
-names of OpenCodeInstruct, Tulu 3, OpenThoughts and Natural Reasoning; the columns of Natural Reasoning and of
-OpenCoder's `synthetic_qa`; OpenThoughts' licence. No address was opened: the data step names a wrong one when it reads
-it. Gated sets need an accepted agreement and HF_TOKEN. NVIDIA's sets are reported to withhold prompts that belong to
-others (LMSYS's in `chat`): such a row has a user's message without text and is excluded; the manifest counts them.
+columns of ToolACE, xLAM, OpenThoughts and the Nemotron sets. FinePDFs-Edu has 23.0M English documents, its tokens are
+these times the 4,990 a document that a derivative's card counts. Of Dolma 3's science PDFs, 972B tokens in 101M
+documents, a tenth is read.
+
+NOT checked: the sizes of FineWeb-Edu and xLAM; the file names of OpenCodeInstruct, Tulu 3, OpenThoughts, Natural
+Reasoning and UltraChat; the columns of Natural Reasoning, WildChat and of OpenCoder's `synthetic_qa`; OpenThoughts'
+licence; Cosmopedia's tokens; WildChat-1M's size (in proportion to the first WildChat's); of Nemotron-SFT-Safety-v1 all
+but its file, its 45,100 rows and the 77 MB of a copy. No address was opened: the data step names a wrong one when it
+reads it. Gated sets need an accepted agreement and HF_TOKEN. NVIDIA's sets are reported to withhold prompts that belong
+to others (LMSYS's in `chat`): such a row has a user's message without text and is excluded; the manifest counts them.
 
 `deduplicated` states what publishers did about near duplicates; where nothing is known of it, the data step searches.
-Corpora with a statement are 23.6 of 24.6 TB of text. That FineWeb-Edu was deduplicated within every crawl and DCLM in
+Corpora with a statement are 24.8 of 26.9 TB of text. That FineWeb-Edu was deduplicated within every crawl and DCLM in
 ten parts is also what the publisher of a third corpus writes (Zyphra); NOT checked: the papers that are named.
 
 `tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
@@ -70,6 +75,11 @@ _MATH = (
         name="algebraic-stack", domain="math", style="code", licence="ODC-BY-1.0", tokens=12.6e9, documents=2_830_000,
         source=RemoteFiles(_OLMO, "data/algebraic-stack/**/*.json*"), text_bytes=int(39.3e9),
     ),
+    _text(
+        name="megamath-web", domain="math", style="documentation", licence="ODC-BY-1.0", tokens=263.9e9,
+        source=RemoteFiles(f"{_HF}/LLM360/MegaMath", "megamath-web/**/*.parquet"), text_bytes=int(1.19e12),
+        deduplicated="MinHash (MegaMath, arXiv 2504.02807)",
+    ),
     _midtrain(
         name="dolmino-math", domain="math", style="documentation", licence="ODC-BY-1.0",
         source=RemoteFiles(_DOLMINO, "data/math/**/*.json*"), text_bytes=int(5e10),
@@ -103,6 +113,15 @@ _KNOWLEDGE = (
         documents=39_000_000, text_bytes=int(1.26e11),
         source=RemoteFiles(f"{_HF}/HuggingFaceTB/smollm-corpus", "cosmopedia-v2/*.parquet"),
     ),
+    _text(
+        name="cosmopedia", domain="knowledge", style="prose", licence="Apache-2.0", tokens=25e9,
+        source=RemoteFiles(f"{_HF}/HuggingFaceTB/cosmopedia", "data/*/*.parquet"), text_bytes=int(1.13e11),
+    ),
+    _text(
+        name="finepdfs-edu", domain="knowledge", style="documentation", licence="ODC-BY-1.0", tokens=115e9,
+        documents=23_023_372, text_bytes=int(5.2e11),
+        source=RemoteFiles(f"{_HF}/HuggingFaceFW/finepdfs-edu", "data/eng_Latn/train/*.parquet"),
+    ),
     _midtrain(
         name="dolmino-flan", domain="knowledge", style="documentation", licence="ODC-BY-1.0",
         source=RemoteFiles(_DOLMINO, "data/flan/**/*.json*"), text_bytes=int(1e11),
@@ -121,6 +140,11 @@ _SCIENCE = (
     _text(
         name="arxiv", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=21.1e9,
         documents=1_550_000, source=RemoteFiles(_OLMO, "data/arxiv/**/*.json*"), text_bytes=int(8.88e10),
+    ),
+    _text(  # a tenth of 972B tokens in 101M documents: the domain repeats 2.7 times with it, at a tenth of the cost
+        name="olmocr-science-pdfs", domain="science", style="documentation", licence="ODC-BY-1.0", tokens=97.2e9,
+        documents=10_100_000, max_documents=10_100_000, text_bytes=int(3.9e11),
+        source=RemoteFiles(f"{_HF}/allenai/dolma3_pool", "data/olmocr_science_pdfs-*/*.jsonl.zst"),
     ),
 )  # fmt: skip
 
@@ -151,6 +175,23 @@ _INSTRUCTIONS = (
         name="nemotron-chat", domain="chat", licence="CC-BY-4.0", documents=746_622,
         source=RemoteFiles(_NEMOTRON, "data/chat-*.parquet", ("messages",)), read=remote_readers.read_released_messages,
         text_bytes=3_824_039_827,
+    ),
+    _sft(
+        name="nemotron-chat-2", domain="chat", licence="CC-BY-4.0", documents=627_720,
+        source=RemoteFiles(
+            f"{_HF}/nvidia/Nemotron-Post-Training-Dataset-v2", "data/chat-*.parquet", ("messages",)
+        ),
+        read=remote_readers.read_released_messages, text_bytes=5_971_361_114,
+    ),
+    _sft(
+        name="ultrachat", domain="chat", licence="MIT", documents=207_865, text_bytes=1_397_058_554,
+        source=RemoteFiles(f"{_HF}/HuggingFaceH4/ultrachat_200k", "data/train_sft-*.parquet", ("messages",)),
+        read=remote_readers.read_messages,
+    ),
+    _sft(
+        name="wildchat", domain="chat", licence="ODC-BY-1.0", documents=837_989, text_bytes=int(5e9),
+        source=RemoteFiles(f"{_HF}/allenai/WildChat-1M", "data/train-*.parquet", ("conversation",)),
+        read=remote_readers.read_messages,
     ),
     _sft(
         name="tulu-3", domain="chat", licence="ODC-BY-1.0, parts of it non-commercial", non_commercial=True,
@@ -206,6 +247,11 @@ _INSTRUCTIONS = (
         name="nemotron-safety", domain="safety", licence="CC-BY-4.0", documents=31_426,
         source=RemoteFiles(_LLAMA_NEMOTRON, "SFT/safety/*.jsonl", ("input", "output")),
         read=remote_readers.read_prompted, text_bytes=int(5e7),
+    ),
+    _sft(
+        name="nemotron-safety-2", domain="safety", licence="CC-BY-4.0", documents=45_100, text_bytes=int(7.7e7),
+        source=RemoteFiles(f"{_HF}/nvidia/Nemotron-SFT-Safety-v1", "data/train.jsonl", ("messages",)),
+        read=remote_readers.read_released_messages,
     ),
     _sft(
         name="wildguardmix", domain="safety", licence="ODC-BY-1.0, for research by its terms of access",

@@ -93,4 +93,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple and isinstance(value, list):
         inner = get_args(hint)[0]
         return tuple(_convert(inner, item, where) for item in value)
+    if get_origin(hint) is dict and not isinstance(value, dict):
+        raise RefusedInput(
+            f"{where}: is {value!r}, and this version has a value for each name there; the run was made by another "
+            "version, so start from a recipe file"
+        )
     return value

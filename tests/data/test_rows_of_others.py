@@ -146,6 +146,44 @@ PUBLISHED = {
         },
         turns(("user", "q"), ("assistant", "a"), ("user", "Weather in Zürich?"), ("assistant", "Sunny.")),
     ),
+    "wildchat": (
+        {
+            "conversation_hash": "4d1f",
+            "model": "gpt-4",
+            "conversation": [
+                {"content": "Weather in Zürich?", "country": "Switzerland", "language": "English", "role": "user"},
+                {"content": "Sunny.", "country": None, "language": "English", "role": "assistant", "toxic": False},
+            ],
+            "openai_moderation": [{"flagged": False}],
+            "turn": 1,
+        },
+        turns(("user", "Weather in Zürich?"), ("assistant", "Sunny.")),
+    ),
+    "ultrachat": (
+        {
+            "prompt": "Weather in Zürich?",
+            "prompt_id": "f0e3",
+            "messages": [ASKED, {"content": "Sunny.", "role": "assistant"}],
+        },
+        turns(("user", "Weather in Zürich?"), ("assistant", "Sunny.")),
+    ),
+    "nemotron-chat-2": (
+        {
+            "uuid": "a1",
+            "license": "cc-by-4.0",
+            "reasoning": "off",
+            "messages": [{"role": "system", "content": ""}, ASKED, {"role": "assistant", "content": "Sunny."}],
+        },
+        turns(("user", "Weather in Zürich?"), ("assistant", "Sunny.")),
+    ),
+    "nemotron-safety-2": (
+        {
+            "uuid": "a1",
+            "messages": [ASKED, {"role": "assistant", "content": "I cannot say.", "reasoning_content": "A thought."}],
+            "used_in": ["super_v3"],
+        },
+        turns(("user", "Weather in Zürich?"), ("assistant", "I cannot say.")),
+    ),
     "tulu-3": (
         {"id": "x", "messages": [ASKED, {"role": "assistant", "content": "Sunny."}], "source": "ai2/some"},
         turns(("user", "Weather in Zürich?"), ("assistant", "Sunny.")),

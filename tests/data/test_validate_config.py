@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from core.errors import DamagedData, RefusedInput
+from core.stages import STAGES
 from data.catalogue import corpora
 from data.catalogue.corpora import SMOKE_CORPORA
-from data.catalogue.corpus import RemoteFiles
+from data.catalogue.corpus import TEXT_DOMAINS, RemoteFiles
 from data.config import DataConfig, TokenizerConfig
 from data.filters.decontaminate import build_index, hash_item
 from data.filters.split import assign_split
@@ -34,7 +36,13 @@ def test_smoke_config_passes_and_its_estimate_is_tens_of_megabytes():
         ({"corpora": ("dialogues",)}, r"no text corpus"),
         ({"heldout_fraction": 0.0}, r"data\.heldout_fraction = 0\.0: must be above 0"),
         ({"heldout_fraction": 0.6}, r"data\.heldout_fraction = 0\.6"),
-        ({"midtrain_fraction": 1.0}, r"data\.midtrain_fraction = 1\.0: .*below 1"),
+        (
+            {"midtrain_fraction": dict.fromkeys(TEXT_DOMAINS, 0.2) | {"web": 1.0}},
+            r"data\.midtrain_fraction\.web = 1\.0: .*below 1",
+        ),
+        ({"midtrain_fraction": {"web": 0.1, "text": 0.1}}, r"data\.midtrain_fraction = .*add or remove code, .*text"),
+        ({"max_heldout_tokens": 0}, r"data\.max_heldout_tokens = 0: must be at least 1"),
+        ({"max_epochs": dict.fromkeys(STAGES, 4.0) | {"sft": math.nan}}, r"data\.max_epochs\.sft = nan: .*above 0"),
         ({"decontaminate_ngram": 2}, r"data\.decontaminate_ngram = 2: must be at least 5"),
         ({"shard_bytes": 100}, r"data\.shard_bytes = 100"),
         ({"shard_bytes": 1 << 32}, r"data\.shard_bytes"),

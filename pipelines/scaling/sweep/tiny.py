@@ -6,6 +6,7 @@ would be most of so small a model. The mixture is that of the texts at hand, so 
 
 from dataclasses import replace
 
+from data.catalogue.corpus import TEXT_DOMAINS
 from data.config import TokenizerConfig
 from pipelines.recipe import Recipe
 from pipelines.recipes import smoke
@@ -33,7 +34,10 @@ def build_recipe() -> Recipe:
             d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, expert_hidden=32, shared_hidden=128,
             n_experts=60, top_k=4, vocab_size=VOCAB_SIZE, max_seq_len=512,
         ),
-        data=replace(base.data, tokenizer=TokenizerConfig(train_vocab_size=VOCAB_SIZE), midtrain_fraction=0.02),
+        data=replace(
+            base.data, tokenizer=TokenizerConfig(train_vocab_size=VOCAB_SIZE),
+            midtrain_fraction=dict.fromkeys(TEXT_DOMAINS, 0.02),
+        ),
         stages=replace(base.stages, pretrain=pretrain),
         parallel=ParallelConfig(world_size=1, precision="float32"),
     )  # fmt: skip
