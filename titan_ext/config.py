@@ -3,7 +3,7 @@
 The numbers are from arXiv 2605.27358 (MobileMoE), tables of architecture and training.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -120,6 +120,11 @@ class StageConfig:
     """Weight w in loss = (1 - w) cross entropy + w KL(teacher || student). The teacher is the unquantized model that
     the stage starts from. 0 trains without a teacher; above 0 needs `quantize`."""
 
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens that the stage trains on, prompts and padding included."""
+        return self.steps * self.seq_len * self.global_batch_size
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -154,6 +159,12 @@ class ParallelConfig:
     deterministic: bool = False
     """Whether to use only algorithms that give the same bits in every run. All algorithms on the CPU do. A GPU has
     faster ones that do not, and there an operation without a deterministic algorithm ends the stage."""
+
+    def settle(self, *, on_gpu: bool) -> "ParallelConfig":
+        """Return the layout with the values that stand for None in `activation_checkpoint` and `compile`."""
+        checkpoint = self.activation_checkpoint or ("selective" if on_gpu else "none")
+        compiled = on_gpu if self.compile is None else self.compile
+        return replace(self, activation_checkpoint=checkpoint, compile=compiled)
 
     @property
     def data_parallel(self) -> int:

@@ -1,11 +1,10 @@
 """This module estimates the memory of one rank at the peak of a training step by a closed formula.
 
-The formula counts the tensors of a step without recomputation and without compile, as on the CPU. The bytes that
-autograd keeps per layer for the backward pass were read with `torch.autograd.graph.saved_tensors_hooks`, and
-tests/titan_ext/test_memory.py compares them with the formula. On a GPU fused norms, compile and selective recomputation
-keep less, so the estimate should be an upper bound there; that was not measured. The formula does not count the memory
-of the runtime itself, the loader's cache, fragmentation, and the attention probabilities that the CPU keeps of
-documents up to 512 tokens (titan_ext/mobilemoe/attention.py).
+The formula counts the tensors of a step. The bytes that autograd keeps per layer for the backward pass were read on the
+CPU, with and without recomputation and compile, and tests/titan_ext/test_memory.py compares them with the formula. On a
+GPU that was not measured. The formula does not count the memory of the runtime itself, the loader's cache,
+fragmentation, and the attention probabilities that the CPU keeps of documents up to 512 tokens
+(titan_ext/mobilemoe/attention.py).
 
 Shape legend, as in the model: D model dimension, F width of an expert, E experts, K experts per token.
 """
@@ -19,6 +18,8 @@ FLOAT32 = 4
 """Number of bytes of a float32 value."""
 BYTES = {"bfloat16": 2, "float32": 4}
 """Number of bytes of a value, by computing dtype."""
+INT64 = 8
+"""Number of bytes of an index."""
 OPTIMIZER_BYTES = 2 * FLOAT32
 """Number of bytes of AdamW's two float32 moments per parameter."""
 LOSS_CHUNKS = 8
@@ -44,8 +45,10 @@ class MemoryEstimate:
     """Unsharded gradients of one layer in the computing dtype and in float32, before they are reduced; in a pipeline
     those of all layers of the rank, in float32. On the CPU a rank that has no other shards needs no float32 copy."""
     activations: int
-    """Tensors of one micro-batch's forward pass that the backward pass needs. In a pipeline they are counted for all
-    micro-batches that are in flight."""
+    """Tensors of one micro-batch's forward pass that are kept for the backward pass. In a pipeline they are counted for
+    all micro-batches that are in flight."""
+    recomputed: int
+    """Tensors of one layer that the backward pass computes again; 0 without recomputation."""
     logits: int
     """Logits of one chunk of the sequence, with softmax and gradient."""
     head: int
@@ -66,7 +69,7 @@ class MemoryEstimate:
         the two. It contains both if gradients are accumulated over micro-batches.
         """
         growing = self.gradients + self.reduction
-        falling = self.activations + self.head + max(self.logits, self.combination)
+        falling = self.activations + self.head + max(self.logits, self.recomputed + self.combination)
         moving = growing + falling if self.accumulates else max(growing, falling)
         return self.parameters + self.teacher + self.optimizer + self.gathered + moving
 
@@ -74,7 +77,8 @@ class MemoryEstimate:
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
     """Estimate the memory of one rank that trains `stage` under the layout `parallel`.
 
-    In a pipeline the result is that of the rank that needs the most memory.
+    In a pipeline the result is that of the rank that needs the most memory. Recomputation and compile that the layout
+    leaves open are those of the CPU: none. `ParallelConfig.settle` gives those of a GPU.
     """
     ranks = [_estimate_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
     return max(ranks, key=lambda estimate: estimate.peak)
@@ -94,14 +98,21 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
     layer += count.routed_experts // dims.n_layers // _count_expert_parts(parallel)
     root = embedding // parallel.tensor_parallel
     tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
-    bytes_per_token = activation_bytes_per_token(dims, size, stage.capacity_factor)
+    parallel = parallel.settle(on_gpu=False)
+    whole = activation_bytes_per_token(dims, size, stage.capacity_factor, compiled=bool(parallel.compile))
+    kept = {
+        "none": whole,
+        "selective": selective_bytes_per_token(dims, size, stage.capacity_factor, parallel.expert_parallel > 1),
+        "full": size * dims.d_model,
+    }[parallel.activation_checkpoint or "none"]
     return MemoryEstimate(
         parameters=FLOAT32 * shard,
         gradients=FLOAT32 * shard,
         optimizer=OPTIMIZER_BYTES * -(-trained // shards),
         gathered=size * (root + (n_layers if is_pipeline else 2) * layer),
         reduction=FLOAT32 * (root + n_layers * layer) if is_pipeline else (size + FLOAT32) * max(layer, root),
-        activations=int(tokens * bytes_per_token * n_layers * _count_micro_batches_in_flight(rank, stage, parallel)),
+        activations=int(tokens * kept * n_layers * _count_micro_batches_in_flight(rank, stage, parallel)),
+        recomputed=0 if parallel.activation_checkpoint == "none" else tokens * whole,
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         head=0 if is_pipeline else FLOAT32 * root,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
@@ -123,23 +134,49 @@ def _count_micro_batches_in_flight(rank: int, stage: StageConfig, parallel: Para
     return min(in_flight, stage.global_batch_size // (stage.local_batch_size * parallel.data_parallel))
 
 
-def activation_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None) -> int:
-    """Return the bytes that one layer keeps of one token for its backward pass.
+def activation_bytes_per_token(
+    dims: ModelDims, size: int, capacity_factor: float | None, *, compiled: bool = False
+) -> int:
+    """Return the bytes that one layer keeps of one token for its backward pass, without recomputation.
 
     Args:
         size: number of bytes of a value in the computing dtype.
         capacity_factor: room of an expert in drop-and-pad dispatch, in multiples of its balanced share of the tokens.
             The padding is counted too. None for dropless dispatch.
+        compiled: whether the block is compiled. The backward pass then computes cheap operations again by itself: it
+            keeps the float32 forms of norms no longer, and of gate, silu(gate), up and their product only three.
     """
     D, F, E, K = dims.d_model, dims.expert_hidden, dims.n_experts, dims.top_k
-    q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    width = (dims.n_heads + dims.n_kv_heads) * dims.head_dim  # of q and out, and of k and v
     rows = K * (capacity_factor or 1)
-    norms = 2 * (2 * FLOAT32 + size) * D  # float32 input, its normalised form, and what goes on in the computing dtype
-    attention = FLOAT32 * (q_width + kv_width) + 2 * size * (q_width + kv_width)  # q, k before; q, k, v, out after
     router = FLOAT32 * (D + 2 * E)
+    if compiled:
+        return int(router + size * (4 * D + 3 * width + 3 * dims.shared_hidden + rows * 3 * (F + D)))
+    norms = 2 * (2 * FLOAT32 + size) * D  # float32 input, its normalised form, and what goes on in the computing dtype
+    attention = FLOAT32 * width + 2 * size * width  # q, k before; q, k, v, out after
     shared = 4 * size * dims.shared_hidden  # gate, silu(gate), up, their product
     routed = rows * (4 * size * F + 2 * size * D + FLOAT32 * D)  # the same, rows in and out, weighted rows in float32
     return int(norms + attention + router + shared + routed)
+
+
+def selective_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None, exchanged: bool) -> int:
+    """Return the bytes that one layer keeps of one token under selective recomputation.
+
+    torchtitan's SelectiveAC keeps the layer's input, the outputs of attention, of every second dense product (q, v,
+    and the shared expert's gate and output), of the choices of experts and tokens, and of the exchange of rows.
+
+    Args:
+        size: number of bytes of a value in the computing dtype.
+        capacity_factor: as in `activation_bytes_per_token`.
+        exchanged: whether expert parallelism exchanges the experts' rows.
+    """
+    q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+    rows = dims.top_k * (capacity_factor or 1)
+    products = size * (2 * dims.d_model + 2 * q_width + kv_width + dims.shared_hidden)
+    attention = FLOAT32 * dims.n_heads  # logarithm of the sum of each head
+    chosen = (FLOAT32 + INT64) * (dims.top_k + (rows if capacity_factor else 0))  # values and indices of top-k
+    exchange = 2 * size * rows * dims.d_model if exchanged else 0
+    return int(products + attention + chosen + exchange)
 
 
 def _count_dense_parameters(count: ParameterCount, dims: ModelDims) -> int:

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig
-from titan_ext.memory import activation_bytes_per_token, estimate_memory
+from titan_ext.memory import activation_bytes_per_token, estimate_memory, selective_bytes_per_token
 from titan_ext.mobilemoe import model_config
 from titan_ext.model_stats import count_parameters, split_layers
 from titan_ext.training.schedules import published_stages
@@ -14,37 +16,97 @@ from titan_ext.training.schedules import published_stages
 B, L = 2, 1024
 
 
-def bytes_kept(dims: ModelDims, n_layers: int, dtype: torch.dtype, capacity_factor: float | None) -> int:
-    """Storage that autograd holds after a forward pass, weights left out."""
+def bytes_kept(
+    dims: ModelDims, n_layers: int, dtype: torch.dtype, capacity_factor: float | None,
+    checkpoint: str = "none", compiled: bool = False,
+) -> int:  # fmt: skip
+    """Memory that a forward pass leaves allocated: what its backward pass needs, and the logits."""
     dims = dataclasses.replace(dims, n_layers=n_layers, vocab_size=256)
     model = model_config(dims, capacity_factor=capacity_factor).build()
     model.init_states()
     model.to(dtype)
     for block in model.layers.values():
         block.moe.expert_bias_E = block.moe.expert_bias_E.float()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    tokens = torch.randint(0, dims.vocab_size, (B, L))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(tokens, positions=torch.arange(L).repeat(B, 1))
+    if checkpoint != "none":
+        {"selective": SelectiveAC, "full": FullAC}[checkpoint].Config().build().apply(model)
+    for block in model.layers.values() if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    tokens, positions = torch.randint(0, dims.vocab_size, (B, L)), torch.arange(L).repeat(B, 1)
+    if compiled:
+        model(tokens, positions=positions)  # compiling allocates memory of its own
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        logits = model(tokens, positions=positions)
     assert logits.requires_grad
-    return sum(kept.values())
+    return sum(event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def bytes_of_a_layer(*arguments, **options) -> float:
+    """Bytes a token that a second layer adds."""
+    dims, *rest = arguments
+    two, one = (bytes_kept(dims, n, *rest, **options) for n in (2, 1))
+    return (two - one) / (B * L)
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.5])
 @pytest.mark.parametrize(("flavor", "dtype"), [("S", "bfloat16"), ("tiny", "bfloat16"), ("tiny", "float32")])
 def test_a_layer_keeps_what_the_formula_says(flavor, dtype, capacity_factor):
     dims, torch_dtype = FLAVORS[flavor], getattr(torch, dtype)
-    layer = bytes_kept(dims, 2, torch_dtype, capacity_factor) - bytes_kept(dims, 1, torch_dtype, capacity_factor)
+    layer = bytes_of_a_layer(dims, torch_dtype, capacity_factor)
     expected = activation_bytes_per_token(dims, torch_dtype.itemsize, capacity_factor)
-    assert layer / (B * L) == pytest.approx(expected, rel=0.15)
+    assert layer == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_model": 256}])
+@pytest.mark.parametrize("capacity_factor", [None, 1.5])
+def test_selective_recomputation_keeps_what_the_formula_says(capacity_factor, changes):
+    dims = dataclasses.replace(FLAVORS["tiny"], **changes)
+    layer = bytes_of_a_layer(dims, torch.bfloat16, capacity_factor, checkpoint="selective")
+    # SelectiveAC knows flex attention, which it keeps on a GPU, and not the kernel that the CPU has instead.
+    attention = dims.n_heads * (2 * dims.head_dim + 4)
+    expected = selective_bytes_per_token(dims, 2, capacity_factor, exchanged=False)
+    assert layer + attention == pytest.approx(expected, rel=0.05)
+
+
+def test_full_recomputation_keeps_the_input_of_a_layer():
+    dims = FLAVORS["tiny"]
+    assert bytes_of_a_layer(dims, torch.bfloat16, 1.5, checkpoint="full") == pytest.approx(2 * dims.d_model, rel=0.05)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.5])
+def test_a_compiled_layer_keeps_what_the_formula_says(capacity_factor):
+    dims = FLAVORS["tiny"]
+    layer = bytes_of_a_layer(dims, torch.bfloat16, capacity_factor, compiled=True)
+    assert layer == pytest.approx(activation_bytes_per_token(dims, 2, capacity_factor, compiled=True), rel=0.05)
+    assert activation_bytes_per_token(dims, 2, capacity_factor) > 1.3 * layer
+
+
+def test_recomputation_adds_one_layer_to_what_is_kept_of_all():
+    dims, stage = FLAVORS["L"], published_stages()["pretrain"]
+    layout = ParallelConfig(world_size=256, expert_parallel=4)
+    plain, selective, full = (
+        estimate_memory(dims, stage, dataclasses.replace(layout, activation_checkpoint=name))
+        for name in ("none", "selective", "full")
+    )
+    assert plain.recomputed == 0 and selective.recomputed == full.recomputed == plain.activations // dims.n_layers
+    assert full.activations == 2 * dims.d_model * stage.local_batch_size * stage.seq_len * dims.n_layers
+    assert full.peak < selective.peak < plain.peak / 2
+    own = estimate_memory(
+        dims, stage, dataclasses.replace(layout, expert_parallel=1, activation_checkpoint="selective")
+    )
+    rows = 1.5 * dims.top_k * stage.local_batch_size * stage.seq_len
+    exchanged = 2 * 2 * rows * dims.d_model * dims.n_layers
+    assert selective.activations - own.activations == pytest.approx(exchanged, rel=1e-3), "kept rows of the exchange"
+
+
+def test_a_gpus_defaults_are_selective_recomputation_and_compile():
+    layout = ParallelConfig(world_size=1)
+    settled = layout.settle(on_gpu=True)
+    assert (settled.activation_checkpoint, settled.compile) == ("selective", True)
+    settled = layout.settle(on_gpu=False)
+    assert (settled.activation_checkpoint, settled.compile) == ("none", False)
+    assert (
+        dataclasses.replace(layout, activation_checkpoint="full").settle(on_gpu=False).activation_checkpoint == "full"
+    )
 
 
 def test_static_parts_are_what_fsdp_shards():

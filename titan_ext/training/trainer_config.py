@@ -83,7 +83,7 @@ def build_trainer_config(
         parallelism=_parallelism_config(model, stage, parallel),
         # The default is to compile on a GPU only. At the sizes trained on the CPU, compilation takes more time than it
         # saves.
-        compile=CompileConfig(enable=not IS_CPU if parallel.compile is None else parallel.compile),
+        compile=CompileConfig(enable=bool(parallel.settle(on_gpu=not IS_CPU).compile)),
         activation_checkpoint=_activation_checkpoint(parallel),
         checkpoint=CheckpointManager.Config(
             enable=True,
@@ -153,8 +153,8 @@ def _optimizer_config(stage: StageConfig) -> SkippableOptimizers.Config:
 
 
 def _activation_checkpoint(parallel: ParallelConfig) -> ActivationCheckpointingConfig | None:
-    chosen = parallel.activation_checkpoint or ("none" if IS_CPU else "selective")
-    return {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[chosen]
+    configs = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
+    return configs[parallel.settle(on_gpu=not IS_CPU).activation_checkpoint or "none"]
 
 
 def _local_batch_size(stage: StageConfig, parallel: ParallelConfig) -> int:
