@@ -42,6 +42,9 @@ class ClusterConfig:
     """CPUs of one training rank, and its OMP_NUM_THREADS."""
     gpus_per_worker: int = 0
     """GPUs of one training rank (0 or 1)."""
+    gpu_memory: int = 80_000_000_000
+    """Memory of one GPU in bytes. A layout whose estimate leaves less than a tenth of it to the allocator, NCCL and
+    the driver is refused; 0 GPUs a worker check nothing."""
     cpus_per_task: int = 2
     """CPUs of one export or evaluation task."""
     max_failures: int = 3

@@ -11,6 +11,7 @@ from pipelines.commands import (
     fetch,
     import_model,
     info,
+    plan,
     profile,
     publish,
     recipes,
@@ -24,6 +25,7 @@ from pipelines.commands.command import Command
 COMMANDS: dict[str, Command] = {
     "run": Command(run.Run, run.run, run.parse),
     "data": Command(data.Data, data.make_data, data.parse),
+    "plan": Command(plan.Plan, plan.show_plan, plan.parse),
     "status": Command(status.Status, status.show_status),
     "report": Command(report.Report, report.rewrite_report),
     "recipes": Command(recipes.Recipes, recipes.list_recipes),

@@ -10,8 +10,9 @@ import tyro
 from core.errors import RefusedInput
 from core.progress import print_progress
 from pipelines.commands import inputs
-from pipelines.commands.command import UsageShown, emit_result, parse_arguments
-from pipelines.commands.run import choose_recipe, run_recipe
+from pipelines.commands.command import emit_result, parse_arguments
+from pipelines.commands.recipe_argument import choose_recipe
+from pipelines.commands.run import run_recipe
 from pipelines.recipe import Recipe
 
 LAST_STEP = "data"
@@ -39,13 +40,7 @@ def parse(words: Sequence[str]) -> Data:
         UsageShown: no recipe is named.
         SystemExit: a wrong option, or --help after RECIPE.
     """
-    if not words or words[0] in ("-h", "--help"):
-        raise UsageShown(
-            "usage: mobilemoe data RECIPE|FILE.py|--like RUN --out ADDRESS [--work DIR] [overrides]\n\n"
-            "mobilemoe run RECIPE --data ADDRESS takes what this makes",
-            asked=bool(words),
-        )
-    recipe, title, rest = choose_recipe(words)
+    recipe, title, rest = choose_recipe("data", "--out ADDRESS [--work DIR] [--json]", words)
     arguments = parse_arguments(Data, rest, f"data {title}", Data(recipe=recipe))
     if not arguments.out:
         raise RefusedInput("--out: give the folder or the address that gets the data set")

@@ -11,7 +11,8 @@ import tyro
 from core.errors import RefusedInput
 from core.stages import STAGES
 from pipelines.commands import inputs
-from pipelines.commands.command import UsageShown, emit_result, parse_arguments, require_known
+from pipelines.commands.command import emit_result, parse_arguments
+from pipelines.commands.recipe_argument import choose_recipe
 from pipelines.commands.supervise import supervise, take_signals
 from pipelines.display import Display, format_table
 from pipelines.engine.manifest import Manifest
@@ -61,35 +62,9 @@ def parse(words: Sequence[str]) -> Run:
         UsageShown: no recipe is named.
         SystemExit: a wrong option, or --help after RECIPE.
     """
-    from pipelines.recipes import RECIPES
-
-    if not words or words[0] in ("-h", "--help"):
-        raise UsageShown(
-            "usage: mobilemoe run RECIPE|FILE.py|--like RUN [--out DIR] [--data ADDRESS] [--until STEP] [--from STEP] "
-            "[overrides]\n\n"
-            f"RECIPE: {', '.join(RECIPES)}; mobilemoe run RECIPE --help lists every override\n"
-            "FILE.py: a Python file whose function recipe() returns a Recipe\n"
-            "--like RUN: the recipe of a run folder",
-            asked=bool(words),
-        )
-    recipe, title, rest = choose_recipe(words)
+    options = "[--out DIR] [--data ADDRESS] [--until STEP] [--from STEP] [--json]"
+    recipe, title, rest = choose_recipe("run", options, words)
     return parse_arguments(Run, rest, f"run {title}", Run(recipe=recipe, out=Path("runs") / recipe.name))
-
-
-def choose_recipe(words: Sequence[str]) -> tuple[Recipe, str, Sequence[str]]:
-    """Return the recipe that the first words name, these words as a title, and the words that are left."""
-    from pipelines.recipes import RECIPES
-    from pipelines.recipes.load import load_recipe_file, load_recipe_of_run
-
-    first, *rest = words
-    if first == "--like":
-        if not rest:
-            raise RefusedInput("--like: give the folder of a run")
-        return load_recipe_of_run(Path(rest[0])), f"--like {rest[0]}", rest[1:]
-    if first.endswith(".py"):
-        return load_recipe_file(Path(first)), first, rest
-    require_known("recipe", first, RECIPES)
-    return RECIPES[first].build(), first, rest
 
 
 def run(arguments: Run) -> None:

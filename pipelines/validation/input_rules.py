@@ -175,7 +175,7 @@ def _find_benchmark_problems(config: EvaluationConfig, suite: "Sequence[Benchmar
 def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield the broken rules of the cluster."""
     cluster = recipe.cluster
-    yield from find_nonpositive("cluster", cluster, ("cpus_per_worker", "cpus_per_task"))
+    yield from find_nonpositive("cluster", cluster, ("cpus_per_worker", "cpus_per_task", "gpu_memory"))
     if cluster.gpus_per_worker not in (0, 1):
         rule = "a rank drives one GPU or none"
         yield Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "set 0 or 1")

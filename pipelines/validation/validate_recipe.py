@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from core.errors import RefusedInput
 from pipelines.recipe import Recipe
 from pipelines.validation import input_rules, training_rules
+from pipelines.validation.epoch_rules import find_epoch_problems
+from pipelines.validation.memory_rules import find_memory_problems
 from pipelines.validation.number_ranges import find_range_problems
 from pipelines.validation.problems import InvalidRecipe, Problem, find_nonpositive
 from titan_ext.config import ModelDims
@@ -41,6 +43,11 @@ def check_model(model: ModelDims) -> None:
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield every broken rule of the recipe, in the order of its fields; last the numbers that break no other rule."""
     problems = list(find_rule_problems(recipe))
+    # What follows computes with the numbers of these fields, so they must make sense.
+    if not any(problem.field.startswith(("model.", "parallel.", "stages.")) for problem in problems):
+        problems += find_memory_problems(recipe)
+        if not any(problem.field == "data" for problem in problems):
+            problems += find_epoch_problems(recipe)
     yield from problems
     named = {problem.field for problem in problems}
     yield from (problem for problem in find_range_problems(recipe) if problem.field not in named)

@@ -1,13 +1,16 @@
 """Every shipped recipe builds, validates, and holds the published numbers."""
 
 import dataclasses
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from core.stages import STAGES
+from data.catalogue.corpora import CATALOGUE
 from data.catalogue.open_corpora import OPEN_CORPORA
+from data.mixture import choose_heldout_fraction, estimate_tokens
 from data.validate_config import estimate_bytes, validate_config
 from eval.benchmarks.items import PACKAGE
 from eval.config import EvaluationConfig
@@ -20,11 +23,14 @@ from pipelines.recipes import RECIPES
 from pipelines.steps import STEPS
 from pipelines.steps.build_steps import build_steps
 from pipelines.steps.context import Context
+from pipelines.validation.epoch_rules import count_repetitions, find_epoch_problems
 from pipelines.validation.input_rules import read_tokenizer_size
+from pipelines.validation.memory_rules import estimate_stages, find_memory_problems, find_nearest_layout
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.validate_recipe import find_problems, validate_recipe
 from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.model_stats import count_parameters
+from titan_ext.training.schedules import published_stages
 
 
 def with_tokenizer(recipe, path):
@@ -61,7 +67,84 @@ def test_published_sizes_and_token_budgets(name, total):
     assert tokens == pytest.approx([6e12, 500e9, 126e9, 21e9], rel=1e-4)
     assert [stage.seq_len for _, stage in recipe.stages.items()] == [2048, 8192, 8192, 8192]
     assert [stage.learning_rate for _, stage in recipe.stages.items()] == [4e-4, 4e-5, 4e-6, 4e-6]
-    assert recipe.parallel.expert_parallel == 4
+
+
+def test_published_mixtures_are_the_papers_but_for_domains_that_would_repeat_too_often():
+    recipe, paper = RECIPES["l"].build(), published_stages()
+    for name, stage in recipe.stages.items():
+        limited = [domain for domain, share in stage.mixture.items() if share < paper[name].mixture[domain]]
+        assert limited == (["safety"] if stage.shards == "sft" else [])
+        assert math.fsum(stage.mixture.values()) == pytest.approx(1, abs=1e-6)
+    assert recipe.stages.qat.mixture == recipe.stages.sft.mixture
+    grown = {d: s / paper["sft"].mixture[d] for d, s in recipe.stages.sft.mixture.items() if d != "safety"}
+    assert list(grown.values()) == pytest.approx([1 / (1 - 0.094)] * len(grown), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["s", "m", "l"])
+def test_each_split_holds_what_its_stage_needs(name):
+    for stage, domains in count_repetitions(RECIPES[name].build()).items():
+        for domain, repetition in domains.items():
+            assert repetition.epochs <= (8 if stage in ("sft", "qat") else 4), (stage, domain)
+
+
+def test_held_out_is_capped_in_tokens():
+    config = RECIPES["l"].build().data
+    held = {
+        (corpus.kind, corpus.domain): choose_heldout_fraction(config, corpus.kind, corpus.domain)
+        for corpus in map(CATALOGUE.get, config.corpora)
+    }
+    tokens = {
+        key: share * sum(estimate_tokens(c) for c in map(CATALOGUE.get, config.corpora) if (c.kind, c.domain) == key)
+        for key, share in held.items()
+    }
+    assert max(tokens.values()) <= 50_000_000 * (1 + 1e-9) and held["text", "web"] < 1e-4
+    assert held["sft", "safety"] == 0.02, "a domain of few tokens keeps its share"
+
+
+@pytest.mark.parametrize("name", ["s", "m", "l"])
+def test_published_layouts_fit_80_gb_with_a_tenth_to_spare(name):
+    recipe = RECIPES[name].build()
+    assert recipe.parallel.expert_parallel == 1 and recipe.cluster.gpu_memory == 80e9
+    peaks = {stage: estimate.peak for stage, estimate in estimate_stages(recipe).items()}
+    assert max(peaks.values()) < 72e9, peaks
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does():
+    recipe = RECIPES["l"].build()
+    plain = change(change(recipe, "parallel.activation_checkpoint", "none"), "parallel.compile", False)
+    (problem,) = [problem for problem in find_problems(plain) if problem.field == "cluster.gpu_memory"]
+    assert "stage pretrain needs about" in problem.rule and "may take 72.0 GB" in problem.rule
+    assert "--parallel.activation-checkpoint selective fits with 22" in problem.way_out
+    small = change(recipe, "cluster.gpu_memory", 20_000_000_000)
+    nearest = find_nearest_layout(small)
+    assert nearest.describe_changes(small) == ["--parallel.activation-checkpoint full"]
+    fitting = replace(small, parallel=nearest.parallel, stages=nearest.stages)
+    assert not [problem for problem in find_problems(fitting) if problem.field == "cluster.gpu_memory"]
+    (problem,) = find_memory_problems(change(recipe, "cluster.gpu_memory", 2_000_000_000))
+    assert "no layout on as many GPUs fits" in problem.way_out
+    assert not list(find_memory_problems(change(change(small, "cluster.gpus_per_worker", 0), "cluster.gpu_memory", 1)))
+
+
+def test_more_epochs_than_allowed_are_refused_until_they_are_allowed():
+    recipe = RECIPES["l"].build()
+    paper = change(recipe, "stages.sft.mixture", published_stages()["sft"].mixture)
+    (problem,) = find_epoch_problems(paper)
+    assert problem.field == "data.max_epochs.sft" and "stage sft takes 11.84B tokens of safety" in problem.rule
+    allowed = int(problem.way_out.split("--data.max-epochs.sft ")[1])
+    assert not list(find_epoch_problems(change(paper, "data.max_epochs", recipe.data.max_epochs | {"sft": allowed})))
+    fewer = change(paper, "data.max_epochs", recipe.data.max_epochs | {"sft": allowed - 1})
+    assert len(list(find_epoch_problems(fewer))) == 1
+    nothing = change(recipe, "data.midtrain_fraction", recipe.data.midtrain_fraction | {"web": 0.0})
+    (problem,) = find_epoch_problems(nothing)
+    assert "inf epochs" in problem.rule and "change data.midtrain_fraction.web" in problem.way_out
+
+
+@pytest.mark.parametrize("name", ["smoke", "hour"])
+def test_corpora_of_unknown_size_refuse_nothing(name):
+    recipe = RECIPES[name].build()
+    repetitions = [r for domains in count_repetitions(recipe).values() for r in domains.values()]
+    assert repetitions and {repetition.epochs for repetition in repetitions} == {None}
+    assert not list(find_epoch_problems(recipe))
 
 
 REFUSALS = [
