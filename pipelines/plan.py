@@ -17,8 +17,9 @@ from pipelines.validation.memory_rules import SPARE, Layout, estimate_stages, fi
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.training_rules import find_parallel_problems
 from pipelines.validation.validate_recipe import find_problems
-from titan_ext.config import ParallelConfig
+from titan_ext.config import ParallelConfig, StageConfig
 from titan_ext.model_stats import count_parameters
+from titan_ext.roofline import Card, estimate_tokens_per_second
 from titan_ext.traffic import count_traffic
 
 EXPERT_PARALLEL = 4
@@ -29,6 +30,12 @@ LAYOUT_REASON = (
     "EP 4 18.9%, EP 8 17.0% (marin-community/marin #6979); with 512 experts it was the reverse (#7332). Nothing of "
     "this was measured with this program."
 )
+
+
+ROOFLINE_SOURCE = (
+    f"computed for an {Card().name}, not run: a roofline without network and waits (titan_ext/roofline.py)"
+)
+"""What `plan_stages` says of its tokens a second."""
 
 
 def plan_run(recipe: Recipe) -> dict[str, Any]:
@@ -118,12 +125,13 @@ def describe_parallel(parallel: ParallelConfig) -> str:
 
 
 def plan_stages(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Return steps, tokens, shards of the folder, and the repetition of each domain, by stage."""
+    """Return steps, tokens, computed speed, shards of the folder, and the repetition of each domain, by stage."""
     available, repetitions = count_split_tokens(recipe.data), count_repetitions(recipe)
     return {
         name: {
             "steps": stage.steps,
             "tokens": stage.tokens,
+            "roofline": _plan_speed(recipe, stage),
             "folder": stage.shards,
             "shards": _count_shards(available[stage.shards], recipe.data.shard_bytes),
             "max_epochs": recipe.data.max_epochs[name],
@@ -134,6 +142,14 @@ def plan_stages(recipe: Recipe) -> dict[str, dict[str, Any]]:
         }
         for name, stage in recipe.stages.items()
     }
+
+
+def _plan_speed(recipe: Recipe, stage: StageConfig) -> dict[str, Any] | None:
+    """Return tokens a second of a GPU and GPU-hours, computed by a roofline; None where it has no answer."""
+    rate = estimate_tokens_per_second(recipe.model, stage, settle(recipe)) if recipe.cluster.gpus_per_worker else None
+    if rate is None:
+        return None
+    return {"tokens_per_second": rate, "gpu_hours": stage.tokens / rate / 3600, "source": ROOFLINE_SOURCE}
 
 
 def _count_shards(tokens: dict[str, float | None], shard_bytes: int) -> int | None:

@@ -62,7 +62,7 @@ def format_plan(plan: dict[str, Any]) -> RenderableType:
     ]
     parts += [_format_layout(name, layout) for name, layout in memory["layouts"].items()]
     if memory["limit"] is not None:
-        parts.append(Text(f"A stage may take {_gb(memory['limit'])} of a GPU, so that a tenth stays free."))
+        parts.append(Text(f"A stage may take {_gb(memory['limit'])} GB, so that a tenth of the GPU stays free."))
     if memory["reason"]:
         parts.append(Text(memory["reason"]))
     parts += [_format_stages(plan["stages"]), _format_epochs(plan["stages"]), _format_data(plan["data"])]
@@ -89,12 +89,16 @@ def _format_layout(name: str, layout: dict[str, Any]) -> Table:
 
 
 def _format_stages(stages: dict[str, Any]) -> Table:
-    table = Table(title="stages")
-    for column in ("", "steps", "tokens", "shards of its folder"):
+    speeds = [stage["roofline"] for stage in stages.values() if stage["roofline"]]
+    caption = f"Tokens a second of a GPU, and GPU-hours: {speeds[0]['source']}." if speeds else None
+    table = Table(title="stages", caption=caption)
+    columns = ("", "steps", "tokens", "shards of its folder", *(("tokens/s, computed", "GPU-hours") if speeds else ()))
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, stage in stages.items():
-        shards = UNKNOWN if stage["shards"] is None else f"{stage['shards']:,}"
-        table.add_row(name, f"{stage['steps']:,}", f"{stage['tokens']:,}", f"{shards} ({stage['folder']})")
+        shards, speed = UNKNOWN if stage["shards"] is None else f"{stage['shards']:,}", stage["roofline"]
+        cells = (f"{speed['tokens_per_second']:,.0f}", f"{speed['gpu_hours']:,.0f}") if speed else ()
+        table.add_row(name, f"{stage['steps']:,}", _billions(stage["tokens"]), f"{shards} ({stage['folder']})", *cells)
     return table
 
 

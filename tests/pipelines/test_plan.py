@@ -39,6 +39,9 @@ def test_the_plan_of_l(published):
     assert stages["qat"]["domains"]["safety"]["epochs"] == pytest.approx(
         stages["sft"]["domains"]["safety"]["epochs"] * 21 / 126, rel=1e-3
     )
+    speed = stages["pretrain"]["roofline"]
+    assert speed["gpu_hours"] == pytest.approx(6e12 / speed["tokens_per_second"] / 3600, rel=1e-4)
+    assert "computed" in speed["source"] and "not run" in speed["source"]
     text = sum(CATALOGUE[name].text_bytes for name in RECIPES["l"].build().data.corpora)
     assert published["data"]["text_bytes"] == pytest.approx(text, rel=1e-9)
     assert published["data"]["clean_core_hours"] == pytest.approx(text / 1e6 / 0.38 / 3600)
@@ -49,6 +52,7 @@ def test_the_plan_names_what_is_unknown_and_does_not_refuse_it(smoke, capsys):
     plan = plan_run(smoke)
     assert plan["refusals"] == [] and plan["memory"]["limit"] is None
     assert plan["stages"]["pretrain"]["shards"] is None
+    assert plan["stages"]["sft"]["roofline"] is None, "no GPU"
     assert {entry["epochs"] for entry in plan["stages"]["sft"]["domains"].values()} == {None}
     print_result(format_plan(plan))
     assert capsys.readouterr().out.count("unknown") > 20
