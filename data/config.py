@@ -51,10 +51,10 @@ class DataConfig:
     """Group in which near duplicates are searched for: `all` text corpora together, or each `corpus` alone. One task a
     group holds all its documents that have a duplicate, 180 bytes each."""
     heldout_fraction: float = 0.02
-    """Share of the documents of every domain that is held out of training, chosen by a hash of the text."""
-    max_heldout_tokens: int = 50_000_000
-    """Largest number of tokens of a domain to hold out, by the catalogue's count: a smaller share than
-    `heldout_fraction` is held out of a domain of which that would be more. Corpora of unknown size do not count."""
+    """Share of the documents of every corpus that is held out of training, chosen by a hash of the text."""
+    max_heldout_tokens: int = 10_000_000
+    """Largest number of tokens of a corpus to hold out, by the catalogue's count: a smaller share than
+    `heldout_fraction` is held out of a corpus of which that would be more. Those of unknown size keep their share."""
     midtrain_fraction: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TEXT_DOMAINS, 0.25))
     """Text domain -> share of the remaining documents, of corpora that feed both text stages, that goes to
     mid-training; pre-training gets the others."""

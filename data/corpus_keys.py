@@ -18,6 +18,7 @@ from core.hashing import sha256_file, sha256_json
 from data.catalogue.corpus import Corpus, Installed, PackageFile
 from data.config import VERSION, DataConfig
 from data.filters.dedup import assign_near_group
+from data.mixture import choose_heldout_fraction, split_shares
 from data.report.data_manifest import read_version, read_versions
 from data.sources import SourceFile
 from data.tokens.tokenizer_files import hash_tokenizer_files
@@ -25,7 +26,6 @@ from data.tokens.tokenizer_files import hash_tokenizer_files
 KEY_DIGITS = 16
 READING_FIELDS = ("languages", "filters", "redact_pii")
 """Fields of a DataConfig that decide what is left of a corpus after the first step."""
-SPLIT_FIELDS = ("decontaminate_ngram", "heldout_fraction", "midtrain_fraction")
 WRITING_FIELDS = ("max_conversation_tokens", "shard_bytes")
 
 
@@ -62,14 +62,13 @@ def compute_keys(
         before = [read[other.name] for other in corpora[:position] if other.kind == corpus.kind]
         distinct[corpus.name] = _digest(read[corpus.name], before)
     groups = {c.name: assign_near_group(c, config.near_duplicates_within) for c in corpora if c.kind == "text"}
-    ending = {
-        "benchmarks": sha256_file(benchmark_texts) if benchmark_texts else None, **_pick(config, SPLIT_FIELDS),
-    }  # fmt: skip
+    benchmarks = [sha256_file(benchmark_texts), config.decontaminate_ngram] if benchmark_texts else None
     clean: dict[str, str] = {}
     for corpus in corpora:
         group = groups.get(corpus.name)
         compared = [distinct[name] for name, other in groups.items() if group is not None and other == group]
-        clean[corpus.name] = _digest(distinct[corpus.name], compared, ending)
+        splits = [choose_heldout_fraction(config, corpus), split_shares(config, corpus)]
+        clean[corpus.name] = _digest(distinct[corpus.name], compared, benchmarks, splits)
     texts = [clean[c.name] for c in corpora if c.kind == "text"]
     about = config.tokenizer
     tokenizer = _digest(

@@ -26,15 +26,15 @@ def estimate_tokens(corpus: Corpus) -> float | None:
     return None
 
 
-def choose_heldout_fraction(config: DataConfig, kind: str, domain: str) -> float:
-    """Return the share of a domain's documents that is held out.
+def choose_heldout_fraction(config: DataConfig, corpus: Corpus) -> float:
+    """Return the share of a corpus's documents that is held out.
 
     It is `heldout_fraction`, or less: as much as holds out `max_heldout_tokens` of the tokens that the catalogue knows.
-    Corpora of unknown size are held out by the same share, in addition. The share depends on the config and the
-    catalogue alone, so it is the same for every unit and every number of workers.
+    The share depends on the config and the corpus's entry alone. So it is the same for every unit and every number of
+    workers, and whatever other corpora there are.
     """
-    known = sum(estimate_tokens(corpus) or 0 for corpus in _select(config, kind, domain))
-    return min(config.heldout_fraction, config.max_heldout_tokens / known) if known else config.heldout_fraction
+    tokens = estimate_tokens(corpus)
+    return min(config.heldout_fraction, config.max_heldout_tokens / tokens) if tokens else config.heldout_fraction
 
 
 def count_split_tokens(config: DataConfig) -> dict[str, dict[str, float | None]]:
@@ -42,7 +42,7 @@ def count_split_tokens(config: DataConfig) -> dict[str, dict[str, float | None]]
     counts: dict[str, dict[str, float | None]] = {folder: {} for folder in SHARD_FOLDERS}
     for corpus in (CATALOGUE[name] for name in config.corpora):
         tokens = estimate_tokens(corpus)
-        trained = 1 - choose_heldout_fraction(config, corpus.kind, corpus.domain)
+        trained = 1 - choose_heldout_fraction(config, corpus)
         for folder, share in split_shares(config, corpus).items():
             before = counts[folder].get(corpus.domain, 0.0)
             if tokens is None or before is None:

@@ -11,6 +11,7 @@ from core.hashing import sha256_file
 from data.catalogue.corpus import Corpus, PackageFile, RemoteFiles
 from data.config import RUNTIME_FIELDS, VERSION, DataConfig
 from data.former_corpora import CORPORA
+from data.mixture import choose_heldout_fraction
 from data.readers.remote_files import make_absolute
 from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST, PAGE
@@ -43,6 +44,8 @@ def make_plan(
                 "seed": seed,
                 "version": VERSION,
                 "corpora": [corpus.name for corpus in corpora],
+                # They follow from the catalogue's tokens too, which another version may count anew.
+                "heldout_fractions": {corpus.name: choose_heldout_fraction(config, corpus) for corpus in corpora},
                 "addresses": {
                     name: [make_absolute(source.address), source.pattern, source.columns]
                     for name, source in remote.items()

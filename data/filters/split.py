@@ -18,8 +18,8 @@ def assign_split(
     """Return `heldout` or the one of `stages` (`Corpus.splits`) that a text belongs to, from its hash alone.
 
     One SHA-256 gives two independent uniform numbers. The first decides whether the text is held out; the second, where
-    a corpus feeds both text stages, decides between pre-training and mid-training. A text has the same split in every
-    corpus of a domain and for every number of tasks, and what a smaller fraction holds out, a larger one does, too.
+    a corpus feeds both text stages, decides between pre-training and mid-training. The split is the same for every
+    number of tasks, and what a smaller fraction holds out, a larger one does, too.
     """
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
     if int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction:
@@ -40,10 +40,7 @@ class SplitTagger(PipelineStep):
         self.stages = [unit.corpus.splits for unit in units]
         self.seed = seed
         self.fractions = [
-            (
-                choose_heldout_fraction(config, unit.corpus.kind, unit.corpus.domain),
-                split_shares(config, unit.corpus).get("midtrain", 0.0),
-            )
+            (choose_heldout_fraction(config, unit.corpus), split_shares(config, unit.corpus).get("midtrain", 0.0))
             for unit in units
         ]  # each unit's share held out, and the share of the rest for mid-training
 

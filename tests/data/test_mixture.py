@@ -20,6 +20,7 @@ from data.mixture import (
     limit_shares,
 )
 from data.readers import remote_readers
+from data.work_folder import make_plan
 
 corpus = partial(
     Corpus, domain="web", kind="text", style="prose", licence="test", read=remote_readers.read_text, text_bytes=900,
@@ -54,8 +55,8 @@ def test_counts_by_hand():
         LARGE, SMALL, LATE, CHATS, heldout_fraction=0.1, max_heldout_tokens=2_000_000,
         midtrain_fraction=dict.fromkeys(TEXT_DOMAINS, 0.25) | {"math": 0.5},
     )  # fmt: skip
-    assert choose_heldout_fraction(config, "text", "web") == pytest.approx(0.002)
-    assert choose_heldout_fraction(config, "text", "math") == 0.1, "2M of 4M tokens would be more than that"
+    assert choose_heldout_fraction(config, LARGE) == pytest.approx(0.002)
+    assert choose_heldout_fraction(config, LATE) == 0.1, "2M of 3M tokens would be more than that"
     counts = count_split_tokens(config)
     assert counts["pretrain"] == {"web": pytest.approx(1e9 * 0.998 * 0.75), "math": pytest.approx(1e6 * 0.9 * 0.5)}
     assert counts["midtrain"] == {
@@ -65,15 +66,15 @@ def test_counts_by_hand():
 
 
 @pytest.mark.parametrize("order", [(LARGE, FOLDER), (FOLDER, LARGE)])
-def test_a_corpus_of_unknown_size_makes_its_domain_unknown_and_is_held_out_by_the_same_share(order):
+def test_a_corpus_of_unknown_size_makes_its_domain_unknown_and_keeps_its_share(order):
     config = configure(*order, SIZED, max_heldout_tokens=1_000_000)
     assert count_split_tokens(config)["pretrain"]["web"] is None
     assert count_split_tokens(config)["pretrain"]["code"] is not None
-    assert choose_heldout_fraction(config, "text", "web") == pytest.approx(0.001)
-    assert choose_heldout_fraction(configure(FOLDER), "text", "web") == 0.02
+    assert choose_heldout_fraction(config, LARGE) == pytest.approx(0.001)
+    assert choose_heldout_fraction(config, FOLDER) == 0.02
 
 
-def test_the_split_takes_the_fractions_of_the_units_domain():
+def test_the_split_takes_the_fractions_of_the_units_corpus():
     config = configure(
         LARGE, SMALL, CHATS, max_heldout_tokens=100_000,
         midtrain_fraction=dict.fromkeys(TEXT_DOMAINS, 0.0) | {"math": 0.3},
@@ -81,6 +82,17 @@ def test_the_split_takes_the_fractions_of_the_units_domain():
     units = [Unit(entry, "", 0, 0) for entry in (LARGE, SMALL, CHATS)]
     fractions = SplitTagger(units, 0, config).fractions
     assert fractions == [(pytest.approx(1e-4), 0.0), (0.02, 0.3), (0.02, 0.0)]
+
+
+def test_a_catalogue_that_counts_anew_is_another_plan(monkeypatch):
+    config = configure(LARGE)
+    plans = []
+    for tokens in (1e10, 1e11):
+        entry = dataclasses.replace(LARGE, tokens=tokens)
+        monkeypatch.setitem(CATALOGUE, LARGE.name, entry)
+        plans.append(make_plan(config, 0, [entry], {}, None, None))
+    shares = [plan["heldout_fractions"] for plan in plans]
+    assert shares == [{"large": pytest.approx(1e-3)}, {"large": pytest.approx(1e-4)}] and plans[0] != plans[1]
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 0.99))
