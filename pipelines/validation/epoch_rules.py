@@ -50,7 +50,8 @@ def find_epoch_problems(recipe: Recipe) -> Iterator[Problem]:
                 continue
             rule = f"stage {name} takes {repetition.wanted / 1e9:,.2f}B tokens of {domain} (share "
             rule += f"{repetition.share:g}), which has {repetition.available / 1e9:,.3f}B: {epochs:,.1f} epochs"
-            way_out = f"add corpora, or lower the share to {repetition.share * limit / epochs:.2g}"
+            # A tenth less than what just fits is still below it when it is rounded to two digits.
+            way_out = f"add corpora, or lower the share to {0.9 * repetition.share * limit / epochs:.2g}"
             if math.isfinite(epochs):
                 way_out += f", or allow it: --data.max-epochs.{name} {math.ceil(epochs)}"
             elif stage.shards != "sft":

@@ -126,6 +126,9 @@ def test_more_epochs_than_allowed_are_refused_until_they_are_allowed():
     paper = change(recipe, "stages.sft.mixture", published_stages()["sft"].mixture)
     (problem,) = find_epoch_problems(paper)
     assert problem.field == "data.max_epochs.sft" and "stage sft takes 11.84B tokens of safety" in problem.rule
+    share = float(problem.way_out.split("lower the share to ")[1].split(",")[0])
+    mixture = published_stages()["sft"].mixture | {"safety": share}
+    assert 0.8 * 8 < count_repetitions(change(recipe, "stages.sft.mixture", mixture))["sft"]["safety"].epochs <= 8
     allowed = int(problem.way_out.split("--data.max-epochs.sft ")[1])
     assert not list(find_epoch_problems(change(paper, "data.max_epochs", recipe.data.max_epochs | {"sft": allowed})))
     fewer = change(paper, "data.max_epochs", recipe.data.max_epochs | {"sft": allowed - 1})
