@@ -79,7 +79,7 @@ def test_another_tokenizer_takes_nothing_over(prepared, tmp_path, monkeypatch):
 TEXTS = [
     Corpus(
         f"text{i}", "web", "text", "prose", "test", RemoteFiles(f"/t{i}", "*"), remote_readers.read_text, 1,
-        deduplicated="by its publisher" if i % 2 else "",
+        deduplicated="by its publisher" if i % 2 else "", tokens=100.0,
     )
     for i in range(4)
 ]  # fmt: skip
@@ -92,14 +92,14 @@ CHATS = [
 
 
 def keys_of(chosen: list[Corpus], sizes: dict[str, int], tmp_path, **options):
-    """Return the keys of corpora with one file each, of the size given, with an existing tokenizer."""
+    """Return the keys of corpora with one file each, of the size given, with an existing tokenizer and benchmarks."""
     file = tmp_path / "tokenizer.json"
     if not file.exists():
         file.write_text("{}")
     config = DataConfig(corpora=tuple(c.name for c in chosen), **options)
     config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(file)))
     sources = {c.name: [SourceFile(f"{c.name}.jsonl", sizes.get(c.name, 1), None)] for c in chosen}
-    return compute_keys(config, 0, chosen, {}, sources, None, None).corpora
+    return compute_keys(config, 0, chosen, {}, sources, None, file).corpora
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -133,7 +133,13 @@ def test_other_files_change_a_corpus_and_those_of_its_kind_behind_it(tmp_path_fa
 
 @pytest.mark.parametrize(
     "options",
-    [{"decontaminate_ngram": 11}, {"heldout_fraction": 0.3}, {"languages": ("de",)}, {"shard_bytes": 1 << 20}],
+    [
+        {"decontaminate_ngram": 11},
+        {"heldout_fraction": 0.3},
+        {"languages": ("de",)},
+        {"shard_bytes": 1 << 20},
+        {"max_heldout_tokens": 1},
+    ],
 )
 def test_an_option_changes_every_key_and_a_runtime_option_none(tmp_path, options):
     everything = [*TEXTS, *CHATS]
