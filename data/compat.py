@@ -19,7 +19,7 @@ from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import ExactDedupFilter, MinhashDedupFilter, MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.filters import GopherRepetitionFilter, LanguageFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import find_duplicates
@@ -105,7 +105,6 @@ def read_rank_statistics(logging_dir: Path, rank: int) -> list[tuple[str, Counte
 
 # --- Names that datatrove gives blocks and counters in its statistics ---
 
-EXACT_FILTER_BLOCK: str = ExactDedupFilter.name
 NEAR_FILTER_BLOCK: str = MinhashDedupFilter.name
 FILTER_INPUT, FILTER_OUTPUT, FILTER_DROPPED = "total", "forwarded", "dropped"
 """Counters of every filter: documents that reach it, that pass it, and that it drops."""

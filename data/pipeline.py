@@ -35,6 +35,14 @@ from data.config import DataConfig
 from data.corpus_keys import CorpusKeys, compute_keys
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup, language
+from data.filters.exact_dedup import (
+    ExactFilter,
+    ExactFind,
+    ExactSignature,
+    add_signatures,
+    count_ranges,
+    move_signatures,
+)
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
 from data.filters.time_limit import SlowDocuments
@@ -186,18 +194,20 @@ def _clean(
         *([PIIRedaction()] if config.redact_pii else []),
         SlowDocuments(out / "set_aside" / "too_slow" / "filter", labels),
         _make_jsonl_writer(work / "filtered"),
-        dedup.make_exact_signature(exact, _list_places(corpora)),
+        ExactSignature(exact),
     ]
     _forget_refused(config.max_malformed_share, work, units)
     runner.run("1-read-and-filter", read, labels, sizes)
     rows = data_manifest.count_malformed(work / "read", units)
     malformed_limit.check_corpora(rows, config.max_malformed_share, out / "set_aside" / "malformed")
-    ranks = len(units)
-    for name in sorted({corpus.name for corpus in corpora} - {unit.corpus.name for unit in units}):
-        ranks += dedup.add_signatures(exact, out / CORPORA / name / SIGNATURES, ranks)
-    runner.run("2-exact-find", [dedup.make_exact_find(exact)], ["all corpora"])
+    places = [place for place, corpus in enumerate(corpora) for unit in units if unit.corpus is corpus]
+    for place, corpus in enumerate(corpora):
+        if corpus.name not in {unit.corpus.name for unit in units}:
+            places += [place] * add_signatures(exact, out / CORPORA / corpus.name / SIGNATURES, len(places))
+    ranges = count_ranges(exact, len(places))
+    runner.run("2-exact-find", [ExactFind(exact, places)], [f"hashes {n + 1} of {ranges}" for n in range(ranges)])
     drop_exact = [
-        RankReader(work / "filtered"), dedup.make_exact_filter(exact), _make_jsonl_writer(work / "distinct"),
+        RankReader(work / "filtered"), ExactFilter(exact, len(places), ranges), _make_jsonl_writer(work / "distinct"),
     ]  # fmt: skip
     runner.run("3-exact-filter", drop_exact, labels, sizes, consumed=work / "filtered")
     # Text units come first, so the ranks of steps 4 and 7 agree. For other ranks step 4 writes nothing, and the near
@@ -222,16 +232,6 @@ def _clean(
         _make_jsonl_writer(work / "clean"),
     ]
     runner.run("7-decontaminate-and-split", finish, labels, sizes, consumed=work / "distinct")
-
-
-def _list_places(corpora: list[Corpus]) -> dict[str, int]:
-    """Return the place of each corpus in the reading order of its kind."""
-    numbers: Counter[str] = Counter()
-    places = {}
-    for corpus in corpora:
-        places[corpus.name] = numbers[corpus.kind]
-        numbers[corpus.kind] += 1
-    return places
 
 
 def _forget_refused(share: float, work: Path, units: list[Unit]) -> None:
@@ -318,7 +318,7 @@ def _assemble(
     for name, folders in parts.items():
         keep_statistics(out, name, folders)
     for rank, unit in enumerate(units):
-        dedup.move_signatures(out / "work" / "exact", rank, out / CORPORA / unit.corpus.name / SIGNATURES)
+        move_signatures(out / "work" / "exact", rank, out / CORPORA / unit.corpus.name / SIGNATURES)
     statistics = shard_statistics.load(out / CORPORA / name for name in corpora)
     vocabulary = hash_vocabulary(tokenizer.load(out / "tokenizer").get_vocab())
     entries = {}

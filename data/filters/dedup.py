@@ -1,40 +1,29 @@
-"""Remove exact and near duplicates with datatrove's blocks, over all corpora at once.
+"""Remove near duplicates of text with datatrove's MinHash blocks, after the exact ones (data/filters/exact_dedup.py).
 
-A copy is kept in the corpus that is read first, in the order of the recipe.
-
-Exact: equal text, in every corpus of the same kind (text, conversations). Near (MinHash, 14 buckets of 8 hashes over
-word 5-grams, datatrove's and FineWeb's setting, likely above a Jaccard similarity of 0.75): text corpora only, and of
-them those that their publishers have not deduplicated (`Corpus.deduplicated`). Generated questions differ in little but
-their numbers, which MinHash's normalisation maps to one symbol, so it would reduce an instruction corpus to a few
-samples.
+MinHash (14 buckets of 8 hashes over word 5-grams, datatrove's and FineWeb's setting, likely above a Jaccard similarity
+of 0.75) compares text corpora only, and of them those that their publishers have not deduplicated
+(`Corpus.deduplicated`). Generated questions differ in little but their numbers, which MinHash's normalisation maps to
+one symbol, so it would reduce an instruction corpus to a few samples.
 
 The last step of MinHash, clustering, is one task that holds every document with a duplicate in memory. Groups
 (`assign_near_groups`) bound it: each group has signatures, buckets and clusters of its own, so a document that occurs
 in two groups is kept in both.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
     MinhashConfig,
     MinhashDedupBuckets,
     MinhashDedupCluster,
     MinhashDedupFilter,
     MinhashDedupSignature,
 )
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.utils.typeshelper import ExtensionHelperSD
 
-from core.atomic import link_file
 from data import compat
 from data.catalogue.corpus import Corpus, Unit
 from data.compat import LocalFolder
@@ -42,67 +31,7 @@ from data.filters.mark_runs import remove_mark_runs
 from data.filters.spacy_cache import EnglishWords
 from data.filters.time_limit import TooSlow, limit_time
 
-HIGHEST_PRIORITY = 65_535
-"""Largest priority of a document: datatrove stores it in 16 bits."""
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
-
-
-def _get_text(document: Document) -> str:
-    # datatrove chooses the hash function by the return annotation. A text is no duplicate of a conversation, so that
-    # the corpora of one kind decide nothing about those of the other.
-    return document.text if document.metadata["kind"] == "text" else f"conversation\0{document.text}"
-
-
-def _exact_config() -> ExactDedupConfig:
-    return ExactDedupConfig(content_getter=_get_text)
-
-
-def _priority(document: Document, places: dict[str, int]) -> int:
-    """Return a document's priority, higher for a corpus that is read earlier; datatrove keeps the highest copy."""
-    return HIGHEST_PRIORITY - places[document.metadata["corpus"]]
-
-
-def make_exact_signature(folder: Path, places: dict[str, int]) -> PipelineStep:
-    """Return the last block of a step, which writes the hashes of the rank's documents.
-
-    Args:
-        places: name of each corpus -> its place in the reading order of its kind. Corpora that are added behind the
-            others leave the places of those as they were.
-    """
-    config = _exact_config()
-    config.document_priority = partial(_priority, places=places)
-    return ExactDedupSignature(LocalFolder(folder / "signatures"), config)
-
-
-def make_exact_find(folder: Path) -> PipelineStep:
-    """Return the block that finds the documents whose text occurs in another one of higher priority; one task."""
-    return ExactFindDedups(LocalFolder(folder / "signatures"), LocalFolder(folder / "duplicates"), _exact_config())
-
-
-def move_signatures(folder: Path, rank: int, target: Path) -> None:
-    """Move the hashes of a rank's documents to the folder `target`, for `add_signatures`; there may be none."""
-    target.mkdir(parents=True, exist_ok=True)
-    for source in (folder / "signatures").glob(f"*/{rank:05d}.*"):
-        os.replace(source, target / f"{source.parent.name}.{rank:05d}")
-
-
-def add_signatures(folder: Path, source: Path, first_rank: int) -> int:
-    """Add the hashes of another data set's corpus as those of further ranks, of which nothing is dropped.
-
-    Returns:
-        number of ranks.
-    """
-    ranks = sorted({path.name.partition(".")[2] for path in source.iterdir()})
-    for path in source.iterdir():
-        part, _, rank = path.name.partition(".")
-        name = f"{first_rank + ranks.index(rank):05d}{ExtensionHelperSD.stage_1_signature}"
-        link_file(path, folder / "signatures" / part / name)
-    return len(ranks)
-
-
-def make_exact_filter(folder: Path) -> PipelineStep:
-    """Return the block that drops exact duplicates; it knows a document by its position in the signature step."""
-    return ExactDedupFilter(LocalFolder(folder / "duplicates"), _exact_config())
 
 
 def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:

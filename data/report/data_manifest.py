@@ -16,6 +16,7 @@ from data import compat
 from data.catalogue.corpus import Corpus, Installed, PackageFile, Unit
 from data.filters.decontaminate import HIT_PREFIX
 from data.filters.dedup import GroupSignature
+from data.filters.exact_dedup import ExactFilter
 from data.filters.time_limit import SlowDocuments
 from data.report.shard_statistics import ShardStatistics
 from data.tokens.shard_writer import REFUSED_PREFIX, TOO_LONG_COUNTER, ShardWriter
@@ -129,7 +130,7 @@ def count_documents(logs: Path, read: Path, units: list[Unit], filter_labels: li
         }
         entry["repaired"] = filtering[name].get("repair", Counter())["repaired"]
         entry["redacted"] = filtering[name].get("pii", Counter())["redacted"]
-        entry["exact_duplicates"] = exact[name][compat.EXACT_FILTER_BLOCK][compat.FILTER_DROPPED]
+        entry["exact_duplicates"] = exact[name][ExactFilter.name][compat.FILTER_DROPPED]
         entry["near_duplicates"] = final[name][compat.NEAR_FILTER_BLOCK][compat.FILTER_DROPPED]
         entry["not_compared"] = compared.get(name, {}).get(GroupSignature.name, Counter())["not_compared"]
         slow = filtering[name][SlowDocuments.name] + final[name][SlowDocuments.name]

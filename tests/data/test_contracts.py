@@ -12,8 +12,7 @@ import xxhash
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.io import get_datafolder
-from datatrove.pipeline.dedup import ExactDedupSignature, ExactFindDedups, MinhashDedupCluster
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.pipeline.dedup import MinhashDedupCluster
 from datatrove.pipeline.filters import (
     C4QualityFilter,
     GopherQualityFilter,
@@ -30,6 +29,7 @@ from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
 
 from data import compat
 from data.filters import dedup
+from data.filters.exact_dedup import ExactFilter
 from data.filters.spacy_cache import EnglishWords
 
 
@@ -85,7 +85,7 @@ def test_a_rank_whose_marker_is_removed_is_run_again(tmp_path):
 def test_an_executor_is_pickled_with_its_blocks(executed):
     """Broken: ranks cannot be sent to worker processes, Ray tasks or Slurm jobs."""
     executor, _ = executed
-    step = dedup.make_exact_filter(Path("folder"))
+    step = ExactFilter(Path("folder"), 1, 1)
     copy = pickle.loads(
         pickle.dumps(LocalPipelineExecutor([step], tasks=3, logging_dir=str(executor.logging_dir.path)))
     )
@@ -105,10 +105,10 @@ def test_statistics_name_blocks_and_count_documents(executed):
 
 def test_deduplication_filters_have_names_of_their_own():
     """Broken: the manifest's counts of exact and near duplicates are read from the statistics of another block."""
-    assert ": " not in compat.EXACT_FILTER_BLOCK and ": " not in compat.NEAR_FILTER_BLOCK
-    assert str(dedup.make_exact_filter(Path("f"))).endswith(f": {compat.EXACT_FILTER_BLOCK}")
+    assert ": " not in ExactFilter.name and ": " not in compat.NEAR_FILTER_BLOCK
+    assert str(ExactFilter(Path("f"), 1, 1)).endswith(f": {ExactFilter.name}")
     assert str(dedup.make_near_filter(Path("f"))).endswith(f": {compat.NEAR_FILTER_BLOCK}")
-    assert len({compat.EXACT_FILTER_BLOCK, compat.NEAR_FILTER_BLOCK, MinhashDedupCluster.name}) == 3
+    assert len({ExactFilter.name, compat.NEAR_FILTER_BLOCK, MinhashDedupCluster.name}) == 3
 
 
 def test_one_file_of_a_reader_is_read_and_a_missing_one_is_empty(tmp_path):
@@ -186,16 +186,10 @@ def test_signatures_are_written_to_the_folder_that_was_set(tmp_path):
 def test_an_inner_block_counts_into_the_outer_one():
     """Broken: the statistics of the blocks that run once a group are lost (EveryGroup)."""
 
-    outer, inner = dedup.EveryGroup("outer", dedup.make_exact_find, [], 1), LambdaFilter(judge)
+    outer, inner = dedup.EveryGroup("outer", dedup.make_near_filter, [], 1), LambdaFilter(judge)
     compat.share_statistics(inner, outer)
     list(inner.run(make_documents()))
     assert outer.stats[compat.FILTER_INPUT].total == 4
-
-
-def test_exact_deduplication_hashes_by_the_return_annotation(tmp_path):
-    """Broken: exact deduplication cannot hash the text that `dedup._get_text` returns."""
-    block = ExactDedupSignature(str(tmp_path), ExactDedupConfig(content_getter=dedup._get_text))
-    assert block.hash_fc("text") != block.hash_fc("other")
 
 
 def test_a_tokenizer_object_is_taken_as_a_language(monkeypatch):
@@ -225,7 +219,7 @@ def test_spacy_splits_lines_apart_and_names_sentence_ends():
 
 @pytest.mark.parametrize("text", ["", "a page", "größe \U0001f600"])
 def test_datatroves_hash_of_a_text_is_that_of_its_utf_8(text):
-    """Exact deduplication and decontamination compare these hashes. xxhash 4 refuses a str."""
+    """MinHash compares these hashes. xxhash 4 refuses a str."""
     assert create_hash_func(HashConfig(), str)(text) == xxhash.xxh64_intdigest(text.encode())
 
 
@@ -233,8 +227,7 @@ def test_a_block_of_datatrove_keeps_the_folder_that_it_is_given(tmp_path):
     """LocalFolder: a block that made a DataFolder of its own would read the path as a pattern and an address."""
     folder = compat.LocalFolder(tmp_path / "x [v1]")
     assert get_datafolder(folder) is folder
-    config = ExactDedupConfig(content_getter=dedup._get_text)
-    assert ExactFindDedups(folder, folder, config).data_folder is folder
+    assert MinhashDedupCluster(folder, folder, dedup.MINHASH).input_folder is folder
     assert JsonlWriter(folder, output_filename="${rank}.jsonl").output_folder is folder
     assert compat.JsonlReader(folder).data_folder is folder
     assert LocalPipelineExecutor([], logging_dir=folder).logging_dir is folder

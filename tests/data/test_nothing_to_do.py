@@ -11,6 +11,7 @@ from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import Unit
 from data.config import DataConfig
 from data.filters import dedup
+from data.filters.exact_dedup import ExactFilter, ExactFind, ExactSignature
 
 TEXT = next(corpus for corpus in CATALOGUE.values() if corpus.kind == "text")
 
@@ -23,9 +24,9 @@ def documents(*texts: str) -> list[Document]:
 def test_deduplication_without_documents_in_a_rank_or_in_all(texts, tmp_path):
     ranks = [list(texts), []]
     for rank, found in enumerate(ranks):
-        dedup.make_exact_signature(tmp_path, {"c": 0}).run(documents(*found), rank, 2)
-    dedup.make_exact_find(tmp_path).run(None, 0, 1)
-    exact = [dedup.make_exact_filter(tmp_path).run(documents(*found), rank, 2) for rank, found in enumerate(ranks)]
+        ExactSignature(tmp_path).run(documents(*found), rank, 2)
+    ExactFind(tmp_path, [0, 0]).run(None, 0, 1)
+    exact = [ExactFilter(tmp_path, 2, 1).run(documents(*found), rank, 2) for rank, found in enumerate(ranks)]
     assert [[document.text for document in kept] for kept in exact] == ranks
     for rank, found in enumerate(ranks):
         dedup.make_near_signature(tmp_path / "near", ["a", "b"]).run(documents(*found), rank, 2)

@@ -13,6 +13,7 @@ from data.catalogue.corpus import Corpus, RemoteFiles, Unit
 from data.compat import LocalFolder, count_completed_ranks, list_incomplete_ranks
 from data.execution import LocalExecutor
 from data.filters import dedup
+from data.filters.exact_dedup import ExactFilter, ExactFind, ExactSignature
 from data.pipeline import prepare
 from data.readers import package_readers, remote_files, remote_readers
 from data.tokens.existing_tokenizer import load_existing
@@ -39,15 +40,17 @@ def count_duplicates(folder: Path) -> tuple[int, int]:
     ranks = [[Document(text, id=text[:9], metadata={"corpus": "c", "kind": "text"}) for text in rank] for rank in texts]
     exact, near, groups = folder / "exact", folder / "near", ["all"] * 3
     for rank, documents in enumerate(ranks):
-        run_block(dedup.make_exact_signature(exact, {"c": 0}), rank, documents)
+        run_block(ExactSignature(exact), rank, documents)
         run_block(dedup.make_near_signature(near, groups), rank, documents)
-    dedup.make_exact_find(exact).run(None, 0, 1)
+    ExactFind(exact, [0, 0, 0]).run(None, 0, 1)
     for block, labels in (dedup.make_near_buckets(near, groups), dedup.make_near_cluster(near, groups)):
         for task in range(len(labels)):
             block.run(None, task, len(labels))
     total = sum(map(len, ranks))
-    kept = [sum(len(run_block(make(to), rank, documents)) for rank, documents in enumerate(ranks)) for make, to in (
-        (dedup.make_exact_filter, exact), (dedup.make_near_filter, near))]  # fmt: skip
+    kept = [
+        sum(len(run_block(block, rank, documents)) for rank, documents in enumerate(ranks))
+        for block in (ExactFilter(exact, 3, 1), dedup.make_near_filter(near))
+    ]
     return total - kept[0], total - kept[1]
 
 

@@ -18,6 +18,7 @@ from data.catalogue.corpus import Unit
 from data.execution import StepRunner
 from data.filters import dedup, time_limit
 from data.filters.decontaminate import DecontaminationFilter
+from data.filters.exact_dedup import ExactFilter
 from data.filters.quality import PIIRedaction, StyleFilter
 from data.filters.time_limit import MARK, SlowDocuments, TooSlow, limit_time, run_limited
 from data.report import data_manifest
@@ -124,7 +125,7 @@ def test_the_manifest_counts_slow_documents_of_all_steps(tmp_path):
     units = [Unit(text, "", 0, 0), Unit(chat, "", 0, 0)]
     steps = {
         "1-read-and-filter": {"time limit": {"total": 9, "dropped": 3, "dropped_pii": 1, "dropped_repair": 2}},
-        "3-exact-filter": {compat.EXACT_FILTER_BLOCK: {}},
+        "3-exact-filter": {ExactFilter.name: {}},
         "4-near-signatures": {"signatures": {"total": 6, "not_compared": 2}},
         "7-decontaminate-and-split": {
             compat.NEAR_FILTER_BLOCK: {}, "by hash": {"pretrain": 5},
