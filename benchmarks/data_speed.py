@@ -1,6 +1,6 @@
 """Speed of the data step's blocks in MB/s a core, and of read + tokenize + write against the tokenizers library alone.
 
-    python benchmarks/data_speed.py [--rounds 3] [--megabytes 40] [--parts blocks tokenize minhash sizes]
+    python benchmarks/data_speed.py [--rounds 3] [--megabytes 40] [--parts blocks prose tokenize minhash sizes]
 
 The texts are those of the Python environment: descriptions, documentation, source; none occurs twice. Each figure is
 the median of the rounds. Variants that are compared run in turn, so a busy machine slows all alike.
@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -26,18 +27,31 @@ import fsspec
 import numpy as np
 import two_cores
 from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.filters import GopherRepetitionFilter
+from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils import text as datatrove_text
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
 from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE
-from data.catalogue.corpus import PackageFile, Unit
+from data.catalogue.corpus import Corpus, PackageFile, Unit
+from data.compat import LocalFolder
 from data.config import DataConfig
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup
+from data.filters.exact_dedup import ExactFilter, ExactFind, ExactSignature
 from data.filters.language import make_language_filter, unpack_model
-from data.filters.quality import LANGUAGE_STYLES, PIIRedaction, StyleFilter, TextRepair, make_quality_filters
+from data.filters.quality import (
+    LANGUAGE_STYLES,
+    PIIRedaction,
+    StyleFilter,
+    TextRepair,
+    make_filters,
+    make_quality_filters,
+)
+from data.filters.split import SplitTagger
+from data.filters.time_limit import SlowDocuments
 from data.readers.corpus_reader import RankReader, rank_file
 from data.tokens import mds, shard_writer, tokenizer
 from data.tokens.chat import Encoder
@@ -49,6 +63,8 @@ VOCAB_SIZE = 16_384
 RANKS = 4
 BLOCKS_EVERY = 12
 """Step between the documents that the blocks are timed on: one in 12 is enough."""
+PROSE_COPIES = 4
+"""How often the part `prose` takes its texts: the first round alone would mostly load models."""
 CLUSTERED = 300_000
 """Number of documents, all of them in pairs, that the clustering step is timed on."""
 BARE = """
@@ -129,11 +145,18 @@ def list_block_work(found: list[str], language_wheel: Path | None, scratch: Path
     )
     repair = TextRepair()
     yield "repair", lambda: [repair.format(text) for text in found]
+    yield "repair, datatrove's", lambda: [super(TextRepair, repair).format(text) for text in found]
     redaction = PIIRedaction()
     yield "pii", lambda: [redaction.format(text) for text in found]
+    yield "pii, datatrove's", lambda: [super(PIIRedaction, redaction).format(text) for text in found]
     index = benchmark_index(found, scratch)
     block = decontaminate.DecontaminationFilter(index, 13, None)
     documents = make_documents(found, "prose")
+    yield "words of decontamination", lambda: [decontaminate.split_words(text) for text in found]
+    yield (
+        "words of decontamination, datatrove's",
+        lambda: [datatrove_text.simplify_text(text, decontaminate.NORMALISATION).split() for text in found],
+    )
     yield "decontamination", lambda: [block.filter(document) for document in documents]
     signature = dedup.make_near_signature(scratch / "near", ["all"])
     yield "minhash signature", lambda: [signature.get_signature(signature.get_shingles(text)) for text in found]
@@ -143,6 +166,66 @@ def list_block_work(found: list[str], language_wheel: Path | None, scratch: Path
         "minhash signature, datatrove's words",
         lambda: [signature.get_signature(signature.get_shingles(text)) for text in found],
     )
+
+
+def time_prose(archive: Path, wheel: Path, rounds: int, scratch: Path) -> None:
+    """Print the speed of steps 1, 2, 3 and 7 for web prose on one core, files between them included.
+
+    The texts are the C4 sample's: as a corpus that nobody has filtered, and as ones that their publishers have.
+    """
+    web = CATALOGUE["c4-sample"]
+    found = [record["text"] for record in web.read(Unit(web, str(archive), 0, 0))]
+    # Each copy has a number, so that none is an exact duplicate.
+    texts = [f"{text} {number}." for number in range(PROSE_COPIES) for text in found]
+    size = count_megabytes(texts)
+    model, index = unpack_model(wheel, scratch / "language"), benchmark_index(found, scratch)
+    corpora = {
+        "nobody": web,
+        "language, quality (as DCLM)": replace(web, language_filtered="done", quality_filtered="done"),
+        "language, quality, addresses (as FineWeb-Edu)": replace(
+            web, language_filtered="done", quality_filtered="done", pii_redacted="done"
+        ),
+    }
+    rates: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for name, corpus in corpora.items():
+            datatrove_text.split_into_parts.cache_clear()
+            documents = [
+                Document(text, id=str(i), metadata={"style": web.style, "corpus": web.name})
+                for i, text in enumerate(texts)
+            ]
+            folder = scratch / f"{len(rates)}.{number}.{name[-9:]}"
+            started = time.process_time()
+            clean_prose(documents, corpus, model, index, folder)
+            rates.setdefault(name, []).append(size / (time.process_time() - started))
+    print(f"\n{size:.1f} MB\n\n| filtered before | MB a second of CPU |\n|---|--:|")
+    for name, values in rates.items():
+        print(f"| {name} | {statistics.median(values):.2f} |")
+
+
+def clean_prose(documents: list[Document], corpus: Corpus, model: Path, index: Path, folder: Path) -> None:
+    """Run the blocks of steps 1, 2, 3 and 7 on the documents, as data/pipeline.py chains them."""
+    unit, exact = Unit(corpus, "", 0, 0), folder / "exact"
+    filters = make_filters(DataConfig(corpora=(corpus.name,)), model, [corpus])
+    steps: list[list[PipelineStep]] = [
+        [TextRepair(), *filters, PIIRedaction([corpus]), SlowDocuments(folder / "slow"), write_to(folder / "filtered"),
+         ExactSignature(exact)],
+        [ExactFind(exact, [unit])],
+        [RankReader(folder / "filtered"), ExactFilter(exact, 1, 1), write_to(folder / "distinct")],
+        [RankReader(folder / "distinct"), decontaminate.DecontaminationFilter(index, 13, None),
+         SplitTagger([unit], 0, 0.02, 0.25), write_to(folder / "clean")],
+    ]  # fmt: skip
+    flow: Iterable[Document] | None = documents
+    for blocks in steps:
+        for block in blocks:
+            flow = block.run(flow, 0, 1)
+        for _ in flow or ():
+            pass
+        flow = None
+
+
+def write_to(folder: Path) -> JsonlWriter:
+    return JsonlWriter(LocalFolder(folder), output_filename="${rank}.jsonl.zst", compression="zstd")
 
 
 def benchmark_index(found: list[str], scratch: Path) -> Path:
@@ -244,7 +327,7 @@ def time_shard_writing(scratch: Path, cores: int) -> tuple[float, float]:
         shutil.rmtree(leftover, ignore_errors=True)
     writer = TimedWriter(scratch / "tokenizer", scratch / "parts", scratch / "set_aside", 64 << 20, 8192)
     runner = StepRunner("local", cores, scratch / "logs", lambda *_: None)
-    runner.run("tokenize", [RankReader(scratch / "clean"), writer], RANKS)
+    runner.run("tokenize", [RankReader(scratch / "clean"), writer], [f"part {rank}" for rank in range(RANKS)])
     times = [json.loads(path.read_text()) for path in (scratch / "parts").glob("*.json")]
     return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(cpu for _, _, cpu in times)
 
@@ -280,7 +363,7 @@ def time_near_deduplication(found: list[str], scratch: Path) -> None:
     buckets, tasks = dedup.make_near_buckets(folder, ["all"])
     steps = {
         "signatures": lambda: dedup.make_near_signature(folder, ["all"]).run(documents, 0, 1),
-        "buckets (14 tasks)": lambda: [buckets.run(None, b, tasks) for b in range(tasks)],
+        "buckets (14 tasks)": lambda: [buckets.run(None, b, len(tasks)) for b in range(len(tasks))],
     }
     scale = 1e6 / len(documents)
     mean = count_megabytes(paragraphs) * 1e6 / len(documents)
@@ -330,13 +413,15 @@ def main() -> None:
     parser.add_argument("--language-wheel", type=Path, help=f"wheel of {LANGUAGE_PACKAGE}")
     parser.add_argument("--parts", nargs="+", default=["blocks", "tokenize", "minhash"])
     parser.add_argument("--tokenizer", help="folder or tokenizer.json, for the part `sizes`")
-    parser.add_argument("--llamafactory", type=Path, help="its sdist, for two more corpora of the part `sizes`")
+    parser.add_argument("--llamafactory", type=Path, help="its sdist, for the part `prose` and two corpora of `sizes`")
     arguments = parser.parse_args()
-    found = read_texts() if set(arguments.parts) - {"sizes"} else []
+    found = read_texts() if set(arguments.parts) - {"sizes", "prose"} else []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "blocks" in arguments.parts:
             time_blocks(found[::BLOCKS_EVERY], arguments.rounds, arguments.language_wheel, scratch)
+        if "prose" in arguments.parts:
+            time_prose(arguments.llamafactory, arguments.language_wheel, arguments.rounds, scratch)
         if "tokenize" in arguments.parts:
             time_tokenizing(found, arguments.rounds, arguments.megabytes, scratch)
         if "sizes" in arguments.parts:

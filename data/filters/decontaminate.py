@@ -12,6 +12,8 @@ Shape suffixes: W words.
 """
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +23,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.text import TextNormConfig, simplify_text
+from datatrove.utils.text import PUNCTUATION, TextNormConfig
 from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
@@ -32,6 +34,8 @@ from data.filters.time_limit import run_limited
 from data.readers.text_decoding import decode_text, split_lines
 
 NORMALISATION = TextNormConfig(norm_numbers=False)
+"""The options of datatrove's `simplify_text` that `split_words` stands for."""
+_WORD = re.compile(rf"[^{re.escape(PUNCTUATION)}\s]+")
 MIN_WORDS = 8
 """Smallest number of words of a benchmark item that is searched for."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -43,9 +47,27 @@ HIT_PREFIX = "hit_"
 """Beginning of the counter of documents that share a run with one benchmark."""
 
 
+def split_words(text: str) -> list[str]:
+    """Return the words of datatrove's normalised text: lower case, without punctuation and diacritics.
+
+    They are those of `simplify_text(text, NORMALISATION).split()`, in a fraction of the time: the text is cut where
+    datatrove puts a blank, and only words that are not ASCII are decomposed.
+    """
+    words = _WORD.findall(remove_mark_runs(text).lower())
+    if text.isascii():
+        return words
+    return [word for word in map(_remove_diacritics, words) if word]
+
+
+def _remove_diacritics(word: str) -> str:
+    if word.isascii():
+        return word
+    return "".join(char for char in unicodedata.normalize("NFD", word) if unicodedata.category(char) != "Mn")
+
+
 def hash_words(text: str) -> NDArray[np.uint64]:
     """Return the xxh64 of every normalised word, uint64 [W]."""
-    words = simplify_text(remove_mark_runs(text), NORMALISATION).split()
+    words = split_words(text)
     return np.fromiter(map(xxh64_intdigest, words), dtype=np.uint64, count=len(words))
 
 
@@ -125,6 +147,11 @@ def read_benchmark_counts(folder: Path) -> dict[str, dict[str, int]]:
     return dict(json.loads((folder / "benchmarks.json").read_text()))
 
 
+def _map_array(path: Path) -> NDArray:
+    """Return an array that shares the pages of its file, as a plain one: numpy's memmap is slow on every access."""
+    return np.load(path, mmap_mode="r").view(np.ndarray)
+
+
 @dataclass
 class Index:
     """The index that `build_index` wrote to `folder`; each process opens it on first use."""
@@ -134,12 +161,12 @@ class Index:
     @cached_property
     def hashes(self) -> NDArray[np.uint64]:
         """Sorted hashes of all runs."""
-        return np.load(self.folder / "hashes.npy", mmap_mode="r")
+        return _map_array(self.folder / "hashes.npy")
 
     @cached_property
     def owner(self) -> NDArray[np.uint16]:
         """Benchmark of each hash, as a position in `names`."""
-        return np.load(self.folder / "owner.npy", mmap_mode="r")
+        return _map_array(self.folder / "owner.npy")
 
     @cached_property
     def names(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Remove exact duplicates, over all corpora at once: of equal texts one is kept, in the corpus that is read first.
 
-Texts are equal when their 64-bit hashes are. A text and a conversation never are, so that the corpora of one kind decide
-nothing about those of the other. Three blocks work on one folder:
+Texts are equal when their 64-bit hashes are. A text and a conversation never are, so that the corpora of one kind
+decide nothing about those of the other. Three blocks work on one folder:
 
 1. `ExactSignature` ends the step that reads a unit. It writes one file: the unit's hashes, sorted, in CELLS cells by
    their first bits. Repetitions inside of the unit are found there, and are not among the hashes.

@@ -83,6 +83,8 @@ def describe_source(corpus: Corpus, packages: dict[str, Path]) -> dict:
     entry = {
         "domain": corpus.domain, "kind": corpus.kind, "licence": corpus.licence,
         "non_commercial": corpus.non_commercial, "deduplicated": corpus.deduplicated,
+        "language_filtered": corpus.language_filtered, "quality_filtered": corpus.quality_filtered,
+        "pii_redacted": corpus.pii_redacted,
     }  # fmt: skip
     if isinstance(source, PackageFile):
         archive = packages[source.package]

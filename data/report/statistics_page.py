@@ -29,6 +29,7 @@ def write_page(manifest: dict, statistics: dict[str, ShardStatistics], path: Pat
         stages=list(make_stage_tables(statistics)),
         corpora=list(make_corpus_rows(manifest)),
         reasons=list(make_reason_rows(manifest)),
+        published=list(make_publisher_rows(manifest)),
     )
     write_text(path, page)
 
@@ -103,6 +104,21 @@ def make_corpus_rows(manifest: dict) -> Iterable[dict]:
             {"outcome": outcome, "count": count, "share": count / entry["read"]} for outcome, count in outcomes.items()
         ]
         yield {"name": name, "parts": parts, **entry}
+
+
+PUBLISHER_WORK = {
+    "deduplicated": "near duplicates", "language_filtered": "language", "quality_filtered": "quality",
+    "pii_redacted": "addresses",
+}  # fmt: skip
+"""Fact of a corpus (data/catalogue/corpus.py) -> the work that was left out for it."""
+
+
+def make_publisher_rows(manifest: dict) -> Iterable[dict]:
+    """Yield a row for each corpus and kind of work that was left out, because its publisher has done it."""
+    for name, entry in manifest["corpora"].items():
+        for fact, work in PUBLISHER_WORK.items():
+            if entry[fact] and entry["kind"] == "text":
+                yield {"corpus": name, "work": work, "statement": entry[fact]}
 
 
 def make_reason_rows(manifest: dict) -> Iterable[dict]:

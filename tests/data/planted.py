@@ -71,6 +71,7 @@ def planted_corpora(source: Path) -> dict[str, Corpus]:
     planted = Corpus(
         "planted", "web", "text", "prose", "test", RemoteFiles(str(source), "*.jsonl"), remote_readers.read_text,
         text_bytes=3_900_000_000,  # by the catalogue; so each of the two files is a unit
+        language_filtered="English <by its publisher>",
     )  # fmt: skip
     mirror = dataclasses.replace(
         planted, name="mirror", source=RemoteFiles(str(source / "mirror"), "*.jsonl"), stages=("midtrain",)

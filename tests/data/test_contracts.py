@@ -1,4 +1,4 @@
-"""The private and undocumented APIs of datatrove, spaCy and tokenizers that data/compat.py relies on.
+"""The private and undocumented APIs of datatrove, ftfy, spaCy and tokenizers that data/compat.py relies on.
 
 The docstring of each test names what breaks when it fails.
 """
@@ -20,7 +20,7 @@ from datatrove.pipeline.filters import (
     LambdaFilter,
     LanguageFilter,
 )
-from datatrove.pipeline.formatters import PIIFormatter
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils import text as datatrove_text
@@ -143,6 +143,16 @@ def test_the_bounded_email_pattern_finds_the_same_addresses():
     for text in (*texts, " ".join(texts)):
         assert ours.emails_replacer.regex.findall(text) == theirs.emails_replacer.regex.findall(text), text
     assert ours.format("jane.doe@company.com") == "email@example.com"
+
+
+def test_whatever_ftfy_changes_may_be_broken():
+    """Broken: TextRepair does not give ftfy a line that it would change."""
+    theirs = FTFYFormatter(fix_line_breaks=True)
+    # The characters of ftfy's tables, surrogates, private use, and all above U+FE00 of the first plane.
+    for first, last in ((0, 0x3000), (0xD7F0, 0xE010), (0xF8F0, 0xF910), (0xFE00, 0x10010)):
+        for char in map(chr, range(first, last)):
+            for text in (f"{char} b", f"a {char}b", f"a{char}, b"):
+                assert compat.may_be_broken(text) or theirs.format(text) == text, ascii(text)
 
 
 def test_parameters_of_a_filter_are_its_attributes():

@@ -5,11 +5,16 @@ import json
 
 import pytest
 from datatrove.data import Document
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.text import simplify_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.catalogue.corpora import LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
+from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE, PACKAGES, SMOKE_CORPORA
+from data.catalogue.corpus import Unit
 from data.config import FILTERS, DataConfig
-from data.filters.decontaminate import DecontaminationFilter, build_index, hash_words
+from data.filters.decontaminate import NORMALISATION, DecontaminationFilter, build_index, hash_words, split_words
 from data.filters.language import describe_language_filter, unpack_model
 from data.filters.mark_runs import remove_mark_runs
 from data.filters.quality import PIIRedaction, TextRepair, make_filters, make_quality_filters
@@ -22,8 +27,13 @@ GERMAN = "Der Fluss trägt das Kupfer der alten Brücke hinunter zum Hafen, wo d
 CONFIG = DataConfig(corpora=SMOKE_CORPORA)
 
 
-def document(text: str, style: str = "prose") -> Document:
-    return Document(text=text, id="1", metadata={"style": style})
+TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("aÂÃ£â€™œ&;<\r\n\x1b \u0301\u2028\ufeff.@8")), max_size=40)
+REAL = [record["text"] for name in ("package-descriptions", "python-topics") for record in CATALOGUE[name].read(
+    Unit(CATALOGUE[name], "", 0, 0))]  # fmt: skip
+
+
+def document(text: str, style: str = "prose", corpus: str = "c") -> Document:
+    return Document(text=text, id="1", metadata={"style": style, "corpus": corpus})
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +83,43 @@ def test_wrongly_decoded_text_is_repaired_in_prose_and_not_in_code():
     assert prose.text == "The café isn’t open & the river rises.\nA “quoted” ﬁne line."
     assert code.text == broken and plain.text == "Nothing here, “kept”."
     assert block.stats["repaired"].total == 1
+
+
+def test_blocks_leave_a_corpus_alone_that_its_publisher_has_filtered(language):
+    ours = CATALOGUE["c4-sample"]
+    theirs = dataclasses.replace(ours, name="theirs", language_filtered="by them", quality_filtered="by them")
+    found, *quality = make_filters(CONFIG, language, [ours, theirs])
+    assert found.filter(document(GERMAN, corpus="theirs")) is True
+    assert found.filter(document(GERMAN, corpus=ours.name)) == (False, "de")
+    assert quality and all(block.filter(document("too short", block.styles[0], "theirs")) is True for block in quality)
+    short = [block.filter(document("too short", block.styles[0], ours.name)) for block in quality]
+    assert (False, "gopher_short_doc") in short
+    assert found.description()["skipped_corpora"] == quality[0].description()["skipped_corpora"] == ["theirs"]
+    # English is not what this run keeps, so that the publisher's filter is no reason to pass.
+    german = make_filters(dataclasses.replace(CONFIG, languages=("de",)), language, [ours, theirs])[0]
+    assert german.filter(document(ENGLISH, corpus="theirs")) == (False, "en")
+    redacted = dataclasses.replace(theirs, pii_redacted="by them")
+    text = "Write to jane.doe@company.com."
+    left, changed = PIIRedaction([ours, redacted]).run([document(text, corpus="theirs"), document(text)])
+    assert left.text == text and "jane.doe" not in changed.text
+
+
+def compare_with_libraries(text: str) -> None:
+    assert TextRepair().format(text) == FTFYFormatter(fix_line_breaks=True).format(text)
+    assert split_words(text) == simplify_text(remove_mark_runs(text), NORMALISATION).split()
+    assert PIIRedaction().format(text) == PIIFormatter().format(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_repair_words_and_redaction_are_those_of_the_libraries(text):
+    compare_with_libraries(text)
+
+
+def test_they_are_on_real_text_too():
+    assert sum(map(len, REAL)) > 1_000_000 and not all(map(str.isascii, REAL))
+    for text in REAL[::7]:
+        compare_with_libraries(text)
 
 
 @pytest.mark.parametrize("unit", ["a-", "'a", "a.", "a@", "a@a-", "a", "1.1.", "@a.", "{a}"])

@@ -83,6 +83,9 @@ def test_manifest_names_inputs_versions_and_filters(prepared):
     assert prepared.manifest["versions"]["datatrove"] == importlib.metadata.version("datatrove")
     assert [block["label"] for block in prepared.manifest["filters"]] == list(CONFIG.filters)
     assert prepared.manifest["language"]["not_run"]  # no package was given
+    assert prepared.manifest["corpora"]["planted"]["language_filtered"] == "English <by its publisher>"
+    assert prepared.manifest["corpora"]["planted"]["quality_filtered"] == ""
+    assert "English &lt;by its publisher&gt;" in (prepared.out / "statistics.html").read_text()
 
 
 def test_malformed_rows_are_set_aside_with_a_reason(prepared):

@@ -91,6 +91,13 @@ def test_most_of_the_open_text_is_deduplicated_by_its_publishers_with_a_source()
     assert sizes == [24.8, 26.9]  # docs/data.md
 
 
+def test_the_largest_corpora_are_filtered_by_their_publishers_with_a_source():
+    for fact, wanted in (("language_filtered", 22.6), ("quality_filtered", 22.6), ("pii_redacted", 5.9)):
+        done = [corpus for corpus in OPEN_CORPORA if getattr(corpus, fact)]
+        assert all("arXiv" in getattr(corpus, fact) for corpus in done)
+        assert round(sum(corpus.text_bytes for corpus in done) / 1e12, 1) == wanted  # docs/data.md
+
+
 def test_catalogue_is_consistent():
     for name, corpus in CATALOGUE.items():
         assert name == corpus.name
