@@ -38,7 +38,7 @@ class Rates:
 
 MEASURED = Rates(clean=1.70, tokenize=1.37, cluster_seconds=8, cluster_bytes=180, signature_bytes=952)
 """Rates of the slow machine of docs/data.md, a busy AMD EPYC. `clean` is that of web prose that its publisher has
-filtered, as 22.6 of the 24.6 TB of the open text corpora are. Web prose that nobody has filtered takes 0.33 MB/s."""
+filtered, as 22.6 of the 26.9 TB of the open text corpora are. Web prose that nobody has filtered takes 0.33 MB/s."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from data import compat
 from data.catalogue.corpus import Corpus, Unit
 from data.compat import LocalFolder
 from data.filters.mark_runs import remove_mark_runs
+from data.filters.open_files import allow_open_files
 from data.filters.spacy_cache import EnglishWords
 from data.filters.time_limit import TooSlow, limit_time
 
@@ -103,8 +104,21 @@ class EveryGroup(PipelineStep):
         block.run(data, task, self.tasks)
 
 
-def _make_group_buckets(folder: Path) -> PipelineStep:
-    return MinhashDedupBuckets(LocalFolder(folder / "signatures"), LocalFolder(folder / "pairs"), config=MINHASH)
+class GroupBuckets(MinhashDedupBuckets):
+    """Finds the pairs of one group; it opens the signatures of all the group's units at once."""
+
+    def __init__(self, folder: Path):
+        super().__init__(LocalFolder(folder / "signatures"), LocalFolder(folder / "pairs"), config=MINHASH)
+        self.signatures = folder / "signatures"
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        """Write the pairs that agree in bucket `rank`.
+
+        Raises:
+            RefusedInput: the machine allows fewer open files than the group has units.
+        """
+        allow_open_files(len(list(self.signatures.glob(f"bucket_{rank:03d}/*"))))
+        super().run(data, rank, world_size)
 
 
 def _make_group_cluster(folder: Path) -> PipelineStep:
@@ -123,7 +137,7 @@ def make_near_buckets(folder: Path, groups: list[str | None]) -> tuple[PipelineS
     There is a task for each bucket of each group.
     """
     names, buckets = _list_names(groups), range(MINHASH.num_buckets)
-    block = EveryGroup("buckets", _make_group_buckets, [folder / name for name in names], len(buckets))
+    block = EveryGroup("buckets", GroupBuckets, [folder / name for name in names], len(buckets))
     return block, [f"bucket {bucket} of {name}" for name in names for bucket in buckets]
 
 
