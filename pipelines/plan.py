@@ -167,7 +167,11 @@ def plan_data_step(config: DataConfig) -> dict[str, Any]:
     compared = [c.text_bytes for c in corpora if c.kind == "text" and not c.deduplicated]
     group = (sum(compared) if config.near_duplicates_within == "all" else max(compared, default=0)) / text
     plan = plan_data(
-        text / MEASURED.text_bytes_per_token, MEASURED, shard_bytes=config.shard_bytes, largest_group=group
+        text / MEASURED.text_bytes_per_token,
+        MEASURED,
+        shard_bytes=config.shard_bytes,
+        largest_group=group,
+        compared=sum(compared) / text,
     )
     remote = [c.text_bytes for c in corpora if isinstance(c.source, RemoteFiles)]
     units = sum(math.ceil(size / UNIT_TEXT_BYTES) for size in remote)

@@ -128,7 +128,7 @@ def _format_data(data: dict[str, Any]) -> Table:
         ("core-hours", f"{data['core_hours']:,.0f}"),
         ("hours on 1,000 cores", f"{data['hours_on_1000_cores']:,.1f}"),
         ("shards", _gb(data["storage_bytes"]) + " GB"),
-        ("working files", _gb(data["work_bytes"]) + " GB"),
+        ("disk at the worst moment", _gb(data["peak_bytes"]) + " GB"),
     ):
         table.add_row(name, value)
     return table
