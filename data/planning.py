@@ -69,8 +69,8 @@ class DataPlan:
     """Disk at the worst moment: one compressed copy of the text with the signatures, or the shards. A task's input is
     emptied when the task is completed, so shards grow as the text shrinks. The files of tasks at work come on top."""
     loader_cache_bytes: int
-    """Size of a training node's cache of unpacked shards for one pass in order: for every domain, the group of shards
-    in use and the next one."""
+    """Size of a node's cache of unpacked shards where 8 nodes train: for every domain and section of the node, the
+    shards in use, ahead and just left."""
 
     def estimate_hours(self, cores: int) -> float:
         """Return the wall-clock hours on a number of cores, no fewer than the longest unit takes, and step 6."""
@@ -82,8 +82,8 @@ TEXT_COMPRESSION = 3.0
 """Size of text divided by its size as zstd jsonl."""
 DOMAINS = 5
 """Number of text domains (data.catalogue.corpus.TEXT_DOMAINS)."""
-SHARDS_AHEAD = 32
-"""Number of unpacked shards of a domain: a group of 16 in use, and the next group (titan_ext/loader/domain.py)."""
+SHARDS_HELD = 4 * 6
+"""Number of unpacked shards of a domain on one of 8 nodes: 6 for each of 4 sections (titan_ext/loader/order.py)."""
 TOKEN_BYTES = 4
 """Uncompressed size of a token in a shard: uint32."""
 
@@ -139,5 +139,5 @@ def plan_data(
         shard_object_bytes=round(shard_bytes / TOKEN_BYTES * rates.shard_bytes_per_token),
         storage_bytes=round(tokens * rates.shard_bytes_per_token),
         peak_bytes=round(max(text / TEXT_COMPRESSION + signatures, tokens * rates.shard_bytes_per_token)),
-        loader_cache_bytes=DOMAINS * SHARDS_AHEAD * shard_bytes,
+        loader_cache_bytes=DOMAINS * SHARDS_HELD * shard_bytes,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.config import DataConfig
 from eval.config import EvaluationConfig, ExportConfig
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
 from titan_ext.quantization.config import QuantizationConfig
 
 
@@ -49,6 +49,7 @@ class ClusterConfig:
     """CPUs of one export or evaluation task."""
     max_failures: int = 3
     """Restarts of a stage's gang of workers, from its last checkpoint, before the stage counts as failed."""
+    shard_cache: ShardCacheConfig = field(default_factory=ShardCacheConfig)
     dashboard_port: int = 0
     """Port of the dashboard of a Ray started here; 0 takes a free one."""
 

@@ -21,7 +21,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from streaming import Stream
     from streaming.base.format.mds import MDSReader
     from torchtitan.models.common.moe import GroupedExperts
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
@@ -33,7 +32,7 @@ __all__ = [
     "download_file",
     "get_param_groups",
     "is_being_gathered",
-    "load_shard_readers",
+    "make_shard_reader",
     "move_param_groups",
     "multiply_grouped",
     "reduces_on_one_rank",
@@ -114,16 +113,14 @@ def multiply_grouped(
     return experts._grouped_mm(A=a_RK, B_t=b_EKN, offs=offsets_E)
 
 
-def load_shard_readers(stream: "Stream") -> "list[MDSReader]":
-    """Return a reader for every shard that the index.json in the stream's local folder lists.
+def make_shard_reader(folder: str, entry: dict[str, Any]) -> "MDSReader":
+    """Return the reader of one shard in a folder, from the shard's entry in index.json.
 
-    streaming offers the readers only to a StreamingDataset, which keeps its state in shared memory.
+    streaming's own way makes a reader of every shard of the folder at once.
     """
-    from streaming.base.world import World  # here, because other users of this module do not need streaming
+    from streaming.base.format import reader_from_json  # here, because other users of this module do not need streaming
 
-    # A world of one process: the index is in place, so streaming has no other process to wait for.
-    world = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-    return cast("list[MDSReader]", stream.get_shards(world, allow_unsafe_types=False))
+    return cast("MDSReader", reader_from_json(folder, None, entry))
 
 
 def download_file(address: str, path: Path) -> None:

@@ -127,6 +127,17 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class ShardCacheConfig:
+    """Where the ranks of a node keep the shards that they have unpacked. Changes no batch."""
+
+    folder: str = ""
+    """Absolute path of a folder on each node's own disk; every node makes it. Empty: `mobilemoe-shards-UID` below the
+    node's temporary directory."""
+    size_bytes: int = 64 << 30
+    """Largest size of the unpacked shards, in bytes, over all runs that share the folder."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of parallelism of a stage, and how a rank computes.
 
@@ -170,6 +181,10 @@ class ParallelConfig:
     def data_parallel(self) -> int:
         """Return the number of ranks that read different sequences."""
         return self.world_size // max(self.tensor_parallel * self.context_parallel * self.pipeline_parallel, 1)
+
+    def count_data_ranks(self, ranks: int) -> int:
+        """Return how many of `ranks` neighbouring ranks, those of a node, read different sequences, at most."""
+        return min(max(ranks // max(self.tensor_parallel * self.context_parallel, 1), 1), max(self.data_parallel, 1))
 
     @property
     def pipeline_stages(self) -> int:

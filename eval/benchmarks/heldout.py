@@ -94,7 +94,7 @@ def read_documents(folder: Path) -> Iterator[dict[str, np.ndarray]]:
     """
     with tempfile.TemporaryDirectory(prefix="heldout-") as cache:
         store = ShardStore(folder.name, str(folder), Path(cache), CACHE_BYTES)
-        for shard, num_samples in enumerate(store.sizes):
+        for shard, num_samples in enumerate(store.index.samples):
             for index in range(num_samples):
                 yield store.read(shard, index)
 

@@ -30,7 +30,7 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
         spec = StageSpec(
             name=name, model=recipe.model, stage=drop_empty_domains(stage), parallel=recipe.parallel,
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
-            seed=recipe.seed, quantization=recipe.quantization,
+            seed=recipe.seed, quantization=recipe.quantization, shard_cache=recipe.cluster.shard_cache,
         )  # fmt: skip
         with score_beside(context, name):
             context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)

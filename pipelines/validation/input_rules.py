@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import RefusedInput
+from data.planning import TOKEN_BYTES
 from eval.config import EvaluationConfig
+from pipelines.preflight import find_existing_parent
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, find_nonpositive
+from titan_ext.loader.order import HELD_SHARDS, list_sections
+
+NODE_GPUS = 8
+"""Number of GPUs of a cluster's node, for the estimate of what its cache holds."""
 
 if TYPE_CHECKING:
     from eval.benchmarks.suites import Benchmark
@@ -181,3 +188,45 @@ def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "set 0 or 1")
     if cluster.max_failures < 0:
         yield Problem("cluster.max_failures", cluster.max_failures, "must not be negative", "set 0 for no restart")
+    yield from find_shard_cache_problems(recipe)
+
+
+def find_shard_cache_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the broken rules of the cache for unpacked shards: its folder, and a size that holds the shards in use.
+
+    A folder on the nodes of a cluster is tried when a stage starts there.
+    """
+    cache = recipe.cluster.shard_cache
+    yield from find_nonpositive("cluster.shard_cache", cache, ("size_bytes",))
+    field, folder = "cluster.shard_cache.folder", Path(cache.folder)
+    if cache.folder and not folder.is_absolute():
+        yield Problem(field, cache.folder, "is a folder on every node, so its path must be absolute", "begin with /")
+    elif cache.folder and not recipe.cluster.ray_address:
+        parent = find_existing_parent(folder)
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            yield Problem(field, cache.folder, f"{parent} is no folder that can be written to", "name another folder")
+    field, needed = "cluster.shard_cache.size_bytes", estimate_shard_cache(recipe)
+    if cache.size_bytes < needed:
+        rule = f"the shards that the ranks of a node use and fetch ahead take up to {needed}"
+        yield Problem(field, cache.size_bytes, rule, f"set it to at least {needed}, or lower data.shard_bytes")
+
+
+def estimate_shard_cache(recipe: Recipe) -> int:
+    """Return the bytes of unpacked shards that a node needs at a time, the most of all stages.
+
+    All ranks without a GPU are on one node, and NODE_GPUS with one. The shards do not exist yet, so all are taken for
+    full; together they are at most as large as the text of the corpora, at one token a byte.
+    """
+    from data import validate_config
+    from data.catalogue.corpora import CATALOGUE
+
+    parallel, size, largest = recipe.parallel, recipe.data.shard_bytes, 0
+    ranks = NODE_GPUS if recipe.cluster.gpus_per_worker and recipe.cluster.ray_address else parallel.world_size
+    data_ranks, node_ranks = parallel.data_parallel, parallel.count_data_ranks(ranks)
+    for _, stage in recipe.stages.items():
+        batch = stage.global_batch_size
+        if data_ranks > 0 and batch > 0 and batch % data_ranks == 0:  # else another rule is broken
+            sections = list_sections(batch, data_ranks, 0, node_ranks)
+            largest = max(largest, len(stage.mixture) * len(sections) * HELD_SHARDS * size)
+    known = dataclasses.replace(recipe.data, corpora=tuple(name for name in recipe.data.corpora if name in CATALOGUE))
+    return min(largest, TOKEN_BYTES * validate_config.estimate_bytes(known))

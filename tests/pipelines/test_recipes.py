@@ -199,6 +199,9 @@ REFUSALS = [
     ("cluster.gpus_per_worker", 2, "cluster.gpus_per_worker", "0 or 1"),
     ("cluster.gpu_memory", 0, "cluster.gpu_memory", "positive"),
     ("cluster.max_failures", -1, "cluster.max_failures", "0 for no restart"),
+    ("cluster.shard_cache.folder", "caches/shards", "cluster.shard_cache.folder", "begin with /"),
+    ("cluster.shard_cache.folder", "/dev/null/shards", "cluster.shard_cache.folder", "name another folder"),
+    ("cluster.shard_cache.size_bytes", 0, "cluster.shard_cache.size_bytes", "above 0"),
 ]  # fmt: skip
 
 
@@ -334,3 +337,16 @@ def test_published_recipes_name_the_catalogue_but_for_non_commercial_sets(name):
         validate_config(replace(config, corpora=(*config.corpora, "natural-reasoning")))
     # The web alone is 22.6 TB of text, of which compressed copies and shards lie on disk at once.
     assert 40e12 < estimate_bytes(config) < 60e12
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    # domains of the text stages x sections of 8 ranks x 6 shards of 64 MiB; sft has 7 domains
+    [("s", 7 * 4 * 6 / 16), ("m", 7 * 2 * 6 / 16), ("l", 7 * 1 * 6 / 16)],
+)
+def test_a_cache_below_what_a_node_holds_is_refused_with_the_bytes(name, gib):
+    enough = change(RECIPES[name].build(), "cluster.shard_cache.size_bytes", int(gib * 2**30))
+    field = "cluster.shard_cache.size_bytes"
+    assert [problem for problem in find_problems(enough) if problem.field == field] == []
+    (problem,) = (p for p in find_problems(change(enough, field, int(gib * 2**30) - 1)) if p.field == field)
+    assert f"take up to {int(gib * 2**30)};" in str(problem)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from streaming import MDSWriter
+from streaming import MDSWriter, Stream
+from streaming.base.world import World
 
 from titan_ext.loader import shard_store
 from titan_ext.loader.streaming_loader import StreamingLoader
@@ -43,6 +44,12 @@ def build(shards, local, rank=0, world=1, *, seq_len=L, batch=B, **config):
     )  # fmt: skip
 
 
+def load_stock_readers(stream: Stream):
+    """Return streaming's own readers of all shards, as its StreamingDataset makes them."""
+    world = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+    return stream.get_shards(world, allow_unsafe_types=False)
+
+
 def rows(batch):
     """[B, 3, L]: input, positions, labels."""
     inputs, labels = batch
@@ -50,13 +57,18 @@ def rows(batch):
 
 
 def sequences(loaders, micro_steps):
-    """The sequences of `micro_steps` micro-batches of all ranks, [N, 3, L], in the order micro-batch, rank, row.
+    """The sequences of `micro_steps` micro-batches of all ranks, [N, 3, L], in the order global batch, rank, row.
+
+    Several ranks must take whole global batches.
 
     At return no thread prepares shards any more, so that a test may look at the cache, or damage it.
     """
     iterators = [iter(loader) for loader in loaders]
     try:
-        return np.concatenate([rows(next(it)) for _ in range(micro_steps) for it in iterators])
+        taken = np.stack([[rows(next(it)) for it in iterators] for _ in range(micro_steps)])
+        micro_batches = G // (len(loaders) * taken.shape[2]) if len(loaders) > 1 else 1
+        by_batch = taken.reshape(-1, micro_batches, *taken.shape[1:])
+        return by_batch.swapaxes(1, 2).reshape(-1, *taken.shape[-2:])
     finally:
         for loader in loaders:  # the thread that packs batches ahead first: it asks for shards
             loader._packer.shutdown(cancel_futures=True)

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.errors import RefusedInput
-from titan_ext.loader.domain import Document, EpochOrder
+from titan_ext.loader.domain import Document
+from titan_ext.loader.order import Place
 from titan_ext.loader.packing import IGNORE_INDEX, Lane, LaneState, compute_initial_deficits, write_sequence
 
 PAD = 7
@@ -34,9 +35,33 @@ class ListDomain:
         """Return the mean length, never 0: Domain's is never 0 either, as sizes in bytes include a header."""
         return 1 + float(np.mean([len(d.tokens) for d in self.documents]))
 
-    def read_document(self, number: int) -> Document:
-        self.reads += 1
-        return self.documents[number % len(self.documents)]
+    def scan_documents(self):
+        for document in self.documents:
+            self.reads += 1
+            yield document
+
+
+@dataclass
+class ListQueue:
+    """Every `step`-th document of a ListDomain from `first` on, again and again."""
+
+    domain: ListDomain
+    first: int
+    step: int
+    drawn: int = 0
+
+    @property
+    def is_first_epoch_over(self) -> bool:
+        return self.first + self.drawn * self.step >= self.domain.num_documents
+
+    def draw(self):
+        place = Place(0, self.drawn)
+        self.drawn += 1
+        return place, self.read(place)
+
+    def read(self, place: Place) -> Document:
+        self.domain.reads += 1
+        return self.domain.documents[(self.first + place.position * self.step) % self.domain.num_documents]
 
 
 def make_domains(lengths_by_domain, masks=None):
@@ -52,12 +77,16 @@ def make_domains(lengths_by_domain, masks=None):
     return domains
 
 
-def make_lane(domains, seq_len, weights=None, index=0, num_lanes=1, single_pass=False, state=None):
-    zeros = [0] * len(domains)
-    state = state or LaneState(draws=list(zeros), tokens=list(zeros))
+def make_lane(domains, seq_len, weights=None, index=0, num_lanes=1, single_pass=False, resumed=None):
+    """Return lane `index` of `num_lanes`, or the one that goes on where the lane `resumed` stands."""
+    queues = [ListQueue(domain, index, num_lanes) for domain in domains]
+    state = LaneState(tokens=[0] * len(domains))
+    if resumed:
+        state = resumed.state
+        queues = [ListQueue(queue.domain, index, num_lanes, queue.drawn) for queue in resumed.queues]
     weights = weights or [1 / len(domains)] * len(domains)
     deficits = compute_initial_deficits(domains, weights, num_lanes)[index]
-    return Lane(index, num_lanes, domains, weights, seq_len, single_pass, deficits, state)
+    return Lane(queues, weights, seq_len, single_pass, deficits, state)
 
 
 def rows(lane, count=None):
@@ -197,7 +226,7 @@ def test_a_lane_resumes_from_its_state_at_any_sequence(lengths, conversations, c
     whole = rows(lane, 20)
     first = make_lane(domains, 8, index=1, num_lanes=2)
     rows(first, cut)
-    resumed = make_lane(domains, 8, index=1, num_lanes=2, state=first.state)
+    resumed = make_lane(domains, 8, index=1, num_lanes=2, resumed=first)
     np.testing.assert_array_equal(rows(resumed, 20 - cut), whole[cut:])
     assert resumed.state == lane.state
 
@@ -249,24 +278,3 @@ def test_a_share_of_almost_nothing_begins_soon(monkeypatch):
     monkeypatch.setattr("titan_ext.loader.packing.MAX_SIMULATED_DOCUMENTS", 1000)
     rare = compute_initial_deficits(domains, [1 - 1e-12, 1e-12], 4)
     np.testing.assert_allclose(rare, [[0, 0], [10, -10], [10, -10], [10, -10]], atol=1e-6)
-
-
-@settings(max_examples=30)
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=50).filter(any), epoch=st.integers(0, 3))
-def test_an_epoch_is_a_permutation_that_keeps_shards_together(sizes, epoch):
-    sizes = np.array(sizes)
-    order = EpochOrder(sizes, (1, 2, epoch))
-    located = [order.locate(position) for position in range(sizes.sum())]
-    assert sorted(located) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
-    # A shard's documents lie within the documents of 16 shards.
-    positions = {shard: [p for p, (s, _) in enumerate(located) if s == shard] for shard, _ in located}
-    assert all(max(p) - min(p) < 16 * sizes.max() for p in positions.values())
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    sizes = np.full(20, 10)
-    orders = [
-        [EpochOrder(sizes, seed).locate(p) for p in range(200)] for seed in ((0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 1, 0))
-    ]
-    assert orders[0] != orders[1] and orders[0] != orders[2]
-    assert orders[0] == orders[3]

@@ -159,5 +159,5 @@ def test_a_dcp_checkpoint_of_two_ranks_resumes_on_one_and_on_four(processes, sta
         np.testing.assert_array_equal(sequences(loaders, 2 * G // world), expected)
     with pytest.raises(RefusedInput, match="seed: 3 in the checkpoint, 5 now"):
         dcp.load({"dataloader": build(stage, cache, seed=5)}, checkpoint_id=folder, no_dist=True)
-    with pytest.raises(CheckpointException, match="lane_00000_of_00016"):
+    with pytest.raises(CheckpointException, match="order_2_section_00_of_16"):
         dcp.load({"dataloader": build(stage, cache, global_batch_size=16)}, checkpoint_id=folder, no_dist=True)

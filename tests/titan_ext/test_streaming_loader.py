@@ -17,11 +17,11 @@ from tests.titan_ext.stage_of_shards import (
     G,
     L,
     build,
+    load_stock_readers,
     rows,
     sequences,
     write_domain,
 )
-from titan_ext.compat import load_shard_readers
 from titan_ext.loader.packing import IGNORE_INDEX
 
 
@@ -71,15 +71,18 @@ def test_resume_on_another_number_of_ranks(stage, cache, before, after):
 
 def test_state_within_a_step_resumes_on_ranks_that_fit_it_only(stage, cache):
     expected = sequences([build(stage, cache)], G)
-    loader = build(stage, cache)
-    sequences([loader], 2)
     pair = [build(stage, cache, r, 2) for r in range(2)]
-    four = build(stage, cache, 0, 4)
-    for other in pair:
-        other.load_state_dict(loader.state_dict())
-    np.testing.assert_array_equal(sequences(pair, 3), expected[2:8])
-    with pytest.raises(RefusedInput, match="between two steps"):
-        four.load_state_dict(loader.state_dict())
+    for loader in pair:
+        list(islice(loader, 2))
+    state = merge_states(pair)
+    for r in range(2):
+        resumed = build(stage, cache, r, 2)
+        resumed.load_state_dict(state)
+        np.testing.assert_array_equal(sequences([resumed], 2), expected[4 * r + 2 : 4 * r + 4])
+        build(stage, cache, r, 2, batch=2).load_state_dict(state)
+    for other in (build(stage, cache), build(stage, cache, 0, 4), build(stage, cache, 0, 2, batch=4)):
+        with pytest.raises(RefusedInput, match=r"after 4 sequences on 2 ranks.*between two steps"):
+            other.load_state_dict(state)
 
 
 def test_no_document_comes_twice_in_an_epoch(stage, cache):
@@ -127,7 +130,7 @@ def read_documents(folder):
     stream = Stream(remote=str(folder), local=str(copy), validate_hash="xxh64", keep_zip=False, download_retry=1,
                     download_timeout=10)  # fmt: skip
     documents = []
-    for reader in load_shard_readers(stream):
+    for reader in load_stock_readers(stream):
         stream.prepare_shard(reader)
         documents += [reader.get_item(i)["tokens"].tolist() for i in range(len(reader))]
     return documents
@@ -289,7 +292,7 @@ def test_a_state_of_other_data_is_refused(stage, cache, tmp_path):
 def test_a_state_that_lacks_lanes_is_refused(stage, cache):
     loaders = [build(stage, cache, r, 2) for r in range(2)]
     sequences(loaders, G // 2)
-    with pytest.raises(RefusedInput, match="lane_00001_of_00008"):
+    with pytest.raises(RefusedInput, match="order_2_section_04_of_08"):
         build(stage, cache).load_state_dict(loaders[0].state_dict())
 
 

@@ -1,6 +1,7 @@
 """Checks of a StreamingLoader's configuration against the run and the shards, before any batch is made."""
 
 import math
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from core.errors import RefusedInput
 from core.samples import VOCABULARY_KEY, hash_vocabulary
 from titan_ext.loader.domain import Domain
-from titan_ext.loader.shard_store import is_remote
+from titan_ext.loader.shard_index import is_remote
 
 
 def check_batch_shape(global_batch_size: int, dp_world_size: int, local_batch_size: int, seq_len: int) -> None:
@@ -37,16 +38,25 @@ def check_batch_shape(global_batch_size: int, dp_world_size: int, local_batch_si
         )
 
 
-def check_cache(local: str, cache_bytes: int, shards: str) -> None:
-    """Check that the cache folder `local` may hold something and lies outside of `shards`.
+def check_cache(cache: Path, cache_bytes: int, shards: str) -> None:
+    """Check that the folder `cache` may hold something, lies outside of `shards`, and can be written to.
 
     Raises:
-        RefusedInput: `cache_bytes` is not positive, or the cache would be written into the source.
+        RefusedInput: `cache_bytes` is not positive, or the cache would be written into the source, or cannot be.
     """
     if cache_bytes < 1:
         raise RefusedInput(f"cache_bytes is {cache_bytes}; it must be positive, at least a few shards")
-    if local and Path(local).resolve().is_relative_to(Path(shards).resolve()):
-        raise RefusedInput(f"local ({local}) lies in shards ({shards}), which is never written to: name another")
+    if not is_remote(shards) and cache.resolve().is_relative_to(Path(shards).resolve()):
+        raise RefusedInput(f"local ({cache}) lies in shards ({shards}), which is never written to: name another")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise RefusedInput(
+            f"local ({cache}) is the cache for unpacked shards and cannot be written to ({error}): name another folder "
+            "(a recipe's cluster.shard_cache.folder)"
+        ) from error
 
 
 def check_mixture(mixture: dict[str, float]) -> None:
@@ -94,7 +104,7 @@ def check_tokenizer(domains: list[Domain], tokenizer: BaseTokenizer | None) -> N
     Raises:
         RefusedInput: the shards state another vocabulary.
     """
-    stated = {domain.name: domain.store.vocabulary for domain in domains if domain.store.vocabulary}
+    stated = {domain.name: domain.store.index.vocabulary for domain in domains if domain.store.index.vocabulary}
     if tokenizer is None or not stated:
         return
     given = hash_vocabulary(tokenizer.get_vocab())

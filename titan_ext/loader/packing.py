@@ -1,10 +1,8 @@
-"""This module packs documents into sequences in an order that does not depend on the number of ranks.
+"""This module packs documents into sequences: one lane packs the sequences of one row of the global batch.
 
-A lane is the stream of all sequences at one row of the global batch. A global batch of G sequences has G lanes, and
-lane j packs sequence j of every batch. Its k-th draw from a domain is document j + k*G of that domain's endless order
-(`titan_ext.loader.domain.Domain.read_document`). So two lanes never draw the same document, no document comes twice in
-an epoch, and a lane needs no information about the others. Each rank runs some of the lanes. The state of a lane is a
-few integers.
+The lanes of a section draw their documents from the same queue of every domain, in the order of their rows, so no lane
+runs ahead of another one in the order of the documents (`titan_ext.loader.section`). What a lane packs depends on its
+section alone.
 
 Shape legend: L tokens of a sequence.
 """
@@ -13,13 +11,14 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import RefusedInput
 from titan_ext.loader.domain import Document, Domain
+from titan_ext.loader.order import BEGIN, Place
 
 IGNORE_INDEX = -100
 """Label of a position that has no part in the loss, as in torch.nn.functional.cross_entropy."""
@@ -31,18 +30,17 @@ MAX_SIMULATED_DOCUMENTS = 100_000
 
 @dataclass
 class LaneState:
-    """The state from which a lane resumes at the next unseen token. The lists have one entry for each domain.
+    """The state from which a lane resumes at the next unseen token.
 
     The document that a lane packs at the moment is called open.
     """
 
-    draws: list[int]
-    """Number of documents drawn."""
     tokens: list[int]
-    """Number of positions filled."""
+    """Number of positions filled, by domain."""
     domain: int = -1
-    """Index of the open document's domain, -1 when no document is open. The open document is the last one drawn from
-    this domain."""
+    """Index of the open document's domain, -1 when no document is open."""
+    place: Place = BEGIN
+    """Place of the open document in its domain."""
     offset: int = 0
     """Number of pairs of the open document that are packed already."""
     sequences: int = 0
@@ -63,6 +61,24 @@ class Segment(NamedTuple):
     end: int
 
 
+class Queue(Protocol):
+    """What a lane needs of `titan_ext.loader.domain.DocumentQueue`."""
+
+    @property
+    def domain(self) -> Domain:
+        """Return the domain of the documents."""
+
+    @property
+    def is_first_epoch_over(self) -> bool:
+        """Return whether every document of the first epoch was drawn."""
+
+    def draw(self) -> tuple[Place, Document]:
+        """Return the next document and its place."""
+
+    def read(self, place: Place) -> Document:
+        """Return a document that was drawn before."""
+
+
 @dataclass
 class Lane:
     """A lane packs documents into sequences of `seq_len` tokens; see the module's docstring.
@@ -72,16 +88,13 @@ class Lane:
     are used up is left out, and the lane ends when all domains are used up.
     """
 
-    index: int
-    """Number of this lane, j."""
-    num_lanes: int
-    """Number of all lanes, G."""
-    domains: Sequence[Domain]
+    queues: Sequence[Queue]
+    """The section's queue of each domain."""
     weights: Sequence[float]
     """Share of the tokens by domain; sums to 1."""
     seq_len: int
     single_pass: bool
-    """Draw every document once; otherwise go through the documents again and again."""
+    """Draw every document of the first epoch once; otherwise go through the documents again and again."""
     initial_deficits: Sequence[float]
     """Number of tokens by domain, from `compute_initial_deficits`."""
     state: LaneState
@@ -138,22 +151,21 @@ class Lane:
     def _open_document(self) -> Document | None:
         """Return the open document, or draw the next one that has a target. Return None when the lane has ended."""
         if self.state.domain >= 0 and self._document is None:  # the lane was resumed within a document
-            self._document = self._read_last_draw(self.state.domain)
+            self._document = self.queues[self.state.domain].read(self.state.place)
         skipped_in_a_row = 0
         while self._document is None:
             choice = self._choose_domain()
             if choice is None:
                 return None
-            self.state.draws[choice] += 1
-            document = self._read_last_draw(choice)
+            place, document = self.queues[choice].draw()
             if self._has_target(document):
-                self._document, self.state.domain = document, choice
+                self._document, self.state.domain, self.state.place = document, choice, place
                 break
             self.state.skipped += 1
             skipped_in_a_row += 1
             # A skipped document fills no position, so the deficits stay the same and the same domain is chosen again.
             # Without this check the loop would never end.
-            domain = self.domains[choice]
+            domain = self.queues[choice].domain
             if not self.single_pass and skipped_in_a_row == min(SKIPPED_BEFORE_SEARCH, domain.num_documents):
                 self._check_has_target(domain)
         return self._document
@@ -165,8 +177,7 @@ class Lane:
             RefusedInput: none has one.
         """
         longest = 0
-        for number in range(domain.num_documents):
-            document = domain.read_document(number)
+        for document in domain.scan_documents():
             if self._has_target(document):
                 return
             longest = max(longest, len(document.tokens))
@@ -176,17 +187,13 @@ class Lane:
             "leave the domain out of the mixture, check its loss_mask, or raise seq_len"
         )
 
-    def _read_last_draw(self, domain: int) -> Document:
-        """Return the document that was drawn last from `domain`."""
-        return self.domains[domain].read_document(self.index + (self.state.draws[domain] - 1) * self.num_lanes)
-
     def _choose_domain(self) -> int | None:
         """Return the domain with the largest deficit, or None when a single pass has used up all documents."""
         tokens = self.state.tokens
         total = sum(tokens)
         best, best_deficit = None, -math.inf
-        for d, domain in enumerate(self.domains):
-            if self.single_pass and self.index + self.state.draws[d] * self.num_lanes >= domain.num_documents:
+        for d, queue in enumerate(self.queues):
+            if self.single_pass and queue.is_first_epoch_over:
                 continue
             deficit = self.weights[d] * total - tokens[d] + self.initial_deficits[d]
             if deficit > best_deficit:

@@ -19,8 +19,6 @@ It imports no torchtitan, so that a program that only reads shards starts fast.
 import contextlib
 import errno
 import functools
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -29,29 +27,31 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import TYPE_CHECKING
 
-import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream
 
-from core import atomic
-from core.errors import DamagedData, RefusedInput
-from core.samples import SFT_COLUMNS, SHARD_HASH, SHARDS_AT, VOCABULARY_KEY
-from titan_ext.compat import download_file, load_shard_readers
+from core.errors import DamagedData
+from core.samples import SHARD_HASH, SHARDS_AT
+from titan_ext.compat import make_shard_reader
+from titan_ext.loader.shard_index import CACHE_SUFFIX, is_remote, name_cache_folder, open_index
+
+if TYPE_CHECKING:
+    from streaming.base.format.mds import MDSReader
 
 log = logging.getLogger(__name__)
 
-CACHE_SUFFIX = ".shardcache"
-"""Ending of the name of a domain's cache folder."""
 NUM_LOCKS = 64
 """Number of thread locks of a store, and of lock files in a cache folder. Several shards share one lock."""
 NUM_WORKERS = 4
 """Number of threads in a process that prepare shards ahead of the loader, over all its domains."""
 DOWNLOAD_TIMEOUT = 600
 """Time limit for the download of one shard, in seconds."""
+OPEN_READERS = 1024
+"""Number of shards whose reader is kept in memory: more than the sections of a process use at the same time."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,22 +60,19 @@ class ShardStore:
 
     Attributes:
         source: folder or address of the shards.
-        fingerprint: first 16 hexadecimal digits of the SHA-256 of index.json.
-        vocabulary: `core.samples.hash_vocabulary` of the tokenizer that made the tokens, from index.json; None where
-            index.json does not state it.
-        sizes: int64 [S], number of samples in each shard.
-        num_bytes: uncompressed size of all shards, in bytes.
+        index: the entries of index.json (`shard_index.ShardIndex`).
+        is_in_place: whether the shards are read at their source, and not from the cache.
     """
 
     def __init__(self, name: str, source: str, cache: Path, cache_bytes: int):
-        """Read the folder's index.json.
+        """Open the folder's index.
 
         Args:
             name: name of the domain; it begins the name of its cache folder.
             source: a folder, or an address that streaming can download from. A folder may hold the index alone, and
                 say where the shards are (`core.samples.SHARDS_AT`).
-            cache: folder for decompressed shards; several processes may share it. Uncompressed local shards are read
-                in place.
+            cache: folder for decompressed shards and for the mapped index; several processes may share it.
+                Uncompressed local shards are read in place.
             cache_bytes: limit for the raw shards in `cache`, in bytes. The shards not used for the longest time are
                 deleted first. While shards are being fetched the cache may hold more, by their size at most.
 
@@ -86,33 +83,22 @@ class ShardStore:
         """
         self.source = source
         self._cache, self._cache_bytes = cache, cache_bytes
-        content = _read_index(source)
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-        index = _parse_index(source, content)
-        self.vocabulary: str | None = index.get(VOCABULARY_KEY)
+        try:
+            self.index = open_index(source, cache, name)
+        except OSError as error:
+            raise (_explain_full_disk(cache, error) if error.errno in DISK_FULL_ERRNOS else error) from error
         self._shards_at = _find_shards(source)
         stays = self._shards_at == source and not is_remote(source)
-        self._in_place = stays and not any(shard["zip_data"] for shard in index["shards"])
-        if self._in_place:
-            self._local = source
-        else:
-            self._local = str(cache / f"{name}-{self.fingerprint}{CACHE_SUFFIX}")
-            _write_index(Path(self._local) / "index.json", content)
+        self.is_in_place = stays and not self.index.is_compressed
+        self._local = source if self.is_in_place else str(name_cache_folder(cache, name, self.index.fingerprint))
         self._streams = threading.local()
-        self._readers = load_shard_readers(self._thread_stream())
-        self.sizes: NDArray[np.int64] = np.array([reader.samples for reader in self._readers], np.int64)
-        self.num_bytes = sum(reader.raw_data.bytes for reader in self._readers)
+        self._reader = functools.lru_cache(maxsize=OPEN_READERS)(self._make_reader)
         self._verified: set[int] = set()
         self._locks = [threading.Lock() for _ in range(NUM_LOCKS)]
 
-    @property
-    def column_names(self) -> list[str]:
-        """Return the names of a sample's columns: `tokens`, and `loss_mask` for conversations."""
-        return self._readers[0].column_names
-
     def path(self, shard: int) -> Path:
         """Return the path of the raw shard; the file need not be there yet."""
-        return Path(self._local) / self._readers[shard].raw_data.basename
+        return Path(self._local) / self.index.raw_name(shard)
 
     def read(self, shard: int, index: int) -> dict[str, NDArray]:
         """Return one sample, by column: `tokens` uint32 [n] and, for conversations, `loss_mask` uint8 [n].
@@ -124,20 +110,28 @@ class ShardStore:
         while True:
             try:
                 self._prepare(shard)
-                return self._readers[shard].get_item(index)
+                return self._reader(shard).get_item(index)
             except FileNotFoundError:
                 # This or another process has deleted the shard to stay within `cache_bytes`: fetch it again.
                 self._verified.discard(shard)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Start to prepare the shards in the worker threads. Do nothing if they would fill the cache.
-
-        If the prefetched shards took more than a quarter of `cache_bytes`, shards would soon be deleted again.
-        """
-        shards = [shard for shard in shards if shard not in self._verified]
-        if 4 * sum(self._readers[shard].raw_data.bytes for shard in shards) <= self._cache_bytes:
-            for shard in shards:
+        """Start to prepare the shards in the worker threads."""
+        for shard in shards:
+            # It may have been used in an earlier epoch, and deleted since.
+            if shard not in self._verified or not self.path(shard).exists():
+                self._verified.discard(shard)
                 _worker_pool().submit(self._prepare_ahead, shard)
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Mark the shards as in use, so that others are deleted before them when the cache is full."""
+        if not self.is_in_place:
+            for shard in shards:
+                with contextlib.suppress(FileNotFoundError):  # it is being fetched
+                    os.utime(self.path(shard))
+
+    def _make_reader(self, shard: int) -> "MDSReader":
+        return make_shard_reader(self._local, self.index.read_entry(shard))
 
     def _prepare_ahead(self, shard: int) -> None:
         if _is_process_ending():
@@ -152,7 +146,7 @@ class ShardStore:
         """Return the calling thread's stream. A stream's downloader cannot be shared between threads."""
         if not hasattr(self._streams, "stream"):
             self._streams.stream = Stream(
-                remote=None if self._in_place else self._shards_at,
+                remote=None if self.is_in_place else self._shards_at,
                 local=self._local,
                 download_retry=2,
                 download_timeout=DOWNLOAD_TIMEOUT,
@@ -163,26 +157,27 @@ class ShardStore:
 
     def _prepare(self, shard: int) -> None:
         """Put the raw shard in its place, and check its hash once in this process."""
+        if shard in self._verified:  # without the lock: another shard of the same lock may be on its way
+            return
         with self._locks[shard % NUM_LOCKS]:
             if shard in self._verified:
                 return
             if _is_process_ending():
                 raise RuntimeError(f"shard {self.path(shard)} is not prepared: the process is ending")
             if not self._is_intact(shard):
-                if self._in_place:
+                if self.is_in_place:
                     raise DamagedData(
                         f"shard {self.path(shard)} is damaged or missing: its {SHARD_HASH} is not the one in "
                         "index.json. Restore the file from where it was written, or run the data step again"
                     )
                 self._fetch(shard)
-            if not self._in_place:
+            if not self.is_in_place:
                 os.utime(self.path(shard))  # the time of last use, by which `_evict_shards` chooses
             self._verified.add(shard)
 
     def _fetch(self, shard: int) -> None:
         """Download and decompress a shard into the cache."""
-        reader, path = self._readers[shard], self.path(shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        reader, path = self._reader(shard), self.path(shard)
         with _lock_shard(path):
             if self._is_intact(shard):  # another process has fetched it meanwhile
                 return
@@ -209,7 +204,7 @@ class ShardStore:
     def _explain_fetch_error(self, shard: int, error: Exception) -> Exception:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return _explain_full_disk(self.path(shard), error)
-        file = self._readers[shard].zip_data or self._readers[shard].raw_data
+        file = self._reader(shard).zip_data or self._reader(shard).raw_data
         return DamagedData(
             f"shard {self._shards_at}/{file.basename} is damaged, missing or out of reach at its source "
             f"({type(error).__name__}: {error}). Restore the file, or run the data step again"
@@ -221,7 +216,7 @@ class ShardStore:
             data = self.path(shard).read_bytes()
         except FileNotFoundError:
             return False
-        reader = self._readers[shard]
+        reader = self._reader(shard)
         # An MDS file begins with its number of samples as a 32-bit integer. Comparing it finds an index.json that
         # states another number.
         counted = int.from_bytes(data[:4], "little") == reader.samples
@@ -244,33 +239,9 @@ def _is_process_ending() -> bool:
     return not threading.main_thread().is_alive()
 
 
-def is_remote(source: str) -> bool:
-    """Return whether `source` is an address (s3://, gs://, hf://, ...) and not a path of this machine."""
-    return bool(urlparse(source).scheme)
-
-
 def default_cache() -> Path:
     """Return the default cache folder: one folder per user, below the machine's temporary directory."""
     return Path(tempfile.gettempdir()) / f"mobilemoe-shards-{os.getuid()}"
-
-
-def _read_index(source: str) -> bytes:
-    """Return index.json as it is at the source now. A cached one may belong to an older data set."""
-    if not is_remote(source):
-        path = Path(source) / "index.json"
-        if not path.is_file():
-            raise RefusedInput(f"{path} is missing: a domain is a folder written by MDSWriter")
-        return path.read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "index.json"
-        try:
-            download_file(f"{source}/index.json", local)
-        except Exception as error:  # each store's client has exception types of its own
-            raise RefusedInput(
-                f"{source}/index.json is missing or out of reach ({type(error).__name__}: {error}): a domain is a "
-                "folder written by MDSWriter; check the address and the credentials"
-            ) from error
-        return local.read_bytes()
 
 
 def _find_shards(source: str) -> str:
@@ -278,45 +249,6 @@ def _find_shards(source: str) -> str:
     if is_remote(source) or not (elsewhere := Path(source) / SHARDS_AT).is_file():
         return source
     return elsewhere.read_text(encoding="utf-8").strip("\n")
-
-
-def _parse_index(source: str, content: bytes) -> dict:
-    try:
-        index = json.loads(content)
-        for shard in index["shards"]:
-            _check_shard(source, shard)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise RefusedInput(f"{source}/index.json is damaged ({error!r}): write the shards again") from error
-    return index
-
-
-def _check_shard(source: str, shard: dict) -> None:
-    if shard["samples"] < 0 or shard["raw_data"]["bytes"] < 1:
-        raise RefusedInput(
-            f"{source}/index.json is damaged: a shard of {shard['samples']} samples and {shard['raw_data']['bytes']} "
-            "bytes; write the shards again"
-        )
-    columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-    if "tokens" not in columns or any(SFT_COLUMNS.get(name) != encoding for name, encoding in columns.items()):
-        raise RefusedInput(
-            f"{source}: samples have the columns {columns}, not {SFT_COLUMNS} (loss_mask for conversations only)"
-        )
-    if any(SHARD_HASH not in file["hashes"] for file in (shard["raw_data"], shard["zip_data"]) if file):
-        raise RefusedInput(
-            f"{source}: index.json has no {SHARD_HASH} of its shards; write them with hashes=['{SHARD_HASH}']"
-        )
-
-
-def _write_index(path: Path, content: bytes) -> None:
-    """Write index.json into the cache, unless it is there already. Several processes may do it at the same time."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    try:
-        atomic.write_bytes(path, content)
-    except OSError as error:
-        if error.errno in DISK_FULL_ERRNOS:
-            raise _explain_full_disk(path, error) from error
-        raise
 
 
 def _explain_full_disk(path: Path, error: OSError) -> OSError:

@@ -1,20 +1,21 @@
 """This module is torchtitan's dataloader for MDS shards.
 
 It keeps the mixture exact in tokens, packs documents, and yields the same order on any number of ranks.
-`titan_ext.loader.domain` reads the documents from the shards, a lane of `titan_ext.loader.packing` packs them into
-sequences, and this module puts the sequences together into micro-batches. A lane is the stream of all sequences at one
-row of the global batch.
+`titan_ext.loader.domain` reads the documents from the shards, the sections of `titan_ext.loader.section` pack them into
+sequences, and this module puts the sequences together into micro-batches.
 
 Shape legend: B sequences of a micro-batch (torchtitan's local batch), L tokens of a sequence, G sequences of a global
-batch, R data-parallel ranks.
+batch, R data-parallel ranks, K sections.
 """
 
 import json
+import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,22 +26,30 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from core.errors import RefusedInput
-from titan_ext.loader.config_checks import check_batch_shape, check_cache, check_domains, check_mixture, check_tokenizer
-from titan_ext.loader.domain import Domain, list_domains
-from titan_ext.loader.packing import Lane, LaneState, Segment, compute_initial_deficits, write_sequence
-from titan_ext.loader.shard_store import default_cache, is_remote
+from titan_ext.loader.config_checks import check_batch_shape, check_cache, check_tokenizer
+from titan_ext.loader.mixture import open_domains, resolve_mixture
+from titan_ext.loader.order import count_sections, list_sections, sum_held_bytes
+from titan_ext.loader.packing import Segment, compute_initial_deficits, write_sequence
+from titan_ext.loader.section import Section, SectionState
+from titan_ext.loader.shard_store import default_cache
+
+log = logging.getLogger(__name__)
 
 PREFETCH_BATCHES = 4
 """Number of micro-batches prepared ahead of the training loop."""
+KEEP_SECONDS = 10
+"""Time after which the shards in use are marked as used again."""
+ORDER_VERSION = 2
+"""Number of the order of documents. A state of another order is refused. In order 1 every lane drew by itself."""
 
 
 class _Batch(NamedTuple):
-    """One micro-batch, and the states of the lanes that packed it."""
+    """One micro-batch, and where it leaves the sections."""
 
     inputs: dict[str, torch.Tensor]
     labels_BL: torch.Tensor
-    states: dict[int, LaneState]
-    """Lane -> its state after this batch."""
+    states: dict[int, SectionState]
+    """Section -> its state after this batch. Empty within a global batch: a section's state is that between two."""
 
 
 class StreamingLoader(BaseDataLoader):
@@ -48,10 +57,10 @@ class StreamingLoader(BaseDataLoader):
 
     Labels are -100 where the position has no part in the loss.
 
-    Micro-batch a of a step on rank r holds B consecutive sequences of the global batch, from sequence (a * R + r) * B
-    on. So the global batch, in the order micro-batch, rank, row, is the same for every R and B. With `infinite=False`
-    every document comes once. The last micro-batch is then filled up with sequences of padding, and all ranks stop
-    after the same number of micro-batches.
+    Rank r has the sequences r * G / R to (r + 1) * G / R - 1 of every global batch, and takes B of them in a
+    micro-batch. So the global batch, in the order rank, micro-batch, row, is the same for every R and B. With
+    `infinite=False` every document comes once, in the order micro-batch, rank, row. The last micro-batch is then filled
+    up with sequences of padding, and all ranks stop after the same number of micro-batches.
 
     `iter()` continues after the last batch taken; batches that were prefetched beyond it are prepared again. After the
     end of a finite pass it begins the next pass. Only the newest iterator may be used.
@@ -107,17 +116,34 @@ class StreamingLoader(BaseDataLoader):
         """
         assert 0 <= dp_rank < dp_world_size, (dp_rank, dp_world_size)
         check_batch_shape(config.global_batch_size, dp_world_size, local_batch_size, seq_len)
-        check_cache(config.local, config.cache_bytes, config.shards)
+        cache = Path(config.local) if config.local else default_cache()
+        check_cache(cache, config.cache_bytes, config.shards)
         self._config = config
         self._dp_world_size, self._dp_rank, self._seq_len, self._local_batch_size = (
             dp_world_size, dp_rank, seq_len, local_batch_size,
         )  # fmt: skip
-        self._domains = _open_domains(config)
-        check_tokenizer(self._domains, tokenizer)
-        self._mixture = _resolve_mixture(config, self._domains)
         # A finite pass has one lane, which every rank packs. So all ranks agree on its end without communication.
         self._num_lanes = config.global_batch_size if config.infinite else 1
+        self._num_sections = count_sections(self._num_lanes)
+        self._domains = open_domains(
+            config.shards,
+            config.mixture,
+            cache,
+            cache_bytes=config.cache_bytes,
+            seed=config.seed,
+            num_sections=self._num_sections,
+        )
+        check_tokenizer(self._domains, tokenizer)
+        self._mixture = resolve_mixture(config.mixture, self._domains)
+        self._fetch_ahead = config.cache_bytes >= self.estimate_cache_bytes(node_ranks=1)
+        if not self._fetch_ahead:
+            log.warning(
+                "cache_bytes is %d, and the shards in use and ahead take %d: shards are fetched only when needed",
+                config.cache_bytes,
+                self.estimate_cache_bytes(node_ranks=1),
+            )
         self._packer = _new_packer()
+        self._states: dict[int, SectionState] = {}
         self._rewind()
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -127,12 +153,17 @@ class StreamingLoader(BaseDataLoader):
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last batch taken.
 
-        It has one entry for each lane of this rank, and two entries that are the same on all ranks.
+        It has one entry for each section of which this rank has lanes, and entries that are the same on all ranks.
         torch.distributed.checkpoint merges the entries of all ranks by their keys. A run on another number of ranks
-        loads the entries of its own lanes.
+        loads the entries of its own sections.
         """
-        lanes = {self._name_lane(j): json.dumps(asdict(self._states[j])) for j in self._list_own_lanes()}
-        return {"sequences": self._sequences, "identity": json.dumps(self._describe_order()), **lanes}
+        sections = {self._name_section(k): json.dumps(state.to_dict()) for k, state in self._states.items()}
+        return {
+            "sequences": self._sequences,
+            "ranks": self._dp_world_size,
+            "identity": json.dumps(self._describe_order()),
+            **sections,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batch at which `state_dict` was taken. An empty state means the beginning.
@@ -145,78 +176,96 @@ class StreamingLoader(BaseDataLoader):
         if not state_dict:
             return
         self._check_identity(json.loads(state_dict["identity"]))
-        step = self._dp_world_size * self._local_batch_size
-        if state_dict["sequences"] % step:
-            raise RefusedInput(
-                f"the loader's state was taken after {state_dict['sequences']} sequences, within a global batch; "
-                f"{self._dp_world_size} ranks of local_batch_size {self._local_batch_size} take {step} at once and "
-                "cannot begin there. Resume with the ranks and local_batch_size of before, or from a checkpoint "
-                "between two steps"
-            )
-        missing = [key for key in map(self._name_lane, self._list_own_lanes()) if key not in state_dict]
+        self._check_begin(state_dict["sequences"], state_dict["ranks"])
+        missing = [key for key in map(self._name_section, self._states) if key not in state_dict]
         if missing:
             raise RefusedInput(f"the loader's state lacks {missing[0]}: merge the states of all ranks it was taken on")
         self._sequences = state_dict["sequences"]
-        for j in self._list_own_lanes():
-            self._states[j] = LaneState(**json.loads(state_dict[self._name_lane(j)]))
+        for k in self._states:
+            self._states[k] = SectionState.from_dict(json.loads(state_dict[self._name_section(k)]))
+
+    def estimate_cache_bytes(self, node_ranks: int) -> int:
+        """Return the bytes of raw shards that the ranks of this node keep in the cache.
+
+        Args:
+            node_ranks: number of data-parallel ranks on this node, which follow one another.
+        """
+        stores = [(d.largest_shard_bytes, d.num_bytes) for d in self._domains if not d.store.is_in_place]
+        first = self._dp_rank // node_ranks * node_ranks
+        last = min(first + node_ranks, self._dp_world_size)
+        sections = list_sections(self._num_lanes, self._dp_world_size, first, last) if self._config.infinite else [0]
+        return sum_held_bytes(len(sections), stores)
 
     def statistics(self) -> dict[str, Any]:
-        """Count what this rank's lanes have yielded since the first step of the stage, resumes included.
+        """Count what the sections of this rank have yielded since the first step of the stage, resumes included.
 
-        In a finite pass the counts are those of all ranks, because every rank packs the only lane.
+        Sections that several ranks share are counted by each of them. In a finite pass the counts are those of all
+        ranks, because every rank packs the only lane.
 
         Returns:
             {"sequences", "padding": share of the positions, "truncated" and "skipped": documents, "tokens": {domain:
-            positions}, "epochs": {domain: documents drawn by all lanes, estimated from this rank's, divided by the
+            positions}, "epochs": {domain: documents drawn by all sections, estimated from this rank's, divided by the
             domain's number of documents}}.
         """
-        states = [self._states[j] for j in self._list_own_lanes()]
+        sections = list(self._states.values())
+        lanes = [lane for section in sections for lane in section.lanes]
         total: Counter[str] = Counter()
-        for state in states:
-            total.update(
-                sequences=state.sequences, padding=state.padding, truncated=state.truncated, skipped=state.skipped
-            )
-        lanes_per_own = self._num_lanes / len(states)
+        for lane in lanes:
+            total.update(sequences=lane.sequences, padding=lane.padding, truncated=lane.truncated, skipped=lane.skipped)
+        sections_per_own = self._num_sections / len(sections)
         return {
             "sequences": total["sequences"],
             "padding": total["padding"] / max(total["sequences"] * self._seq_len, 1),
             "truncated": total["truncated"],
             "skipped": total["skipped"],
-            "tokens": {domain.name: sum(s.tokens[d] for s in states) for d, domain in enumerate(self._domains)},
+            "tokens": {domain.name: sum(lane.tokens[d] for lane in lanes) for d, domain in enumerate(self._domains)},
             "epochs": {
-                domain.name: sum(s.draws[d] for s in states) * lanes_per_own / domain.num_documents
+                domain.name: sum(section.draws[d] for section in sections) * sections_per_own / domain.num_documents
                 for d, domain in enumerate(self._domains)
             },
         }
 
     def _rewind(self) -> None:
         """Set the state to the beginning: no batch was taken."""
-        zeros = [0] * len(self._domains)
         self._sequences, self._ended = 0, False
-        self._states = {j: LaneState(draws=list(zeros), tokens=list(zeros)) for j in self._list_own_lanes()}
+        lanes = self._num_lanes // self._num_sections
+        self._states = {k: SectionState.begin(len(self._domains), lanes) for k in self._list_own_sections()}
 
-    def _list_own_lanes(self) -> list[int]:
-        """Return the numbers of the lanes that this rank packs."""
-        B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
+    def _list_own_sections(self) -> range:
+        """Return the numbers of the sections that this rank packs."""
         if not self._config.infinite:
-            return [0]
-        return [j for j in range(self._num_lanes) if j // B % R == r]
+            return range(1)
+        return list_sections(self._num_lanes, self._dp_world_size, self._dp_rank, self._dp_rank + 1)
 
-    def _name_lane(self, lane: int) -> str:
-        """Return the key of a lane's entry in the state."""
-        # DCP refuses a checkpoint of another global batch size with a missing key. The number of lanes in the key makes
-        # that message clear.
-        return f"lane_{lane:05d}_of_{self._num_lanes:05d}"
+    def _name_section(self, section: int) -> str:
+        """Return the key of a section's entry in the state."""
+        # DCP refuses a checkpoint without this key. So the key says what is expected.
+        return f"order_{ORDER_VERSION}_section_{section:02d}_of_{self._num_sections:02d}"
+
+    def _check_begin(self, sequences: int, ranks: int) -> None:
+        """Check that this rank can go on after `sequences` sequences, which `ranks` ranks took.
+
+        Raises:
+            RefusedInput: the state was taken within a global batch, of which this rank has no whole micro-batches left.
+        """
+        taken = sequences % self._config.global_batch_size if self._config.infinite else 0
+        if taken and (ranks != self._dp_world_size or taken % (ranks * self._local_batch_size)):
+            raise RefusedInput(
+                f"the loader's state was taken after {sequences} sequences on {ranks} ranks, within a global batch; "
+                f"{self._dp_world_size} ranks of local_batch_size {self._local_batch_size} cannot begin there. Resume "
+                "with the ranks and local_batch_size of before, or from a checkpoint between two steps"
+            )
 
     def _describe_order(self) -> dict[str, Any]:
         """Return all settings that the order of the sequences depends on. A state is valid for the same ones only."""
         return {
+            "order": ORDER_VERSION,
             "seed": self._config.seed,
             "seq_len": self._seq_len,
             "global_batch_size": self._config.global_batch_size,
             "infinite": self._config.infinite,
             "mixture": self._mixture,
-            "shards": {domain.name: domain.store.fingerprint for domain in self._domains},
+            "shards": {domain.name: domain.store.index.fingerprint for domain in self._domains},
         }
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
@@ -243,13 +292,11 @@ class StreamingLoader(BaseDataLoader):
         """Yield batches that the thread of `packer` prepares, until the pass ends or `packer` is replaced."""
         if self._ended:
             self._rewind()
-        single_pass, weights = not self._config.infinite, list(self._mixture.values())
-        deficits = compute_initial_deficits(self._domains, weights, self._num_lanes)
-        lanes = {
-            j: Lane(j, self._num_lanes, self._domains, weights, self._seq_len, single_pass, deficits[j], state)
-            for j, state in self._states.items()
-        }
-        source = self._pack_single_pass(lanes[0]) if single_pass else self._pack_endlessly(lanes, self._sequences)
+        sections = self._build_sections()
+        if self._config.infinite:
+            source = self._pack_endlessly(sections, self._sequences)
+        else:
+            source = self._pack_single_pass(sections[0])
         ahead: deque[Future[_Batch | None]] = deque()
         try:
             while True:
@@ -269,32 +316,69 @@ class StreamingLoader(BaseDataLoader):
         finally:
             packer.shutdown(wait=False, cancel_futures=True)
 
-    def _pack_endlessly(self, lanes: dict[int, Lane], sequences: int) -> Iterator[_Batch]:
-        """Yield micro-batches without end. `sequences` is the number of sequences yielded before, over all ranks."""
-        B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
-        while True:
-            first = sequences % self._num_lanes + r * B
-            rows = [lanes[j].next_sequence() for j in range(first, first + B)]
-            yield self._make_batch(rows, {j: deepcopy(lanes[j].state) for j in range(first, first + B)})
-            sequences += R * B
+    def _build_sections(self) -> dict[int, Section]:
+        """Return this rank's sections where the present state leaves them."""
+        weights = list(self._mixture.values())
+        deficits = compute_initial_deficits(self._domains, weights, self._num_lanes)
+        lanes = self._num_lanes // self._num_sections
+        return {
+            k: Section(
+                k, self._domains, weights, self._seq_len, deficits[k * lanes : (k + 1) * lanes], state,
+                single_pass=not self._config.infinite, fetch_ahead=self._fetch_ahead,
+            )
+            for k, state in self._states.items()
+        }  # fmt: skip
 
-    def _pack_single_pass(self, lane: Lane) -> Iterator[_Batch]:
+    def _pack_endlessly(self, sections: dict[int, Section], sequences: int) -> Iterator[_Batch]:
+        """Yield micro-batches without end. `sequences` is the number of sequences yielded before, over all ranks."""
+        B, own = self._local_batch_size, self._num_lanes // self._dp_world_size
+        taken = sequences % self._num_lanes // self._dp_world_size
+        kept_at = time.monotonic()
+        while True:
+            rows = islice(self._pack_global_batch(sections), taken, None)
+            for row in range(taken, own, B):
+                micro_batch = list(islice(rows, B))
+                # After this rank's last row, all of its sections stand at the end of the global batch.
+                states = {k: section.state for k, section in sections.items()} if row + B == own else {}
+                yield self._make_batch(micro_batch, states)
+                if time.monotonic() > kept_at + KEEP_SECONDS:
+                    self._keep_shards(sections)
+                    kept_at = time.monotonic()
+            taken = 0
+
+    def _pack_global_batch(self, sections: dict[int, Section]) -> Iterator[list[Segment]]:
+        """Yield this rank's sequences of the next global batch. Each of its sections packs all of its lanes."""
+        own = self._num_lanes // self._dp_world_size
+        first, lanes = self._dp_rank * own, self._num_lanes // self._num_sections
+        for k, section in sections.items():
+            for lane, segments in enumerate(section.next_sequences(), start=k * lanes):
+                if first <= lane < first + own:
+                    yield segments
+
+    def _keep_shards(self, sections: dict[int, Section]) -> None:
+        """Mark the shards in use and ahead as used. So the cache keeps those of a domain with a small share, too."""
+        for section in sections.values():
+            for domain, queue in zip(self._domains, section.queues, strict=True):
+                domain.store.keep(queue.held)
+
+    def _pack_single_pass(self, section: Section) -> Iterator[_Batch]:
         """Yield this rank's micro-batches of one pass. Every rank packs all sequences and keeps its own."""
         B, R, r = self._local_batch_size, self._dp_world_size, self._dp_rank
         while True:
-            rows = [lane.next_sequence() for _ in range(R * B)]
-            if lane.state.sequences == 0:
+            rows = [section.next_sequences()[0] for _ in range(R * B)]
+            lane = section.state.lanes[0]
+            if lane.sequences == 0:
                 raise RefusedInput(
-                    f"shards is {self._config.shards!r}: none of the {lane.state.skipped} documents of the domains "
+                    f"shards is {self._config.shards!r}: none of the {lane.skipped} documents of the domains "
                     f"{list(self._mixture)} has a token to train on within {self._seq_len} positions; a document needs "
                     "2 tokens, and a conversation one that its loss_mask marks"
                 )
             # The lane has ended if the first row is empty. If only later rows are empty, they become padding.
             if not rows[0]:
                 return
-            yield self._make_batch(rows[r * B : (r + 1) * B], {0: deepcopy(lane.state)})
+            yield self._make_batch(rows[r * B : (r + 1) * B], {0: section.state})
 
-    def _make_batch(self, rows: list[list[Segment]], states: dict[int, LaneState]) -> _Batch:
+    def _make_batch(self, rows: list[list[Segment]], states: dict[int, SectionState]) -> _Batch:
         input_BL, positions_BL, labels_BL = np.empty((3, self._local_batch_size, self._seq_len), np.int64)
         for b, segments in enumerate(rows):
             write_sequence(segments, input_BL[b], positions_BL[b], labels_BL[b], self._config.pad_token_id)
@@ -309,26 +393,3 @@ def _new_packer() -> ThreadPoolExecutor:
     `titan_ext.loader.shard_store._worker_pool`.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="streaming-loader")
-
-
-def _open_domains(config: StreamingLoader.Config) -> list[Domain]:
-    """Return the domains of the mixture, or all domains of the folder, sorted by name."""
-    check_mixture(config.mixture)
-    names = sorted(config.mixture) if is_remote(config.shards) else list_domains(config.shards)
-    check_domains(config.shards, config.mixture, names)
-    cache = Path(config.local) if config.local else default_cache()
-    return [
-        Domain(name, f"{config.shards.rstrip('/')}/{name}", cache, seed=config.seed, cache_bytes=config.cache_bytes)
-        for name in sorted(config.mixture or names)
-    ]
-
-
-def _resolve_mixture(config: StreamingLoader.Config, domains: list[Domain]) -> dict[str, float]:
-    """Return the share of each domain, in the order of `domains`.
-
-    Without a mixture the shares are in proportion to the domains' sizes in bytes.
-    """
-    if config.mixture:
-        return {domain.name: config.mixture[domain.name] for domain in domains}
-    total = sum(domain.num_bytes for domain in domains)
-    return {domain.name: domain.num_bytes / total for domain in domains}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import RefusedInput
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
 from titan_ext.quantization.config import QuantizationConfig
 
 
@@ -30,6 +30,8 @@ class StageSpec:
     """Seed of initial weights and order of documents."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """INT4 grid of a stage with `quantize`."""
+    shard_cache: ShardCacheConfig = field(default_factory=ShardCacheConfig)
+    """Where each node keeps unpacked shards."""
 
 
 def list_finished_checkpoints(out: Path) -> list[int]:

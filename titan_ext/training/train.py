@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.tools.logging import init_logger, logger
 
 from core.errors import RefusedInput
 from core.stages import heldout_folder
-from titan_ext.training.stage_spec import StageSpec
+from titan_ext.loader.streaming_loader import StreamingLoader
+from titan_ext.training.stage_spec import StageSpec, list_finished_checkpoints
 from titan_ext.training.trainer import StageTrainer
 from titan_ext.training.trainer_config import build_trainer_config
 
@@ -19,10 +21,12 @@ def run_stage(spec: StageSpec) -> None:
 
     Raises:
         RuntimeError: loss or gradient norm is not finite; the parameters were not updated with them.
-        RefusedInput: see `build_trainer`.
+        RefusedInput: see `build_trainer`, `check_shard_cache` and `check_loader_order`.
     """
     trainer = build_trainer(spec)
     try:
+        check_shard_cache(trainer.dataloader, spec)
+        check_loader_order(spec.out)
         trainer.train()
     finally:
         trainer.close()
@@ -62,7 +66,44 @@ def build_stage_config(spec: StageSpec) -> StageTrainer.Config:
         flavor=spec.name,
         initial_checkpoint=str(spec.initial_checkpoint.absolute()) if spec.initial_checkpoint else None,
         pad_token_id=_read_pad_token_id(spec.data / "tokenizer"),
+        shard_cache=spec.shard_cache,
     )
+
+
+def check_shard_cache(loader: StreamingLoader, spec: StageSpec) -> None:
+    """Check that the cache of this node holds the shards that its ranks use and fetch ahead at the same time.
+
+    A recipe is checked before its data is there, for nodes of 8 GPUs. Here the ranks of the node (LOCAL_WORLD_SIZE) and
+    the sizes of the shards are known.
+
+    Raises:
+        RefusedInput: it is too small; shards would be fetched again and again.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = loader.estimate_cache_bytes(spec.parallel.count_data_ranks(local_ranks))
+    if spec.shard_cache.size_bytes < needed:
+        raise RefusedInput(
+            f"cluster.shard_cache.size_bytes = {spec.shard_cache.size_bytes}: the shards that the {local_ranks} ranks "
+            f"of this node use and fetch ahead take {needed}; set it to at least that, or use more nodes"
+        )
+
+
+def check_loader_order(out: Path) -> None:
+    """Check that the newest checkpoint of the stage, if there is one, has the loader's state of the present order.
+
+    Raises:
+        RefusedInput: it is of an older version of the program, whose lanes drew their documents in another order.
+    """
+    steps = list_finished_checkpoints(out)
+    if not steps:
+        return
+    folder = out / "checkpoint" / f"step-{steps[-1]}"
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    if any(name.startswith("dataloader.lane_") for name in entries):
+        raise RefusedInput(
+            f"{folder}: an older version of the program has written it, whose order of documents was another one, so "
+            "the next unseen document is unknown; finish the stage with that version, or begin the stage anew (--from)"
+        )
 
 
 def _read_pad_token_id(tokenizer: Path) -> int:

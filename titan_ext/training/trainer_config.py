@@ -11,7 +11,7 @@ from torchtitan.config.configs import CommConfig, DebugConfig
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC, SelectiveAC
 
 from core.errors import RefusedInput
-from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
 from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, IS_CPU, SPMD_BACKEND
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.memory import LOSS_CHUNKS
@@ -23,6 +23,8 @@ from titan_ext.training.distillation import DistilledCrossEntropy
 from titan_ext.training.metrics import HeldoutValidator, StageMetrics
 from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.trainer import StageTrainer
+
+DEFAULT_SHARD_CACHE = ShardCacheConfig()
 
 
 def build_trainer_config(
@@ -39,6 +41,7 @@ def build_trainer_config(
     flavor: str = "custom",
     initial_checkpoint: str | None = None,
     pad_token_id: int = 0,
+    shard_cache: ShardCacheConfig = DEFAULT_SHARD_CACHE,
 ) -> StageTrainer.Config:
     """Build the complete training configuration of one stage.
 
@@ -52,6 +55,7 @@ def build_trainer_config(
         initial_checkpoint: absolute path of the DCP step folder whose model the stage starts from; ignored when `out`
             holds a checkpoint already.
         pad_token_id: token that fills the rest of a sequence if the next conversation does not fit into it.
+        shard_cache: folder and size of the cache for unpacked shards.
         quantization: quantization grid of a stage with `quantize`; other stages ignore it.
 
     Raises:
@@ -78,6 +82,8 @@ def build_trainer_config(
             mixture=dict(stage.mixture),
             seed=seed,
             pad_token_id=pad_token_id,
+            local=shard_cache.folder,
+            cache_bytes=shard_cache.size_bytes,
         ),
         training=_training_config(stage, parallel),
         parallelism=_parallelism_config(model, stage, parallel),
@@ -98,7 +104,7 @@ def build_trainer_config(
             enable_tensorboard=True,
             disable_color_printing=True,
         ),
-        validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed),
+        validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed, shard_cache),
         skip_spikes_sigma=stage.skip_spikes_sigma,
         comm=CommConfig(train_timeout_seconds=300),
         debug=DebugConfig(seed=seed, deterministic=parallel.deterministic, enable_structured_logging=False),
@@ -200,7 +206,12 @@ def _loss_config(model: ModelDims, stage: StageConfig) -> CrossEntropyLoss.Confi
 
 
 def _heldout_config(
-    stage: StageConfig, parallel: ParallelConfig, heldout: str | None, pad_token_id: int, seed: int
+    stage: StageConfig,
+    parallel: ParallelConfig,
+    heldout: str | None,
+    pad_token_id: int,
+    seed: int,
+    shard_cache: ShardCacheConfig,
 ) -> HeldoutValidator.Config:
     if heldout is None:
         return HeldoutValidator.Config(enable=False)
@@ -216,6 +227,8 @@ def _heldout_config(
             mixture=_select_heldout_domains(stage.mixture, Path(heldout)),
             seed=seed,
             pad_token_id=pad_token_id,
+            local=shard_cache.folder,
+            cache_bytes=shard_cache.size_bytes,
         ),
     )
 

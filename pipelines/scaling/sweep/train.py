@@ -80,6 +80,7 @@ def list_tasks(recipe: Recipe, runs: Sequence[SweepRun], out: Path) -> list[list
             spec = StageSpec(
                 name=run.name, model=run.model, stage=drop_empty_domains(branch.stage), parallel=run.parallel,
                 data=out / "data", out=out / POINTS_FOLDER / name, initial_checkpoint=None, seed=recipe.seed,
+                shard_cache=recipe.cluster.shard_cache,
             )  # fmt: skip
             chain.append(PointTask(name, run, branch, spec, chain[-1] if chain else None))
         chains.append(chain)
