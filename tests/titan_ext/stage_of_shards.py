@@ -66,7 +66,9 @@ def sequences(loaders, micro_steps):
     iterators = [iter(loader) for loader in loaders]
     try:
         taken = np.stack([[rows(next(it)) for it in iterators] for _ in range(micro_steps)])
-        micro_batches = G // (len(loaders) * taken.shape[2]) if len(loaders) > 1 else 1
+        micro_batches = (
+            loaders[0]._config.global_batch_size // (len(loaders) * taken.shape[2]) if len(loaders) > 1 else 1
+        )
         by_batch = taken.reshape(-1, micro_batches, *taken.shape[1:])
         return by_batch.swapaxes(1, 2).reshape(-1, *taken.shape[-2:])
     finally:

@@ -7,6 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from streaming import MDSWriter, Stream
 
 from core.errors import RefusedInput
@@ -67,6 +69,26 @@ def test_resume_on_another_number_of_ranks(stage, cache, before, after):
         for loader in new:
             loader.load_state_dict(merge_states(old))
         np.testing.assert_array_equal(sequences(new, 2 * G // after), expected[steps * G : (steps + 2) * G])
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows_by_12=st.integers(1, 12), before=st.sampled_from([1, 2, 3, 4]), after=st.sampled_from([1, 2, 4]),
+    cut=st.integers(0, 2),
+)  # fmt: skip
+def test_any_global_batch_is_the_same_on_all_numbers_of_ranks_also_where_they_share_sections(
+    stage, cache, rows_by_12, before, after, cut
+):
+    """A batch of 36, say, has 18 sections of 2 lanes, and rank 0 of 4 has the first lane of the fifth one."""
+    batch = 12 * rows_by_12
+    expected = sequences([build(stage, cache, global_batch_size=batch)], 3 * batch)
+    old = [build(stage, cache, r, before, global_batch_size=batch) for r in range(before)]
+    found = sequences(old, cut * batch // before) if cut else expected[:0]
+    new = [build(stage, cache, r, after, global_batch_size=batch) for r in range(after)]
+    for loader in new:
+        loader.load_state_dict(merge_states(old))
+    found = np.concatenate([found, sequences(new, (3 - cut) * batch // after)])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_state_within_a_step_resumes_on_ranks_that_fit_it_only(stage, cache):
