@@ -9,6 +9,7 @@ from pathlib import Path
 from core.errors import RefusedInput
 from core.stages import STAGE_FOLDERS
 from pipelines.recipe import Recipe
+from titan_ext.config import StageConfig
 from titan_ext.model_stats import count_parameters
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -43,9 +44,15 @@ def estimate_disk(recipe: Recipe) -> DiskEstimate:
         data=validate_config.estimate_bytes(recipe.data),
         checkpoints=parameters
         * CHECKPOINT_BYTES_PER_PARAMETER
-        * sum(stage.checkpoints_kept for _, stage in recipe.stages.items()),
+        * sum(count_checkpoints(stage) for _, stage in recipe.stages.items()),
         artifacts=int(parameters * (BF16_BYTES * BF16_MODELS + INT4_BYTES * INT4_MODELS)),
     )
+
+
+def count_checkpoints(stage: StageConfig) -> int:
+    """Return the number of checkpoints that a stage holds at its end: the latest, and those that it keeps for good."""
+    permanent = stage.steps // stage.permanent_interval if stage.permanent_interval else 0
+    return stage.checkpoints_kept + permanent
 
 
 def estimate_left(recipe: Recipe, run: Path, actions: Mapping[str, str]) -> DiskEstimate:
@@ -71,7 +78,7 @@ def estimate_left(recipe: Recipe, run: Path, actions: Mapping[str, str]) -> Disk
         checkpoints=sum(
             count_left(
                 name,
-                parameters * CHECKPOINT_BYTES_PER_PARAMETER * stage.checkpoints_kept,
+                parameters * CHECKPOINT_BYTES_PER_PARAMETER * count_checkpoints(stage),
                 f"{STAGE_FOLDERS[name]}/checkpoint",
             )
             for name, stage in recipe.stages.items()

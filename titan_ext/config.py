@@ -3,6 +3,7 @@
 The numbers are from arXiv 2605.27358 (MobileMoE), tables of architecture and training.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -105,8 +106,14 @@ class StageConfig:
     update of a spike is skipped. None skips no spike."""
     log_interval: int = 10
     checkpoint_interval: int = 500
+    """Number of steps between two checkpoints; 0 counts no steps. After the last step there is always one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes between two checkpoints, beside those of `checkpoint_interval`; 0 counts no time."""
+    checkpoint_permanent_tokens: float = 0.0
+    """Trained tokens between two checkpoints that are never deleted; 0 keeps none for good."""
     checkpoints_kept: int = 2
-    """Number of the newest checkpoints that are kept. The newest may still be being written, so at least 2."""
+    """Number of the newest checkpoints that are kept, beside the permanent ones. The newest may still be being written,
+    so at least 2."""
     heldout_interval: int = 500
     """Number of steps between two measurements of the held-out loss. It is also measured after the last step."""
     heldout_batches: int = 16
@@ -124,6 +131,11 @@ class StageConfig:
     def tokens(self) -> int:
         """Return the number of tokens that the stage trains on, prompts and padding included."""
         return self.steps * self.seq_len * self.global_batch_size
+
+    @property
+    def permanent_interval(self) -> int:
+        """Return the number of steps between two permanent checkpoints; 0 for none."""
+        return math.ceil(self.checkpoint_permanent_tokens / (self.global_batch_size * self.seq_len))
 
 
 @dataclass(frozen=True)

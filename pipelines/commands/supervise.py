@@ -1,17 +1,23 @@
 """Run work in a thread that a Ctrl-C or SIGTERM can stop at any moment, while this thread shows the progress."""
 
+import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipelines.display import LIVE_INTERVAL_SECONDS, Display
+from pipelines.engine.stop_file import find_stop_file
 
 if TYPE_CHECKING:
     from pipelines.ray.cluster import Cluster
 
+CHECKPOINT_PATIENCE_SECONDS = 50
+"""Time that training gets to write a checkpoint after an interrupt, before its workers are stopped."""
 INTERRUPT_PATIENCE_SECONDS = 20
-"""Time that the running work gets to end after an interrupt, once its workers have been stopped."""
+"""Time that the running work gets to end after that. slurm/mobilemoe.sbatch allows the sum of both."""
+LOOK_SECONDS = 0.2
 
 
 def take_signals() -> None:
@@ -33,7 +39,8 @@ def supervise(work: Callable[[], None], display: Display, cluster: "Cluster", st
     interrupt is taken at any moment, also while `work` waits for Ray.
 
     Args:
-        stop: set at an interrupt, before the cluster closes, so that what then fails counts as interrupted.
+        stop: set at an interrupt, before training is asked to stop and the cluster closes, so that what then fails
+            counts as interrupted.
 
     Raises:
         KeyboardInterrupt: interrupted; the workers are stopped.
@@ -48,6 +55,7 @@ def supervise(work: Callable[[], None], display: Display, cluster: "Cluster", st
             failure.append(error)
 
     # A daemon: work that does not end after an interrupt must not keep the process alive.
+    find_stop_file(cluster.run).unlink(missing_ok=True)  # of a driver that was killed while it waited
     thread = threading.Thread(target=catch_failure, name="steps", daemon=True)
     thread.start()
     try:
@@ -56,9 +64,24 @@ def supervise(work: Callable[[], None], display: Display, cluster: "Cluster", st
             display.refresh()
     except KeyboardInterrupt:
         stop.set()
+        await_checkpoint(display, cluster)
         display.log_line("interrupted: stopping the workers; the same command continues")
         cluster.close()
         thread.join(INTERRUPT_PATIENCE_SECONDS)
         raise
     if failure:
         raise failure[0]
+
+
+def await_checkpoint(display: Display, cluster: "Cluster") -> None:
+    """Ask training to write a checkpoint and to end, and wait until it has, or until a second interrupt."""
+    if not cluster.is_training:
+        return
+    seconds = CHECKPOINT_PATIENCE_SECONDS
+    display.log_line(f"interrupted: training writes a checkpoint, at most {seconds} s; interrupt again to stop at once")
+    file, deadline = find_stop_file(cluster.run), time.monotonic() + seconds
+    file.touch()
+    with contextlib.suppress(KeyboardInterrupt):
+        while cluster.is_training and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+    file.unlink(missing_ok=True)

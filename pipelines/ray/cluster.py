@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Cluster(contextlib.AbstractContextManager):
         self.config, self.run, self.world_size = config, run, world_size
         self.local = config.ray_address == ""
         self.dashboard_url = ""
+        self._gangs, self._lock = 0, threading.Lock()
         self._reaper: subprocess.Popen | None = None
         self._working_directory = os.getcwd() if self.local else None
         """Directory that workers on this machine change to: a recipe's paths may be relative to it."""
@@ -189,12 +191,24 @@ class Cluster(contextlib.AbstractContextManager):
             max_failures=self.config.max_failures,
             working_directory=self._working_directory,
         )
+        self._count_gangs(+1)
         try:
             trainer.fit()
         except ray.train.WorkerGroupError as error:
             raise WorkerFailed(describe_failures(error.worker_failures)) from error
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             raise WorkerFailed(str(error)) from error
+        finally:
+            self._count_gangs(-1)
+
+    @property
+    def is_training(self) -> bool:
+        """Return whether a gang is at work."""
+        return self._gangs > 0
+
+    def _count_gangs(self, change: int) -> None:
+        with self._lock:
+            self._gangs += change
 
     def _gang_environment(self) -> dict[str, str]:
         variables = {"OMP_NUM_THREADS": str(self.config.cpus_per_worker)}

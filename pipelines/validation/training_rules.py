@@ -108,12 +108,7 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
     if stage.skip_spikes_sigma is not None and stage.skip_spikes_sigma <= 0:
         rule = "is a number of standard deviations, so it must be above 0"
         yield Problem(f"{prefix}.skip_spikes_sigma", stage.skip_spikes_sigma, rule, "set 6, or None to skip nothing")
-    if stage.checkpoint_interval > 0 and stage.benchmark_interval % stage.checkpoint_interval:
-        rule = (
-            f"must be a multiple of {prefix}.checkpoint_interval = {stage.checkpoint_interval}, whose files it scores"
-        )
-        multiple = math.ceil(stage.benchmark_interval / stage.checkpoint_interval) * stage.checkpoint_interval
-        yield Problem(f"{prefix}.benchmark_interval", stage.benchmark_interval, rule, f"set it to {multiple}, or 0")
+    yield from _find_checkpoint_problems(prefix, stage)
     yield from _find_mixture_problems(f"{prefix}.mixture", stage.mixture)
     if stage.shards not in SHARD_FOLDERS:
         rule = "is no folder that the data step writes"
@@ -122,6 +117,22 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
         rule = f"{prefix}.quantize rounds whole tokens to INT8, and tensor parallelism splits them"
         yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
     yield from _find_distillation_problems(prefix, stage, parallel)
+
+
+def _find_checkpoint_problems(prefix: str, stage: StageConfig) -> Iterator[Problem]:
+    """Yield the broken rules of when a stage saves, and of the benchmarks that need what it saved."""
+    interval = stage.checkpoint_interval
+    if interval == 0 and stage.checkpoint_minutes == 0:
+        rule = f"with {prefix}.checkpoint_minutes = 0 it leaves no checkpoint before the last step"
+        yield Problem(f"{prefix}.checkpoint_interval", interval, rule, "set one of them: 10 minutes, say")
+    if interval > 0 and stage.benchmark_interval % interval:
+        rule = f"must be a multiple of {prefix}.checkpoint_interval = {interval}, whose files it scores"
+        multiple = math.ceil(stage.benchmark_interval / interval) * interval
+        yield Problem(f"{prefix}.benchmark_interval", stage.benchmark_interval, rule, f"set it to {multiple}, or 0")
+    elif interval == 0 and stage.benchmark_interval > 0:
+        rule = f"scores checkpoints of known steps, and {prefix}.checkpoint_interval = 0 saves by time"
+        way_out = f"set {prefix}.checkpoint_interval to it as well, or it to 0"
+        yield Problem(f"{prefix}.benchmark_interval", stage.benchmark_interval, rule, way_out)
 
 
 def _find_distillation_problems(prefix: str, stage: StageConfig, parallel: ParallelConfig) -> Iterator[Problem]:

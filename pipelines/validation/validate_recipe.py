@@ -60,9 +60,7 @@ def find_rule_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from find_nonpositive("parallel", recipe.parallel, ("world_size", "expert_parallel", *training_rules.DEGREES))
     for name, stage in recipe.stages.items():
         numbers = ("seq_len", "global_batch_size", "local_batch_size", "learning_rate", "heldout_batches")
-        yield from find_nonpositive(
-            f"stages.{name}", stage, (*numbers, "checkpoint_interval", "heldout_interval", "log_interval")
-        )
+        yield from find_nonpositive(f"stages.{name}", stage, (*numbers, "heldout_interval", "log_interval"))
     yield from training_rules.find_parallel_problems(recipe.model, recipe.parallel)
     for name, stage in recipe.stages.items():
         yield from training_rules.find_stage_problems(name, stage, recipe)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.errors import RefusedInput
 from core.stages import STAGES
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.open_corpora import OPEN_CORPORA
@@ -17,7 +18,7 @@ from eval.config import EvaluationConfig
 from pipelines.engine.fingerprints import fingerprint
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.step import plan_actions
-from pipelines.preflight import check_disk, estimate_disk, estimate_left, measure_folder
+from pipelines.preflight import check_disk, count_checkpoints, estimate_disk, estimate_left, measure_folder
 from pipelines.recipe import to_dict
 from pipelines.recipes import RECIPES
 from pipelines.steps import STEPS
@@ -158,6 +159,8 @@ REFUSALS = [
     ("evaluation.suite", "advanced", "evaluation.run_generated_code", "run code that the model writes"),
     ("evaluation.items_folder", "/nowhere", "evaluation.items_folder", "is no folder"),
     ("stages.sft.checkpoints_kept", 1, "stages.sft.checkpoints_kept", "2 to"),
+    ("stages.sft.checkpoint_interval", 0, "stages.sft.checkpoint_interval", "no checkpoint before the last step"),
+    ("stages.sft.checkpoint_minutes", -1.0, "stages.sft.checkpoint_minutes", "0 to"),
     ("parallel.expert_parallel", 3, "parallel.expert_parallel", "1, 2, 4, 8, 16"),
     ("parallel.expert_parallel", 4, "parallel.expert_parallel", "the 2 ranks of a replica"),
     ("parallel.data_parallel_replicate", 3, "parallel.world_size", "x data_parallel_replicate x"),
@@ -274,6 +277,16 @@ def test_disk_check_refuses_with_numbers(smoke, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"still needs about [\d,]+\.\d\d GB .* free; give --out"):
         check_disk(huge, tmp_path / "run", NEW)
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_for_good_count_in_the_disk_and_save_time_no_benchmarks(smoke):
+    stage = smoke.stages.sft
+    tokens = stage.seq_len * stage.global_batch_size
+    kept = replace(stage, checkpoint_permanent_tokens=10.0 * tokens, checkpoints_kept=3)
+    assert (stage.steps, count_checkpoints(kept), count_checkpoints(stage)) == (40, 3 + 4, 2)
+    by_time = replace(stage, checkpoint_interval=0, checkpoint_minutes=10, benchmark_interval=20)
+    with pytest.raises(RefusedInput, match=r"benchmark_interval = 20: scores checkpoints of known steps"):
+        validate_recipe(replace(smoke, stages=replace(smoke.stages, sft=by_time)))
 
 
 def test_disk_check_counts_what_is_still_to_be_written(smoke, tmp_path, monkeypatch):

@@ -36,7 +36,9 @@ def address(request, prepared, tmp_path, monkeypatch):  # noqa: F811
 
 def read_tokens(source, cache):
     store = ShardStore("web", str(source), cache, 1 << 30)
-    return [store.read(shard, index)["tokens"] for shard, size in enumerate(store.index.samples) for index in range(size)]
+    return [
+        store.read(shard, index)["tokens"] for shard, size in enumerate(store.index.samples) for index in range(size)
+    ]
 
 
 def test_a_run_reads_the_shards_from_where_they_lie(prepared, address, tmp_path):  # noqa: F811

@@ -311,6 +311,56 @@ def test_a_state_of_other_data_is_refused(stage, cache, tmp_path):
         build(tmp_path / "new", cache).load_state_dict(state)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_mixture_goes_on_where_each_domain_was(stage, cache, world):
+    """No document of the first epoch comes twice, and the new shares hold from the change on, on any ranks."""
+    steps = 3
+    before = [build(stage, cache, r, world) for r in range(world)]
+    seen = sequences(before, steps * G // world)
+    mixture = {"math": 0.2, "web": 0.8}
+    after = [build(stage, cache, r, world, mixture=mixture, realign_after=steps * G) for r in range(world)]
+    for loader in after:
+        loader.load_state_dict(merge_states(before))
+    taken = sequences(after, 2 * G // world)
+    first = [row for row in (*seen[:, 0].ravel(), *taken[:, 0].ravel()) if row >= 2_000_000]  # math and web
+    assert len(set(first)) == len(first), "each domain has more documents than were drawn"
+    web = (taken[:, 0] >= 3_000_000).sum()
+    assert abs(web - 0.8 * taken[:, 0].size) <= 2 * 40 * G  # two documents a lane
+    resumed = [build(stage, cache, r, world, mixture=mixture) for r in range(world)]
+    for loader in resumed:
+        loader.load_state_dict(merge_states(after))
+    again = sequences(resumed, G // world)
+    assert not set(again[:, 0].ravel()) & set(taken[:, 0].ravel())
+
+
+def test_new_shards_of_a_domain_begin_with_their_first_document(stage, cache, tmp_path):
+    before = build(stage, cache)
+    seen = sequences([before], 2 * G)
+    shutil.copytree(stage, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new/math")
+    write_domain(tmp_path / "new/math", [np.arange(30) + 4_000_000 + 100 * i for i in range(90)])
+    after = build(tmp_path / "new", cache, realign_after=2 * G)
+    after.load_state_dict(before.state_dict())
+    taken = sequences([after], 2 * G)
+    fresh = build(tmp_path / "new", cache, mixture={"math": 1.0})
+    first = set(sequences([fresh], 3 * G)[:, 0].ravel())
+    math = [token for token in taken[:, 0].ravel() if token >= 4_000_000]
+    assert math and set(math) <= first, "each lane draws its first documents of the new shards"
+    kept = [token for token in taken[:, 0].ravel() if token < 4_000_000]
+    assert not set(kept) & {token for token in seen[:, 0].ravel() if token >= 3_000_000}, "web goes on"
+    assert not [token for token in kept if 2_000_000 <= token < 3_000_000], "an open document of old shards is dropped"
+    assert after.statistics()["sequences"] == 4 * G
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"seq_len": 64}, {"realign_after": 3 * G}, {"realign_after": None}])
+def test_a_state_is_realigned_at_the_stated_place_and_in_its_data_only(change, stage, cache):
+    loader = build(stage, cache)
+    sequences([loader], 2 * G)
+    other = build(stage, cache, **{"mixture": {"web": 1.0}, "realign_after": 2 * G} | change)
+    with pytest.raises(RefusedInput, match="belongs to another order of data"):
+        other.load_state_dict(loader.state_dict())
+
+
 def test_a_state_that_lacks_lanes_is_refused(stage, cache):
     loaders = [build(stage, cache, r, 2) for r in range(2)]
     sequences(loaders, G // 2)

@@ -51,6 +51,8 @@ class LaneState:
     """Number of conversations that were cut to the length of a sequence, because they are longer than a sequence."""
     skipped: int = 0
     """Number of documents skipped: fewer than two tokens, or a conversation without a target in its first L pairs."""
+    counted_from: list[int] = field(default_factory=list)
+    """Number of positions filled when the present mixture began, from which its shares are counted; empty: none."""
 
 
 class Segment(NamedTuple):
@@ -84,8 +86,8 @@ class Lane:
     """A lane packs documents into sequences of `seq_len` tokens; see the module's docstring.
 
     The next document is drawn from the domain with the largest deficit: weight_d * total - tokens_d plus the lane's
-    initial deficit, where total is the number of positions filled so far. With `single_pass`, a domain whose documents
-    are used up is left out, and the lane ends when all domains are used up.
+    initial deficit, where total is the number of positions filled since the mixture began. With `single_pass`, a domain
+    whose documents are used up is left out, and the lane ends when all domains are used up.
     """
 
     queues: Sequence[Queue]
@@ -190,6 +192,8 @@ class Lane:
     def _choose_domain(self) -> int | None:
         """Return the domain with the largest deficit, or None when a single pass has used up all documents."""
         tokens = self.state.tokens
+        if self.state.counted_from:
+            tokens = [filled - before for filled, before in zip(tokens, self.state.counted_from, strict=True)]
         total = sum(tokens)
         best, best_deficit = None, -math.inf
         for d, queue in enumerate(self.queues):

@@ -1,7 +1,8 @@
-"""torchtitan's optimizers, with a way to skip an update."""
+"""torchtitan's optimizers, with a way to skip an update, and with the options of the configuration after a load."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torchtitan.components.optimizer import OptimizersContainer
 
@@ -29,3 +30,18 @@ class SkippableOptimizers(OptimizersContainer):
         if self.skip_reason is None:
             for optimizer in self.optimizers:
                 optimizer.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the moments of a checkpoint, and keep this configuration's betas, weight decay and highest rate.
+
+        The learning rate of the next step is the schedule's (StageTrainer).
+        """
+        options = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
+        super().load_state_dict(state_dict)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, own in zip(groups, options, strict=True):
+            group.update(own)

@@ -10,6 +10,7 @@ published, so assumed here: global batches of 4.2M tokens (text stages) and 2.1M
 steps (text) and 3% (sft, qat), decay to a tenth, AdamW betas 0.9 / 0.95, weight decay 0.1, steps over 6 sigma skipped.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from titan_ext.config import StageConfig
@@ -27,6 +28,11 @@ CAPACITY_FACTOR = 1.5
 """Room of an expert in multiples of its balanced share of the tokens, in the text stages."""
 
 
+CHECKPOINT_MINUTES = 10
+PERMANENT_CHECKPOINTS = {"pretrain": 200e9, "midtrain": 50e9, "sft": 20e9, "qat": 5e9}
+"""Trained tokens between two checkpoints that are kept for good: 30, 10, 6 and 4 of a stage."""
+
+
 def steps_for(tokens: float, seq_len: int, global_batch_size: int) -> int:
     """Return the number of optimizer steps that train on `tokens` tokens, rounded up."""
     return -int(-tokens // (seq_len * global_batch_size))
@@ -38,13 +44,13 @@ def published_stages() -> dict[str, StageConfig]:
     def stage(tokens: float, seq_len: int, batch: int, local_batch: int, **kwargs: Any) -> StageConfig:
         return StageConfig(
             steps=steps_for(tokens, seq_len, batch), seq_len=seq_len, global_batch_size=batch,
-            local_batch_size=local_batch, checkpoint_interval=1000, heldout_interval=1000, skip_spikes_sigma=6.0,
-            **kwargs,
+            local_batch_size=local_batch, checkpoint_interval=0, checkpoint_minutes=CHECKPOINT_MINUTES,
+            checkpoints_kept=3, heldout_interval=1000, skip_spikes_sigma=6.0, **kwargs,
         )  # fmt: skip
 
     text = {"warmup_steps": 2000, "capacity_factor": CAPACITY_FACTOR}
     chat = {"shards": "sft", "mixture": SFT_MIXTURE, "learning_rate": 4e-6, "schedule": "cosine"}
-    return {
+    stages = {
         "pretrain": stage(
             PRETRAIN_TOKENS, 2048, 2048, 8, shards="pretrain", mixture=PRETRAIN_MIXTURE, learning_rate=4e-4,
             schedule="cosine", **text,
@@ -56,6 +62,9 @@ def published_stages() -> dict[str, StageConfig]:
         "sft": stage(SFT_TOKENS, 8192, 256, 1, warmup_steps=1800, **chat),
         "qat": stage(QAT_TOKENS, 8192, 256, 1, warmup_steps=300, quantize=True, **chat),
     }  # fmt: skip
+    return {
+        name: replace(stage, checkpoint_permanent_tokens=PERMANENT_CHECKPOINTS[name]) for name, stage in stages.items()
+    }
 
 
 def tiny_stages() -> dict[str, StageConfig]:

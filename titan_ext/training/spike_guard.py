@@ -17,6 +17,10 @@ MIN_HISTORY = 32
 """Number of steps that the guard must have seen before it skips one."""
 
 
+class NotFinite(RuntimeError):
+    """Loss or gradient norm of a step is not finite; the parameters were not updated with them."""
+
+
 class SpikeGuard(Callback):
     """Keeps loss and gradient norm of the last steps and compares every new step with them.
 
@@ -35,12 +39,11 @@ class SpikeGuard(Callback):
         """Record a step's loss and gradient norm. Return the reason to skip the update, or None to accept it.
 
         Raises:
-            RuntimeError: the loss or the gradient norm is not finite; nothing was updated.
+            NotFinite: the loss or the gradient norm is not finite; nothing was updated.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RuntimeError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the parameters were not updated. "
-                "Start again from the last checkpoint with a lower learning rate, or with other data"
+            raise NotFinite(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the parameters were not updated"
             )
         reasons = [
             f"{name} {value:.4g} is over {limit:.4g}"

@@ -10,6 +10,9 @@ from core.errors import RefusedInput
 from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
 from titan_ext.quantization.config import QuantizationConfig
 
+METADATA = ".metadata"
+"""File of a DCP checkpoint that is written last: without it there is no checkpoint."""
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -32,11 +35,15 @@ class StageSpec:
     """INT4 grid of a stage with `quantize`."""
     shard_cache: ShardCacheConfig = field(default_factory=ShardCacheConfig)
     """Where each node keeps unpacked shards."""
+    stop_file: Path | None = None
+    """File whose appearance asks the stage to write a checkpoint and to end early; None looks for none."""
+    continued_at: int | None = None
+    """Step from which the stage was continued with other options, perhaps with other data; None where it never was."""
 
 
 def list_finished_checkpoints(out: Path) -> list[int]:
     """Return the steps of the finished checkpoints in a stage's folder, the first one first."""
-    found = (path.parent.name for path in (Path(out) / "checkpoint").glob("step-*/.metadata"))
+    found = (path.parent.name for path in (Path(out) / "checkpoint").glob(f"step-*/{METADATA}"))
     return sorted(int(name.removeprefix("step-")) for name in found if name.removeprefix("step-").isdecimal())
 
 
@@ -47,6 +54,6 @@ def find_final_checkpoint(out: Path, steps: int) -> Path:
         RefusedInput: there is none; the stage is not finished.
     """
     folder = Path(out) / "checkpoint" / f"step-{steps}"
-    if not (folder / ".metadata").exists():
+    if not (folder / METADATA).exists():
         raise RefusedInput(f"{folder}: no finished checkpoint; run the stage to its last step first")
     return folder

@@ -9,8 +9,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.tools.logging import init_logger, logger
 
 from core.errors import RefusedInput
-from core.stages import heldout_folder
+from core.stages import STAGES, heldout_folder
 from titan_ext.loader.streaming_loader import StreamingLoader
+from titan_ext.training.spike_guard import NotFinite
 from titan_ext.training.stage_spec import StageSpec, list_finished_checkpoints
 from titan_ext.training.trainer import StageTrainer
 from titan_ext.training.trainer_config import build_trainer_config
@@ -20,17 +21,36 @@ def run_stage(spec: StageSpec) -> None:
     """Train the stage to its last step on this rank; resume from `spec.out`/checkpoint where there is one.
 
     Raises:
-        RuntimeError: loss or gradient norm is not finite; the parameters were not updated with them.
+        NotFinite: loss or gradient norm is not finite; the message says how to go on.
         RefusedInput: see `build_trainer`, `check_shard_cache` and `check_loader_order`.
     """
     trainer = build_trainer(spec)
     try:
-        check_shard_cache(trainer.dataloader, spec)
-        check_loader_order(spec.out)
-        trainer.train()
-    finally:
-        trainer.close()
+        try:
+            check_shard_cache(trainer.dataloader, spec)
+            check_loader_order(spec.out)
+            trainer.train()
+        finally:
+            trainer.close()
+    except NotFinite as error:
+        raise NotFinite(f"{error}. {advise_continuation(spec)}") from error
     dist.destroy_process_group()
+
+
+def advise_continuation(spec: StageSpec) -> str:
+    """Return the options that let a stage whose numbers are not finite go on from a checkpoint, as a sentence.
+
+    The newest checkpoint may hold a model that is about to diverge, so all are named.
+    """
+    steps = list_finished_checkpoints(spec.out)
+    rate = f"--stages.{spec.name}.learning-rate {spec.stage.learning_rate / 2:g}"
+    if spec.name not in STAGES or not steps:
+        return "It has no checkpoint to go on from: start it with a lower learning rate, or with other data"
+    return (
+        f"To go on from a checkpoint with a lower learning rate, give the same command two more options: "
+        f"--continue-from {steps[-1]} {rate}. Other data or a lower max-grad-norm go as well, and an earlier "
+        f"checkpoint; there are those of the steps {', '.join(map(str, steps))}"
+    )
 
 
 def build_trainer(spec: StageSpec) -> StageTrainer:
@@ -67,6 +87,8 @@ def build_stage_config(spec: StageSpec) -> StageTrainer.Config:
         initial_checkpoint=str(spec.initial_checkpoint.absolute()) if spec.initial_checkpoint else None,
         pad_token_id=_read_pad_token_id(spec.data / "tokenizer"),
         shard_cache=spec.shard_cache,
+        stop_file=str(spec.stop_file.absolute()) if spec.stop_file else "",
+        continued_at=spec.continued_at,
     )
 
 

@@ -19,6 +19,7 @@ from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedEmbedding, broadcast_from_last_stage
 from titan_ext.training.callbacks import Callback, SkippedLoadCallback, TiedEmbeddingCallback
+from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import Distillation, Teacher
 from titan_ext.training.metrics import StageMetrics, sum_over_ranks
 from titan_ext.training.optimizers import SkippableOptimizers
@@ -73,6 +74,7 @@ class StageTrainer(Trainer):
         _check_expert_ranks(config.parallelism)
         super().__init__(_set_global_batch_size(config))
         assert isinstance(self.optimizers, SkippableOptimizers) and isinstance(self.metrics_processor, StageMetrics)
+        assert isinstance(self.checkpointer, StageCheckpoints)
         self._has_started = False
         self._micro_batch_losses: list[torch.Tensor] = []
         self.spike_guard = SpikeGuard(config.skip_spikes_sigma)
@@ -102,7 +104,8 @@ class StageTrainer(Trainer):
                 callback.after_update()
 
     def should_continue_training(self) -> bool:
-        """Return whether a step is left. The first call comes after the checkpoint is loaded, and starts the stage.
+        """Return whether a step is left and nobody asked to stop. The first call comes after the checkpoint is loaded,
+        and starts the stage.
 
         torchtitan saves a step's checkpoint before it measures the held-out loss. A process that was killed in between
         measures it now.
@@ -111,7 +114,7 @@ class StageTrainer(Trainer):
             self._start(first_step=self.step + 1)
             if self._lacks_heldout_loss():
                 self.validator.validate(self.model_parts, self.step)
-        return super().should_continue_training()
+        return not self.checkpointer.is_stopping and super().should_continue_training()
 
     def _lacks_heldout_loss(self) -> bool:
         """Return on every rank whether the held-out loss of the loaded step is due and was not measured."""
@@ -124,6 +127,7 @@ class StageTrainer(Trainer):
     def _start(self, first_step: int) -> None:
         """Start metrics and callbacks; the checkpoint is loaded."""
         training = self.config.training
+        self._set_learning_rates()
         self.metrics_processor.start_stage(
             first_step=first_step,
             last_step=training.steps,
@@ -134,6 +138,14 @@ class StageTrainer(Trainer):
         for callback in self.callbacks:
             callback.before_first_step()
         self._has_started = True
+
+    def _set_learning_rates(self) -> None:
+        """Give the next step the rate of this schedule. The checkpoint's optimizer holds that of the one it was saved
+        under.
+        """
+        for scheduler in self.lr_schedulers:
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch; in a pipeline, the loss of all micro-batches of the step.
@@ -162,6 +174,7 @@ class StageTrainer(Trainer):
             ep_enabled=self.parallel_dims.ep_enabled,
         )
         mean_loss, grad_norm = sum_over_ranks(loss, self.parallel_dims), float(grad_norm)
+        self.checkpointer.agree()
         answers = [callback.check_update(self.step, mean_loss, grad_norm) for callback in self.callbacks]
         self.optimizers.skip_reason = " and ".join(filter(None, answers)) or None
         if self.optimizers.skip_reason is not None:

@@ -3,7 +3,6 @@
 from itertools import islice
 from pathlib import Path
 
-from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -19,6 +18,7 @@ from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec
 from titan_ext.model_stats import split_layers
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat
+from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import DistilledCrossEntropy
 from titan_ext.training.metrics import HeldoutValidator, StageMetrics
 from titan_ext.training.optimizers import SkippableOptimizers
@@ -42,6 +42,8 @@ def build_trainer_config(
     initial_checkpoint: str | None = None,
     pad_token_id: int = 0,
     shard_cache: ShardCacheConfig = DEFAULT_SHARD_CACHE,
+    stop_file: str = "",
+    continued_at: int | None = None,
 ) -> StageTrainer.Config:
     """Build the complete training configuration of one stage.
 
@@ -57,6 +59,8 @@ def build_trainer_config(
         pad_token_id: token that fills the rest of a sequence if the next conversation does not fit into it.
         shard_cache: folder and size of the cache for unpacked shards.
         quantization: quantization grid of a stage with `quantize`; other stages ignore it.
+        stop_file: file whose appearance asks the stage to write a checkpoint and to end; empty for none.
+        continued_at: step whose checkpoint another mixture or other shards may follow.
 
     Raises:
         RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
@@ -84,6 +88,7 @@ def build_trainer_config(
             pad_token_id=pad_token_id,
             local=shard_cache.folder,
             cache_bytes=shard_cache.size_bytes,
+            realign_after=None if continued_at is None else continued_at * stage.global_batch_size,
         ),
         training=_training_config(stage, parallel),
         parallelism=_parallelism_config(model, stage, parallel),
@@ -91,10 +96,14 @@ def build_trainer_config(
         # saves.
         compile=CompileConfig(enable=bool(parallel.settle(on_gpu=not IS_CPU).compile)),
         activation_checkpoint=_activation_checkpoint(parallel),
-        checkpoint=CheckpointManager.Config(
+        checkpoint=StageCheckpoints.Config(
             enable=True,
-            interval=stage.checkpoint_interval,
+            async_mode="async",
+            interval=stage.checkpoint_interval or max(stage.steps, 1),
+            minutes=stage.checkpoint_minutes,
+            permanent_interval=stage.permanent_interval,
             keep_latest_k=stage.checkpoints_kept,
+            stop_file=stop_file,
             last_save_model_only=False,
             initial_load_path=initial_checkpoint,
             initial_load_model_only=True,

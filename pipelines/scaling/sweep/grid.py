@@ -195,7 +195,7 @@ def _build_branch(sweep: Sweep, rate: float, tokens: float, name: str) -> Branch
     stage = sweep.recipe.stages.pretrain
     steps = steps_for(tokens, stage.seq_len, stage.global_batch_size)
     wanted = steps - max(1, round(steps * sweep.decay_fraction))
-    intervals = max(1, ceil(wanted / stage.checkpoint_interval))
+    intervals = max(1, ceil(wanted / (stage.checkpoint_interval or wanted)))
     interval = wanted // intervals
     start = interval * intervals
     if start < 1 or start < stage.warmup_steps:
@@ -213,6 +213,8 @@ def _build_branch(sweep: Sweep, rate: float, tokens: float, name: str) -> Branch
             learning_rate=rate,
             decay_fraction=(steps - start) / steps,
             checkpoint_interval=interval,
+            checkpoint_minutes=0,
+            checkpoint_permanent_tokens=0,
             checkpoints_kept=2 + (steps - start) // interval,
             heldout_interval=steps,
         ),

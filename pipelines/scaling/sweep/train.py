@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.atomic import partial_path, remove, remove_leftovers, write_json
 from core.errors import RefusedInput
+from pipelines.engine.stop_file import find_stop_file
 from pipelines.recipe import Recipe
 from pipelines.scaling.points import Point
 from pipelines.scaling.sweep.grid import Branch, SweepRun
@@ -80,7 +81,7 @@ def list_tasks(recipe: Recipe, runs: Sequence[SweepRun], out: Path) -> list[list
             spec = StageSpec(
                 name=run.name, model=run.model, stage=drop_empty_domains(branch.stage), parallel=run.parallel,
                 data=out / "data", out=out / POINTS_FOLDER / name, initial_checkpoint=None, seed=recipe.seed,
-                shard_cache=recipe.cluster.shard_cache,
+                shard_cache=recipe.cluster.shard_cache, stop_file=find_stop_file(out),
             )  # fmt: skip
             chain.append(PointTask(name, run, branch, spec, chain[-1] if chain else None))
         chains.append(chain)
@@ -154,6 +155,8 @@ def _train_chain(
         try:
             prepare_folder(task, data)
             cluster.run_gang(train_point_on_worker, task.spec, name=task.name.replace("/", "."))
+            if stop.is_set():
+                return ""  # it may have stopped before its last step
             point = measure_point(task)
             write_json(task.record, asdict(point))
             if task.previous:
