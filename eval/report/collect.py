@@ -82,6 +82,7 @@ def collect_results(run: Path, stages: list[dict]) -> dict[str, Any]:
         "computed_in": list_dtypes(run),
         "data": collect_data(run),
         "operation": operation.describe_operation(run, manifest, stages),
+        "changes": operation.list_changes(manifest, {name: title.title for name, title in STAGE_TITLES.items()}),
         "model": model,
         "items": _read_json(run / "items/items.json"),
     }

@@ -1,4 +1,4 @@
-"""How a run went: interruptions, the share of time that trained, and what it cost."""
+"""How a run went: interruptions, changes on the way, the share of time that trained, and what it cost."""
 
 import re
 from pathlib import Path
@@ -42,6 +42,22 @@ def describe_operation(run: Path, manifest: dict[str, Any], stages: list[dict]) 
                 "worker_hours": wall * workers / 3600 if workers else None,
             }
         )
+    return rows
+
+
+def list_changes(manifest: dict[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
+    """Return title, step, time, field, from and to of each field that was changed on the way of a training stage.
+
+    A stage that went back to a checkpoint without a change has a row whose field is None.
+
+    Args:
+        titles: stage -> its title.
+    """
+    rows = []
+    for name, title in titles.items():
+        for change in manifest.get("steps", {}).get(name, {}).get("changes", []):
+            point = {"title": title, "step": change["step"], "time": change["time"]}
+            rows += [point | item for item in change["changed"] or [{"field": None, "from": None, "to": None}]]
     return rows
 
 

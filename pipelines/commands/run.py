@@ -50,6 +50,9 @@ class Run:
     data: str | None = None
     """Take over a finished data set: the folder of another run, or an address that `mobilemoe data` sent one to. A run
     remembers it."""
+    continue_from: str | None = None
+    """Go on from the checkpoint of this step (12000, or sft:12000) with the options that have changed. What the stage
+    did after it moves to stale/."""
     json: bool = False
     """Print the run's status as one JSON object on stdout at the end."""
 
@@ -62,7 +65,7 @@ def parse(words: Sequence[str]) -> Run:
         UsageShown: no recipe is named.
         SystemExit: a wrong option, or --help after RECIPE.
     """
-    options = "[--out DIR] [--data ADDRESS] [--until STEP] [--from STEP] [--json]"
+    options = "[--out DIR] [--data ADDRESS] [--until STEP] [--from STEP] [--continue-from N] [--json]"
     recipe, title, rest = choose_recipe("run", options, words)
     return parse_arguments(Run, rest, f"run {title}", Run(recipe=recipe, out=Path("runs") / recipe.name))
 
@@ -80,18 +83,26 @@ def run(arguments: Run) -> None:
         until=arguments.until,
         restart_from=arguments.from_,
         data=arguments.data,
+        continue_from=arguments.continue_from,
     )
     emit_result(arguments.json, status.to_dict(), lambda: format_table(status))
 
 
 def run_recipe(
-    recipe: Recipe, run: Path, *, until: str | None, restart_from: str | None, data: str | None = None
+    recipe: Recipe,
+    run: Path,
+    *,
+    until: str | None,
+    restart_from: str | None,
+    data: str | None = None,
+    continue_from: str | None = None,
 ) -> RunStatus:
     """Run a recipe in a run folder as far as `until`, and return its status.
 
     Args:
         restart_from: compute this step and those after it anew.
         data: address of a data set to take over; None stands for that of the run's last call, if it had one.
+        continue_from: STEP or STAGE:STEP; the stage goes on from this checkpoint instead of starting over.
 
     Raises:
         RefusedInput: no step was started; nothing was created either, unless the lock or the cluster refused.
@@ -99,26 +110,30 @@ def run_recipe(
         KeyboardInterrupt: interrupted; the same call continues.
     """
     validate_recipe(recipe)
-    if until and restart_from and STEPS.index(until) < STEPS.index(restart_from):
-        raise RefusedInput(
-            f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
-        )
+    _check_order(until, restart_from, continue_from)
     inputs.require_output_folder("--out", run)
     # Slow to import, as Ray is below: only once the recipe has been accepted.
     from eval.benchmarks.items import PACKAGE
     from pipelines.steps.build_steps import build_steps
+    from pipelines.steps.continue_stage import find_continuation
 
     shared = choose_shared_data(data, recipe.data, run)
     planned = build_steps(Context(recipe, run, None, print, shared), PACKAGE)
-    actions = plan_actions(planned, run, Manifest(run))
-    check_disk(recipe, run, actions | ({"data": "skip"} if shared else {}))
+    actions = plan_actions(planned, run, Manifest(run)) | ({"data": "skip"} if shared else {})
+    if continue_from:
+        actions[find_continuation(continue_from, planned, run, Manifest(run), print).name] = "resume"
+    check_disk(recipe, run, actions)
     run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
         manifest, stop = Manifest(run), threading.Event()
 
         def bring_up_to_date(cluster: "Cluster | None", log_line: Callable[[str], None]) -> None:
             steps = build_steps(Context(recipe, run, cluster, log_line, shared), PACKAGE)
-            run_steps(steps, run, manifest, until=until, restart_from=restart_from, log_line=log_line, stop=stop)
+            continuation = find_continuation(continue_from, steps, run, manifest, log_line) if continue_from else None
+            run_steps(
+                steps, run, manifest, until=until, restart_from=restart_from, continuation=continuation,
+                log_line=log_line, stop=stop,
+            )  # fmt: skip
 
         manifest.content |= {DATA_ADDRESS: shared.address} if shared else {}
         if restart_from is None and is_up_to_date(planned, run, manifest, until):
@@ -142,6 +157,20 @@ def run_recipe(
 def needs_gang(until: str | None) -> bool:
     """Return whether a run as far as a step trains."""
     return until is None or STEPS.index(until) >= STEPS.index(STAGES[0])
+
+
+def _check_order(until: str | None, restart_from: str | None, continue_from: str | None) -> None:
+    """Check that the options that say where a run begins and ends go together.
+
+    Raises:
+        RefusedInput: they do not.
+    """
+    if until and restart_from and STEPS.index(until) < STEPS.index(restart_from):
+        raise RefusedInput(
+            f"--until {until} comes before --from {restart_from}; choose a later --until or an earlier --from"
+        )
+    if continue_from and restart_from:
+        raise RefusedInput("--continue-from and --from: the one keeps a stage's work, the other starts over; give one")
 
 
 def print_header(display: Display, cluster: "Cluster", run: Path) -> None:

@@ -61,12 +61,13 @@ class Manifest:
         """Record that a step begins.
 
         Args:
-            record: version, fingerprint, identity, config and inputs of the step.
+            record: version, fingerprint, identity, config and inputs of the step, and the changes on its way.
         """
         with self._lock:
             before = self.content["steps"].get(name, {})
-            # A step that resumes keeps its attempts; one that was killed has no end, and so no seconds.
-            attempts = before.get("attempts", []) if before.get("fingerprint") == record["fingerprint"] else []
+            # A step that goes on keeps its attempts; one that was killed has no end, and so no seconds.
+            goes_on = before.get("fingerprint") == record["fingerprint"] or "changes" in record
+            attempts = before.get("attempts", []) if goes_on else []
             self.content["steps"][name] = record | {
                 "state": "running", "started": current_time(), "started_unix": time.time(),
                 "host": socket.gethostname(),

@@ -4,12 +4,16 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.atomic import find_free_path, partial_path, remove_leftovers
-from pipelines.engine.fingerprints import fingerprint, step_identities
+from core.errors import RefusedInput
+from pipelines.engine.continuation import Change, Continuation
+from pipelines.engine.fingerprints import fingerprint, input_identities
 from pipelines.engine.manifest import Manifest, current_time
-from pipelines.engine.step import Step, StepFailed, decide, select_until
+from pipelines.engine.step import Decision, Step, StepFailed, decide, select_until
 
 
 def run_steps(
@@ -19,6 +23,7 @@ def run_steps(
     *,
     until: str | None,
     restart_from: str | None,
+    continuation: Continuation | None = None,
     log_line: Callable[[str], None],
     stop: threading.Event,
 ) -> None:
@@ -27,8 +32,11 @@ def run_steps(
     Args:
         restart_from: compute this step and those after it anew. The same request again, before the run reached its
             end, continues instead of starting over.
+        continuation: a step that goes on from a point of its work instead of starting over. The same request again
+            resumes it.
         log_line: called with each line that the user should see.
-        stop: set when the user interrupted the run. A step that then raises counts as interrupted, not as failed.
+        stop: set when the user interrupted the run. A step that then raises counts as interrupted, not as failed, and
+            no other one is started.
 
     Raises:
         StepFailed: a step raised, whatever it raised: a `RefusedInput` inside of a step is a failure too, since work
@@ -42,20 +50,74 @@ def run_steps(
         manifest.forget(names[names.index(restart_from) :])
     numbers = {step.name: number for number, step in enumerate(steps, 1)}
     for group in group_independent(steps):
-        starting: list[tuple[Step, dict[str, str]]] = []
+        starting: list[Job] = []
         for step in group:
-            inputs = step_identities(manifest, step.needs)
-            decision = decide(step, inputs, manifest.step(step.name), run)
+            inputs, entry = input_identities(manifest, step), manifest.step(step.name)
+            asked = continuation if continuation and continuation.name == step.name else None
+            decision = decide_with(asked, step, inputs, entry, run)
+            if continuation and step.name in continuation.descends_from and decision.action != "skip":
+                raise StepFailed(
+                    step.name, f"it would be done anew ({decision.why}), and {continuation.name} could not go on from "
+                    f"--continue-from {continuation.at}", run / "logs",
+                )  # fmt: skip
             log_line(f"step {numbers[step.name]} of {len(steps)}  {step.name}: {decision.action} ({decision.why})")
             if decision.action == "skip":
                 continue
+            changes = entry.get("changes", []) if decision.action == "resume" else []
+            if decision.action == "continue":
+                assert asked is not None
+                changes = asked.add_change(step, inputs, entry)
+                _check(asked, changes[-1]["changed"], run)
+                asked.set_aside()
             # Where the user asked for a step anew, nothing of its former outputs is to be taken over.
-            if decision.action == "run" or (decision.action == "redo" and not step.replaces_outputs):
+            elif decision.action == "run" or (decision.action == "redo" and not step.replaces_outputs):
                 archive_outputs(step, run, log_line)
-            starting.append((step, inputs))
+            starting.append(Job(step, inputs, changes))
         _execute_at_once(starting, run, manifest, stop)
+        if stop.is_set():
+            return
     manifest.content.pop("restart", None)
     manifest.save()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step that has to run, the identities of its inputs, and the changes on the way of its work."""
+
+    step: Step
+    inputs: dict[str, str]
+    changes: list[Change]
+
+
+def _check(continuation: Continuation, changed: list[Change], run: Path) -> None:
+    """Check a continuation again, now that its inputs are known. Work has started, so a refusal is a failed step."""
+    try:
+        continuation.check(changed)
+    except RefusedInput as error:
+        raise StepFailed(continuation.name, str(error), run / "logs") from error
+
+
+def decide_with(
+    continuation: Continuation | None, step: Step, inputs: dict[str, str], entry: dict[str, Any], run: Path
+) -> Decision:
+    """Return what a step needs, where it may have been asked to go on from a point of its work.
+
+    Raises:
+        StepFailed: it was, and is up to date, which only the new outputs before it have shown.
+    """
+    decision = decide(step, inputs, entry, run)
+    if continuation is None or "fingerprint" not in entry:
+        return decision
+    if decision.action != "redo" and continuation.is_carried_out(entry):
+        return decision
+    if decision.action == "skip":
+        raise StepFailed(
+            step.name,
+            f"--continue-from {continuation.at}: {step.name} is done, and nothing that it reads has changed; name the "
+            f"stage that is meant, as in sft:{continuation.at}",
+            run / "logs",
+        )
+    return Decision("continue", f"from step {continuation.at}: {decision.why}")
 
 
 def group_independent(steps: Sequence[Step]) -> list[list[Step]]:
@@ -69,38 +131,39 @@ def group_independent(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _execute_at_once(
-    steps: Sequence[tuple[Step, dict[str, str]]], run: Path, manifest: Manifest, stop: threading.Event
-) -> None:
-    """Execute steps, each with its inputs, in threads of their own, and wait for all of them.
+def _execute_at_once(jobs: Sequence[Job], run: Path, manifest: Manifest, stop: threading.Event) -> None:
+    """Execute steps in threads of their own, and wait for all of them.
 
     Raises:
         StepFailed: that of the first step that failed; the others have ended, too, and what they finished counts.
     """
     failures: dict[str, BaseException] = {}
 
-    def execute(step: Step, inputs: dict[str, str]) -> None:
+    def execute(job: Job) -> None:
         try:
-            _execute(step, inputs, run, manifest, stop)
+            _execute(job, run, manifest, stop)
         except BaseException as error:
-            failures[step.name] = error
+            failures[job.step.name] = error
 
     # Daemons: work that does not end after an interrupt must not keep the process alive.
-    threads = [threading.Thread(target=execute, args=job, name=job[0].name, daemon=True) for job in steps[1:]]
+    threads = [threading.Thread(target=execute, args=(job,), name=job.step.name, daemon=True) for job in jobs[1:]]
     for thread in threads:
         thread.start()
-    if steps:
-        execute(*steps[0])
+    if jobs:
+        execute(jobs[0])
     for thread in threads:
         thread.join()
-    for step, _ in steps:
-        if step.name in failures:
-            raise failures[step.name]
+    for job in jobs:
+        if job.step.name in failures:
+            raise failures[job.step.name]
 
 
-def _execute(step: Step, inputs: dict[str, str], run: Path, manifest: Manifest, stop: threading.Event) -> None:
-    own = fingerprint(step, inputs)
-    record = {"version": step.version, "fingerprint": own, "identity": own, "config": step.config, "inputs": inputs}
+def _execute(job: Job, run: Path, manifest: Manifest, stop: threading.Event) -> None:
+    step = job.step
+    own = fingerprint(step, job.inputs, job.changes)
+    record = {"version": step.version, "fingerprint": own, "identity": own, "config": step.config, "inputs": job.inputs}
+    record |= {"reads": step.reads} if step.reads else {}
+    record |= {"changes": job.changes} if job.changes else {}
     manifest.start(step.name, record)
     try:
         result = step.work() or {}
@@ -112,7 +175,8 @@ def _execute(step: Step, inputs: dict[str, str], run: Path, manifest: Manifest, 
             manifest.finish(step.name, "failed", error=f"{type(error).__name__}: {error}")
             _append_traceback(run / "logs" / f"{step.name}.driver.log")
         raise StepFailed(step.name, str(error), run / "logs") from error
-    manifest.finish(step.name, "done", identity=result.pop("identity", own), result=result)
+    facts = {"identity": result.pop("identity", own)} | {key: result.pop(key) for key in ("parts",) if key in result}
+    manifest.finish(step.name, "done", **facts, result=result)
 
 
 def _remove_leftovers(steps: list[Step], run: Path, manifest: Manifest) -> None:

@@ -1,11 +1,11 @@
 """`Step`, one node of the graph of a run, and the decision whether it has to run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.engine.fingerprints import describe_changes, fingerprint, step_identities
+from pipelines.engine.fingerprints import describe_changes, fingerprint, input_identities
 from pipelines.engine.manifest import Manifest
 
 Result = dict[str, Any] | None
@@ -28,7 +28,9 @@ class Step:
     work: Callable[[], Result]
     """Function that does the work. It may find its own outputs of an interrupted run, never outputs of another
     fingerprint. Its result goes to the manifest; the key `identity` in it replaces the fingerprint that dependent steps
-    see."""
+    see, and `parts` states an identity for each part of the output."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """Input -> the part of its output that this step reads. An input that is absent is read as a whole."""
     replaces_outputs: bool = False
     """Whether the work itself replaces former outputs, once the new ones are whole: it takes parts of them over, or
     others read them meanwhile. Otherwise they are moved away before it begins."""
@@ -38,7 +40,7 @@ class Step:
 class Decision:
     """The action that a step needs, and the reason."""
 
-    action: Literal["skip", "resume", "run", "redo"]
+    action: Literal["skip", "resume", "continue", "run", "redo"]
     why: str
 
 
@@ -59,7 +61,7 @@ def decide(step: Step, inputs: dict[str, str], entry: dict[str, Any], run: Path)
     """
     if "fingerprint" not in entry:
         return Decision("run", "not run yet")
-    if entry["fingerprint"] != fingerprint(step, inputs):
+    if entry["fingerprint"] != fingerprint(step, inputs, entry.get("changes", ())):
         return Decision("redo", "; ".join(describe_changes(step, inputs, entry)))
     if entry["state"] != "done":
         return Decision("resume", f"it was {entry['state']}")
@@ -75,7 +77,7 @@ def plan_actions(steps: list[Step], run: Path, manifest: Manifest) -> dict[str, 
     actions: dict[str, str] = {}
     for step in steps:
         if all(actions[name] == "skip" for name in step.needs):
-            inputs = step_identities(manifest, step.needs)
+            inputs = input_identities(manifest, step)
             actions[step.name] = decide(step, inputs, manifest.step(step.name), run).action
         else:
             actions[step.name] = "run"
@@ -85,7 +87,7 @@ def plan_actions(steps: list[Step], run: Path, manifest: Manifest) -> dict[str, 
 def is_up_to_date(steps: list[Step], run: Path, manifest: Manifest, until: str | None) -> bool:
     """Return whether every step as far as `until` would be skipped."""
     return all(
-        decide(step, step_identities(manifest, step.needs), manifest.step(step.name), run).action == "skip"
+        decide(step, input_identities(manifest, step), manifest.step(step.name), run).action == "skip"
         for step in select_until(steps, until)
     )
 

@@ -28,8 +28,8 @@ from pipelines.steps.report import write_report
 from pipelines.steps.train import INITIAL_CHECKPOINT, train_stage
 
 RUNTIME_STAGE_FIELDS = (
-    "local_batch_size", "log_interval", "checkpoint_interval", "checkpoints_kept", "heldout_interval",
-    "heldout_batches", "benchmark_interval",
+    "local_batch_size", "log_interval", "checkpoint_interval", "checkpoint_minutes", "checkpoint_permanent_tokens",
+    "checkpoints_kept", "heldout_interval", "heldout_batches", "benchmark_interval",
 )  # fmt: skip
 """Fields of a StageConfig that do not change the trained model."""
 
@@ -104,7 +104,8 @@ def _build_stage_step(context: Context, tree: dict[str, Any], name: str) -> Step
     if not position and context.recipe.initial_model:
         config |= {"initial_model": identify_folder(Path(context.recipe.initial_model).absolute())}
         outputs += (INITIAL_CHECKPOINT,)
-    return Step(name, 1, needs, config, outputs, lambda: train_stage(context, name))
+    reads = {"data": stage["shards"]}
+    return Step(name, 1, needs, config, outputs, lambda: train_stage(context, name), reads)
 
 
 def identify_folder(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pipelines.engine.runner import archive_path
 from pipelines.recipe import Recipe
 from pipelines.shared_data import SharedData, find_uncovered, receive_data
 from pipelines.steps.context import Context
+from pipelines.steps.data_parts import identify_parts
 from pipelines.steps.fetch import list_packages
 
 GENERATED_ITEMS = 500
@@ -72,6 +73,9 @@ def prepare_data(context: Context) -> dict[str, Any]:
     What the run's former data and the new one have in common is taken over. The former data stays in its place until
     the new one is whole, because other runs may read it.
 
+    Returns:
+        the identity of the output, and of each part of it, under `parts`.
+
     Raises:
         RefusedInput: a stage wants a domain that the shards lack (`check_domains`).
     """
@@ -93,7 +97,8 @@ def prepare_data(context: Context) -> dict[str, Any]:
     os.replace(out, run / "data")
     manifest = json.loads((run / "data" / "data_manifest.json").read_text(encoding="utf-8"))
     _log_corpora(context, manifest)
-    return {"identity": digest({key: manifest[key] for key in ("tokenizer", "shards", "heldout")})}
+    identity = digest({key: manifest[key] for key in ("tokenizer", "shards", "heldout")})
+    return {"identity": identity, "parts": identify_parts(run / "data")}
 
 
 def receive_shared_data(context: Context, shared: SharedData, out: Path) -> None:
@@ -106,9 +111,7 @@ def receive_shared_data(context: Context, shared: SharedData, out: Path) -> None
     evaluation = context.recipe.evaluation
     names = [benchmark.key for benchmark in get_suite(evaluation.suite, evaluation.benchmarks)]
     if uncovered := find_uncovered(shared, names):
-        context.log_line(
-            f"data: not searched for the items of {', '.join(uncovered)}, which may be in the training text"
-        )
+        context.log_line(f"data: not searched for the items of {', '.join(uncovered)}; the training text may have them")
 
 
 def prepare_data_on_worker(

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from core.stages import STAGE_FOLDERS, STAGES
+from pipelines.engine.stop_file import find_stop_file
 from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
+from pipelines.steps.continue_stage import find_start
 from pipelines.steps.quick_suite import score_beside
 from titan_ext.config import StageConfig
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
@@ -31,6 +33,7 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
             name=name, model=recipe.model, stage=drop_empty_domains(stage), parallel=recipe.parallel,
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
             seed=recipe.seed, quantization=recipe.quantization, shard_cache=recipe.cluster.shard_cache,
+            stop_file=find_stop_file(run), continued_at=find_start(run, name),
         )  # fmt: skip
         with score_beside(context, name):
             context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)

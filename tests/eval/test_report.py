@@ -120,6 +120,17 @@ def make_run(run):
                         {"state": "failed", "seconds": 90.0},
                         {"state": "done", "seconds": 60.0},
                     ],
+                    "changes": [
+                        {
+                            "step": 12000,
+                            "time": "2026-06-02T10:00:00+00:00",
+                            "changed": [
+                                {"field": "stages.pretrain.learning_rate", "from": 4e-4, "to": 2e-4},
+                                {"field": "inputs.data", "from": "0123", "to": "4567"},
+                            ],
+                        },
+                        {"step": 15000, "time": "2026-06-03T10:00:00+00:00", "changed": []},
+                    ],
                 },
             },
             "recipe": {"model": asdict(FLAVORS["tiny"]), "parallel": {"world_size": 4}},
@@ -298,6 +309,20 @@ def test_interruptions_and_the_share_of_time_that_trained(finished):
     assert row["training_seconds"] == pytest.approx(4096 * 117 / 5012.0)
     assert row["effective"] == pytest.approx(row["training_seconds"] / 150)
     assert row["worker_hours"] == pytest.approx(4 * 150 / 3600)
+
+
+def test_changes_on_the_way_are_listed(finished):
+    run, results = finished
+    assert [(row["step"], row["field"], row["from"], row["to"]) for row in results["changes"]] == [
+        (12000, "stages.pretrain.learning_rate", 4e-4, 2e-4), (12000, "inputs.data", "0123", "4567"),
+        (15000, None, None, None),
+    ]  # fmt: skip
+    page = (run / "report/report.html").read_text()
+    assert '<td>12,000</td><td class="l">2026-06-02T10:00:00+00:00</td>' in page
+    assert '<td class="l">stages.pretrain.learning_rate</td><td class="l">0.0004</td><td class="l">0.0002</td>' in page
+    lines = (run / "report/report.md").read_text().splitlines()
+    (row,) = [line for line in lines if "learning" in line and line.startswith("|")]
+    assert row.startswith("| 1 Pre-training | 12,000 |") and row.endswith("| 0.0004 | 0.0002 |")
 
 
 NAMES = [

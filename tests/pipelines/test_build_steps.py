@@ -35,6 +35,8 @@ def touched(recipe, path, value):
         ("parallel.expert_parallel", 1, []),
         ("stages.pretrain.local_batch_size", 4, []),
         ("stages.pretrain.checkpoint_interval", 7, []),
+        ("stages.pretrain.checkpoint_minutes", 7.0, []),
+        ("stages.pretrain.checkpoint_permanent_tokens", 7e9, []),
         ("cluster.cpus_per_worker", 9, []),
         ("data.workers", 9, []),
         ("evaluation.batch_tokens", 9, []),

@@ -2,11 +2,12 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
 from core.atomic import atomic_write, partial_path
-from pipelines.engine.fingerprints import find_stale_steps, fingerprint
+from pipelines.engine.fingerprints import find_stale_steps, fingerprint, input_identities
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.runner import archive_path, group_independent, run_steps
 from pipelines.engine.step import Step, StepFailed, is_up_to_date
@@ -167,11 +168,11 @@ def test_failure_is_recorded_and_resumed(graph):
 
 
 def test_interrupt_is_not_a_failure(graph):
-    graph.fail, stop = "count", threading.Event()
+    graph.fail, stop = "text", threading.Event()
     stop.set()
     with pytest.raises(StepFailed):
         graph.go(stop=stop)
-    assert graph.state("count") == "interrupted"
+    assert graph.state("text") == "interrupted"
 
 
 def test_killed_driver_leaves_running_and_is_resumed(graph):
@@ -315,3 +316,66 @@ def test_manifest_is_valid_json_after_every_change(graph):
         ("text", "upper", "count"), "done"
     )
     assert all(entry["seconds"] >= 0 and entry["fingerprint"] for entry in content["steps"].values())
+
+
+def test_a_step_that_reads_a_part_is_out_of_date_when_that_part_is(tmp_path):
+    """Two parts of one output, each with a reader; a third step reads the whole."""
+    parts, calls = {"left": "1", "right": "1"}, []
+
+    def steps():
+        def write(name):
+            def work():
+                calls.append(name)
+                (tmp_path / name).write_text(name)
+
+            return work
+
+        def make():
+            write("both")()
+            return {"parts": dict(parts)}
+
+        return [
+            Step("both", 1, (), dict(parts), ("both",), make),
+            Step("left", 1, ("both",), {}, ("left",), write("left"), {"both": "left"}),
+            Step("right", 1, ("both",), {}, ("right",), write("right"), {"both": "right"}),
+            Step("whole", 1, ("both",), {}, ("whole",), write("whole")),
+        ]
+
+    def go(until=None):
+        calls.clear()
+        run_steps(
+            steps(), tmp_path, Manifest(tmp_path), until=until, restart_from=None, log_line=print,
+            stop=threading.Event(),
+        )  # fmt: skip
+        return set(calls)
+
+    assert go() == {"both", "left", "right", "whole"}
+    parts["right"] = "2"
+    assert go(until="both") == {"both"}
+    assert find_stale_steps(Manifest(tmp_path)) == {"right", "whole"}
+    assert go() == {"right", "whole"}
+    assert find_stale_steps(Manifest(tmp_path)) == set()
+
+
+def test_a_step_of_an_earlier_version_states_no_parts_and_is_read_as_a_whole(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.content["steps"] = {"data": {"state": "done", "identity": "abc"}}
+    step = Step("pretrain", 1, ("data",), {}, (), dict, {"data": "pretrain"})
+    assert input_identities(manifest, step) == {"data": "abc"}
+
+
+def test_nothing_is_started_after_an_interrupt(graph):
+    """The step that was at work may finish all the same: a stage that was asked to stop after its last step."""
+    stop = threading.Event()
+    made = graph.steps()
+
+    def finish_and_stop():
+        made[0].work()
+        stop.set()
+
+    steps = [replace(made[0], work=finish_and_stop), *made[1:]]
+    run_steps(
+        steps, graph.run, Manifest(graph.run), until=None, restart_from=None, log_line=graph.said.append, stop=stop
+    )
+    assert graph.calls == ["text"] and graph.state("text") == "done"
+    assert graph.go() == ["upper", "count"]

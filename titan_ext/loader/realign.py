@@ -43,7 +43,7 @@ class Realignment:
         )
 
     def _realign_lane(self, lane: LaneState) -> LaneState:
-        """Return the state of a lane. An open document is finished if its domain keeps its place; else it is dropped."""
+        """Return the state of a lane. An open document is finished if its domain keeps its place, or dropped."""
         tokens = [lane.tokens[self.before[name]] if name in self.before else 0 for name in self.names]
         opened = next((name for name, index in self.before.items() if index == lane.domain), None)
         goes_on = opened is not None and opened in self.kept
