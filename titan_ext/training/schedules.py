@@ -30,7 +30,7 @@ CAPACITY_FACTOR = 1.5
 
 CHECKPOINT_MINUTES = 10
 PERMANENT_CHECKPOINTS = {"pretrain": 200e9, "midtrain": 50e9, "sft": 20e9, "qat": 5e9}
-"""Trained tokens between two checkpoints that are kept for good: 30, 10, 6 and 4 of a stage."""
+"""Trained tokens between two checkpoints that are kept for good: 29, 10, 6 and 4 of a stage."""
 
 
 def steps_for(tokens: float, seq_len: int, global_batch_size: int) -> int:
