@@ -4,7 +4,7 @@
 
 Memory: a process of its own exports a bfloat16 folder with the published vocabulary. Its anonymous memory is sampled
 every 5 ms; printed is the peak above what was there when the checkpoint had been opened, beside the largest tensor of
-the checkpoint and the size limit of a shard.
+the checkpoint.
 
 llama.cpp (`make runtimes`): logits of random weights with a tenth of the vocabulary, the last of 4,096 tokens included,
 against transformers' float32 of the same folder; against the same with rotary angles rounded as ggml rounds them; and
@@ -98,8 +98,8 @@ def measure_memory(dims: ModelDims, root: Path) -> None:
     """Print a row for every format."""
     folder = write_checkpoint(dims, root)
     largest = max(tensor.nbytes for tensor in open_folder(folder).tensors.values())
-    print(f"largest tensor {largest / 1e6:.0f} MB, shard at most {SHARD_BYTES / 1e6:.0f} MB")
-    print("| format | peak above the start, MB | largest tensor + shard, MB |\n|---|--:|--:|")
+    print(f"largest tensor {largest / 1e6:.0f} MB")
+    print("| format | peak above the start, MB |\n|---|--:|")
     for case in CASES:
         out = root / ("int4" if case == "int4" else f"out-{case.replace(' ', '-')}")
         command = [
@@ -115,8 +115,7 @@ def measure_memory(dims: ModelDims, root: Path) -> None:
         ]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr[-2000:]
-        allowed = largest + (0 if "gguf" in case else SHARD_BYTES)
-        print(f"| {case} | {int(ended.stdout.split()[-1]) / 1e6:.0f} | {allowed / 1e6:.0f} |", flush=True)
+        print(f"| {case} | {int(ended.stdout.split()[-1]) / 1e6:.0f} |", flush=True)
 
 
 def compare_llama_cpp(dims: ModelDims, root: Path) -> None:

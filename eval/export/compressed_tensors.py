@@ -15,13 +15,15 @@ import transformers
 from core.atomic import write_json
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import dims_from_config, with_layout
-from eval.export.glm4_moe import build_native_config, convert_tensors, kept_in_float32, native_shapes, rename
-from eval.export.hf_folder import write_shards, write_tokenizer
+from eval.export.glm4_moe import build_native_config, convert_tensors, describe_native, kept_in_float32, rename
+from eval.export.hf_folder import write_tokenizer
 from eval.export.hf_native import MAX_SHARD_BYTES
 from eval.export.limits import INT4_BLOCK
 from eval.export.model_card import COMPRESSED_TENSORS, write_model_card
 from eval.export.packed_weights import PackedWeights, pack_words, to_bfloat16_blocks
+from eval.export.shards import write_shards
 from eval.export.source import Source
+from eval.export.tensor_layout import TensorLayout, TensorSpec
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
@@ -48,7 +50,7 @@ def export_compressed_tensors(source: Source, out: Path) -> Path:
         write_json(partial / "config.json", values | {"quantization_config": describe_quantization()})
         form = "INT4 checkpoint (compressed-tensors, pack-quantized)"
         write_model_card(partial, dims_from_config(config), form, COMPRESSED_TENSORS)
-        write_shards(pack_tensors(source, weights, config), list_shapes(config), partial, MAX_SHARD_BYTES)
+        write_shards(pack_tensors(source, weights, config), describe_tensors(config), partial, MAX_SHARD_BYTES)
     return out
 
 
@@ -70,20 +72,20 @@ def describe_quantization() -> dict[str, Any]:
     }
 
 
-def list_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape of the folder."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in native_shapes(config).items():
-        if not is_packed(name, shape):
-            shapes[name] = shape
+def describe_tensors(config: MobileMoEConfig) -> TensorLayout:
+    """Return the tensors of the folder in the order of `pack_tensors`."""
+    layout: TensorLayout = {}
+    for name, spec in describe_native(config).items():
+        if not is_packed(name, spec.shape):
+            layout[name] = spec
             continue
-        rows, columns = shape
-        shapes |= {
-            f"{name}_packed": (rows, columns // VALUES_PER_WORD),
-            f"{name}_scale": (rows, columns // INT4_BLOCK),
-            f"{name}_shape": (2,),
+        rows, columns = spec.shape
+        layout |= {
+            f"{name}_packed": TensorSpec(torch.int32, (rows, columns // VALUES_PER_WORD)),
+            f"{name}_scale": TensorSpec(torch.bfloat16, (rows, columns // INT4_BLOCK)),
+            f"{name}_shape": TensorSpec(torch.int64, (2,)),
         }
-    return shapes
+    return layout
 
 
 def is_packed(name: str, shape: tuple[int, ...]) -> bool:

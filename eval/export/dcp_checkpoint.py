@@ -1,6 +1,7 @@
-"""Reading a DCP checkpoint of torchtitan, without a process group or a GPU."""
+"""Reading a DCP checkpoint of torchtitan tensor by tensor, without a process group or a GPU."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from core.errors import RefusedInput
+from eval.export.chunks import MAX_CHUNK_VALUES
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32
 from titan_ext.config import ModelDims
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
@@ -18,23 +20,63 @@ def is_dcp_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def read_checkpoint(checkpoint: Path, dims: ModelDims) -> dict[str, torch.Tensor]:
-    """Return the model's tensors by released names, in the float32 of the master weights.
+class CheckpointTensors(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by released names, in float32; each is read when it is asked for, and not kept."""
 
-    Args:
-        checkpoint: a step folder written under any parallel layout.
+    def __init__(self, checkpoint: Path, dims: ModelDims, precision: torch.dtype = torch.float32):
+        """Read what the checkpoint says of itself, and compare it with the model.
+
+        Args:
+            checkpoint: a step folder written under any parallel layout.
+            precision: dtype that every tensor is rounded to, and back to float32; except those of `kept_in_float32`.
+
+        Raises:
+            RefusedInput: no finished checkpoint there, or it is of a model with other dimensions.
+        """
+        if not is_dcp_checkpoint(checkpoint):
+            raise RefusedInput(
+                f"{checkpoint}: no finished DCP checkpoint; expected a step folder with a .metadata file"
+            )
+        self._precision = precision
+        config = model_config(dims)
+        self._adapter = MobileMoEStateDictAdapter(config, None)
+        with torch.device("meta"):
+            state = config.build().state_dict()
+        self._reader = dcp.FileSystemReader(checkpoint)
+        # Kept, because that of a large run takes seconds to read: it lists the parts of all tensors and optimizer
+        # states on every rank.
+        self._index = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+        _check_dimensions(checkpoint, self._index.state_dict_metadata, state, dims)
+        self._meta: dict[str, torch.Tensor] = self._adapter.to_hf(state)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = torch.empty_like(self._meta[name], device="cpu")
+        parts = self._adapter.from_hf({name: tensor})  # views of it, into which the reader copies what it finds
+        parts.pop("lm_head.weight", None)  # the embedding once more
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner(parts, self._index, is_coordinator=True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        if not kept_in_float32(name):
+            _round_in_place(tensor, self._precision)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._meta)
+
+    def __len__(self) -> int:
+        return len(self._meta)
+
+
+def _check_dimensions(
+    checkpoint: Path, stored: Mapping[str, Any], state: Mapping[str, torch.Tensor], dims: ModelDims
+) -> None:
+    """Compare the names and shapes that a checkpoint's metadata has with those of the model.
 
     Raises:
-        RefusedInput: no finished checkpoint there, or it is of a model with other dimensions.
+        RefusedInput: they differ.
     """
-    if not is_dcp_checkpoint(checkpoint):
-        raise RefusedInput(f"{checkpoint}: no finished DCP checkpoint; expected a step folder with a .metadata file")
-    config = model_config(dims)
-    with torch.device("meta"):
-        shapes = config.build().state_dict()
-    # Any: torch types an entry as that of a tensor or of bytes, and the model has tensors only.
-    stored: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    for name, expected in shapes.items():
+    for name, expected in state.items():
         if name not in stored:
             raise RefusedInput(f"{checkpoint}: tensor {name} is missing; the checkpoint is of another model")
         if stored[name].size != expected.shape:
@@ -48,12 +90,15 @@ def read_checkpoint(checkpoint: Path, dims: ModelDims) -> dict[str, torch.Tensor
             f"{checkpoint}: it has layer {max(layers)}, the model's dimensions have {dims.n_layers} layers; give the "
             "dimensions the checkpoint was trained with"
         )
-    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in shapes.items()}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return MobileMoEStateDictAdapter(config, None).to_hf(state)
 
 
-def read_trained_weights(checkpoint: Path, dims: ModelDims, precision: str) -> dict[str, torch.Tensor]:
+def _round_in_place(tensor: torch.Tensor, precision: torch.dtype) -> None:
+    if precision != tensor.dtype:
+        for part in tensor.view(-1).split(MAX_CHUNK_VALUES):
+            part.copy_(part.to(precision))
+
+
+def read_trained_weights(checkpoint: Path, dims: ModelDims, precision: str) -> CheckpointTensors:
     """Return the weights as the stage's forward pass saw them, in float32 by released names.
 
     The INT4 grid of quantization-aware training is that of the weights rounded to the training precision, not of the
@@ -63,10 +108,6 @@ def read_trained_weights(checkpoint: Path, dims: ModelDims, precision: str) -> d
         precision: name of the dtype in which the stage saw its weights (`ParallelConfig.precision`).
 
     Raises:
-        RefusedInput: as `read_checkpoint`.
+        RefusedInput: as `CheckpointTensors`.
     """
-    dtype = getattr(torch, precision)
-    return {
-        name: tensor if kept_in_float32(name) else tensor.to(dtype).float()
-        for name, tensor in read_checkpoint(checkpoint, dims).items()
-    }
+    return CheckpointTensors(checkpoint, dims, getattr(torch, precision))

@@ -20,6 +20,7 @@ import torch
 from core.errors import RefusedInput
 from eval.export.dimensions import dims_from_config
 from eval.export.limits import explain_native_misfit
+from eval.export.tensor_layout import TensorLayout, TensorSpec, describe_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.spellings_mobilemoe import is_same
@@ -116,9 +117,20 @@ def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape of the `glm4_moe` checkpoint of a model, in the order of `convert_tensors`."""
+    """Return tensor name -> shape of the `glm4_moe` checkpoint of a model."""
     meta = ((name, torch.empty(shape, device="meta")) for name, shape in tensor_shapes(config).items())
     return {name: tuple(tensor.shape) for name, tensor in convert_tensors(meta, config)}
+
+
+def describe_native(config: MobileMoEConfig, order: Iterable[str] = ()) -> TensorLayout:
+    """Return the tensors of the `glm4_moe` checkpoint of an unquantized model, in floats of `config.dtype`.
+
+    Args:
+        order: names of MobileMoE's tensors in the order in which `convert_tensors` takes them; as `describe_folder`.
+    """
+    layout = describe_folder(config, order).items()
+    meta = ((name, torch.empty(spec.shape, dtype=spec.dtype, device="meta")) for name, spec in layout)
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in convert_tensors(meta, config)}
 
 
 def convert_tensors(

@@ -1,15 +1,13 @@
 """Writing Hugging Face folders: config.json, code, tokenizer, safetensors shards, model card and checksums."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import eval.hf_mobilemoe
 from core.atomic import write_json
@@ -19,10 +17,10 @@ from eval.config import ExportConfig
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.model_card import OWN_CODE, write_model_card
-from eval.hf_mobilemoe.checkpoint_mobilemoe import check_tensors, checkpoint_shapes, kept_in_float32
+from eval.export.shards import write_shards
+from eval.export.tensor_layout import TensorLayout, choose_dtype, describe_folder
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.folder_mobilemoe import check_folder, check_tokenizer
-from eval.hf_mobilemoe.tensors_mobilemoe import is_finite
 from titan_ext.config import ModelDims
 
 _CODE_FILES = (
@@ -50,8 +48,9 @@ def write_hf_folder(
     """Write an unquantized checkpoint that AutoModelForCausalLM loads; return `out`.
 
     Args:
-        tensors: released names (`tensor_shapes`) and values, in any order; taken one by one, so that a generator
-            needs no more memory than a shard.
+        tensors: released names (`tensor_shapes`) and values, in any order; taken one by one, so that a generator, or
+            a mapping that reads when it is asked, needs no more memory than a tensor. They fill the files in the order
+            of a mapping, and those of a generator in the order of the network.
         tokenizer_dir: an HF tokenizer folder with a chat template and the Llama-3 special tokens.
         out: appears when it is complete and replaces an earlier export there.
         dtype: bfloat16 or float32 of all tensors but the router's weight and the expert bias, which stay float32.
@@ -66,13 +65,15 @@ def write_hf_folder(
         config = config_from_dims(dims, **(extra_config or {}))
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     with new_folder(out) as partial:
-        fill_folder(cast_tensors(items, config, dtype), config, tokenizer_dir, partial, max_shard_bytes)
+        stream = cast_tensors(items, config, dtype)
+        layout = describe_folder(config, tensors if isinstance(tensors, Mapping) else ())
+        fill_folder(stream, layout, config, tokenizer_dir, partial, max_shard_bytes)
     return out
 
 
 def cast_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]], config: MobileMoEConfig, dtype: torch.dtype
-) -> Iterable[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Set `config.dtype` to the dtype of a checkpoint, and return its tensors in it, each cast when it is taken.
 
     Raises:
@@ -81,17 +82,26 @@ def cast_tensors(
     if dtype not in (torch.bfloat16, torch.float32):
         raise RefusedInput(f"dtype is {dtype}; a checkpoint is torch.bfloat16 or torch.float32")
     config.dtype = dtype
-    return ((name, t.detach().to(torch.float32 if kept_in_float32(name) else dtype)) for name, t in tensors)
+
+    def cast() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            cast = tensor.detach().to(choose_dtype(name, config))
+            del tensor  # before the next one is read
+            yield name, cast
+            del cast
+
+    return cast()
 
 
 def fill_folder(
     tensors: Iterable[tuple[str, torch.Tensor]],
+    layout: TensorLayout,
     config: MobileMoEConfig,
     tokenizer_dir: Path,
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Fill `folder` with the tensors of `checkpoint_shapes(config)`, config, code, tokenizer and model card.
+    """Fill `folder` with the tensors of `layout` (`describe_folder(config)`), config, code, tokenizer and model card.
 
     Raises:
         RefusedInput: as `write_hf_folder`.
@@ -102,9 +112,8 @@ def fill_folder(
         shutil.copyfile(Path(eval.hf_mobilemoe.__file__).parent / name, folder / name)
     form = "bf16 checkpoint" if config.quantization is None else f"INT4 checkpoint ({config.quantization['format']})"
     write_model_card(folder, dims_from_config(config), form, OWN_CODE)
-    shapes = write_shards(tensors, checkpoint_shapes(config), folder, max_shard_bytes)
+    write_shards(tensors, layout, folder, max_shard_bytes)
     with refuse_value_errors():
-        check_tensors(shapes, config, "the exported state dict")
         check_folder(folder)
 
 
@@ -170,58 +179,3 @@ def read_tokenizer(tokenizer_dir: Path, config: MobileMoEConfig) -> PreTrainedTo
     eos_token_ids: Any = [vocab[token] for token in STOP_TOKENS if token in vocab]
     config.eos_token_id = eos_token_ids
     return tokenizer
-
-
-def write_shards(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    expected: Mapping[str, tuple[int, ...]],
-    folder: Path,
-    max_shard_bytes: int,
-) -> dict[str, tuple[int, ...]]:
-    """Save the tensors in the order they come, in files of at most `max_shard_bytes`; return every name and shape.
-
-    Args:
-        expected: name -> shape of the model's tensors.
-
-    Raises:
-        RefusedInput: a tensor is not one of the model's, or holds a value that is not finite.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    shard_names: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total_bytes = shard_bytes = 0
-
-    def flush() -> None:
-        nonlocal shard, shard_bytes
-        shard_names.append(list(shard))
-        save_file(shard, folder / f"shard-{len(shard_names)}", metadata={"format": "pt"})
-        shard, shard_bytes = {}, 0
-
-    for name, tensor in tensors:
-        assert name not in shapes, f"{name} came twice"
-        if name not in expected or tuple(tensor.shape) != expected[name]:
-            rule = f"expected {list(expected[name])}" if name in expected else "is not a tensor of this model"
-            raise RefusedInput(f"{name} {list(tensor.shape)}: {rule}")
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise RefusedInput(f"{name} holds NaN or infinite values; the checkpoint it comes from is not usable")
-        shapes[name] = tuple(tensor.shape)
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        shard[name] = tensor.contiguous()
-        shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    _name_shards(folder, shard_names, total_bytes)
-    return shapes
-
-
-def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -> None:
-    """Rename the numbered files to their final names, which state how many there are, and write the index."""
-    n = len(shard_names)
-    files = [SAFE_WEIGHTS_NAME] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    for i, file in enumerate(files):
-        (folder / f"shard-{i + 1}").rename(folder / file)
-    if n > 1:
-        weight_map = {name: file for file, names in zip(files, shard_names, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)

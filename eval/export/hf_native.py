@@ -9,9 +9,10 @@ from core.atomic import write_json
 from eval.export.artifact_folder import new_folder
 from eval.export.bf16 import read_floats
 from eval.export.dimensions import dims_from_config
-from eval.export.glm4_moe import build_native_config, convert_tensors, native_shapes
-from eval.export.hf_folder import write_shards, write_tokenizer
+from eval.export.glm4_moe import build_native_config, convert_tensors, describe_native
+from eval.export.hf_folder import write_tokenizer
 from eval.export.model_card import STOCK_CODE, write_model_card
+from eval.export.shards import write_shards
 from eval.export.source import Source
 from eval.export.stored_scales import write_stored_scales
 
@@ -24,8 +25,8 @@ def export_native(
 ) -> Path:
     """Write the `glm4_moe` folder of a checkpoint and return `out`.
 
-    At most one shard and one tensor of the checkpoint are in memory. INT4 weights become floats, with their scales
-    beside them as in the bf16 format.
+    At most one tensor of the checkpoint and those made of it are in memory. INT4 weights become floats, with their
+    scales beside them as in the bf16 format.
 
     Args:
         dtype: bfloat16 or float32 of all tensors but the router's weight and the expert bias, which stay float32.
@@ -33,7 +34,8 @@ def export_native(
     Raises:
         RefusedInput: `glm4_moe` has no such model, and as `write_hf_folder`.
     """
-    config, tensors, scales = read_floats(source, dtype)
+    floats = read_floats(source, dtype)
+    config = floats.config
     build_native_config(config)  # refuses what the class cannot express before anything is written
     with new_folder(out) as partial:
         write_tokenizer(source.tokenizer, config, partial)
@@ -41,9 +43,8 @@ def export_native(
         write_json(partial / "config.json", values)
         form = "bf16 checkpoint for transformers' own glm4_moe"
         write_model_card(partial, dims_from_config(config), form, STOCK_CODE)
-        expected = native_shapes(config)
-        written = write_shards(convert_tensors(tensors, config), expected, partial, max_shard_bytes)
-        assert written.keys() == expected.keys(), "every tensor of the source became those of the format"
-        if scales is not None:
-            write_stored_scales(scales, partial)
+        layout = describe_native(config, floats.names)
+        write_shards(convert_tensors(floats.tensors, config), layout, partial, max_shard_bytes)
+        if floats.scales is not None:
+            write_stored_scales(floats.scales, partial)
     return out

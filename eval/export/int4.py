@@ -18,6 +18,7 @@ from eval.export.dimensions import int4_layout, with_layout
 from eval.export.hf_folder import fill_folder
 from eval.export.source import Source
 from eval.export.stored_scales import SCALES_FILE
+from eval.export.tensor_layout import choose_dtype_beside_int4, describe_folder
 from eval.hf_mobilemoe.checkpoint_mobilemoe import PackedTensor, dequantize_int4, packed_tensors
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.quantization.config import QuantizationConfig
@@ -43,7 +44,8 @@ def export_int4(source: Source, out: Path, *, max_shard_bytes: int = ExportConfi
     find_packed_tensors(config)  # refuses a group size that does not fit before anything is written
     stream = quantize_tensors(source.tensors.items(), config, source.scales_for(layout))
     with new_folder(out) as folder:
-        fill_folder(stream, config, source.tokenizer, folder, max_shard_bytes)
+        layout = describe_folder(config, source.tensors)
+        fill_folder(stream, layout, config, source.tokenizer, folder, max_shard_bytes)
     return out
 
 
@@ -62,12 +64,16 @@ def quantize_tensors(
     """
     packed = find_packed_tensors(config)
     for name, tensor in tensors:
-        if name in packed:
-            q, scale = quantize_tensor(tensor, packed[name], scales)
-            yield packed[name].qweight_name, map_chunks(partial(pack_int4, dim=packed[name].dim), q)
-            yield packed[name].scale_name, scale
-        else:
+        if name not in packed:
             yield name, cast_unquantized(name, tensor)
+            continue
+        q, scale = quantize_tensor(tensor, packed[name], scales)
+        del tensor  # here and below: before the next one is read
+        qweight = map_chunks(partial(pack_int4, dim=packed[name].dim), q)
+        del q
+        yield packed[name].qweight_name, qweight
+        yield packed[name].scale_name, scale
+        del qweight, scale
 
 
 def quantize_tensor(
@@ -119,8 +125,8 @@ def derive_scale(weight: torch.Tensor, dim: int, group_size: int, name: str = "w
 
 
 def cast_unquantized(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that stays unpacked as an INT4 file stores it: the router's weight float32, others bfloat16."""
-    return tensor.to(torch.float32 if name.endswith("router.weight") else torch.bfloat16)
+    """Return a tensor that stays unpacked as an INT4 file stores it."""
+    return tensor.to(choose_dtype_beside_int4(name))
 
 
 def pack_int4(q: torch.Tensor, dim: int) -> torch.Tensor:

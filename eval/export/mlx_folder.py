@@ -16,12 +16,14 @@ from core.errors import RefusedInput
 from eval.export.artifact_folder import new_folder
 from eval.export.dimensions import dims_from_config, with_layout
 from eval.export.glm4_moe import arrange, rename
-from eval.export.hf_folder import write_shards, write_tokenizer
+from eval.export.hf_folder import write_tokenizer
 from eval.export.hf_native import MAX_SHARD_BYTES
 from eval.export.limits import INT4_BLOCK, explain_mlx_misfit
 from eval.export.model_card import MLX, write_model_card
 from eval.export.packed_weights import PackedWeights, pack_words, to_bfloat16_blocks
+from eval.export.shards import write_shards
 from eval.export.source import Source
+from eval.export.tensor_layout import TensorLayout, TensorSpec
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32, tensor_shapes
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from titan_ext.quantization.config import QuantizationConfig
@@ -51,7 +53,7 @@ def export_mlx(source: Source, out: Path) -> Path:
         write_tokenizer(source.tokenizer, config, partial)
         write_json(partial / "config.json", build_config(config))
         write_model_card(partial, dims_from_config(config), "4-bit folder for mlx-lm", MLX)
-        write_shards(convert_tensors(source, weights, config), list_shapes(config), partial, MAX_SHARD_BYTES)
+        write_shards(convert_tensors(source, weights, config), describe_tensors(config), partial, MAX_SHARD_BYTES)
     return out
 
 
@@ -78,26 +80,27 @@ def build_config(config: MobileMoEConfig) -> dict[str, Any]:
     }
 
 
-def list_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape of the folder."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def describe_tensors(config: MobileMoEConfig) -> TensorLayout:
+    """Return the tensors of the folder in the order of `convert_tensors`."""
+    layout: TensorLayout = {}
     for name, shape in tensor_shapes(config).items():
         if len(shape) == 1 or kept_in_float32(name):
-            shapes[rename(name)] = shape
+            layout[rename(name)] = TensorSpec(torch.float32 if kept_in_float32(name) else torch.bfloat16, shape)
             continue
         for target, part in _name_parts(name):
             rows = shape
             if len(shape) == 3:
                 experts, inputs, outputs = shape
                 rows = (experts, outputs if part == "down" else outputs // 2, inputs)
-            shapes |= {
-                f"{target}.weight": (*rows[:-1], rows[-1] // VALUES_PER_WORD),
-                f"{target}.scales": (*rows[:-1], rows[-1] // INT4_BLOCK),
-                f"{target}.biases": (*rows[:-1], rows[-1] // INT4_BLOCK),
+            groups = TensorSpec(torch.bfloat16, (*rows[:-1], rows[-1] // INT4_BLOCK))
+            layout |= {
+                f"{target}.weight": TensorSpec(torch.uint32, (*rows[:-1], rows[-1] // VALUES_PER_WORD)),
+                f"{target}.scales": groups,
+                f"{target}.biases": groups,
             }
         if name.endswith(_ROTATED):
-            shapes[_name_norm(name)] = (config.head_dim,)
-    return shapes
+            layout[_name_norm(name)] = TensorSpec(torch.bfloat16, (config.head_dim,))
+    return layout
 
 
 def convert_tensors(

@@ -50,9 +50,9 @@ def open_folder(folder: Path) -> Source:
     """
     config = read_config(folder)
     if (folder / ".metadata").is_file():
-        from eval.export.dcp_checkpoint import read_checkpoint  # imports torchtitan, which other folders do not need
+        from eval.export.dcp_checkpoint import CheckpointTensors  # imports torchtitan, which other folders do not need
 
-        tensors: Mapping[str, torch.Tensor] = read_checkpoint(folder, dims_from_config(config))
+        tensors: Mapping[str, torch.Tensor] = CheckpointTensors(folder, dims_from_config(config))
     else:
         tensors = open_tensor_files(folder, config)
     stored = read_stored_scales(folder, config)

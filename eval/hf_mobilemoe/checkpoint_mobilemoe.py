@@ -9,6 +9,9 @@ from .configuration_mobilemoe import EXPERT_GROUP_AXES, MobileMoEConfig
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of the tensors that are not packed."""
 
+CHUNK_VALUES = 1 << 20
+"""Number of values that are dequantized at once; 4 MB in float32."""
+
 
 def tensor_shapes(config: MobileMoEConfig) -> dict[str, tuple[int, ...]]:
     """Return tensor name -> shape of an unquantized checkpoint, in the order of the network."""
@@ -164,7 +167,16 @@ def dequantize_tensors(
         qweight, scale = tensors[p.qweight_name], tensors[p.scale_name]
         check_dtype(p.qweight_name, qweight.dtype, "the INT4 checkpoint")
         check_dtype(p.scale_name, scale.dtype, "the INT4 checkpoint")
-        yield name, dequantize_int4(unpack_int4(qweight, p.dim), scale, p.dim, p.group_size).to(dtype)
+        yield name, _dequantize_packed(qweight, scale, p, dtype)
+
+
+def _dequantize_packed(qweight: torch.Tensor, scale: torch.Tensor, p: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight in `dtype`, computed in parts of its first axis, so that no float32 copy of it is in memory."""
+    weight = torch.empty(p.shape, dtype=dtype, device=qweight.device)
+    rows = max(1, CHUNK_VALUES * len(weight) // weight.numel())
+    for q, s, out in zip(qweight.split(rows), scale.split(rows), weight.split(rows), strict=True):
+        out.copy_(dequantize_int4(unpack_int4(q, p.dim), s, p.dim, p.group_size))
+    return weight
 
 
 def dequantize_state_dict(

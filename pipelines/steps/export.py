@@ -45,11 +45,11 @@ def export_bf16_on_worker(
     checkpoint: Path, model: ModelDims, tokenizer: Path, out: Path, config: ExportConfig, progress: Progress
 ) -> None:
     """Write a DCP checkpoint as a BF16 Hugging Face folder."""
-    from eval.export.dcp_checkpoint import read_checkpoint
+    from eval.export.dcp_checkpoint import CheckpointTensors
     from eval.export.hf_folder import write_hf_folder
 
     progress("bf16", 0, 1)
-    tensors = read_checkpoint(checkpoint, model)
+    tensors = CheckpointTensors(checkpoint, model)
     write_hf_folder(tensors, model, tokenizer, out, max_shard_bytes=config.max_shard_bytes)
     progress("bf16", 1, 1)
 

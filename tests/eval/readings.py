@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from eval.benchmarks.harness import load_model
 from eval.device.weights import DeviceWeights
 from eval.export.bf16 import export_bf16
-from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import CheckpointTensors
 from eval.export.dimensions import dims_from_config
 from eval.export.import_hf import import_folder
 from eval.export.source import open_folder
@@ -43,7 +43,7 @@ def from_auto(folder: Path, out: Path) -> dict[str, torch.Tensor]:
 def from_import(folder: Path, out: Path) -> dict[str, torch.Tensor]:
     dims = import_folder(folder, out / "dcp")
     assert dims_from_config(open_folder(out / "dcp").config) == dims
-    return read_checkpoint(out / "dcp", dims)
+    return CheckpointTensors(out / "dcp", dims)
 
 
 def from_export(folder: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """From torchtitan's DCP checkpoint to Hugging Face folders: same logits, and the same INT4 numbers as in QAT."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from eval.device.expert_op import declare
 from eval.device.transformer import moe_transformer
 from eval.device.weights import DeviceWeights
 from eval.export.bf16 import export_bf16
-from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import CheckpointTensors, read_trained_weights
 from eval.export.int4 import export_int4
 from eval.export.source import open_folder, open_run_checkpoint
 from eval.export.tensor_files import read_config
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_state_dict
+from tests.eval.sharded_checkpoint import RANKS, build_state
 from tests.eval.tiny_checkpoint import DIMS, write_tokenizer
 from titan_ext.mobilemoe import MobileMoEStateDictAdapter, model_config
 from titan_ext.quantization.config import QuantizationConfig
@@ -61,7 +64,7 @@ def test_bf16_folder_gives_the_logits_of_the_trained_model(titan_model, checkpoi
     # The folder rounds the weights to bf16: eight bits of each factor.
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min() > 0.9995
     exact = AutoModelForCausalLM.from_config(read_config(tmp_path / "bf16"), dtype=torch.float32).eval()
-    exact.load_state_dict(read_checkpoint(checkpoint, DIMS), strict=False)
+    exact.load_state_dict(CheckpointTensors(checkpoint, DIMS), strict=False)
     exact.tie_weights()
     with torch.no_grad():
         torch.testing.assert_close(exact(tokens).logits, ours, rtol=1e-4, atol=1e-5)
@@ -102,13 +105,13 @@ def test_folders_of_a_run_load_in_bfloat16_by_themselves(checkpoint, tokenizer_d
 
 def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="no finished DCP checkpoint"):
-        read_checkpoint(tmp_path, DIMS)
+        CheckpointTensors(tmp_path, DIMS)
     wide = dataclasses.replace(DIMS, expert_hidden=64)
     with pytest.raises(ValueError, match=r"w1_EFD is \[8, 32, 64\], the model's dimensions make it \[8, 64, 64\]"):
-        read_checkpoint(checkpoint, wide)
+        CheckpointTensors(checkpoint, wide)
     deep = dataclasses.replace(DIMS, n_layers=3)
     with pytest.raises(ValueError, match=r"layers\.2\..* is missing"):
-        read_checkpoint(checkpoint, deep)
+        CheckpointTensors(checkpoint, deep)
 
 
 def test_the_device_program_gets_the_numbers_of_the_int4_folder(checkpoint, tokenizer_dir, tmp_path):
@@ -147,3 +150,22 @@ def test_qat_and_the_device_compute_the_same(titan_model, checkpoint, tokenizer_
     weights = DeviceWeights(open_checkpoint(checkpoint, tokenizer_dir))
     device = moe_transformer(weights, 64, expert_op)(tokens, {"input_pos": torch.tensor([0])})[0]
     assert 20 * torch.log10(trained.norm() / (device - trained).norm()) > decibels
+
+
+def test_a_sharded_checkpoint_is_read_tensor_by_tensor(tmp_path):
+    folder, state = tmp_path / "step-1", build_state()
+    command = [sys.executable, "-m", "tests.eval.sharded_checkpoint", str(folder), str(tmp_path / "rendezvous")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(list(folder.glob("*.distcp"))) == RANKS
+    # The reference: all of the checkpoint at once, and the adapter's own way to the released names.
+    whole = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    dcp.load(whole, checkpoint_id=folder, no_dist=True)
+    expected = MobileMoEStateDictAdapter(model_config(DIMS), None).to_hf(whole)
+    found = CheckpointTensors(folder, DIMS)
+    assert list(found) == list(expected) and len(found) == len(expected)
+    for name in reversed(list(expected)):
+        assert torch.equal(found[name], expected[name]) and found[name].is_contiguous(), name
+    rounded = read_trained_weights(folder, DIMS, "bfloat16")
+    for name, tensor in expected.items():
+        wanted = tensor if name.endswith(("router.weight", "expert_bias")) else tensor.bfloat16().float()
+        assert torch.equal(rounded[name], wanted), name

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval.export.bf16 import export_bf16
-from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import CheckpointTensors
 from eval.export.dimensions import config_from_dims, dims_from_config
 from eval.export.hf_folder import write_hf_folder
 from eval.export.import_hf import import_folder
@@ -62,7 +62,7 @@ def test_int4_comes_in_as_the_numbers_it_stands_for(axis, bf16, tmp_path):
     folder = quantize_folder(bf16, tmp_path / "int4", QuantizationConfig(expert_group_axis=axis))
     import_folder(folder, tmp_path / "dcp")
     expected = dequantize_state_dict(stored_tensors(folder), read_config(folder))
-    found = read_checkpoint(tmp_path / "dcp", DIMS)
+    found = CheckpointTensors(tmp_path / "dcp", DIMS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import CheckpointTensors
 from eval.export.hf_folder import write_hf_folder
 from eval.export.import_hf import import_folder
 from eval.hf_mobilemoe import MobileMoEForCausalLM
@@ -358,4 +358,4 @@ def test_a_dcp_checkpoint_with_more_layers_is_refused(whole, tmp_path):
         write_hf_folder(random_tensors(dims), dims, whole.with_name("tokenizer"), tmp_path / "two"), tmp_path / "deep"
     )
     with pytest.raises(ValueError, match="it has layer 1, the model's dimensions have 1 layers"):
-        read_checkpoint(tmp_path / "deep", TINY)
+        CheckpointTensors(tmp_path / "deep", TINY)

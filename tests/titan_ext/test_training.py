@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.export.dcp_checkpoint import read_checkpoint
+from eval.export.dcp_checkpoint import CheckpointTensors
 from tests.titan_ext.stage_data import find_differences, load_tensors, write_data
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 from titan_ext.training.launch import run_ranks, start_ranks
@@ -135,7 +135,7 @@ def test_torchtitans_hugging_face_checkpoint_is_the_exporters(data, two_processe
     run_ranks(spec, tmp_path / "scratch", save_as_hugging_face)
     files = (spec.out / f"checkpoint/step-{STAGE.steps + 1}").glob("*.safetensors")
     written = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    expected = read_checkpoint(before, DIMS)
+    expected = CheckpointTensors(before, DIMS)
     assert written.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(written[name], tensor)] == []
 
