@@ -12,6 +12,7 @@ The last column is the measured peak beside the file of all layers of the flavor
 """
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,10 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from eval.export.artifact_folder import CHECKSUMS
 from eval.export.formats import FORMATS, ExportOptions
@@ -41,31 +41,14 @@ CASES = (
 SAMPLE_SECONDS = 0.005
 
 
-class Parts:
-    """A tensor that DCP saves in parts of its first axis, as the ranks of a sharded run do: DCP asks for them here."""
-
-    def __init__(self, tensor: torch.Tensor, ranks: int):
-        self._tensor, self._parts, offset = tensor, dict[torch.Size, torch.Tensor](), 0
-        for part in tensor.chunk(ranks):
-            self._parts[torch.Size([offset, *[0] * (tensor.dim() - 1)])] = part
-            offset += len(part)
-
-    def __create_write_items__(self, name: str, value: object) -> list[WriteItem]:
-        properties, size = TensorProperties.create_from_tensor(self._tensor), self._tensor.size()
-        return [
-            WriteItem(
-                MetadataIndex(name, offsets), WriteItemType.SHARD,
-                tensor_data=TensorWriteData(ChunkStorageMetadata(offsets, part.size()), properties, size),
-            )
-            for offsets, part in self._parts.items()
-        ]  # fmt: skip
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets, part.size()) for offsets, part in self._parts.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        assert index.offset is not None
-        return self._parts[index.offset]
+def divide(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Mark a tensor as one that DCP saves in `ranks` parts of its first axis (`CheckpointableTensor`)."""
+    marked: Any = tensor
+    sizes = [tuple(part.shape) for part in tensor.chunk(ranks)]
+    starts = [0, *itertools.accumulate(size[0] for size in sizes)][:-1]
+    marked.global_shape, marked.local_sizes = tuple(tensor.shape), tuple(sizes)
+    marked.global_offsets = marked.local_offsets = tuple((start, *[0] * (tensor.dim() - 1)) for start in starts)
+    return tensor
 
 
 def write_checkpoint(dims: ModelDims, ranks: int, folder: Path) -> None:
@@ -73,7 +56,7 @@ def write_checkpoint(dims: ModelDims, ranks: int, folder: Path) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in model_config(dims).build().state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    state = {name: Parts(torch.randn(shape, generator=generator) * 0.02, ranks) for name, shape in shapes.items()}
+    state = {name: divide(torch.randn(shape, generator=generator) * 0.02, ranks) for name, shape in shapes.items()}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
