@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from core.errors import RefusedInput
-from core.stages import STAGES
 from pipelines.commands import inputs
 from pipelines.commands.command import emit_result, parse_arguments
 from pipelines.commands.recipe_argument import choose_recipe
@@ -18,7 +17,7 @@ from pipelines.display import Display, format_table
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.run_lock import lock_run
 from pipelines.engine.runner import run_steps
-from pipelines.engine.step import is_up_to_date, plan_actions
+from pipelines.engine.step import is_up_to_date, list_pending, plan_actions
 from pipelines.preflight import check_disk
 from pipelines.printing import quote_command
 from pipelines.recipe import Recipe
@@ -143,20 +142,16 @@ def run_recipe(
         else:
             from pipelines.ray.cluster import Cluster
 
+            pending = list_pending(planned, run, manifest, until, restart_from)
+            trains = any(name in pending and stage.steps for name, stage in recipe.stages.items())
             take_signals()
             with Cluster(recipe.cluster, run, recipe.parallel.world_size) as cluster, Display(run, until) as display:
                 take_signals()
-                if needs_gang(until):
-                    cluster.check_size()
+                cluster.check_size(trains=trains, evaluates="eval" in pending)
                 manifest.describe(recipe)
                 print_header(display, cluster, run)
                 supervise(lambda: bring_up_to_date(cluster, display.log_line), display, cluster, stop)
     return read_status(run)
-
-
-def needs_gang(until: str | None) -> bool:
-    """Return whether a run as far as a step trains."""
-    return until is None or STEPS.index(until) >= STEPS.index(STAGES[0])
 
 
 def _check_order(until: str | None, restart_from: str | None, continue_from: str | None) -> None:

@@ -84,6 +84,17 @@ def plan_actions(steps: list[Step], run: Path, manifest: Manifest) -> dict[str, 
     return actions
 
 
+def list_pending(
+    steps: list[Step], run: Path, manifest: Manifest, until: str | None, restart_from: str | None
+) -> set[str]:
+    """Return the steps that `run_steps` would execute now; arguments are those of that function."""
+    actions, names = plan_actions(steps, run, manifest), [step.name for step in steps]
+    is_begun = manifest.content.get("restart") == restart_from  # then the restart continues
+    first_anew = names.index(restart_from) if restart_from and not is_begun else len(names)
+    chosen = [step.name for step in select_until(steps, until)]
+    return {name for i, name in enumerate(chosen) if i >= first_anew or actions[name] != "skip"}
+
+
 def is_up_to_date(steps: list[Step], run: Path, manifest: Manifest, until: str | None) -> bool:
     """Return whether every step as far as `until` would be skipped."""
     return all(

@@ -116,12 +116,36 @@ class Cluster(contextlib.AbstractContextManager):
             self._reaper.communicate()
             os.environ.pop(orphan_reaper.MARKER_VARIABLE, None)
 
-    def check_size(self) -> None:
-        """Check that the cluster can hold the gang.
+    def check_size(self, *, trains: bool = True, evaluates: bool = False) -> None:
+        """Check that the cluster can hold a task, and the gang if there is training to do.
+
+        Export, evaluation and report need no gang: they continue a run on a cluster of any size.
+
+        Args:
+            evaluates: whether tasks need a GPU where a training rank does.
 
         Raises:
-            RefusedInput: the gang is larger than the cluster; the message says what is wanted and what the cluster has.
+            RefusedInput: the cluster is too small; the message says what is wanted and what the cluster has.
         """
+        self._check_task(self.config.gpus_per_worker if evaluates else 0)
+        if trains:
+            self._check_gang()
+
+    def _check_task(self, gpus: int) -> None:
+        """Refuse a cluster of which no node holds a task: Ray would wait for ever for one that does."""
+        cpus = self.config.cpus_per_task
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            largest = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+            way_out = "lower cluster.cpus_per_task"
+            if gpus:
+                way_out += ", or evaluate on CPUs with --cluster.gpus-per-worker 0"
+            raise RefusedInput(
+                f"cluster.cpus_per_task = {cpus} and {gpus} GPU: no node of the Ray cluster has as many, the largest "
+                f"has {largest[0]:.0f} CPU and {largest[1]:.0f} GPU; give it a larger node, {way_out}"
+            )
+
+    def _check_gang(self) -> None:
         present = ray.cluster_resources()
         for kind, each in (("CPU", self.config.cpus_per_worker), ("GPU", self.config.gpus_per_worker)):
             wanted, has = each * self.world_size, int(present.get(kind, 0))

@@ -10,7 +10,7 @@ from core.atomic import atomic_write, partial_path
 from pipelines.engine.fingerprints import find_stale_steps, fingerprint, input_identities
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.runner import archive_path, group_independent, run_steps
-from pipelines.engine.step import Step, StepFailed, is_up_to_date
+from pipelines.engine.step import Step, StepFailed, is_up_to_date, list_pending
 
 
 class Graph:
@@ -81,6 +81,25 @@ def test_a_run_knows_without_a_step_that_there_is_nothing_to_do(graph):
     assert not known()
     graph.text = "x"
     assert not known("text")
+
+
+def test_what_a_run_will_do_is_known_before_it_does(graph):
+    def check(until=None, restart_from=None):
+        pending = list_pending(graph.steps(), graph.run, Manifest(graph.run), until, restart_from)
+        assert pending == set(graph.go(until, restart_from))
+        return pending
+
+    assert check("upper") == {"text", "upper"}
+    assert check() == {"count"}
+    assert check() == set()
+    assert check("upper", restart_from="upper") == {"upper"}
+    (graph.run / "upper").unlink()
+    assert check() == {"upper", "count"}
+    graph.fail = "count"
+    with pytest.raises(StepFailed):
+        graph.go(restart_from="upper")
+    graph.fail = None
+    assert check(restart_from="upper") == {"count"}, "what the same request has done already is not done again"
 
 
 def test_changed_config_remakes_it_and_what_depends_on_it(graph):

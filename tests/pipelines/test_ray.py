@@ -68,6 +68,18 @@ def test_gang_larger_than_the_cluster_is_refused(cluster):
     large = Cluster(ClusterConfig(cpus_per_worker=10_000), cluster.run, world_size=3)
     with pytest.raises(ValueError, match=r"cluster\.cpus_per_worker.*30000 CPU: the Ray cluster has"):
         large.check_size()
+    large.check_size(trains=False, evaluates=True)  # a run goes on with its export on a smaller cluster
+
+
+def test_a_task_that_no_node_holds_is_refused(cluster):
+    """Ray would wait for such a node for ever."""
+    wide = Cluster(ClusterConfig(cpus_per_task=10_000), cluster.run, world_size=1)
+    with pytest.raises(ValueError, match=r"cpus_per_task = 10000 and 0 GPU: no node .* has \d+ CPU and 0 GPU"):
+        wide.check_size(trains=False)
+    on_gpus = Cluster(ClusterConfig(cpus_per_task=1, gpus_per_worker=1), cluster.run, world_size=1)
+    on_gpus.check_size(trains=False)
+    with pytest.raises(ValueError, match=r"1 GPU: no node .*--cluster\.gpus-per-worker 0"):
+        on_gpus.check_size(trains=False, evaluates=True)
 
 
 def test_process_that_stays_is_ended_and_others_are_not(tmp_path):

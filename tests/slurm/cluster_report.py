@@ -2,6 +2,8 @@
 
 report CODE             print what the cluster is made of as JSON and exit with CODE
 train FILE STEPS        count up in FILE, as training would, to STEPS; 130 when told to stop
+run FOLDER ...          as one job of a chain: add its arguments and the cluster's size to FOLDER/jobs.jsonl; exit with
+                        the code in FOLDER/PART.code, which is removed; 75 waits to be stopped and exits with 130
 refuse_when_stopped FILE   create FILE, wait to be told to stop, and exit with 2
 """
 
@@ -63,6 +65,25 @@ def train(progress: str, steps: str) -> int:
     return 0
 
 
+def run_part(folder: str) -> int:
+    """Record that one part of a run was here, with the nodes and GPUs that it had."""
+    ray.init(address="auto", log_to_driver=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    options = sys.argv[3:]
+    part = options[options.index("--until") + 1] if "--until" in options else "finish"
+    nodes, gpus = len(ray.nodes()), ray.cluster_resources().get("GPU", 0)
+    with (Path(folder) / "jobs.jsonl").open("a") as file:
+        file.write(json.dumps({"options": options, "nodes": nodes, "gpus": gpus}) + "\n")
+    code_file = Path(folder) / f"{part}.code"
+    if not code_file.exists():
+        return 0
+    code = int(code_file.read_text())
+    code_file.unlink()
+    if code == 75:
+        signal.pause()
+    return code
+
+
 def refuse_when_stopped(started: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     Path(started).touch()
@@ -72,5 +93,6 @@ def refuse_when_stopped(started: str) -> int:
 
 if __name__ == "__main__":
     # `mobilemoe` options that concern the script only, such as --out, come after what the program takes.
-    program = {"report": report, "train": train, "refuse_when_stopped": refuse_when_stopped}[sys.argv[1]]
+    programs = {"report": report, "train": train, "run": run_part, "refuse_when_stopped": refuse_when_stopped}
+    program = programs[sys.argv[1]]
     sys.exit(program(*sys.argv[2 : 2 + program.__code__.co_argcount]))

@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SBATCH = ROOT / "slurm" / "mobilemoe.sbatch"
 UP, DOWN = ROOT / "slurm" / "one_machine" / "up.sh", ROOT / "slurm" / "one_machine" / "down.sh"
-SCRIPTS = [SBATCH, UP, DOWN]
+SUBMIT = ROOT / "slurm" / "submit.sh"
+SCRIPTS = [SBATCH, SUBMIT, UP, DOWN]
 DEADLINE_SECONDS = 300  # a machine under load starts Ray slowly
 
 needs_slurm = [
@@ -56,6 +57,27 @@ def test_gpus_counted_over_the_whole_job_are_refused() -> None:
     result = subprocess.run(["bash", SBATCH, "run", "smoke"], env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert "--gpus=4" in result.stderr and "--gpus-per-node" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: submit.sh"),
+        (["--data", "--nodes=1", "--", "l"], "--finish is missing"),
+        (["--finish", "--nodes=1"], "usage: submit.sh"),
+        (["--finish", "--", "l"], "--finish: give sbatch's options"),
+        (["--evaluate", "--nodes=1", "--", "l"], "--evaluate is no part of a run"),
+        (["--finish", "--nodes=1", "--", "l", "--until", "qat"], "--until: each job has its own"),
+    ],
+)
+def test_a_chain_with_wrong_options_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    submitted = tmp_path / "submitted"
+    (tmp_path / "sbatch").write_text('#!/bin/bash\ntouch "${0%/*}/submitted"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run([SUBMIT, *words], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
+    assert not submitted.exists()
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
@@ -208,3 +230,56 @@ class TestJobs:
             slurm.finish(job)
             slurm.assert_nothing_left(job)
         assert [slurm.field(job, "JobState") for job in jobs] == ["CANCELLED", "FAILED"]
+
+    def submit_chain(self, slurm: Slurm, folder: Path) -> dict[str, str]:
+        """Submit a run as three jobs of other sizes; part -> job."""
+        folder.mkdir()
+        printed = slurm.command(
+            SUBMIT, "--data", "--nodes=1 --cpus-per-task=1 --output=%j.log",
+            "--train", "--nodes=2 --cpus-per-task=1 --gpus-per-node=2 --output=%j.log",
+            "--finish", "--nodes=1 --cpus-per-task=1 --gpus-per-node=1 --output=%j.log",
+            "--", folder, "--out", "runs/a b",
+        )  # fmt: skip
+        return dict(re.findall(r"^(\w+): job (\d+)$", printed, re.MULTILINE))
+
+    def test_a_chain_of_jobs_each_of_its_size(self, slurm: Slurm) -> None:
+        """The middle one is stopped before its time limit and requeued; the last one waits for its second attempt."""
+        folder = slurm.work / "chain"
+        chain = self.submit_chain(slurm, folder)
+        (folder / "qat.code").write_text("75")
+        assert list(chain) == ["data", "train", "finish"]
+        jobs = folder / "jobs.jsonl"
+        slurm.wait_until(chain["train"], lambda: jobs.exists() and len(jobs.read_text().splitlines()) == 2)
+        assert slurm.field(chain["finish"], "JobState") == "PENDING"
+        slurm.command("scancel", "--batch", "--signal=USR1", chain["train"])
+        assert [slurm.finish(chain[part]) for part in ("data", "train", "finish")] == [0, 0, 0], slurm.log(
+            chain["train"]
+        )
+        assert slurm.field(chain["train"], "Restarts") == "1"
+        out = ["--out", "runs/a b"]
+        training = {"options": [*out, "--until", "qat"], "nodes": 2, "gpus": 4.0}
+        assert [json.loads(line) for line in jobs.read_text().splitlines()] == [
+            {"options": [*out, "--until", "data"], "nodes": 1, "gpus": 0},
+            training,
+            training,
+            {"options": out, "nodes": 1, "gpus": 1.0},
+        ]
+        for job in chain.values():
+            slurm.assert_nothing_left(job)
+
+    def test_a_job_that_fails_stops_the_chain(self, slurm: Slurm) -> None:
+        folder = slurm.work / "failing"
+        chain = self.submit_chain(slurm, folder)
+        (folder / "data.code").write_text("1")
+        assert slurm.finish(chain["data"]) == 1, slurm.log(chain["data"])
+        for part in ("train", "finish"):
+            slurm.finish(chain[part])
+            assert slurm.field(chain[part], "JobState") == "CANCELLED"
+        assert len((folder / "jobs.jsonl").read_text().splitlines()) == 1
+
+    def test_a_chain_is_submitted_whole_or_not_at_all(self, slurm: Slurm) -> None:
+        command = [SUBMIT, "--data", "--nodes=1 --hold", "--finish", "--partition=absent", "--", "smoke"]
+        result = subprocess.run(command, env=slurm.environment, cwd=slurm.work, capture_output=True, text=True)
+        assert result.returncode != 0 and "was cancelled" in result.stderr
+        job = re.search(r"data: job (\d+)", result.stdout).group(1)
+        assert slurm.field(job, "JobState") == "CANCELLED"
