@@ -110,7 +110,8 @@ def main() -> None:
     whole = FLAVORS[arguments.flavor]
     dims = replace(whole, n_layers=arguments.layers)
     if arguments.case:
-        export_case(*arguments.case, dims, arguments.root)
+        source, form = arguments.case
+        export_case(source, form, dims, arguments.root)
         return
     from tests.eval.tiny_checkpoint import write_tokenizer
 

@@ -55,7 +55,7 @@ class SafetensorsFile:
         # Opened anew, because a folder may have more files than a process may hold open.
         with self._path.open("r+b", buffering=0) as file:
             file.seek(self._start + self._places[name])
-            left = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+            left = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
             while left:  # one call writes 2 GiB at most
                 left = left[file.write(left) :]
 
