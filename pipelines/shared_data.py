@@ -109,11 +109,12 @@ def check_config(shared: SharedData, config: DataConfig) -> None:
         RefusedInput: options of the recipe's data differ; names each with both values.
     """
     made = flatten(shared.manifest["plan"]["config"])
-    wanted = flatten(json.loads(json.dumps(asdict(config))))
+    fields = {name: value for name, value in asdict(config).items() if name not in RUNTIME_FIELDS}
+    wanted = flatten(json.loads(json.dumps(fields)))
     differing = [
         f"data.{name} is {made.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(made.keys() | wanted.keys())
-        if made.get(name) != wanted.get(name) and name not in (*RUNTIME_FIELDS, "tokenizer.path")
+        if made.get(name) != wanted.get(name) and name != "tokenizer.path"
     ]
     files = hash_tokenizer_files(config.tokenizer.path) if config.tokenizer.path else {}
     if files != shared.manifest["plan"]["tokenizer_sha256"]:

@@ -92,7 +92,7 @@ def test_a_changed_shard_is_found_when_it_is_read(prepared, tmp_path):  # noqa: 
 
 def test_options_that_differ_are_named_and_those_without_effect_are_none(prepared):  # noqa: F811
     shared = open_shared_data(str(prepared.out))
-    check_config(shared, dataclasses.replace(CONFIG, workers=9, max_malformed_share=0.5))
+    check_config(shared, dataclasses.replace(CONFIG, workers=9, max_malformed_share=0.5, max_epochs={"sft": 99.0}))
     other = dataclasses.replace(CONFIG, decontaminate_ngram=11, corpora=("planted",))
     with pytest.raises(RefusedInput) as caught:
         check_config(shared, other)
