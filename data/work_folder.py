@@ -71,7 +71,8 @@ def is_finished(out: Path, plan: dict) -> bool:
     recorded = out / "work" / "plan.json"
     if not recorded.exists() or json.loads(recorded.read_text()) != plan:
         found = [name for name in OUTPUTS if (out / name).exists()]
-        if found:
+        is_begun = found != ["work"] or any(path != recorded for path in (out / "work").iterdir())
+        if found and is_begun:
             former = find_free_path(out.with_name(f"{out.name}.former"))
             former.mkdir()
             for name in found:

@@ -257,6 +257,9 @@ def test_work_of_another_plan_is_put_aside_and_never_replaced(tmp_path):
         for folder in ("work/read", "shards"):
             (out / folder).mkdir(parents=True)
         (out / "shards" / "index.json").write_text(str(number))
+    begun = tmp_path / "begun"
+    assert not is_finished(begun, {"config": 0}) and not is_finished(begun, {"config": 1})
+    assert not (tmp_path / "begun.former").exists(), "a plan alone is no work"
     former = [tmp_path / name for name in ("data.partial.former", "data.partial.former-2")]
     assert [(folder / "shards/index.json").read_text() for folder in former] == ["0", "1"]
     assert all((folder / "work/read").is_dir() for folder in former)
