@@ -16,6 +16,7 @@ from core.atomic import atomic_write, write_bytes, write_text
 from core.errors import DamagedData, RefusedInput
 from core.progress import Progress
 from core.samples import SHARDS_AT
+from core.shard_columns import COLUMNS_FILE, write_columns
 from data.config import RUNTIME_FIELDS, DataConfig
 from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST, PAGE, list_destinations
@@ -151,6 +152,8 @@ def receive_data(shared: SharedData, folder: Path, progress: Progress) -> None:
         progress(target, done, len(targets))
         index = folder / target / "index.json"
         download_file(system, locate(system, root, f"{target}/index.json"), index, entry["index_sha256"])
+        if not (columns := index.with_name(COLUMNS_FILE)).exists():
+            write_columns(index, columns)
         if target.startswith("shards/"):
             write_text(index.with_name(SHARDS_AT), f"{shared.address}/{target}\n")
             continue

@@ -14,6 +14,7 @@ from streaming import MDSWriter
 from core.atomic import atomic_write, write_json
 from core.hashing import sha256_file, sha256_json
 from core.samples import SFT_COLUMNS, SHARD_HASH, TEXT_COLUMNS, VOCABULARY_KEY
+from core.shard_columns import COLUMNS_FILE, write_columns
 from core.stages import heldout_folder
 from data.catalogue.corpus import SHARDS_BY_KIND
 from data.filters.split import HELDOUT
@@ -94,6 +95,7 @@ def assemble(parts: Sequence[tuple[str, Path | list[dict]]], out: Path, target: 
                 else:
                     shards += _move_shards(part / target, partial, beginning, numbers)
             write_json(partial / "index.json", {"version": 2, VOCABULARY_KEY: vocabulary, "shards": shards})
+            write_columns(partial / "index.json", partial / COLUMNS_FILE)
     shards = json.loads((final / "index.json").read_text())["shards"]
     return {
         "shards": len(shards),

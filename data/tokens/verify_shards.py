@@ -7,6 +7,7 @@ from pathlib import Path
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from core.samples import SHARDS_AT
+from core.shard_columns import COLUMNS_FILE
 
 MANIFEST = "data_manifest.json"
 PAGE = "statistics.html"
@@ -41,7 +42,8 @@ def verify_shards(folder: Path) -> dict[str, int]:
             )
         for file in files:
             _check_hash(index.with_name(file["basename"]), file["hashes"]["sha256"])
-        unknown = {path.name for path in index.parent.iterdir()} - {file["basename"] for file in files} - {"index.json"}
+        known = {file["basename"] for file in files} | {"index.json", COLUMNS_FILE}
+        unknown = {path.name for path in index.parent.iterdir()} - known
         if unknown:
             raise DamagedData(f"{index.parent}: {sorted(unknown)} are not in index.json; remove them")
         totals["domains"] += 1

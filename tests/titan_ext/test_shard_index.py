@@ -4,12 +4,17 @@ import json
 import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.errors import RefusedInput
 from core.samples import SHARD_HASH, VOCABULARY_KEY
+from core.shard_columns import COLUMNS_FILE, write_columns
 from tests.titan_ext.stage_of_shards import write_domain
 from titan_ext.loader import shard_index
 from titan_ext.loader.shard_index import open_index
+
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
 @pytest.fixture
@@ -57,15 +62,41 @@ def test_a_folder_without_shards_has_an_empty_index(tmp_path):
 
 def test_an_index_in_the_cache_that_is_damaged_or_cut_off_is_made_again(source, tmp_path):
     expected = list_entries(open_index(str(source), tmp_path / "cache", "web"))
-    (folder,) = (tmp_path / "cache").glob("web-*/index-*")
-    content = (folder / "raw_hash.npy").read_bytes()
-    (folder / "raw_hash.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert list_entries(open_index(str(source), tmp_path / "cache", "web")) == expected
-    (folder / "samples.npy").unlink()
-    assert list_entries(open_index(str(source), tmp_path / "cache", "web")) == expected
-    (folder / "common.json").rename(folder.with_name("common.json"))
-    folder.rename(folder.with_name(f"{folder.name}.partial"))  # as a killed process leaves it
-    assert list_entries(open_index(str(source), tmp_path / "cache", "web")) == expected
+    (file,) = (tmp_path / "cache").glob(f"web-*/{COLUMNS_FILE}")
+    content = file.read_bytes()
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-64], content[:40], b""):
+        file.write_bytes(damaged)
+        assert list_entries(open_index(str(source), tmp_path / "cache", "web")) == expected
+        assert file.read_bytes() == content
+
+
+def test_columns_beside_index_json_are_used_and_those_of_another_index_are_not(source, tmp_path):
+    expected = list_entries(open_index(str(source), tmp_path / "cache", "web"))
+    write_columns(source / "index.json", source / COLUMNS_FILE)
+    index = open_index(str(source), tmp_path / "empty", "web")
+    assert list_entries(index) == expected and index.vocabulary == "abc"
+    assert not list((tmp_path / "empty").glob(f"*/{COLUMNS_FILE}")), "nothing had to be made"
+    content = (source / "index.json").read_text()
+    (source / "index.json").write_text(content.replace('"abc"', '"abd"'))
+    assert open_index(str(source), tmp_path / "empty", "web").vocabulary == "abd"
+    assert list((tmp_path / "empty").glob(f"*/{COLUMNS_FILE}"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(1, 2**40), st.binary(min_size=8, max_size=8), NAMES)))
+def test_any_entries_are_mapped_as_they_are(tmp_path_factory, entries):
+    folder = tmp_path_factory.mktemp("any")
+    shards = [
+        {
+            "column_encodings": ["ndarray:uint32"], "column_names": ["tokens"], "samples": samples, "zip_data": None,
+            "raw_data": {"basename": name, "bytes": size, "hashes": {SHARD_HASH: digest.hex()}},
+        }
+        for samples, size, digest, name in entries
+    ]  # fmt: skip
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    write_columns(folder / "index.json", folder / COLUMNS_FILE)
+    index = open_index(str(folder), folder / "cache", "web")
+    assert list_entries(index) == shards and index.samples.tolist() == [shard["samples"] for shard in shards]
 
 
 def test_an_unchanged_index_json_is_read_once_a_node_and_a_changed_one_again(source, tmp_path, monkeypatch):
@@ -113,4 +144,4 @@ def test_a_damaged_index_json_is_refused_by_name_and_leaves_nothing(source, tmp_
     for _ in range(2):
         with pytest.raises(RefusedInput, match=r"web/index\.json is damaged"):
             open_index(str(source), tmp_path / "cache", "web")
-    assert list((tmp_path / "cache").glob("*/index-1")) == []
+    assert list((tmp_path / "cache").glob(f"*/{COLUMNS_FILE}")) == []
