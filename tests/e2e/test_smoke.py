@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.export.artifact_folder import verify_checksums
 from eval.export.formats import FORMATS
+from pipelines.shared_data import open_shared_data
 from pipelines.steps import STEPS
+from tests.titan_ext.object_stores import s3
 
 pytestmark = pytest.mark.timeout(2400)  # six drivers, some minutes together; the machine may be busy
 
@@ -197,6 +199,21 @@ def test_another_run_takes_over_the_data(finished, tmp_path):
     assert own["loss"] == first["loss"]  # of the same batch, with the same first weights
     own, first = (read_steps(folder)["data"]["identity"] for folder in (other, run))
     assert own == first
+
+
+def test_the_data_command_sends_what_is_finished_to_a_store(finished, tmp_path, monkeypatch):
+    run = finished[0]
+    (tmp_path / "empty").mkdir()
+    with s3(tmp_path / "empty", monkeypatch):
+        words = ["data", "smoke", "--out", "s3://bucket/sets/a", "--work", str(run), "--json", *OVERRIDES]
+        command = [sys.executable, "-m", "pipelines.cli", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        made = json.loads(ended.stdout)
+        shared = open_shared_data("s3://bucket/sets/a")
+    assert shared.content == (run / "data/data_manifest.json").read_bytes()
+    entry = shared.manifest["shards"]["pretrain"]["web"]
+    assert made["shards"]["pretrain"]["web"]["tokens"] == entry["tokens"] > 0
 
 
 def test_the_same_command_again_does_nothing(finished, tmp_path):
