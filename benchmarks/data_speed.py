@@ -39,7 +39,7 @@ from data.catalogue.corpus import Corpus, PackageFile, Unit
 from data.compat import LocalFolder
 from data.config import DataConfig
 from data.execution import StepRunner
-from data.filters import decontaminate, dedup
+from data.filters import decontaminate, dedup, near_pairs
 from data.filters.exact_dedup import ExactFilter, ExactFind, ExactSignature
 from data.filters.language import make_language_filter, unpack_model
 from data.filters.quality import (
@@ -160,7 +160,7 @@ def list_block_work(found: list[str], language_wheel: Path | None, scratch: Path
     yield "decontamination", lambda: [block.filter(document) for document in documents]
     signature = dedup.make_near_signature(scratch / "near", ["all"])
     yield "minhash signature", lambda: [signature.get_signature(signature.get_shingles(text)) for text in found]
-    signature = MinhashDedupSignature(str(scratch / "near"), dedup.MINHASH)
+    signature = MinhashDedupSignature(str(scratch / "near"), near_pairs.MINHASH)
     assert signature.word_tokenizer is load_word_tokenizer("eng")
     yield (
         "minhash signature, datatrove's words",
@@ -360,10 +360,9 @@ def time_near_deduplication(found: list[str], scratch: Path) -> None:
     paragraphs = [p for text in found for p in text.split("\n\n") if len(p.split()) >= 20]
     documents = make_documents(paragraphs, "prose")
     folder = scratch / "dedup"
-    buckets, tasks = dedup.make_near_buckets(folder, ["all"])
     steps = {
         "signatures": lambda: dedup.make_near_signature(folder, ["all"]).run(documents, 0, 1),
-        "buckets (14 tasks)": lambda: [buckets.run(None, b, len(tasks)) for b in range(len(tasks))],
+        "buckets (14 tasks)": lambda: find_pairs(folder),
     }
     scale = 1e6 / len(documents)
     mean = count_megabytes(paragraphs) * 1e6 / len(documents)
@@ -378,12 +377,19 @@ def time_near_deduplication(found: list[str], scratch: Path) -> None:
     print(f"\nsignatures on disk: {signatures * scale / 1e6:.0f} MB a million documents")
 
 
+def find_pairs(folder: Path) -> None:
+    """Run the tasks of step 5."""
+    block, labels = dedup.make_near_buckets(folder, ["all"])
+    for task in range(len(labels)):
+        block.run(None, task, len(labels))
+
+
 def cluster_pairs(folder: Path, number: int) -> None:
     """Run the task of step 6 on `number` documents in pairs; it holds only documents that have a duplicate."""
     (folder / "pairs").mkdir(parents=True)
     documents = np.arange(number // 2 * 2, dtype=np.uint32).reshape(-1, 2)
     rank = np.zeros_like(documents[:, :1])
-    for bucket in range(dedup.MINHASH.num_buckets):
+    for bucket in range(near_pairs.MINHASH.num_buckets):
         pairs = np.hstack([rank, documents[:, :1], rank, documents[:, 1:]]) if bucket == 0 else documents[:0]
         pairs.tofile(folder / f"pairs/{bucket:05d}_00.dups")
     block, _ = dedup.make_near_cluster(folder.parent, [folder.name])

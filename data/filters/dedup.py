@@ -17,8 +17,6 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
-    MinhashConfig,
-    MinhashDedupBuckets,
     MinhashDedupCluster,
     MinhashDedupFilter,
     MinhashDedupSignature,
@@ -28,11 +26,9 @@ from data import compat
 from data.catalogue.corpus import Corpus, Unit
 from data.compat import LocalFolder
 from data.filters.mark_runs import remove_mark_runs
-from data.filters.open_files import allow_open_files
+from data.filters.near_pairs import MINHASH, RANGE_ROWS, NearPairs, PairTask, count_ranges
 from data.filters.spacy_cache import EnglishWords
 from data.filters.time_limit import TooSlow, limit_time
-
-MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
 def assign_near_groups(units: list[Unit], within: str) -> list[str | None]:
@@ -87,38 +83,20 @@ class GroupSignature(MinhashDedupSignature):
 
 
 class EveryGroup(PipelineStep):
-    """Runs a datatrove block of `tasks` tasks for every group: task t of group g is rank g * tasks + t."""
+    """Runs a datatrove block of one task for every group: that of group g is rank g."""
 
     type = "🫂 - DEDUP"
 
-    def __init__(self, name: str, block: Callable[[Path], PipelineStep], folders: list[Path], tasks: int):
+    def __init__(self, name: str, block: Callable[[Path], PipelineStep], folders: list[Path]):
         self.name = name
         super().__init__()
-        self.block, self.folders, self.tasks = block, folders, tasks
+        self.block, self.folders = block, folders
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Run one task of one group."""
-        group, task = divmod(rank, self.tasks)
-        block = self.block(self.folders[group])
+        """Run the task of one group."""
+        block = self.block(self.folders[rank])
         compat.share_statistics(block, self)
-        block.run(data, task, self.tasks)
-
-
-class GroupBuckets(MinhashDedupBuckets):
-    """Finds the pairs of one group; it opens the signatures of all the group's units at once."""
-
-    def __init__(self, folder: Path):
-        super().__init__(LocalFolder(folder / "signatures"), LocalFolder(folder / "pairs"), config=MINHASH)
-        self.signatures = folder / "signatures"
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Write the pairs that agree in bucket `rank`.
-
-        Raises:
-            RefusedInput: the machine allows fewer open files than the group has units.
-        """
-        allow_open_files(len(list(self.signatures.glob(f"bucket_{rank:03d}/*"))))
-        super().run(data, rank, world_size)
+        block.run(data, 0, 1)
 
 
 def _make_group_cluster(folder: Path) -> PipelineStep:
@@ -131,14 +109,22 @@ def make_near_signature(folder: Path, groups: list[str | None]) -> PipelineStep:
     return GroupSignature(folder, groups)
 
 
-def make_near_buckets(folder: Path, groups: list[str | None]) -> tuple[PipelineStep, list[str]]:
+def make_near_buckets(
+    folder: Path, groups: list[str | None], range_rows: int = RANGE_ROWS
+) -> tuple[PipelineStep, list[str]]:
     """Return the block that finds pairs of documents that agree in all hashes of a bucket, and the label of each task.
 
-    There is a task for each bucket of each group.
+    There is a task for each range of each bucket of each group. The signatures must be complete: the number of ranges
+    follows from them.
     """
-    names, buckets = _list_names(groups), range(MINHASH.num_buckets)
-    block = EveryGroup("buckets", GroupBuckets, [folder / name for name in names], len(buckets))
-    return block, [f"bucket {bucket} of {name}" for name in names for bucket in buckets]
+    tasks, labels = [], []
+    for name in _list_names(groups):
+        ranges = count_ranges(folder / name, range_rows)
+        for bucket in range(MINHASH.num_buckets):
+            for number in range(ranges):
+                tasks.append(PairTask(folder / name, bucket, number, ranges))
+                labels.append(f"bucket {bucket} of {name}, range {number + 1} of {ranges}")
+    return NearPairs(tasks), labels
 
 
 def make_near_cluster(folder: Path, groups: list[str | None]) -> tuple[PipelineStep, list[str]]:
@@ -147,7 +133,7 @@ def make_near_cluster(folder: Path, groups: list[str | None]) -> tuple[PipelineS
     There is a task for each group.
     """
     names = _list_names(groups)
-    return EveryGroup("clusters", _make_group_cluster, [folder / name for name in names], 1), names
+    return EveryGroup("clusters", _make_group_cluster, [folder / name for name in names]), names
 
 
 def make_near_filter(folder: Path) -> PipelineStep:

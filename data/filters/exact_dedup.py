@@ -152,16 +152,23 @@ def find_extra(
         documents_N: position of each document in its unit.
         corpora_U: number of each unit's corpus.
     """
+    shared_N = np.flatnonzero(mark_repeated(hashes_N))
+    corpora_N = corpora_U[units_N[shared_N]]
+    shared_N = shared_N[np.lexsort((units_N[shared_N], documents_N[shared_N], corpora_N, hashes_N[shared_N]))]
+    return shared_N[1:][hashes_N[shared_N[1:]] == hashes_N[shared_N[:-1]]]
+
+
+def mark_repeated(hashes_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which of the hashes occur more than once, bool [N]."""
     order_N = np.argsort(hashes_N)
     sorted_N = hashes_N[order_N]
     repeats_N = sorted_N[1:] == sorted_N[:-1]
     is_shared_N = np.zeros(len(sorted_N), np.bool_)
     is_shared_N[1:] |= repeats_N
     is_shared_N[:-1] |= repeats_N
-    shared_N = order_N[is_shared_N]
-    corpora_N = corpora_U[units_N[shared_N]]
-    shared_N = shared_N[np.lexsort((units_N[shared_N], documents_N[shared_N], corpora_N, hashes_N[shared_N]))]
-    return shared_N[1:][hashes_N[shared_N[1:]] == hashes_N[shared_N[:-1]]]
+    marked_N = np.zeros(len(sorted_N), np.bool_)
+    marked_N[order_N[is_shared_N]] = True
+    return marked_N
 
 
 class ExactFilter(PipelineStep):

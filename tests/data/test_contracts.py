@@ -28,7 +28,7 @@ from datatrove.utils.hashing import HashConfig, create_hash_func
 from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
 
 from data import compat
-from data.filters import dedup
+from data.filters import dedup, near_pairs
 from data.filters.exact_dedup import ExactFilter
 from data.filters.spacy_cache import EnglishWords
 
@@ -196,7 +196,7 @@ def test_signatures_are_written_to_the_folder_that_was_set(tmp_path):
 def test_an_inner_block_counts_into_the_outer_one():
     """Broken: the statistics of the blocks that run once a group are lost (EveryGroup)."""
 
-    outer, inner = dedup.EveryGroup("outer", dedup.make_near_filter, [], 1), LambdaFilter(judge)
+    outer, inner = dedup.EveryGroup("outer", dedup.make_near_filter, []), LambdaFilter(judge)
     compat.share_statistics(inner, outer)
     list(inner.run(make_documents()))
     assert outer.stats[compat.FILTER_INPUT].total == 4
@@ -237,7 +237,7 @@ def test_a_block_of_datatrove_keeps_the_folder_that_it_is_given(tmp_path):
     """LocalFolder: a block that made a DataFolder of its own would read the path as a pattern and an address."""
     folder = compat.LocalFolder(tmp_path / "x [v1]")
     assert get_datafolder(folder) is folder
-    assert MinhashDedupCluster(folder, folder, dedup.MINHASH).input_folder is folder
+    assert MinhashDedupCluster(folder, folder, near_pairs.MINHASH).input_folder is folder
     assert JsonlWriter(folder, output_filename="${rank}.jsonl").output_folder is folder
     assert compat.JsonlReader(folder).data_folder is folder
     assert LocalPipelineExecutor([], logging_dir=folder).logging_dir is folder

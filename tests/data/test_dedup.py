@@ -1,16 +1,13 @@
 """Near duplicates are sought in the groups that were asked for, and nowhere else."""
 
-import resource
 from dataclasses import replace
 
 import pytest
 from datatrove.data import Document
 
-from core.errors import RefusedInput
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import Unit
 from data.filters import dedup
-from data.filters.open_files import SPARE, allow_open_files
 from tests.data.planted import page
 
 BOOKS = replace(CATALOGUE["c4-sample"], name="books", shards=2)
@@ -57,33 +54,3 @@ def test_a_deduplicated_corpus_is_not_searched(tmp_path):
     assert not list(tmp_path.rglob("*.sig"))
     nothing = dedup.assign_near_groups(units[:1], "all")
     assert dedup.make_near_buckets(tmp_path, nothing)[1] == dedup.make_near_cluster(tmp_path, nothing)[1] == []
-
-
-@pytest.fixture
-def limits():
-    """Give this process's limits on open files, and set the soft one as it was when the test ends."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield soft, hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_a_task_may_open_the_signatures_of_all_units(tmp_path, limits):
-    """300 units, where the limit was 256 files: as 2,000 are where it is 1,024."""
-    _, hard = limits
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    (tmp_path / "all/signatures/bucket_000").mkdir(parents=True)
-    for unit in range(300):
-        (tmp_path / f"all/signatures/bucket_000/{unit:05d}.minhash.sig").touch()
-    block, labels = dedup.make_near_buckets(tmp_path, ["all"] * 300)
-    block.run(None, 0, len(labels))
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300 + SPARE, hard)
-    allow_open_files(1)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300 + SPARE, hard), "never lowered"
-
-
-def test_a_limit_that_cannot_be_raised_is_refused(limits, monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
-    with pytest.raises(
-        RefusedInput, match=r"near_duplicates_within: .* opens 5000 files .* is 4096 .* raise it to 5256"
-    ):
-        allow_open_files(5000)
