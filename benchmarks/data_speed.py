@@ -36,7 +36,7 @@ from datatrove.utils.word_tokenizers import load_word_tokenizer
 
 from data.catalogue.corpora import CATALOGUE, LANGUAGE_PACKAGE
 from data.catalogue.corpus import Corpus, PackageFile, Unit
-from data.compat import LocalFolder
+from data.compat import LocalFolder, rank_file
 from data.config import DataConfig
 from data.execution import StepRunner
 from data.filters import decontaminate, dedup, near_pairs
@@ -52,7 +52,7 @@ from data.filters.quality import (
 )
 from data.filters.split import SplitTagger
 from data.filters.time_limit import SlowDocuments
-from data.readers.corpus_reader import RankReader, rank_file
+from data.readers.corpus_reader import RankReader
 from data.tokens import mds, shard_writer, tokenizer
 from data.tokens.chat import Encoder
 from data.tokens.existing_tokenizer import load_existing

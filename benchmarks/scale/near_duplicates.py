@@ -5,7 +5,7 @@
 First the same signatures of one bucket both ways: datatrove's search, one task that merges all files in Python, and
 ours, whose pairs must be the same bytes. datatrove opens the files of all units at once, so it gets few units. Then
 ours at the published size: the last range of a bucket, in files as large as those of the whole bucket. What lies before
-the range, and is not read, is a hole in each file that reads as zeros. A tenth of the signatures occur in another place.
+the range, and is not read, is a hole in each file that reads as zeros. A tenth of the signatures occur elsewhere, too.
 """
 
 import argparse

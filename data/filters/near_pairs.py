@@ -125,7 +125,7 @@ def read_range(path: Path, low: int, high: int) -> NDArray:
 
 
 def _map_rows(path: Path) -> NDArray:
-    return np.asarray(np.memmap(path, SIGNATURE, "r"))
+    return np.asarray(np.memmap(str(path), SIGNATURE, "r"))  # of a Path numpy would look up every folder
 
 
 def find_pairs(parts: Sequence[NDArray], units: Sequence[int]) -> NDArray[np.uint32]:
