@@ -14,6 +14,9 @@ from rich.console import RenderableType
 from core.errors import RefusedInput
 from pipelines.printing import print_result
 
+Address = typing.NewType("Address", str)
+"""A path, or an address such as s3://bucket/name."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -61,7 +64,7 @@ def parse_arguments(kind: type, words: Sequence[str], name: str, default: Any = 
 
 
 def refuse_empty_paths(kind: type, words: Sequence[str]) -> None:
-    """Check that no positional argument, and no option of `kind` that takes a path, is an empty text.
+    """Check that no positional argument, and no option of `kind` that takes a path or an address, is an empty text.
 
     `Path("")` is the working directory, which nobody means by it: a shell variable was not set.
 
@@ -69,7 +72,11 @@ def refuse_empty_paths(kind: type, words: Sequence[str]) -> None:
         RefusedInput: one is; the message names it.
     """
     types = typing.get_type_hints(kind)
-    options = {f"--{name.strip('_').replace('_', '-')}" for name, kind in types.items() if "Path" in str(kind)}
+    options = {
+        f"--{name.strip('_').replace('_', '-')}"
+        for name, kind in types.items()
+        if "Path" in str(kind) or Address.__name__ in str(kind)
+    }
     for before, word in pairwise(("", *words)):
         option = before if word == "" and before in options else word[:-1] if word[:-1] in options else ""
         if option:

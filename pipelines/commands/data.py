@@ -10,7 +10,7 @@ import tyro
 from core.errors import RefusedInput
 from core.progress import print_progress
 from pipelines.commands import inputs
-from pipelines.commands.command import emit_result, parse_arguments
+from pipelines.commands.command import Address, emit_result, parse_arguments
 from pipelines.commands.recipe_argument import choose_recipe
 from pipelines.commands.run import run_recipe
 from pipelines.recipe import Recipe
@@ -23,7 +23,7 @@ class Data:
     """Make the data set of a recipe, on processors alone, for `run --data`. The same command continues."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    out: str = ""
+    out: Address | None = None
     """Folder, or address such as s3://bucket/data, that gets the data set."""
     work: Path | None = None
     """Folder to work in where --out is an address; data-sets/RECIPE if not given. It is kept, so that corpora that stay
@@ -42,7 +42,7 @@ def parse(words: Sequence[str]) -> Data:
     """
     recipe, title, rest = choose_recipe("data", "--out ADDRESS [--work DIR] [--json]", words)
     arguments = parse_arguments(Data, rest, f"data {title}", Data(recipe=recipe))
-    if not arguments.out:
+    if arguments.out is None:
         raise RefusedInput("--out: give the folder or the address that gets the data set")
     return arguments
 
@@ -57,6 +57,7 @@ def make_data(arguments: Data) -> None:
     from pipelines.commands.transfer import find_local_path, name_failures, open_for_writing
     from pipelines.shared_data import open_shared_data, send_data
 
+    assert arguments.out is not None, "`parse` refuses that"
     local = find_local_path(arguments.out)
     if local is not None:
         if arguments.work is not None:

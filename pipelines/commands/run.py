@@ -10,7 +10,7 @@ import tyro
 
 from core.errors import RefusedInput
 from pipelines.commands import inputs
-from pipelines.commands.command import emit_result, parse_arguments
+from pipelines.commands.command import Address, emit_result, parse_arguments
 from pipelines.commands.recipe_argument import choose_recipe
 from pipelines.commands.supervise import supervise, take_signals
 from pipelines.display import Display, format_table
@@ -46,7 +46,7 @@ class Run:
     """Stop after this step."""
     from_: Annotated[StepName | None, tyro.conf.arg(name="from")] = None
     """Compute this step and those after it anew."""
-    data: str | None = None
+    data: Address | None = None
     """Take over a finished data set: the folder of another run, or an address that `mobilemoe data` sent one to. A run
     remembers it."""
     continue_from: str | None = None

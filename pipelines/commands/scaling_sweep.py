@@ -16,6 +16,7 @@ from core.atomic import write_json
 from core.cpus import count_cpus
 from core.errors import RefusedInput
 from pipelines.commands import inputs
+from pipelines.commands.command import Address
 from pipelines.commands.supervise import supervise, take_signals
 from pipelines.display import Display
 from pipelines.engine.manifest import Manifest
@@ -51,7 +52,7 @@ class SweepArguments:
     """Folder of the sweep: shared data, points, points.csv, fits and figures. Not needed with --estimate."""
     estimate: bool = False
     """Only print what the sweep costs: points, FLOPs, hours, disk."""
-    data: str | None = None
+    data: Address | None = None
     """Take over a finished data set, as `mobilemoe run --data` does."""
     rate: str | None = None
     """FLOPs a second of one rank for the estimate, for example 150T; measured from finished points, or assumed, if not

@@ -186,7 +186,7 @@ def test_results_hold_fourteen_benchmarks_of_every_stages_model(finished):
 
 def test_another_run_takes_over_the_data(finished, tmp_path):
     run, other = finished[0], tmp_path / "other"
-    words = ["run", "smoke", "--out", str(other), *OVERRIDES, "--until", "pretrain", "--stages.pretrain.steps", "4"]
+    words = ["run", "smoke", "--out", str(other), *OVERRIDES, "--until", "pretrain", "--stages.pretrain.steps", "6"]
     for data in (["--data", str(run)], []):  # the second time it is remembered
         command = [sys.executable, "-m", "pipelines.cli", *words, *data]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
