@@ -41,7 +41,7 @@ from data.filters.exact_dedup import (
     ExactSignature,
     add_signatures,
     count_ranges,
-    move_signatures,
+    keep_signatures,
 )
 from data.filters.quality import PIIRedaction, StyleFilter, TextRepair, make_filters
 from data.filters.split import SplitTagger
@@ -318,7 +318,7 @@ def _assemble(
     for name, folders in parts.items():
         keep_statistics(out, name, folders)
     for rank, unit in enumerate(units):
-        move_signatures(out / "work" / "exact", rank, out / CORPORA / unit.corpus.name / SIGNATURES)
+        keep_signatures(out / "work" / "exact", rank, out / CORPORA / unit.corpus.name / SIGNATURES)
     statistics = shard_statistics.load(out / CORPORA / name for name in corpora)
     vocabulary = hash_vocabulary(tokenizer.load(out / "tokenizer").get_vocab())
     entries = {}

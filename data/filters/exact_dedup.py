@@ -15,7 +15,6 @@ nothing of the result. It follows from the number of hashes (`count_ranges`), wh
 Shape suffixes: N hashes or documents.
 """
 
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,11 +87,9 @@ def write_signatures(folder: Path, rank: int, hashes_N: NDArray[np.uint64]) -> N
     write_cells(hashes_path(folder, rank), rows, rows["hash"] >> np.uint64(64 - CELL_BITS), CELLS)
 
 
-def move_signatures(folder: Path, rank: int, target: Path) -> None:
-    """Move the hashes of a unit's documents to the folder `target`, for `add_signatures`; moved ones are no error."""
-    target.mkdir(parents=True, exist_ok=True)
-    if hashes_path(folder, rank).exists():
-        os.replace(hashes_path(folder, rank), target / f"{rank:05d}")
+def keep_signatures(folder: Path, rank: int, target: Path) -> None:
+    """Link the hashes of a unit's documents into the folder `target`, for `add_signatures` of a later data set."""
+    link_file(hashes_path(folder, rank), target / f"{rank:05d}")
 
 
 def add_signatures(folder: Path, source: Path, first_unit: int) -> int:
