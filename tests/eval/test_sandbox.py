@@ -17,6 +17,8 @@ from eval.benchmarks import sandbox
 from eval.benchmarks.sandbox import Limits, run_untrusted
 
 SHORT = Limits(seconds=3, cpu_seconds=2)
+WALK = Limits(seconds=120, cpu_seconds=60)
+"""Enough to look at every file that there is: the libraries alone are 140,000."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +68,8 @@ def test_a_secret_is_neither_in_files_nor_in_the_environment_nor_in_other_proces
     secret = "hf_planted_secret"
     (tmp_path / "token").write_text(secret)
     monkeypatch.setenv("HF_TOKEN", secret)
-    outcome = run(f"""
+    outcome = run(
+        f"""
         import os, subprocess
         seen = []
         for path in ({str(tmp_path / "token")!r}, os.path.expanduser("~/.cache/huggingface/token"), "/etc/passwd",
@@ -80,7 +83,9 @@ def test_a_secret_is_neither_in_files_nor_in_the_environment_nor_in_other_proces
                 if name in ("token", "passwd", "shadow"):
                     seen.append(os.path.join(root, name))
         print(seen, dict(os.environ))
-    """)
+    """,
+        WALK,
+    )
     assert outcome.passed and secret not in outcome.output
     seen = ast.literal_eval(outcome.output[: outcome.output.index("]") + 1])
     assert set(seen) <= {"FileNotFoundError", "PermissionError", "NotADirectoryError"}
