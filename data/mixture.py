@@ -37,6 +37,15 @@ def choose_heldout_fraction(config: DataConfig, corpus: Corpus) -> float:
     return min(config.heldout_fraction, config.max_heldout_tokens / tokens) if tokens else config.heldout_fraction
 
 
+def count_heldout_tokens(config: DataConfig) -> float | None:
+    """Return the tokens of all corpora that are held out; None where the size of one is unknown."""
+    corpora = [CATALOGUE[name] for name in config.corpora]
+    tokens = [estimate_tokens(corpus) for corpus in corpora]
+    if None in tokens:
+        return None
+    return sum((n or 0) * choose_heldout_fraction(config, corpus) for n, corpus in zip(tokens, corpora, strict=True))
+
+
 def count_split_tokens(config: DataConfig) -> dict[str, dict[str, float | None]]:
     """Return the tokens of every domain of every folder of training shards: folder -> domain -> tokens, or None."""
     counts: dict[str, dict[str, float | None]] = {folder: {} for folder in SHARD_FOLDERS}

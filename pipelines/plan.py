@@ -7,7 +7,7 @@ from typing import Any
 from data.catalogue.corpora import CATALOGUE
 from data.catalogue.corpus import RemoteFiles
 from data.config import DataConfig
-from data.mixture import count_split_tokens
+from data.mixture import count_heldout_tokens, count_split_tokens
 from data.planning import MEASURED, TOKEN_BYTES, plan_data
 from data.sources import UNIT_TEXT_BYTES
 from pipelines.recipe import Recipe
@@ -179,6 +179,7 @@ def plan_data_step(config: DataConfig) -> dict[str, Any]:
     return asdict(plan) | {
         "units": units,
         "corpora": len(corpora),
+        "heldout_tokens": count_heldout_tokens(config),
         "core_hours": plan.clean_core_hours + plan.tokenize_core_hours,
         "hours_on_1000_cores": plan.estimate_hours(1000),
     }

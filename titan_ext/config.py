@@ -140,7 +140,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ShardCacheConfig:
-    """Where the ranks of a node keep the shards that they have unpacked. Changes no batch."""
+    """The cache in which the ranks of a node keep the shards that they have unpacked. It changes no batch."""
 
     folder: str = ""
     """Absolute path of a folder on each node's own disk; every node makes it. Empty: `mobilemoe-shards-UID` below the

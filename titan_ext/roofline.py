@@ -19,7 +19,7 @@ BFLOAT16, FLOAT32 = 2, 4
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU reaches."""
+    """The speeds that a GPU reaches."""
 
     name: str = "H100"
     peak: float = 790e12

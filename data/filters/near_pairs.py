@@ -37,7 +37,7 @@ SAMPLE = 1 << 16
 
 
 class PairTask(NamedTuple):
-    """What one task searches: a range of a bucket of a group."""
+    """One task of the search: a range of a bucket of a group."""
 
     group: Path
     """Folder of the group, with its `signatures` and `pairs`."""

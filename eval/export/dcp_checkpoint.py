@@ -1,4 +1,4 @@
-"""Reading a DCP checkpoint of torchtitan tensor by tensor, without a process group or a GPU."""
+"""This module reads a DCP checkpoint of torchtitan tensor by tensor, without a process group or a GPU."""
 
 import re
 from collections.abc import Iterator, Mapping

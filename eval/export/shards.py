@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor, so that no more than one tensor of a folder is in memory.
+"""This module writes safetensors files tensor by tensor, so that no more than one tensor of a folder is in memory.
 
 The bytes are those of `safetensors.torch.save_file` with all tensors of the file at once.
 """

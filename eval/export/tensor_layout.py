@@ -42,9 +42,9 @@ def describe_folder(config: MobileMoEConfig, order: Iterable[str] = ()) -> Tenso
     layout: TensorLayout = {}
     for name in dict.fromkeys((*order, *shapes)):
         if name in packed:
-            tensor_shapes_of_packed = packed[name].packed_shapes()
+            part_shapes = packed[name].packed_shapes()
             for part, dtype in ((packed[name].qweight_name, torch.uint8), (packed[name].scale_name, torch.float16)):
-                layout[part] = TensorSpec(dtype, tensor_shapes_of_packed[part])
+                layout[part] = TensorSpec(dtype, part_shapes[part])
         elif name in shapes:
             layout[name] = TensorSpec(choose_dtype(name, config), shapes[name])
     return layout

@@ -117,6 +117,7 @@ def _format_epochs(stages: dict[str, Any]) -> Table:
 
 
 def _format_data(data: dict[str, Any]) -> Table:
+    heldout = data["heldout_tokens"]
     table = Table(title="data step", caption="At rates that were measured on a slow core (docs/data.md).")
     table.add_column("")
     table.add_column("", justify="right")
@@ -127,6 +128,7 @@ def _format_data(data: dict[str, Any]) -> Table:
         ("longest unit, hours of a core", f"{data['longest_unit_hours']:,.1f}"),
         ("core-hours", f"{data['core_hours']:,.0f}"),
         ("hours on 1,000 cores", f"{data['hours_on_1000_cores']:,.1f}"),
+        ("held out, tokens", UNKNOWN if heldout is None else _billions(heldout)),
         ("shards", _gb(data["storage_bytes"]) + " GB"),
         ("disk at the worst moment", _gb(data["peak_bytes"]) + " GB"),
     ):

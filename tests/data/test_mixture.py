@@ -15,6 +15,7 @@ from data.filters.split import SplitTagger, assign_split
 from data.mixture import (
     balance_midtrain,
     choose_heldout_fraction,
+    count_heldout_tokens,
     count_split_tokens,
     estimate_tokens,
     limit_shares,
@@ -63,6 +64,8 @@ def test_counts_by_hand():
         "web": pytest.approx(1e9 * 0.998 * 0.25), "math": pytest.approx((1e6 * 0.5 + 3e6) * 0.9),
     }  # fmt: skip
     assert counts["sft"] == {"chat": pytest.approx(2e6 * 0.9)}
+    assert count_heldout_tokens(config) == pytest.approx(2e6 + 0.1 * (1e6 + 3e6 + 2e6))
+    assert count_heldout_tokens(configure(LARGE, FOLDER)) is None
 
 
 @pytest.mark.parametrize("order", [(LARGE, FOLDER), (FOLDER, LARGE)])

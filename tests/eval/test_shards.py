@@ -86,7 +86,7 @@ def test_a_folder_of_shards_is_that_of_save_file(specs, limit, data, tmp_path_fa
 
 
 def test_at_most_one_tensor_is_alive(tmp_path):
-    """What a generator has given is dropped before it makes the next one."""
+    """A tensor that a generator has given is dropped before the generator makes the next one."""
     alive, most = set(), 0
 
     class Watched(torch.Tensor):

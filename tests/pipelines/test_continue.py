@@ -73,7 +73,7 @@ def data(tmp_path_factory) -> Path:
 
 
 class Driver:
-    """What `mobilemoe run` does, with the ranks as processes of this machine in place of Ray's workers."""
+    """A driver as that of `mobilemoe run`, with the ranks as processes of this machine in place of Ray's workers."""
 
     def __init__(self, run: Path, data: Path):
         self.run, self.data, self.said, self.trained = run, data, [], []

@@ -44,6 +44,7 @@ def test_the_plan_of_l(published):
     assert "computed" in speed["source"] and "not run" in speed["source"]
     text = sum(CATALOGUE[name].text_bytes for name in RECIPES["l"].build().data.corpora)
     assert published["data"]["text_bytes"] == pytest.approx(text, rel=1e-9)
+    assert 1e8 < published["data"]["heldout_tokens"] <= 37 * 10_000_000
     assert published["data"]["clean_core_hours"] == pytest.approx(text / 1e6 / 1.70 / 3600)
     assert [refusal.partition(" ")[0] for refusal in published["refusals"]] == ["data.tokenizer.train_vocab_size"]
 

@@ -1,4 +1,4 @@
-"""Opens the domains of a mixture."""
+"""This module opens the domains of a mixture, and gives each its share."""
 
 from pathlib import Path
 

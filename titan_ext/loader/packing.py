@@ -64,7 +64,7 @@ class Segment(NamedTuple):
 
 
 class Queue(Protocol):
-    """What a lane needs of `titan_ext.loader.domain.DocumentQueue`."""
+    """The part of `titan_ext.loader.domain.DocumentQueue` that a lane uses."""
 
     @property
     def domain(self) -> Domain:

@@ -1,19 +1,46 @@
-"""Let another mixture or other shards go on from a loader's state.
+"""The order of data that a loader's state belongs to: whether another one may go on from it, and how.
 
-A domain whose shards are the same keeps its place: its documents go on where they were, and none comes twice. A domain
-whose shards are new begins with its first document. The shares of the mixture are counted from here on, so that the new
-mixture does not make up for the old one.
+A stage that is continued may have another mixture or other shards. A domain whose shards are the same keeps its place:
+its documents go on where they were, and none comes twice. A domain whose shards are new begins with its first document.
+The shares of the mixture are counted from here on, so that the new mixture does not make up for the old one.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from core.errors import RefusedInput
 from titan_ext.loader.order import BEGIN
 from titan_ext.loader.packing import LaneState
 from titan_ext.loader.section import SectionState
 
 REALIGNABLE = ("mixture", "shards")
 """Keys of a loader's order (`StreamingLoader._describe_order`) in which a state may differ that is realigned."""
+
+
+def check_order(saved: dict[str, Any], own: dict[str, Any], may_differ: Collection[str]) -> None:
+    """Check that a state's order of data is the loader's own.
+
+    Args:
+        saved: order that the state belongs to.
+        own: order of the loader.
+        may_differ: keys in which they may differ.
+
+    Raises:
+        RefusedInput: they differ in another key; names each with both values.
+    """
+    differing = [
+        f"{name}: {saved.get(name)} in the checkpoint, {own[name]} now"
+        for name in own
+        if saved.get(name) != own[name] and name not in may_differ
+    ]
+    if differing:
+        raise RefusedInput(
+            "the loader's state belongs to another order of data, so the next unseen sample is unknown: "
+            + "; ".join(differing)
+            + ". Restore what it was (`shards` are hashes of each domain's index.json), or go on from a checkpoint "
+            "with another mixture or other shards: mobilemoe run --continue-from"
+        )
 
 
 @dataclass(frozen=True)

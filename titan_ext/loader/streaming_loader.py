@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -30,7 +30,7 @@ from titan_ext.loader.config_checks import check_batch_shape, check_cache, check
 from titan_ext.loader.mixture import open_domains, resolve_mixture
 from titan_ext.loader.order import count_sections, list_sections, sum_held_bytes
 from titan_ext.loader.packing import Segment, compute_initial_deficits, write_sequence
-from titan_ext.loader.realign import REALIGNABLE, Realignment
+from titan_ext.loader.realign import REALIGNABLE, Realignment, check_order
 from titan_ext.loader.section import Section, SectionState
 from titan_ext.loader.shard_store import default_cache
 
@@ -179,15 +179,15 @@ class StreamingLoader(BaseDataLoader):
         self._rewind()
         if not state_dict:
             return
-        saved = json.loads(state_dict["identity"])
-        realigns = state_dict["sequences"] == self._config.realign_after and saved != self._describe_order()
-        self._check_identity(saved, REALIGNABLE if realigns else ())
+        saved, own = json.loads(state_dict["identity"]), self._describe_order()
+        realigns = state_dict["sequences"] == self._config.realign_after and saved != own
+        check_order(saved, own, REALIGNABLE if realigns else ())
         self._check_begin(state_dict["sequences"], state_dict["ranks"])
         missing = [key for key in map(self._name_section, self._states) if key not in state_dict]
         if missing:
             raise RefusedInput(f"the loader's state lacks {missing[0]}: merge the states of all ranks it was taken on")
         self._sequences = state_dict["sequences"]
-        realignment = Realignment.between(saved, self._describe_order()) if realigns else None
+        realignment = Realignment.between(saved, own) if realigns else None
         for k in self._states:
             state = SectionState.from_dict(json.loads(state_dict[self._name_section(k)]))
             self._states[k] = realignment.realign(state) if realignment else state
@@ -275,21 +275,6 @@ class StreamingLoader(BaseDataLoader):
             "mixture": self._mixture,
             "shards": {domain.name: domain.store.index.fingerprint for domain in self._domains},
         }
-
-    def _check_identity(self, saved: dict[str, Any], may_differ: Sequence[str]) -> None:
-        own = self._describe_order()
-        differing = [
-            f"{name}: {saved.get(name)} in the checkpoint, {own[name]} now"
-            for name in own
-            if saved.get(name) != own[name] and name not in may_differ
-        ]
-        if differing:
-            raise RefusedInput(
-                "the loader's state belongs to another order of data, so the next unseen sample is unknown: "
-                + "; ".join(differing)
-                + ". Restore what it was (`shards` are hashes of each domain's index.json), or go on from a checkpoint "
-                "with another mixture or other shards: mobilemoe run --continue-from"
-            )
 
     def _end_iteration(self) -> None:
         """End the present iterator, if there is one, and drop the batches that were prepared for it."""

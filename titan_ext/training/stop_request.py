@@ -1,4 +1,4 @@
-"""Asks a stage to stop: a SIGTERM to any rank, or a file that the driver writes."""
+"""A request to a stage to stop: a SIGTERM to any rank, or a file that the driver writes."""
 
 import signal
 import threading
