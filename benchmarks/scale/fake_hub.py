@@ -181,6 +181,15 @@ class Hub(BaseHTTPRequestHandler):
         """Print no line a request."""
 
 
+class QuietServer(ThreadingHTTPServer):
+    """A server that prints nothing of the connections that killed clients leave behind."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print the error, unless the client has gone."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # its own two arguments
+
+
 def serve(files: int) -> tuple[ThreadingHTTPServer, dict[str, int]]:
     """Serve the corpora at an address of this machine; return the server and the number of files by corpus."""
     counts = {corpus: round(files * share) for corpus, share in SHARES.items()}
@@ -193,7 +202,7 @@ def serve(files: int) -> tuple[ThreadingHTTPServer, dict[str, int]]:
         contents |= {name_file(corpus, number): make_content(corpus, number) for number in range(count)}
     failing = ("HuggingFaceFW/fineweb-edu", name_file("fineweb-edu", counts["fineweb-edu"] // 2))
     handler = type("Handler", (Hub,), {"repositories": repositories, "failing": failing, "failures": Counter()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = QuietServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, counts
 
