@@ -33,6 +33,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.utils import text as datatrove_text
 
+from core.marked_text import UnusableConversationError
 from core.special_tokens import EOT
 from data.catalogue.corpora import LANGUAGE_PACKAGE
 from data.config import DataConfig
@@ -50,7 +51,6 @@ from data.readers.text_decoding import decode_text, split_lines
 from data.report.shard_statistics import ShardStatistics
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder
-from data.tokens.marked_text import UnusableConversationError
 
 SHORT, LONG = 10_000, 100_000
 """Lengths of the texts, in characters."""

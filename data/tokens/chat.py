@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from core.literal_text import compile_spelling_pattern
-from data.tokens.marked_text import (
+from core.marked_text import (
     MarkedTextEncoder,
     UnusableConversationError,
     holds_escaped_mark,

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from core.errors import RefusedInput
 from core.literal_text import list_control_tokens
+from core.marked_text import MarkedTextEncoder, UnusableConversationError
 from core.special_tokens import BOS, EOS, PAD, REQUIRED_TOKENS, STOP_TOKENS
 from data.tokens.chat import Encoder
-from data.tokens.marked_text import MarkedTextEncoder, UnusableConversationError
 from data.tokens.template_date import pin_date
 from data.tokens.tokenizer import CHAT_TEMPLATE
 from data.tokens.tokenizer_files import CONFIG, TEMPLATE, locate_tokenizer

@@ -12,13 +12,13 @@ from datatrove.pipeline.base import PipelineStep
 from streaming import MDSWriter
 
 from core.atomic import atomic_write, remove
+from core.marked_text import UnusableConversationError
 from data.catalogue.corpus import SHARDS_BY_KIND
 from data.report import shard_statistics
 from data.report.set_aside import SetAside
 from data.report.shard_statistics import ShardStatistics
 from data.tokens import mds, tokenizer
 from data.tokens.chat import TOO_LONG, Encoder
-from data.tokens.marked_text import UnusableConversationError
 from data.tokens.tokenizer_files import hash_tokenizer_files
 
 BATCH_CHARS = 1 << 20

@@ -18,6 +18,7 @@ from pipelines.commands import (
     report,
     run,
     scaling_law,
+    serve,
     status,
 )
 from pipelines.commands.command import Command
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(export.Export, export.export),
     "import": Command(import_model.Import, import_model.import_model),
     "profile": Command(profile.Profile, profile.profile),
+    "serve": Command(serve.Serve, serve.serve),
     "publish": Command(publish.Publish, publish.publish),
     "fetch": Command(fetch.Fetch, fetch.fetch),
 }

@@ -7,9 +7,9 @@ from datatrove.data import Document
 from transformers import AutoTokenizer
 
 from core.atomic import remove
+from core.marked_text import UnusableConversationError
 from data.tokens import mds, tokenizer
 from data.tokens.chat import NO_ANSWER, TOO_LONG, Encoder
-from data.tokens.marked_text import UnusableConversationError
 from data.tokens.shard_writer import REFUSED_PREFIX, ShardWriter, load_encoder
 from data.tokens.tokenizer_files import hash_tokenizer_files
 from tests.data.planted import page

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from core.marked_text import MARKS, NO_MARK, MarkedTextEncoder, UnusableConversationError
 from data.tokens import tokenizer
 from data.tokens.chat import ESCAPED, Encoder
-from data.tokens.marked_text import MARKS, NO_MARK, MarkedTextEncoder, UnusableConversationError
 from tests.data.planted import page
 
 FLAGS = {"normalized": False}

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from core.errors import RefusedInput
+from core.marked_text import UnusableConversationError
 from core.special_tokens import SPECIAL_TOKENS
 from data.tokens import tokenizer
 from data.tokens.chat import Encoder
 from data.tokens.existing_tokenizer import load_existing
-from data.tokens.marked_text import UnusableConversationError
 from tests.data.growth import measure_growth
 from tests.data.planted import page
 

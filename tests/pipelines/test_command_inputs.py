@@ -70,6 +70,7 @@ READ = {
     ("import", "folder"): ("import", "{path}", "--out", "{new}"),
     ("profile", "artifact"): ("profile", "{path}", "--out", "{new}"),
     ("profile", "prompts"): ("profile", "{good}", "--prompts", "{path}"),
+    ("serve", "artifact"): ("serve", "{path}"),
     ("publish", "source"): ("publish", "{path}", "{new}"),
     ("fetch", "source"): ("fetch", "{path}", "{new}"),
     ("run", "data"): ("run", "smoke", "--out", "{new}", "--data", "{path}"),
@@ -231,6 +232,8 @@ NUMBERS = {
     ("profile", "contexts"): ("profile", "{good}", "--contexts"),
     ("profile", "repetitions"): ("profile", "{good}", "--repetitions"),
     ("profile", "threads"): ("profile", "{good}", "--threads"),
+    ("serve", "port"): ("serve", "{good}", "--port"),
+    ("serve", "threads"): ("serve", "{good}", "--threads"),
 }
 """Options of numbers; tests/eval/test_executorch.py has those of `export`, which need a checkpoint."""
 

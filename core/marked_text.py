@@ -2,15 +2,14 @@
 
 A spelling inside of a message is broken by a mark, a character that occurs nowhere else in the conversation. The
 template renders the marked messages. So the special tokens that the rendered text still holds are the template's; the
-text between them loses its marks and is encoded as text.
+text between them loses its marks and is encoded as text. As in `core.literal_text`, a `Tokenizer` is that of the
+tokenizers library, and nothing is imported for it.
 """
 
 import json
 import re
 from typing import Any
 from urllib.parse import quote
-
-from tokenizers import Tokenizer, models
 
 from core.literal_text import copy_literal_tokenizer, list_control_tokens
 
@@ -26,7 +25,7 @@ class UnusableConversationError(Exception):
 def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list[dict], str]:
     """Break every spelling of a control token in messages by a mark behind its first character.
 
-    Roles stay as they are, because templates compare them.
+    The messages' roles stay as they are, because templates compare them.
 
     Args:
         spelling: `core.literal_text.compile_spelling_pattern` of the tokenizer.
@@ -37,7 +36,7 @@ def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list
     Raises:
         UnusableConversationError: no character is left to be the mark.
     """
-    if not any(_spells(message, spelling) for message in messages):
+    if not any(_spells({**message, "role": ""}, spelling) for message in messages):
         return messages, ""
     written = json.dumps(messages, ensure_ascii=False)
     mark = next((mark for mark in MARKS if mark not in written and not holds_escaped_mark(written, mark)), None)
@@ -50,10 +49,11 @@ def mark_messages(messages: list[dict], spelling: re.Pattern[str]) -> tuple[list
         if isinstance(value, list):
             return [mark_value(item) for item in value]
         if isinstance(value, dict):
-            return {mark_value(key): item if key == "role" else mark_value(item) for key, item in value.items()}
+            return {mark_value(key): mark_value(item) for key, item in value.items()}
         return value
 
-    return [mark_value(message) for message in messages], mark
+    roles = [{"role": message["role"]} if "role" in message else {} for message in messages]
+    return [mark_value(message) | role for message, role in zip(messages, roles, strict=True)], mark
 
 
 def holds_escaped_mark(rendered: str, mark: str) -> bool:
@@ -65,7 +65,7 @@ def _spells(value: Any, spelling: re.Pattern[str]) -> bool:
     if isinstance(value, str):
         return spelling.search(value) is not None
     if isinstance(value, dict):
-        return any(_spells(key, spelling) or (key != "role" and _spells(item, spelling)) for key, item in value.items())
+        return any(_spells(key, spelling) or _spells(item, spelling) for key, item in value.items())
     return isinstance(value, list) and any(_spells(item, spelling) for item in value)
 
 
@@ -75,7 +75,7 @@ class MarkedTextEncoder:
     For a text without marks the ids are those of the tokenizer itself.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Any):
         self.literal = copy_literal_tokenizer(tokenizer)
         self.control = list_control_tokens(tokenizer)
         self._control_ids = set(self.control.values())
@@ -96,13 +96,17 @@ class MarkedTextEncoder:
         return self.literal.encode(text.replace(mark, ""), add_special_tokens=False).ids if text else []
 
 
-def _make_finder(tokenizer: Tokenizer) -> Tokenizer:
+def _make_finder(tokenizer: Any) -> Any:
     """Return a tokenizer that encodes the added tokens alone, with their offsets, and drops all other text.
 
     It finds them by the tokenizer's own rules (lstrip, rstrip, single_word, the longest of several).
     """
     added = tokenizer.get_added_tokens_decoder()
-    finder = Tokenizer(models.BPE({token.content: index for index, token in added.items()}, []))
-    finder.normalizer = tokenizer.normalizer
+    state = json.loads(tokenizer.to_str())
+    vocabulary = {token.content: index for index, token in added.items()}
+    state["model"] = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    state |= {"added_tokens": [], "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    state |= {"truncation": None, "padding": None}
+    finder = type(tokenizer).from_str(json.dumps(state))
     finder.add_tokens(list(added.values()))
     return finder
