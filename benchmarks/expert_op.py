@@ -33,8 +33,7 @@ def calls(group_size: int):
     w2 = random_blobs(s.n_experts, s.d_model, s.expert_hidden, group_size)
     sizes = (s.top_k, s.n_experts, s.expert_hidden, s.d_model, group_size, 4, "sigmoid", s.route_scale)
     found = {"stock": lambda x: torch.ops.llama.quantized_moe_ffn(x, gate, bias, w13, w2, *sizes)}
-    fastest = expert_op.KERNELS.index(expert_op.load().mobilemoe_kernel().decode())
-    for kernel in expert_op.KERNELS[fastest:]:
+    for kernel in expert_op.list_kernels():
         found[kernel] = lambda x, kernel=kernel: expert_op.run_kernel(
             kernel, x, gate, bias, w13, w2, top_k=s.top_k, expert_hidden=s.expert_hidden, group_size=group_size,
             route_scale=s.route_scale,

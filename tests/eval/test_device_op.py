@@ -20,8 +20,8 @@ from tests.eval.moe_reference import RandomExperts
 from titan_ext.quantization.formulas import quantize_int8, round_to_int8
 from titan_ext.quantization.qat import fake_quantize_activation
 
-FASTEST = expert_op.load().mobilemoe_kernel().decode()
-AVAILABLE = expert_op.KERNELS[expert_op.KERNELS.index(FASTEST) :]
+AVAILABLE = expert_op.list_kernels()
+FASTEST = AVAILABLE[0]
 
 
 def run(layer: RandomExperts, kernel: str) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """This package builds, loads and declares our MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`.
 
 The operator takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn`
-(eval/device/expert_blobs.py) and rounds activations to INT8 as that op's ARM build does. It has AVX512-VNNI, AVX2 and
-portable kernels; the best one for the processor is chosen when the library is loaded. The C++ sources are beside this
-file. They are compiled on first use against headers and libraries of the installed executorch wheel.
+(eval/device/expert_blobs.py) and rounds activations to INT8 as that op's ARM build does. It has kernels for
+AVX512-VNNI, AVX2, ARM's matrix and dot product instructions, and in portable C++; the fastest that the processor has is
+chosen when the library is loaded. The C++ sources are beside this file, compiled on first use against headers and
+libraries of the installed executorch wheel. Only moe_ffn.cpp needs those; the arithmetic in the headers does not.
 """
 
 import ctypes
@@ -11,25 +12,23 @@ import functools
 import hashlib
 import importlib.metadata
 import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
 from core.cache import cache_dir, identify_machine
-from core.errors import DamagedData, RefusedInput
+from core.errors import DamagedData
+from eval.device.compiler import compile_file
 from eval.device.expert_blobs import blob_bytes, pack_blobs
 
-SOURCES = ("moe_ffn.cpp", "tile_kernels.h")
-KERNELS = ("avx512_vnni", "avx2", "portable")
-FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
-    "-fno-signed-zeros", "-fassociative-math", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL",
+SOURCE = Path(__file__).with_name("moe_ffn.cpp")
+ARITHMETIC_FLAGS = (
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros",
+    "-fassociative-math",
 )  # fmt: skip
-"""Compiler options. They leave out -ffast-math, which would flush denormals to zero in the whole process, and
--freciprocal-math, because quantize_row must divide exactly as the formula of INT8 does."""
+"""Compiler options of whatever includes the kernels. They leave out -ffast-math, which would flush denormals to zero in
+the whole process, and -freciprocal-math, because quantize_row must divide exactly as the formula of INT8 does."""
+FLAGS = (*ARITHMETIC_FLAGS, "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_USE_THREADPOOL")
 
 _SCHEMA = (
     "(Tensor x, Tensor gate_weight, Tensor expert_bias, Tensor packed_w13, Tensor packed_w2, "
@@ -50,33 +49,25 @@ def library_path() -> Path:
     import executorch
 
     version = importlib.metadata.version("executorch")
-    here, wheel = Path(__file__).parent, Path(executorch.__path__[0])
+    wheel = Path(executorch.__path__[0])
     facts = (*FLAGS, version, str(wheel), identify_machine())
-    content = b"".join((here / name).read_bytes() for name in SOURCES) + " ".join(facts).encode()
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    content = b"".join(path.read_bytes() for path in sources) + " ".join(facts).encode()
     library = cache_dir() / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
     if not library.is_file():
-        _build(here / SOURCES[0], wheel, library)
+        _build(wheel, library)
     return library
 
 
-def _build(source: Path, wheel: Path, library: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise RefusedInput(
-            "the fast expert op is compiled on first use and no C++ compiler was found (g++, or what $CXX names); "
-            "install one (apt-get install g++), or export with --expert-op stock"
-        )
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as partial:
-        command = [compiler, *FLAGS, str(source), "-o", partial.name]
-        command += [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
-        command += [f"-L{wheel / 'lib'}", f"-Wl,-rpath,{wheel / 'lib'}"]
-        command += ["-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        os.unlink(partial.name)
-        raise RefusedInput(f"{compiler} could not build the fast expert op:\n{done.stderr[-2000:]}")
-    os.replace(partial.name, library)
+def _build(wheel: Path, library: Path) -> None:
+    arguments = [*FLAGS, str(SOURCE)]
+    arguments += [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
+    arguments += [f"-L{wheel / 'lib'}", f"-Wl,-rpath,{wheel / 'lib'}"]
+    arguments += ["-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
+    compile_file(
+        os.environ.get("CXX", "g++"), arguments, library, what="the fast expert op",
+        advice="install one (apt-get install g++), name it in $CXX, or export with --expert-op stock",
+    )  # fmt: skip
 
 
 @functools.cache
@@ -90,10 +81,19 @@ def load() -> ctypes.CDLL:
 
     path = library_path()
     library = ctypes.CDLL(str(path))
-    library.mobilemoe_kernel.restype = ctypes.c_char_p
+    library.mobilemoe_kernels.restype = ctypes.c_char_p
     library.mobilemoe_experts_read.restype = ctypes.c_int64
     compare_kernels(library, path)
     return library
+
+
+def list_kernels(library: ctypes.CDLL | None = None) -> list[str]:
+    """Return the names of the kernels that this processor has, the fastest first.
+
+    Args:
+        library: the op's library; None for the one that `load` returns.
+    """
+    return (load() if library is None else library).mobilemoe_kernels().decode().split(",")
 
 
 def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
@@ -111,7 +111,7 @@ def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
 
     x_TD, gate_ED = (torch.randn(n, d_model, generator=generator) for n in (5, n_experts))
     layer = (x_TD, gate_ED, None, draw_blobs(2 * hidden, d_model), draw_blobs(d_model, hidden))
-    chosen = library.mobilemoe_kernel().decode()
+    chosen = list_kernels(library)[0]
     found, expected = (
         run_kernel(
             kernel, *layer, top_k=2, expert_hidden=hidden, group_size=group_size, route_scale=1.0, library=library
@@ -139,7 +139,7 @@ def run_kernel(
     route_scale: float,
     library: ctypes.CDLL | None = None,
 ) -> torch.Tensor:
-    """Return the routed experts' output [T, D], float32, computed by one of `KERNELS`.
+    """Return the routed experts' output [T, D], float32, computed by one of `list_kernels()`.
 
     Args:
         x_TD: tokens, contiguous float32.
@@ -163,7 +163,8 @@ def run_kernel(
         kernel.encode(), *sizes, *inputs, ctypes.c_double(route_scale), ctypes.c_void_p(out_TD.data_ptr())
     )
     if refused:
-        raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {library.mobilemoe_kernel()!r}")
+        available = ", ".join(list_kernels(library))
+        raise ValueError(f"this processor does not have the kernel {kernel!r}; it has {available}")
     return out_TD
 
 
@@ -221,6 +222,6 @@ def declare() -> torch.library.Library:
 
 def _eager(x, gate, bias, w13, w2, top_k, n_experts, hidden, dim, group_size, bits, score, route_scale):
     return run_kernel(
-        load().mobilemoe_kernel().decode(), x.contiguous(), gate, bias if bias.numel() else None, w13, w2,
+        list_kernels()[0], x.contiguous(), gate, bias if bias.numel() else None, w13, w2,
         top_k=top_k, expert_hidden=hidden, group_size=group_size, route_scale=route_scale,
     )  # fmt: skip

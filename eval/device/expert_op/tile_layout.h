@@ -1,0 +1,57 @@
+// The layout of INT4 weight tiles, INT8 activation rows, and what a kernel that multiplies them is given.
+//
+// A tile is 8 rows of a weight matrix in the "universal" layout of torchao's 8-bit-activation kernels, which
+// eval/device/expert_blobs.py writes. For every group along K it has the values, in chunks of 16 along K, then 8 float
+// scales, then 8 int32 sums of the group's values. A chunk is 64 bytes, four runs of 16:
+//   run 0: rows 0-3, k 0-7   run 1: rows 4-7, k 0-7   run 2: rows 0-3, k 8-15   run 3: rows 4-7, k 8-15
+// In a run, the low nibbles are the first two rows (8 values each), and the high nibbles are the other two. A nibble is
+// the value plus 8, so it is unsigned. The byte dot product instructions need one unsigned operand.
+//
+// With weights w = s_g * (n - 8) and activations x = scale * (q - zero), a row's product with x is
+//   scale * sum over groups g of s_g * (sum n * q  -  8 * sum q  -  zero * sum (n - 8)).
+// The second sum is stored with the activations, and the third with the weights.
+#pragma once
+
+#include <cstdint>
+
+namespace mobilemoe {
+
+constexpr int kTileRows = 8;
+constexpr int kChunk = 16;
+constexpr int kChunkBytes = kTileRows * kChunk / 2;
+constexpr int kTailBytes = 2 * kTileRows * 4;  // a group's scales and sums
+constexpr int64_t kHeaderBytes = 64;
+
+inline int64_t tile_bytes(int64_t k, int64_t group_size) {
+  return k / group_size * (kTileRows * group_size / 2 + kTailBytes);
+}
+
+// The size of a packed matrix of `rows` rows; the last tile is full.
+inline int64_t blob_bytes(int64_t rows, int64_t k, int64_t group_size) {
+  return kHeaderBytes + (rows + kTileRows - 1) / kTileRows * tile_bytes(k, group_size);
+}
+
+// A row of activations, x = scale * (q - zero).
+struct QuantizedRow {
+  const int8_t* q;            // [k]
+  const int32_t* group_sums;  // [k / group_size], sums of q
+  float scale;
+  int32_t zero;
+};
+
+// A kernel writes out[i * 8 + r] = dot(row r of the tile, rows[i]) for i < n_rows; group_size is a multiple of 32.
+using TileKernel = void (*)(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows, int64_t n_rows,
+                            float* out);
+
+// Rows are processed in blocks of four: the weights are unpacked once for four rows, and the sums of four rows still
+// fit into the registers.
+#define MOBILEMOE_IN_BLOCKS(block)                                                              \
+  int64_t i = 0;                                                                                \
+  for (; i + 4 <= n_rows; i += 4) block<4>(tile, k, group_size, rows + i, out + i * kTileRows); \
+  switch (n_rows - i) {                                                                         \
+    case 3: block<3>(tile, k, group_size, rows + i, out + i * kTileRows); break;                \
+    case 2: block<2>(tile, k, group_size, rows + i, out + i * kTileRows); break;                \
+    case 1: block<1>(tile, k, group_size, rows + i, out + i * kTileRows); break;                \
+  }
+
+}  // namespace mobilemoe
