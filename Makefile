@@ -6,7 +6,9 @@ RUN ?= runs/smoke
 ISA_TESTS := $(addprefix tests/,titan_ext/test_contracts.py titan_ext/test_attention.py titan_ext/test_qat.py \
 	eval/test_int4.py eval/test_device_op.py)
 
-.PHONY: setup runtimes smoke test test-clusters test-parts test-isa lint
+ARM_CXX ?= aarch64-linux-gnu-g++
+
+.PHONY: setup runtimes smoke device-bench test test-clusters test-parts test-isa lint
 
 setup: $(VENV)/.installed
 
@@ -29,6 +31,10 @@ runtimes: $(patsubst tests/runtimes/%.txt,.runtimes/%/.installed,$(wildcard test
 
 smoke: setup
 	$(BIN)/mobilemoe run smoke --out $(RUN)
+
+# A static program for a phone, and the shapes that it measures (docs/on_device.md).
+device-bench: setup
+	$(BIN)/python -m eval.device.phone_bench build --compiler "$(ARM_CXX)" --out $@
 
 # Tests that start clusters and whole runs wait more than they compute, so they run beside the others; theirs is the
 # report that comes in one piece. `python -m pytest` runs all of them one after the other.

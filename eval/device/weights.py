@@ -34,7 +34,7 @@ class DeviceWeights:
         layout = source.config.quantization or source.layout or int4_layout(QuantizationConfig())
         if expert_group_size is None:
             expert_group_size = layout.get("expert_group_size", layout["group_size"])
-        self.expert_group_size = expert_group_size
+        self.layout, self.expert_group_size = layout, expert_group_size
         check_fused_op(self.config, layout, self.expert_group_size)
         self._source, self._scales = source, source.scales_for(layout)
         self._packed = find_packed_tensors(with_layout(self.config, layout))

@@ -35,20 +35,27 @@ from .versions_mobilemoe import CACHE, build_causal_mask, record_outputs
 # loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that check them.
 
 
-def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
-    """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2], with Llama 3.1's scaling.
+def rotary_frequencies(config: MobileMoEConfig, device: torch.device | None = None) -> torch.Tensor:
+    """Return the angle by which every channel pair turns from one position to the next, in radians, float32 [C/2].
 
-    It is computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
-    If low_freq_factor equals high_freq_factor, no frequency is interpolated.
+    The scaling is Llama 3.1's. If low_freq_factor equals high_freq_factor, no frequency is interpolated.
     """
-    pair = torch.arange(0, config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+    pair = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     freqs = 1.0 / config.rope_theta ** (pair / config.head_dim)
     if config.rope_scaling is not None:
         low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
         turns = config.rope_scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
         smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).float()
         freqs = smooth * freqs + (1 - smooth) * freqs / config.rope_scaling["factor"]
-    angles = positions_BL[..., None].float() * freqs
+    return freqs
+
+
+def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
+    """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2].
+
+    It is computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
+    """
+    angles = positions_BL[..., None].float() * rotary_frequencies(config, positions_BL.device)
     return torch.polar(torch.ones_like(angles), angles)
 
 

@@ -31,6 +31,12 @@ inline int64_t blob_bytes(int64_t rows, int64_t k, int64_t group_size) {
   return kHeaderBytes + (rows + kTileRows - 1) / kTileRows * tile_bytes(k, group_size);
 }
 
+// Value j along K of a row of a group, -8 to 7. `group` points to the group's first chunk.
+inline int read_value(const uint8_t* group, int row, int64_t j) {
+  const uint8_t byte = group[j / 8 * (kChunkBytes / 2) + row / 4 * 16 + row % 2 * 8 + j % 8];
+  return (byte >> (row % 4 / 2 * 4) & 0xF) - 8;
+}
+
 // A row of activations, x = scale * (q - zero).
 struct QuantizedRow {
   const int8_t* q;            // [k]

@@ -1,0 +1,185 @@
+// A MobileMoE's forward pass over packed weights: what eval/hf_mobilemoe/modeling_mobilemoe.py computes, with
+// activations rounded to INT8 in front of every product but the router's, as on the device.
+//
+// Shapes: T tokens, D model width, C width of a head.
+#pragma once
+
+#include <cstring>
+
+#include "model_file.h"
+#include "moe_layer.h"
+
+namespace mobilemoe {
+
+inline void normalize(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * (weight ? weight[i] : 1.0f);
+}
+
+// Softmax attention of one query over `n` positions, whose keys and values are `stride` apart. `scores` has n places.
+MOBILEMOE_FOR_EACH_CPU
+inline void attend(const float* q, const float* keys, const float* values, int64_t n, int64_t stride, int64_t C,
+                   float* scores, float* out) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(C));
+  float most = -std::numeric_limits<float>::max(), sum = 0.0f;
+  for (int64_t j = 0; j < n; ++j) {
+    float dot = 0.0f;
+    for (int64_t c = 0; c < C; ++c) dot += q[c] * keys[j * stride + c];
+    scores[j] = dot * scale;
+    most = std::max(most, scores[j]);
+  }
+  std::fill(out, out + C, 0.0f);
+  for (int64_t j = 0; j < n; ++j) {
+    const float weight = std::exp(scores[j] - most);
+    sum += weight;
+    for (int64_t c = 0; c < C; ++c) out[c] += weight * values[j * stride + c];
+  }
+  for (int64_t c = 0; c < C; ++c) out[c] /= sum;
+}
+
+class Decoder {
+ public:
+  // The KV cache has `context` positions in float32.
+  Decoder(const Model& model, TileKernel kernel, ThreadPool& pool, int64_t context)
+      : model_(model), s_(model.shape), kernel_(kernel), pool_(pool), context_(context), kv_(s_.n_kv_heads * s_.C),
+        keys_(s_.n_layers * context * kv_), values_(s_.n_layers * context * kv_), no_gate_(s_.D) {}
+
+  // Computes T tokens from `position` on and returns the logits of the last one; positions before it are in the cache.
+  const std::vector<float>& forward(const int64_t* tokens, int64_t T, int64_t position) {
+    std::vector<float> x(T * s_.D);
+    for (int64_t t = 0; t < T; ++t) look_up(tokens[t], &x[t * s_.D]);
+    for (int64_t i = 0; i < s_.n_layers; ++i) {
+      add_attention(i, position, T, x);
+      add_experts(model_.weights.layers[i], T, x);
+    }
+    std::vector<float> last(s_.D);
+    normalize(&x[(T - 1) * s_.D], model_.weights.norm, s_.D, s_.norm_eps, last.data());
+    logits_ = multiply(model_.weights.embedding, s_.vocabulary, quantize(last, s_.D, s_.embedding_group_size));
+    logits_.resize(s_.vocabulary);
+    return logits_;
+  }
+
+  int64_t cache_bytes_a_position() const { return s_.n_layers * 2 * kv_ * 4; }
+
+ private:
+  // A row of the embedding, which is also the packed output projection.
+  void look_up(int64_t token, float* out) const {
+    const int64_t group = s_.embedding_group_size;
+    const uint8_t* at = model_.weights.embedding + kHeaderBytes + token / kTileRows * tile_bytes(s_.D, group);
+    const int row = static_cast<int>(token % kTileRows);
+    for (int64_t g = 0; g < s_.D; g += group, at += kTailBytes) {
+      float scale;
+      std::memcpy(&scale, at + kTileRows * group / 2 + 4 * row, 4);
+      for (int64_t j = 0; j < group; ++j) out[g + j] = scale * static_cast<float>(read_value(at, row, j));
+      at += kTileRows * group / 2;
+    }
+  }
+
+  QuantizedRows quantize(const std::vector<float>& x, int64_t k, int64_t group_size) {
+    const int64_t T = static_cast<int64_t>(x.size()) / k;
+    QuantizedRows rows(T, k, group_size);
+    pool_.parallel_for(0, T, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) quantize_row(&x[t * k], t, rows);
+    });
+    return rows;
+  }
+
+  // Returns x times the packed matrix [n_rows, k]: [T, n_rows], the columns filled up to whole tiles.
+  std::vector<float> multiply(const uint8_t* blob, int64_t n_rows, const QuantizedRows& x) {
+    const int64_t T = static_cast<int64_t>(x.rows.size()), n_tiles = (n_rows + kTileRows - 1) / kTileRows;
+    std::vector<float> out(T * n_tiles * kTileRows);
+    pool_.parallel_for(0, n_tiles, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> product(T * kTileRows);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const uint8_t* at = blob + kHeaderBytes + tile * tile_bytes(x.k, x.group_size);
+        kernel_(at, x.k, x.group_size, x.rows.data(), T, product.data());
+        for (int64_t t = 0; t < T; ++t) {
+          std::memcpy(&out[(t * n_tiles + tile) * kTileRows], &product[t * kTileRows], sizeof(float) * kTileRows);
+        }
+      }
+    });
+    return out;
+  }
+
+  // Rotates neighbouring channels, then normalizes a head without weights.
+  void rotate_and_normalize(const float* x, int64_t position, float* out) const {
+    std::vector<float> rotated(s_.C);
+    for (int64_t c = 0; c < s_.C; c += 2) {
+      const float angle = static_cast<float>(position) * s_.rope_frequencies[c / 2];
+      const float cosine = std::cos(angle), sine = std::sin(angle);
+      rotated[c] = x[c] * cosine - x[c + 1] * sine;
+      rotated[c + 1] = x[c] * sine + x[c + 1] * cosine;
+    }
+    normalize(rotated.data(), nullptr, s_.C, s_.norm_eps, out);
+  }
+
+  std::vector<float> normalize_all(const std::vector<float>& x, const float* weight) const {
+    std::vector<float> out(x.size());
+    for (size_t i = 0; i < x.size(); i += s_.D) normalize(&x[i], weight, s_.D, s_.norm_eps, &out[i]);
+    return out;
+  }
+
+  void add_attention(int64_t i_layer, int64_t position, int64_t T, std::vector<float>& x) {
+    const LayerWeights& layer = model_.weights.layers[i_layer];
+    const int64_t H = s_.n_heads, N = s_.n_kv_heads, C = s_.C;
+    const auto qkv = multiply(layer.qkv, s_.qkv_rows(),
+                              quantize(normalize_all(x, layer.attention_norm), s_.D, s_.group_size));
+    const int64_t stride = static_cast<int64_t>(qkv.size()) / T;
+    float *keys = &keys_[i_layer * context_ * kv_], *values = &values_[i_layer * context_ * kv_];
+    for (int64_t t = 0; t < T; ++t) {
+      const float* k = &qkv[t * stride + H * C];
+      for (int64_t n = 0; n < N; ++n) {
+        rotate_and_normalize(k + n * C, position + t, keys + (position + t) * kv_ + n * C);
+      }
+      std::memcpy(values + (position + t) * kv_, k + kv_, sizeof(float) * kv_);
+    }
+    std::vector<float> heads(T * H * C);
+    pool_.parallel_for(0, T * H, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> q(C), scores(position + T);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / H, h = i % H, first = h / (H / N) * C;
+        rotate_and_normalize(&qkv[t * stride + h * C], position + t, q.data());
+        attend(q.data(), keys + first, values + first, position + t + 1, kv_, C, scores.data(), &heads[i * C]);
+      }
+    });
+    add(multiply(layer.out, s_.D, quantize(heads, H * C, s_.group_size)), T, x);
+  }
+
+  void add_experts(const LayerWeights& layer, int64_t T, std::vector<float>& x) {
+    const std::vector<float> normed = normalize_all(x, layer.ffn_norm);
+    std::vector<float> routed(x.size()), shared(x.size());
+    const auto in_parallel = [&](int64_t begin, int64_t end, int64_t grain, const auto& f) {
+      pool_.parallel_for(begin, end, grain, f);
+    };
+    moe_ffn({T, s_.D, s_.F, s_.E, s_.K, s_.expert_group_size, normed.data(), layer.router, layer.bias, layer.w13,
+             layer.w2, s_.route_scale, routed.data()},
+            kernel_, in_parallel);
+    // The shared expert is a layer of one expert, whose weight is 1 whatever its score.
+    moe_ffn({T, s_.D, s_.shared_F, 1, 1, s_.group_size, normed.data(), no_gate_.data(), nullptr, layer.shared_w13,
+             layer.shared_w2, 1.0f, shared.data()},
+            kernel_, in_parallel);
+    add(routed, T, x);
+    add(shared, T, x);
+  }
+
+  // Adds y [T, at least D] to x [T, D].
+  void add(const std::vector<float>& y, int64_t T, std::vector<float>& x) const {
+    const int64_t stride = static_cast<int64_t>(y.size()) / T;
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t d = 0; d < s_.D; ++d) x[t * s_.D + d] += y[t * stride + d];
+    }
+  }
+
+  const Model& model_;
+  const Shape& s_;
+  const TileKernel kernel_;
+  ThreadPool& pool_;
+  const int64_t context_, kv_;
+  std::vector<float> keys_, values_;  // [layer, position, key/value head, C]
+  const std::vector<float> no_gate_;
+  std::vector<float> logits_;
+};
+
+}  // namespace mobilemoe
