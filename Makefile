@@ -19,14 +19,17 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Programs of others that the tests of exported formats run: transformers 5, mlx-lm, compressed-tensors, and llama.cpp,
-# which is compiled. Without them these tests are skipped.
+# Programs of others that tests run: transformers 5, mlx-lm, compressed-tensors, llama.cpp, which is compiled, and
+# ExecuTorch for ARM. Without them these tests are skipped.
 runtimes: $(patsubst tests/runtimes/%.txt,.runtimes/%/.installed,$(wildcard tests/runtimes/*.txt))
+
+.runtimes/executorch_aarch64/.installed: private PIP_OPTIONS = --platform manylinux_2_28_aarch64 \
+	--python-version 3.11 --only-binary :all:
 
 .runtimes/%/.installed: tests/runtimes/%.txt | setup
 	rm -rf .runtimes/$*
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .runtimes/$* -r $<
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(PIP_OPTIONS) --target .runtimes/$* -r $<
 	touch $@
 
 smoke: setup

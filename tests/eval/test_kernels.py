@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from eval.device import expert_op
 from eval.device.compiler import compile_file
 from eval.device.expert_blobs import HEADER, TILE_ROWS, pack_blobs
 from tests.eval.moe_reference import RandomExperts
+from tests.runtimes import RUNTIMES, SCRIPTS, require_runtime
 
 RUNNER = Path(__file__).with_name("run_kernels.cpp")
 KERNELS = {
@@ -45,14 +47,14 @@ def skip_without_tools(processor: str) -> None:
 class Runner:
     """The program of run_kernels.cpp for one processor."""
 
-    def __init__(self, program: Path, processor: str):
+    def __init__(self, program: Path, processor: str, *options: str):
         self.program, self.processor = program, processor
+        emulator = [] if processor == "native" else ["qemu-aarch64", "-cpu", processor, *options]
+        self.command = [*emulator, str(program)]
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
-        emulator = [] if self.processor == "native" else ["qemu-aarch64", "-cpu", self.processor]
-        return subprocess.run(
-            [*emulator, str(self.program), *arguments], capture_output=True, text=True, timeout=300, check=False
-        )
+        command = [*self.command, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     def compute(self, mode: str, kernel: str, cases: list[list[torch.Tensor]], folder: Path) -> torch.Tensor | None:
         """Return the kernel's outputs on all cases, one after the other; None if it left the memory it was given.
@@ -166,21 +168,65 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize(("processor", "kernel"), ON)
-def test_layers_within_the_tolerance_of_the_op(runners, processor, kernel, tmp_path):
-    """The tolerance of test_device_op.py: an activation on the edge of two INT8 values may fall to the other."""
+@functools.cache
+def make_layers() -> tuple[list[RandomExperts], list[list[torch.Tensor]]]:
+    """Return layers, and the cases of them for `layers`."""
     layers = [RandomExperts(**options) for options in LAYERS]
     cases = []
     for layer in layers:
         top_k, n_experts, hidden, d_model, group_size = layer.sizes
         sizes = torch.tensor([len(layer.x), d_model, hidden, n_experts, top_k, group_size])
         cases.append([sizes, layer.x, layer.gate, layer.bias, *layer.packed])
-    found = runners(processor).compute("layers", kernel, cases, tmp_path)
+    return layers, cases
+
+
+def check_layers(runner: Runner, kernel: str, folder: Path) -> None:
+    layers, cases = make_layers()
+    found = runner.compute("layers", kernel, cases, folder)
+    assert found is not None
     for layer, out in zip(layers, found.split([layer.x.numel() for layer in layers]), strict=True):
         expected = layer.reference(int8_activations=True)
         error = out.view_as(layer.x) - expected
         assert error.norm() < 2e-3 * expected.norm()
         assert error.abs().median() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("processor", "kernel"), ON)
+def test_layers_within_the_tolerance_of_the_op(runners, processor, kernel, tmp_path):
+    """The tolerance of test_device_op.py: an activation on the edge of two INT8 values may fall to the other."""
+    check_layers(runners(processor), kernel, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def op_for_arm(tmp_path_factory):
+    """Processor -> runner of the op's library, compiled against ExecuTorch's wheel for ARM."""
+    require_runtime("executorch_aarch64")
+    skip_without_tools("max")
+    folder, wheel = tmp_path_factory.mktemp("op"), RUNTIMES / "executorch_aarch64/executorch"
+    compiler, advice = "aarch64-linux-gnu-g++", "install one"
+    compile_file(compiler, expert_op.arguments_for(wheel), folder / "libop.so", what="the op", advice=advice)
+    caller = [str(RUNNER.with_name("call_op.cpp")), f"-I{expert_op.SOURCE.parent}", "-ldl"]
+    compile_file(compiler, ["-std=c++17", "-O1", *caller], folder / "call_op", what="its caller", advice=advice)
+
+    def open_op(processor: str) -> Runner:
+        # The pool of threads comes from the wheel; the emulator finds Debian's C library below its root.
+        where = ["-L", "/usr/aarch64-linux-gnu", "-E", f"LD_LIBRARY_PATH={wheel / 'lib'}"]
+        runner = Runner(folder / "call_op", processor, *where)
+        runner.command.append(str(folder / "libop.so"))
+        return runner
+
+    return open_op
+
+
+def test_the_wheel_for_arm_is_of_the_version_of_this_environment():
+    pins = (SCRIPTS / "executorch_aarch64.txt").read_text()
+    assert f"executorch=={version('executorch')}\n" in pins
+
+
+@pytest.mark.parametrize("processor", [name for name in KERNELS if name != "native"])
+def test_the_op_computes_layers_with_executorchs_libraries_for_arm(op_for_arm, processor, tmp_path):
+    assert op_for_arm(processor)("list").stdout.strip().split(",") == KERNELS[processor]
+    check_layers(op_for_arm(processor), KERNELS[processor][0], tmp_path)
 
 
 FAULTS = {
@@ -189,10 +235,10 @@ FAULTS = {
     "rows 4-7 take the scales of rows 0-3": ("vld1q_f32(scales + 4)", "vld1q_f32(scales)", "neon_dot"),
     "every group takes the first one's sum": ("row.group_sums[g]", "row.group_sums[0]", "neon_i8mm"),
     "the zero point is left out": ("vld1q_s32(sums), row.zero", "vld1q_s32(sums), 0", "neon_i8mm"),
-    "a row is paired with itself": ("rows[2 * p + 1].q + start", "rows[2 * p].q + start", "neon_i8mm"),
+    "a row is paired with itself": ("vld1_s8(next_q)", "vld1_s8(q)", "neon_i8mm"),
     "a pair's second row takes the first one's": ("vzip2q_s64(sums[2]", "vzip1q_s64(sums[2]", "neon_i8mm"),
     "the odd last row is forgotten": ("if (i < n_rows)", "if (i + 1 < n_rows)", "neon_i8mm"),
-    "8 values too many are read": ("start < (g + 1) * group_size;", "start <= (g + 1) * group_size;", "neon_dot"),
+    "32 values too many are read": ("n_steps = group_size / 32;", "n_steps = group_size / 32 + 1;", "neon_i8mm"),
 }
 
 

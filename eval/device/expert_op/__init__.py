@@ -60,14 +60,22 @@ def library_path() -> Path:
 
 
 def _build(wheel: Path, library: Path) -> None:
-    arguments = [*FLAGS, str(SOURCE)]
-    arguments += [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
-    arguments += [f"-L{wheel / 'lib'}", f"-Wl,-rpath,{wheel / 'lib'}"]
-    arguments += ["-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
     compile_file(
-        os.environ.get("CXX", "g++"), arguments, library, what="the fast expert op",
+        os.environ.get("CXX", "g++"), [*arguments_for(wheel), f"-Wl,-rpath,{wheel / 'lib'}"], library,
+        what="the fast expert op",
         advice="install one (apt-get install g++), name it in $CXX, or export with --expert-op stock",
     )  # fmt: skip
+
+
+def arguments_for(wheel: Path) -> list[str]:
+    """Return the compiler's arguments for the library.
+
+    Args:
+        wheel: the folder `executorch` of an installed wheel, for the processor that is compiled for.
+    """
+    includes = [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
+    libraries = [f"-L{wheel / 'lib'}", "-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
+    return [*FLAGS, str(SOURCE), *includes, *libraries]
 
 
 @functools.cache

@@ -54,16 +54,21 @@ MOBILEMOE_DOT void block_neon_dot(const uint8_t* tile, int64_t k, int64_t group_
                                   float* out) {
   float32x4_t total[M][2];
   for (int i = 0; i < M; ++i) total[i][0] = total[i][1] = vdupq_n_f32(0.0f);
-  for (int64_t g = 0; g < k / group_size; ++g) {
+  constexpr int kUnrolled = M < 3 ? 4 : 1;  // runs of 8 values; with more rows the sums alone fill the registers
+  const int64_t n_groups = k / group_size, n_steps = group_size / (8 * kUnrolled);
+  int64_t start = 0;  // along K
+  for (int64_t g = 0; g < n_groups; ++g) {
     int32x4_t dots[M][4];
     for (int i = 0; i < M; ++i) dots[i][0] = dots[i][1] = dots[i][2] = dots[i][3] = vdupq_n_s32(0);
-    for (int64_t start = g * group_size; start < (g + 1) * group_size; start += 8, tile += kChunkBytes / 2) {
-      int8x16_t pairs[4];
-      unpack_rows(tile, pairs);
-      for (int i = 0; i < M; ++i) {
-        const int8x8_t eight = vld1_s8(rows[i].q + start);
-        const int8x16_t q = vcombine_s8(eight, eight);
-        for (int j = 0; j < 4; ++j) dots[i][j] = vdotq_s32(dots[i][j], pairs[j], q);
+    for (int64_t n = n_steps; n > 0; --n) {
+      for (int j = 0; j < kUnrolled; ++j, start += 8, tile += kChunkBytes / 2) {
+        int8x16_t pairs[4];
+        unpack_rows(tile, pairs);
+        for (int i = 0; i < M; ++i) {
+          const int8x8_t eight = vld1_s8(rows[i].q + start);
+          const int8x16_t q = vcombine_s8(eight, eight);
+          for (int r = 0; r < 4; ++r) dots[i][r] = vdotq_s32(dots[i][r], pairs[r], q);
+        }
       }
     }
     for (int i = 0; i < M; ++i) {
@@ -82,15 +87,20 @@ MOBILEMOE_I8MM void block_neon_i8mm(const uint8_t* tile, int64_t k, int64_t grou
   static_assert(M % 2 == 0, "activations are taken in pairs of rows");
   float32x4_t total[M][2];
   for (int i = 0; i < M; ++i) total[i][0] = total[i][1] = vdupq_n_f32(0.0f);
-  for (int64_t g = 0; g < k / group_size; ++g) {
+  const int64_t n_groups = k / group_size, n_steps = group_size / 32;
+  int64_t start = 0;  // along K
+  for (int64_t g = 0; g < n_groups; ++g) {
     int32x4_t dots[M / 2][4];
     for (int p = 0; p < M / 2; ++p) dots[p][0] = dots[p][1] = dots[p][2] = dots[p][3] = vdupq_n_s32(0);
-    for (int64_t start = g * group_size; start < (g + 1) * group_size; start += 8, tile += kChunkBytes / 2) {
-      int8x16_t pairs[4];
-      unpack_rows(tile, pairs);
-      for (int p = 0; p < M / 2; ++p) {
-        const int8x16_t q = vcombine_s8(vld1_s8(rows[2 * p].q + start), vld1_s8(rows[2 * p + 1].q + start));
-        for (int j = 0; j < 4; ++j) dots[p][j] = vmmlaq_s32(dots[p][j], q, pairs[j]);
+    for (int64_t n = n_steps; n > 0; --n) {
+      for (int j = 0; j < 4; ++j, start += 8, tile += kChunkBytes / 2) {  // unrolled by the compiler
+        int8x16_t pairs[4];
+        unpack_rows(tile, pairs);
+        for (int p = 0; p < M / 2; ++p) {
+          const int8_t *q = rows[2 * p].q + start, *next_q = rows[2 * p + 1].q + start;
+          const int8x16_t both = vcombine_s8(vld1_s8(q), vld1_s8(next_q));
+          for (int r = 0; r < 4; ++r) dots[p][r] = vmmlaq_s32(dots[p][r], both, pairs[r]);
+        }
       }
     }
     for (int p = 0; p < M / 2; ++p) {
