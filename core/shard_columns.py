@@ -10,7 +10,9 @@ after the other, each a little-endian array that begins at a multiple of ALIGNME
 that follows it, and `columns`: name -> {"offset" from the end of the header, "width" of a value in bytes}.
 """
 
+import hashlib
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from core.atomic import write_bytes
 from core.errors import RefusedInput
-from core.hashing import sha256_file
+from core.inside import check_name
 from core.samples import SFT_COLUMNS, SHARD_HASH, VOCABULARY_KEY
 
 COLUMNS_FILE = "index.columns"
@@ -26,6 +28,7 @@ FORMAT = 1
 ALIGNMENT = 64
 NUMBERS = {"samples": "q", "kind": "I", "raw_bytes": "q", "raw_hash": "Q", "zip_bytes": "q", "zip_hash": "Q"}
 """Column of numbers -> its type in the `struct` module. Hashes are SHARD_HASH; `kind` is a number in `kinds`."""
+_USUAL_NAME = re.compile(r"[\w-]+\.\d+\.mds(\.\w+)?", re.ASCII)
 NAMES = ("raw_name", "zip_name")
 """Columns of names, in UTF-8, filled up with zeros; a shard without a compressed file has an empty zip_name."""
 
@@ -37,19 +40,20 @@ def write_columns(index: Path, path: Path) -> None:
         RefusedInput: index.json is damaged, or describes other data than tokens.
         OSError: the disk is full; no partial file is left behind.
     """
-    write_bytes(path, build_columns(index, sha256_file(index)))
+    content = index.read_bytes()
+    write_bytes(path, build_columns(content, hashlib.sha256(content).hexdigest(), str(index.parent)))
 
 
-def build_columns(index: Path, index_sha256: str, shown: str = "") -> bytes:
-    """Return the content of the file for an index.json.
+def build_columns(index: bytes, index_sha256: str, source: str) -> bytes:
+    """Return the content of the file for the content of an index.json.
 
     Args:
-        shown: what to call the folder of the index in messages; its path if empty.
+        source: folder or address of the index, for messages.
 
     Raises:
         RefusedInput: as `write_columns`.
     """
-    values, kinds, vocabulary = _parse_index(shown or str(index.parent), index.read_bytes())
+    values, kinds, vocabulary = _parse_index(source, index)
     body, columns = bytearray(), {}
     for name in (*NUMBERS, *NAMES):
         if name in NAMES:
@@ -99,12 +103,27 @@ def _parse_index(source: str, content: bytes) -> tuple[dict[str, list], list[dic
     return columns, [json.loads(kind) for kind in kinds], index.get(VOCABULARY_KEY)
 
 
+def check_shard_name(name: str, source: str) -> None:
+    """Check that the name that an index gives a shard is that of a file beside it, since shards are fetched under it.
+
+    Raises:
+        RefusedInput: it is not.
+    """
+    if _USUAL_NAME.fullmatch(name):  # hundreds of thousands of them
+        return
+    check_name(name, f"{source}/index.json")
+    if "/" in name:
+        raise RefusedInput(f"{source}/index.json: the shard {name!r} does not lie beside it; write the shards again")
+
+
 def _check_shard(source: str, shard: dict) -> None:
     if shard["samples"] < 0 or shard["raw_data"]["bytes"] < 1:
         raise RefusedInput(
             f"{source}/index.json is damaged: a shard of {shard['samples']} samples and {shard['raw_data']['bytes']} "
             "bytes; write the shards again"
         )
+    for file in filter(None, (shard["raw_data"], shard["zip_data"])):
+        check_shard_name(file["basename"], source)
     columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
     if "tokens" not in columns or any(SFT_COLUMNS.get(name) != encoding for name, encoding in columns.items()):
         raise RefusedInput(

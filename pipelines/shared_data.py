@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.atomic import atomic_write, write_bytes, write_text
 from core.errors import DamagedData, RefusedInput
+from core.inside import Folder, check_names
 from core.progress import Progress
 from core.samples import SHARDS_AT
-from core.shard_columns import COLUMNS_FILE, write_columns
+from core.shard_columns import COLUMNS_FILE, build_columns
 from data.config import RUNTIME_FIELDS, DataConfig
 from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST, PAGE, list_destinations
@@ -24,10 +24,12 @@ from pipelines.engine.fingerprints import flatten
 from pipelines.engine.manifest import Manifest
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+    pass
 
 DATA_ADDRESS = "data_address"
 """Key of a run's manifest: the address of the data set that it takes over."""
+MAX_MANIFEST_BYTES = 1 << 30
+"""Largest manifest of a data set; at the published size it has a few megabytes."""
 SENDING_THREADS = 16
 """Number of shards that are sent at once: a store answers each only after some time."""
 
@@ -53,13 +55,14 @@ def open_shared_data(address: str) -> SharedData:
     Raises:
         RefusedInput: there is no finished data set, or the address cannot be read.
     """
+    from pipelines.commands.receive import read_small_file
     from pipelines.commands.transfer import find_local_path, locate, open_address
 
     system, root = open_address(address)
     shown = root if find_local_path(address) is not None else address.rstrip("/")
     for below in ("", "/data"):
         try:
-            content = system.cat_file(locate(system, f"{root}{below}", MANIFEST))
+            content = read_small_file(system, locate(system, f"{root}{below}", MANIFEST), MAX_MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except Exception as error:  # each file system has exception types of its own
@@ -140,29 +143,39 @@ def receive_data(shared: SharedData, folder: Path, progress: Progress) -> None:
     Raises:
         DamagedData: a file has another hash than the manifest states, or is missing.
     """
-    from pipelines.commands.fetch import download_file
+    from pipelines.commands.receive import receive_file
     from pipelines.commands.transfer import locate, open_address
 
     system, root = open_address(shared.address)
-    files = shared.manifest["tokenizer"]["files"]
-    for name, expected in files.items():
-        download_file(system, locate(system, root, f"tokenizer/{name}"), folder / "tokenizer" / name, expected)
-    targets = list(list_destinations(shared.manifest))
-    for done, (target, entry) in enumerate(targets):
-        progress(target, done, len(targets))
-        index = folder / target / "index.json"
-        download_file(system, locate(system, root, f"{target}/index.json"), index, entry["index_sha256"])
-        if not (columns := index.with_name(COLUMNS_FILE)).exists():
-            write_columns(index, columns)
-        if target.startswith("shards/"):
-            write_text(index.with_name(SHARDS_AT), f"{shared.address}/{target}\n")
-            continue
-        for shard in json.loads(index.read_text(encoding="utf-8"))["shards"]:
-            name, expected = shard["zip_data"]["basename"], shard["zip_data"]["hashes"]["sha256"]
-            download_file(system, locate(system, root, f"{target}/{name}"), index.with_name(name), expected)
-    with atomic_write(folder / PAGE) as page:
-        system.get_file(locate(system, root, PAGE), str(page))
-    write_bytes(folder / MANIFEST, shared.content)
+    hashes = {f"tokenizer/{name}": sha256 for name, sha256 in shared.manifest["tokenizer"]["files"].items()}
+    targets = [(f"{target}/index.json", entry["index_sha256"]) for target, entry in list_destinations(shared.manifest)]
+    check_names([*hashes, *(index for index, _ in targets)], f"{shared.address}/{MANIFEST}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with Folder(folder) as inside:
+
+        def receive(name: str, expected: str | None) -> None:
+            receive_file(system, locate(system, root, name), inside, name, expected)
+
+        for name, expected in hashes.items():
+            receive(name, expected)
+        for done, (index, expected) in enumerate(targets):
+            target = index.removesuffix("/index.json")
+            progress(target, done, len(targets))
+            receive(index, expected)
+            content = inside.read(index)
+            if not (folder / target / COLUMNS_FILE).exists():
+                inside.write(f"{target}/{COLUMNS_FILE}", build_columns(content, expected, shared.address))
+            if target.startswith("shards/"):
+                inside.write(f"{target}/{SHARDS_AT}", f"{shared.address}/{target}\n".encode())
+                continue
+            shards = json.loads(content)["shards"]
+            names = [f"{target}/{shard['zip_data']['basename']}" for shard in shards]
+            check_names(names, f"{shared.address}/{index}")
+            for name, shard in zip(names, shards, strict=True):
+                receive(name, shard["zip_data"]["hashes"]["sha256"])
+        receive(PAGE, None)
+        inside.write(MANIFEST, shared.content)
+        inside.require_in_place()
     progress("received", len(targets), len(targets))
 
 
@@ -174,9 +187,9 @@ def send_data(folder: Path, address: str, progress: Progress) -> None:
 
     Raises:
         DamagedData: a shard is missing here.
-        RefusedInput: the address cannot be written to.
+        RefusedInput: the address cannot be written to, or the data set states a name that is none.
     """
-    from pipelines.commands.transfer import locate, open_for_writing
+    from pipelines.commands.transfer import locate, open_destination, open_for_writing
 
     system, root = open_for_writing(address)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -186,24 +199,24 @@ def send_data(folder: Path, address: str, progress: Progress) -> None:
         index = json.loads((folder / target / "index.json").read_text(encoding="utf-8"))
         shards += [f"{target}/{shard['zip_data']['basename']}" for shard in index["shards"]]
         others.append(f"{target}/index.json")
+    check_names([*shards, *others], str(folder))
     total = len(shards) + len(others) + 2
+    with open_destination(address, system, root) as send, ThreadPoolExecutor(SENDING_THREADS) as pool:
 
-    def send_shard(name: str) -> str:
-        _send_file(system, folder / name, locate(system, root, name), replace=False)
-        return name
+        def send_shard(name: str) -> str:
+            path, remote = _require_file(folder / name), locate(system, root, name)
+            if not system.exists(remote) or system.info(remote)["size"] != path.stat().st_size:
+                send(path, name)
+            return name
 
-    with ThreadPoolExecutor(SENDING_THREADS) as pool:
         for done, name in enumerate(pool.map(send_shard, shards), 1):
             progress(name, done, total)
-    for done, name in enumerate([*others, PAGE, MANIFEST], len(shards) + 1):
-        _send_file(system, folder / name, locate(system, root, name), replace=True)
-        progress(name, done, total)
+        for done, name in enumerate([*others, PAGE, MANIFEST], len(shards) + 1):
+            send(_require_file(folder / name), name)
+            progress(name, done, total)
 
 
-def _send_file(system: "AbstractFileSystem", path: Path, remote: str, *, replace: bool) -> None:
+def _require_file(path: Path) -> Path:
     if not path.is_file():
         raise DamagedData(f"{path} is missing: run the data step again")
-    if not replace and system.exists(remote) and system.info(remote)["size"] == path.stat().st_size:
-        return
-    system.makedirs(remote.rpartition("/")[0], exist_ok=True)
-    system.put_file(str(path), remote)
+    return path

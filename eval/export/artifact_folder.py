@@ -6,11 +6,12 @@ SHA256SUMS covers every file of an artifact and can be checked by `sha256sum -c`
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from core.atomic import atomic_write, remove, write_text
 from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
+from core.inside import check_name, check_names
 
 CHECKSUMS = "SHA256SUMS"
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -36,10 +37,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_checksums(folder: Path) -> Path:
-    """Write SHA256SUMS over every file of the folder and return its path."""
+    """Write SHA256SUMS over every file of the folder and return its path.
+
+    Raises:
+        RefusedInput: a file's name is none on another system, so that nobody could fetch it.
+    """
     sums = Path(folder) / CHECKSUMS
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p != sums)
-    write_text(sums, "".join(f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    check_names(names, str(folder))
+    write_text(sums, "".join(f"{sha256_file(Path(folder, name))}  {name}\n" for name in names))
     return sums
 
 
@@ -70,19 +77,17 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
         where: folder or address of the file, for error messages.
 
     Raises:
-        RefusedInput: there is no line, a line has another form, or a path is absolute, leaves the folder or occurs
-            twice.
+        RefusedInput: there is no line, a line has another form, or a path is no plain name below the folder
+            (`core.inside.check_name`) or occurs twice.
     """
     hashes: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         match = _CHECKSUM_LINE.fullmatch(line)
         if match is None:
             raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: not of the form `<64 hex digits>  <path>`")
         sha256, name = match.groups()
-        path = PurePosixPath(name)
         # A checksum file may come from an untrusted server: no path in it may point outside of the folder.
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) != name:
-            raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} is not a plain path inside the folder")
+        check_name(name, f"{where}/{CHECKSUMS}, line {number}")
         if name in hashes or name == CHECKSUMS:
             raise RefusedInput(f"{where}/{CHECKSUMS}, line {number}: {name!r} must not be listed (again)")
         hashes[name] = sha256

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from core.atomic import atomic_write, partial_path
-from core.errors import DamagedData, RefusedInput
-from core.hashing import sha256_file
+from core.errors import RefusedInput
+from core.inside import Folder, check_names
 from core.progress import Progress, ignore_progress, print_progress
 from eval.export.formats import FORMATS
 from pipelines.commands import inputs
@@ -20,8 +20,8 @@ from pipelines.commands.command import emit_result
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-CHUNK_BYTES = 8 << 20
-"""Size of the parts in which the rest of a half-fetched file is asked for."""
+MAX_CHECKSUMS_BYTES = 16 << 20
+"""Largest SHA256SUMS: that of some 150,000 files."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,16 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
     the other side can send a part of one. `folder` appears when every file has its hash.
 
     Raises:
-        RefusedInput: no SHA256SUMS at `source`, a path in it that leaves the folder, or a `folder` that holds
-            something else, cannot be written to, or shares files with the source. Nothing was written.
-        DamagedData: a file at `source` is missing or has another hash; or one in the `folder` of an earlier fetch has.
+        RefusedInput: no SHA256SUMS at `source`, a path in it that is no plain name below the folder, or a `folder` that
+            holds something else, cannot be written to, or shares files with the source. Nothing was written. Or a link
+            was put into the folder meanwhile.
+        DamagedData: a file at `source` is missing, or larger than was announced, or has another hash; or one in the
+            `folder` of an earlier fetch has; or the folder was exchanged meanwhile.
         OSError: receiving was cut off.
     """
     from eval.export.artifact_folder import CHECKSUMS, parse_checksums, verify_checksums
-    from pipelines.commands.transfer import check_names, locate, open_address
+    from pipelines.commands.receive import receive_file
+    from pipelines.commands.transfer import locate, open_address
 
     check_folder(source, folder)
     system, root = open_address(source)
@@ -106,11 +109,14 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
         verify_checksums(folder)
         return folder
     with atomic_write(folder, keep_partial=True) as partial:
-        for i, (name, expected) in enumerate(hashes.items()):
-            progress(name, i, len(hashes))
-            download_file(system, locate(system, root, name), partial / name, expected)
-        (partial / CHECKSUMS).write_bytes(sums.encode())
-        remove_unlisted(partial, {*hashes, CHECKSUMS})
+        partial.mkdir(exist_ok=True)
+        with Folder(partial) as inside:
+            for i, (name, expected) in enumerate(hashes.items()):
+                progress(name, i, len(hashes))
+                receive_file(system, locate(system, root, name), inside, name, expected)
+            inside.write(CHECKSUMS, sums.encode())
+            inside.remove_others({*hashes, CHECKSUMS})  # an earlier fetch of another artifact left them
+            inside.require_in_place()
         if folder.exists():  # it is empty, and a folder cannot be renamed over another
             folder.rmdir()
     return folder
@@ -144,12 +150,13 @@ def read_checksums(system: "AbstractFileSystem", remote: str, source: str) -> st
     """Return the text of SHA256SUMS at `source`.
 
     Raises:
-        RefusedInput: it is not there, cannot be read, or is no text.
+        RefusedInput: it is not there, cannot be read, is too large, or is no text.
     """
+    from pipelines.commands.receive import read_small_file
     from pipelines.commands.transfer import decode_checksums
 
     try:
-        return decode_checksums(system.cat_file(remote), source)
+        return decode_checksums(read_small_file(system, remote, MAX_CHECKSUMS_BYTES), source)
     except RefusedInput:
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -157,61 +164,3 @@ def read_checksums(system: "AbstractFileSystem", remote: str, source: str) -> st
     except Exception as error:
         # Each file system has errors of its own (aiohttp's, pyarrow's, the hub's), and nothing has started yet.
         raise RefusedInput(f"{source} cannot be read ({error or type(error).__name__}); correct the address") from error
-
-
-def download_file(system: "AbstractFileSystem", remote: str, target: Path, expected: str) -> None:
-    """Download one file, unless it is there already.
-
-    Args:
-        expected: its SHA-256.
-
-    Raises:
-        DamagedData: the file is missing, or has another hash; what was downloaded of it is removed.
-    """
-    if target.is_file() and sha256_file(target) == expected:
-        return
-    with atomic_write(target, keep_partial=True) as partial:
-        if not resume_download(system, remote, partial):
-            try:
-                system.get_file(remote, str(partial))
-            except FileNotFoundError as error:
-                raise DamagedData(
-                    f"{remote} is listed in SHA256SUMS but missing there; have it published again"
-                ) from error
-        if (found := sha256_file(partial)) != expected:
-            # The part that was there may be of another file, so the next call starts over.
-            partial.unlink()
-            raise DamagedData(
-                f"{remote} has SHA-256 {found}, SHA256SUMS says {expected}; fetch again or have it repaired"
-            )
-
-
-def resume_download(system: "AbstractFileSystem", remote: str, partial: Path) -> bool:
-    """Append to `partial` what it lacks of the remote file.
-
-    Returns:
-        False where there is nothing to continue, or where the other side sends whole files only.
-    """
-    have = partial.stat().st_size if partial.is_file() else 0
-    size = system.info(remote)["size"] if have else None
-    if size is None or have > size:
-        return False
-    with partial.open("ab") as file:
-        while have < size:
-            stop = min(have + CHUNK_BYTES, size)
-            data = system.cat_file(remote, start=have, end=stop)
-            if len(data) != stop - have:
-                return False
-            file.write(data)
-            have = stop
-    return True
-
-
-def remove_unlisted(folder: Path, names: set[str]) -> None:
-    """Remove the files whose paths are not in `names`: an earlier fetch of another artifact left them."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # files before the folders that hold them
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.relative_to(folder).as_posix() not in names:
-            path.unlink()

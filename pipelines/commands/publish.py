@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from core.errors import DamagedData, RefusedInput
+from core.inside import PARTIAL, check_names
 from core.progress import Progress, ignore_progress, print_progress
 from pipelines.commands import inputs
 from pipelines.commands.command import emit_result
@@ -74,10 +75,9 @@ def publish_artifacts(
         OSError: sending was cut off.
     """
     from eval.export.artifact_folder import CHECKSUMS, verify_checksums
-    from pipelines.commands.transfer import check_names, decode_checksums
+    from pipelines.commands.transfer import decode_checksums
 
     folders = find_artifacts(source, destination, layout)
-    check_names([folder.name for folder in folders.values()], str(source))
     for address, folder in folders.items():
         with inputs.refuse_os_errors("SOURCE"):
             decode_checksums((folder / CHECKSUMS).read_bytes(), str(folder))
@@ -92,7 +92,7 @@ def find_artifacts(source: Path, destination: str, layout: Layout) -> dict[str, 
     """Return address -> folder of each artifact to send.
 
     Raises:
-        RefusedInput: the source is no folder, or holds no artifact.
+        RefusedInput: the source is no folder, or holds no artifact, or one whose name is none at the destination.
     """
     from eval.export.artifact_folder import CHECKSUMS
 
@@ -105,6 +105,7 @@ def find_artifacts(source: Path, destination: str, layout: Layout) -> dict[str, 
     complete = [folder for folder in found if folder.suffix != ".partial"]
     if not complete:
         raise RefusedInput(f"{source}: neither an artifact ({CHECKSUMS}) nor a run with artifacts/; export one first")
+    check_names([folder.name for folder in complete], str(source))
     mark = "/" if layout == "folders" else "-"
     return {f"{address}{mark}{folder.name}": folder for folder in complete}
 
@@ -121,7 +122,7 @@ def check_destination(source: Path, folder: Path, address: str) -> None:
             that this artifact does not have.
     """
     from eval.export.artifact_folder import CHECKSUMS, parse_checksums
-    from pipelines.commands.transfer import check_names, find_local_path, locate, open_for_writing
+    from pipelines.commands.transfer import find_local_path, locate, open_for_writing
 
     sums = (folder / CHECKSUMS).read_bytes()
     names = parse_checksums(sums.decode(), str(folder))
@@ -147,7 +148,7 @@ def check_local_destination(source: Path, folder: Path, local: Path, names: set[
     inputs.require_output_folder(name, local)
     inputs.require_plain_content(name, local)
     there = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
-    if foreign := sorted(there - names):
+    if foreign := sorted(there - names - {file + PARTIAL for file in names}):
         raise RefusedInput(
             f"{name} {local}: holds {foreign[0]}, which is no file of {folder}; name an empty folder, or a new one"
         )
@@ -162,17 +163,19 @@ def check_local_destination(source: Path, folder: Path, local: Path, names: set[
 
 def _send_folder(folder: Path, address: str, progress: Progress) -> None:
     from eval.export.artifact_folder import CHECKSUMS, parse_checksums
-    from pipelines.commands.transfer import hash_remote_file, locate, open_for_writing
+    from pipelines.commands.transfer import hash_remote_file, locate, open_destination, open_for_writing
 
     system, root = open_for_writing(address)
     hashes = parse_checksums((folder / CHECKSUMS).read_text(encoding="utf-8"), str(folder))
-    for i, (name, expected) in enumerate(hashes.items()):
-        progress(f"{address}/{name}", i, len(hashes))
-        remote = locate(system, root, name)
-        if system.exists(remote) and hash_remote_file(system, remote) == expected:
-            continue
-        system.makedirs(remote.rpartition("/")[0], exist_ok=True)
-        system.put_file(str(folder / name), remote)
-        if (found := hash_remote_file(system, remote)) != expected:
-            raise DamagedData(f"{address}/{name} reads back with SHA-256 {found}, sent was {expected}; publish again")
-    system.put_file(str(folder / CHECKSUMS), locate(system, root, CHECKSUMS))
+    with open_destination(address, system, root) as send:
+        for i, (name, expected) in enumerate(hashes.items()):
+            progress(f"{address}/{name}", i, len(hashes))
+            remote = locate(system, root, name)
+            if system.exists(remote) and hash_remote_file(system, remote) == expected:
+                continue
+            send(folder / name, name)
+            if (found := hash_remote_file(system, remote)) != expected:
+                raise DamagedData(
+                    f"{address}/{name} reads back with SHA-256 {found}, sent was {expected}; publish again"
+                )
+        send(folder / CHECKSUMS, CHECKSUMS)

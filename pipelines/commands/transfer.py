@@ -1,17 +1,17 @@
 """The parts that `publish` and `fetch` share: file systems by address, SHA256SUMS, hashes of remote files."""
 
 import hashlib
-import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from core.errors import RefusedInput, TransferFailed
+from core.inside import Folder
 from eval.export.artifact_folder import CHECKSUMS
 from pipelines.commands.object_stores import PROTOCOLS, open_object_store
 
@@ -91,29 +91,42 @@ def locate(system: AbstractFileSystem, root: str, name: str) -> str:
     return f"{root}/{urllib.parse.quote(name) if 'http' in system.protocol else name}"
 
 
+@contextmanager
+def open_destination(address: str, system: AbstractFileSystem, root: str) -> Iterator[Callable[[Path, str], None]]:
+    """Yield the function that sends a file of this machine to a name below an address.
+
+    On this machine a file appears whole, and no link below the address is followed, also none that somebody puts there
+    meanwhile.
+
+    Raises:
+        RefusedInput: the function was given a name that is none, or found a link on its way.
+        DamagedData: the folder of the address was exchanged meanwhile.
+    """
+
+    def send(path: Path, name: str) -> None:
+        remote = locate(system, root, name)
+        system.makedirs(remote.rpartition("/")[0], exist_ok=True)
+        system.put_file(str(path), remote)
+
+    if (local := find_local_path(address)) is None:
+        yield send
+        return
+    local.mkdir(parents=True, exist_ok=True)
+    with Folder(local.absolute(), follow=True) as folder:
+
+        def write(path: Path, name: str) -> None:
+            folder.copy(path, name)
+            folder.require_in_place()
+
+        yield write
+
+
 def decode_checksums(content: bytes, where: str) -> str:
     """Return the text of a SHA256SUMS; raise RefusedInput if it is none."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         raise RefusedInput(f"{where}/{CHECKSUMS} is no text in UTF-8 ({error}); have it published again") from error
-
-
-def check_names(names: Iterable[str], where: str) -> None:
-    """Check that every file system can hold files of these names side by side.
-
-    Raises:
-        RefusedInput: two differ by upper and lower case or by the spelling of an accent alone, which macOS and Windows
-            take for one file; or one is a file and a folder.
-    """
-    seen: dict[str, str] = {}
-    for name in names:
-        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if twin != name:
-            raise RefusedInput(f"{where}: {twin!r} and {name!r} are one file on macOS and Windows; rename one of them")
-    for name in seen.values():
-        if parent := next((str(p) for p in PurePosixPath(name).parents if str(p) in seen.values()), None):
-            raise RefusedInput(f"{where}: {parent!r} is a file, and the folder of {name!r}; rename one of them")
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from core.errors import RefusedInput
+from core.inside import check_names
 from eval.export.artifact_folder import CHECKSUMS, write_checksums
 from pipelines.cli import DONE, FAILED, REFUSED, main
 from pipelines.commands.fetch import fetch_artifact
 from pipelines.commands.publish import publish_artifacts
-from pipelines.commands.transfer import check_names, open_address
+from pipelines.commands.transfer import open_address
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from core import atomic
 from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.samples import SHARD_HASH
-from core.shard_columns import COLUMNS_FILE, FORMAT, NUMBERS, build_columns
+from core.shard_columns import COLUMNS_FILE, FORMAT, NUMBERS, build_columns, check_shard_name
 from titan_ext.compat import download_file
 
 CACHE_SUFFIX = ".shardcache"
@@ -63,7 +63,7 @@ class ShardIndex:
                 crc = zlib.crc32(block, crc)
         if header["format"] != FORMAT or header["index_sha256"][:16] != fingerprint or header["crc32"] != crc:
             raise ValueError(f"{path} has changed, or was made of another index.json")
-        self.fingerprint = fingerprint
+        self.fingerprint, self._path = fingerprint, path
         self.num_shards: int = header["num_shards"]
         self._columns = {
             name: _map_column(path, len(line), self.num_shards, name, **place)
@@ -77,19 +77,31 @@ class ShardIndex:
         self.column_names: list[str] = self._kinds[0]["column_names"] if self._kinds else []
 
     def raw_name(self, shard: int) -> str:
-        """Return the name of the uncompressed file of a shard."""
-        return self._columns["raw_name"][shard].decode()
+        """Return the name of the uncompressed file of a shard.
+
+        Raises:
+            RefusedInput: it is none; the shard would be unpacked outside of the cache.
+        """
+        return self._check_name(self._columns["raw_name"][shard].decode())
 
     def read_entry(self, shard: int) -> dict[str, Any]:
         """Return a shard's entry as in index.json, of whose hashes only SHARD_HASH is kept."""
         entry = {**self._kinds[self._columns["kind"][shard]], "samples": int(self.samples[shard])}
         return entry | {"raw_data": self._read_file(shard, "raw"), "zip_data": self._read_file(shard, "zip")}
 
+    def _check_name(self, name: str) -> str:
+        check_shard_name(name, str(self._path.parent))
+        return name
+
     def _read_file(self, shard: int, part: str) -> dict[str, Any] | None:
         name, size, digest = (self._columns[f"{part}_{column}"][shard] for column in ("name", "bytes", "hash"))
         if not name:
             return None
-        return {"basename": name.decode(), "bytes": int(size), "hashes": {SHARD_HASH: f"{int(digest):016x}"}}
+        return {
+            "basename": self._check_name(name.decode()),
+            "bytes": int(size),
+            "hashes": {SHARD_HASH: f"{int(digest):016x}"},
+        }
 
 
 def _map_column(path: Path, begin: int, num_shards: int, name: str, *, offset: int, width: int) -> NDArray[Any]:
@@ -178,7 +190,7 @@ def _open_columns(source: str, path: Path, cache: Path, domain: str, sha256: str
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cached.with_name(".lock-index")):
         if (index := _try_columns(cached, fingerprint)) is None:
-            atomic.write_bytes(cached, build_columns(path, sha256, source))
+            atomic.write_bytes(cached, build_columns(path.read_bytes(), sha256, source))
             index = ShardIndex(cached, fingerprint)
         return index
 
