@@ -57,7 +57,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     # The name holds process and thread, so that two writers of one file never share a partial file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a killed process that had the same number
+        with partial.open("xb") as file:  # which follows no link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

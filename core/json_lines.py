@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from core.inside import refuse_links
+
 BLOCK_BYTES = 1 << 16
 
 
@@ -14,7 +16,7 @@ def cut_last_lines(path: Path, is_cut: Callable[[dict[str, Any]], bool]) -> None
 
     Only these lines and the one before them are read.
     """
-    with path.open("rb+") as file:
+    with open(path, "rb+", opener=refuse_links) as file:
         end = file.seek(0, os.SEEK_END)
         for start, line in _read_backwards(file, end):
             if line.endswith(b"\n") and not is_cut(json.loads(line)):

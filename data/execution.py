@@ -30,6 +30,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from core.errors import RefusedInput
+from core.inside import refuse_links
 from core.lease import hold_lock
 from core.progress import Progress
 from data import compat
@@ -51,7 +52,8 @@ PRELOADED_MODULES = ["data.readers.corpus_reader", "data.filters.quality", "data
 @functools.cache
 def _open_stderr_file(folder: Path) -> TextIO:
     """Open the file that replaces this process's stderr; never closed, because datatrove's logger keeps hold of it."""
-    return (folder / f"{os.uname().nodename}.{os.getpid()}.stderr").open("a", buffering=1)
+    name = f"{os.uname().nodename}.{os.getpid()}.stderr"
+    return open(folder / name, "a", buffering=1, opener=refuse_links)
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -130,7 +132,7 @@ class LocalExecutor(LocalPipelineExecutor):
         path = folder / f"{rank:05d}.lock"
         with (
             contextlib.redirect_stderr(_open_stderr_file(folder)),
-            path.open("w") as lock,
+            open(path, "w", opener=refuse_links) as lock,
             hold_lock(lock, path.with_suffix(".lease")),
         ):
             compat.run_rank(self, rank)

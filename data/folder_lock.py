@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import RefusedInput
+from core.inside import refuse_links
 from core.lease import NO_FLOCK, LeaseHeld, hold_lease
 
 
@@ -24,7 +25,7 @@ def lock_folder(out: Path) -> Iterator[None]:
     refusal = RefusedInput(
         f"{out} is being written by another process; wait until it has ended, or name another folder"
     )
-    with path.open("w") as lock:
+    with open(path, "w", opener=refuse_links) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

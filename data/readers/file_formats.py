@@ -27,6 +27,11 @@ ROWS_PER_BATCH = 1024
 MAX_JSON_BYTES = 4 << 30
 """Largest line, and largest array, of a JSON file in bytes: both are parsed in memory."""
 
+MAX_COMPRESSIONS = 4
+"""Largest number of compressions around one content."""
+MAX_RATIO, FREE_BYTES = 1_000, 256 << 20
+"""Largest ratio of content to stored file, once the content has FREE_BYTES."""
+
 PEEKED_BYTES = 512
 PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 TABLE_MAGICS = (PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)
@@ -80,11 +85,13 @@ def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
     """
     file: io.BufferedReader = io.BufferedReader(cast(Any, raw))
     beginning = _peek(file)
-    compressed = False
+    compressed = 0
     while opener := next((COMPRESSIONS[magic] for magic in COMPRESSIONS if beginning.startswith(magic)), None):
-        file = io.BufferedReader(opener(file))
+        if compressed == MAX_COMPRESSIONS:
+            raise DamagedData(f"is compressed more than {MAX_COMPRESSIONS} times over; unpack it")
+        file = io.BufferedReader(cast(Any, BoundedContent(opener(file), raw)))
         beginning = _peek(file)
-        compressed = True
+        compressed += 1
     suffix = PurePosixPath(path).suffix
     for magic, description in STRANGERS:
         if beginning.lstrip().startswith(magic):
@@ -102,6 +109,40 @@ def open_content(raw: BinaryIO, path: str) -> tuple[io.BufferedReader, bytes]:
         # A table is not read from its beginning to its end, as a compressed file is.
         file = io.BufferedReader(cast(Any, io.BytesIO(file.read())))
     return file, beginning
+
+
+class BoundedContent(io.RawIOBase):
+    """The content of a compressed file, which ends in a refusal where a small file unpacks to an immense one."""
+
+    def __init__(self, content: Any, stored: BinaryIO):
+        self._content, self._stored, self._bytes = content, stored, 0
+
+    def readable(self) -> bool:
+        """Return True: the stream can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next bytes; return their number, 0 at the end.
+
+        Raises:
+            DamagedData: the content is FREE_BYTES and MAX_RATIO times what was read of the stored file.
+        """
+        size = self._content.readinto(buffer)
+        self._bytes += size
+        if self._bytes > FREE_BYTES and self._bytes > MAX_RATIO * self._stored.tell():
+            raise DamagedData(
+                f"unpacks to more than {MAX_RATIO} times its size, as no text does; leave it out, or unpack it if it "
+                "is what you want"
+            )
+        return size
+
+    def seekable(self) -> bool:
+        """Return whether the content can be read from another position, as a zip is."""
+        return self._content.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another position and return it."""
+        return self._content.seek(offset, whence)
 
 
 def _peek(file: io.BufferedReader) -> bytes:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any
+from typing import IO, Any
 from xml.etree.ElementTree import ParseError
 
 from core.errors import DamagedData, RefusedInput
@@ -24,6 +24,8 @@ from data.readers.rows import MalformedRow, convert_rows, is_malformed, make_mal
 from data.readers.text_decoding import decode_text
 from data.readers.wikitext import read_articles
 
+MAX_ARCHIVE_BYTES, MAX_ARCHIVE_MEMBERS = 4 << 30, 100_000
+"""Most bytes and members that an archive may unpack to."""
 MIN_DOCSTRING_CHARS = 400
 MIN_MODULE_BYTES, MAX_MODULE_BYTES = 1_000, 60_000
 MIN_DESCRIPTION_CHARS = 1_000
@@ -53,7 +55,8 @@ def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
 
     Raises:
         RefusedInput: no file has that path.
-        DamagedData: the archive cannot be read; names it.
+        DamagedData: the archive cannot be read, or unpacks to more than MAX_ARCHIVE_BYTES or MAX_ARCHIVE_MEMBERS; names
+            it.
     """
     try:
         members = _read_zip(archive, member) if zipfile.is_zipfile(archive) else _read_tar(archive, member)
@@ -68,20 +71,62 @@ def read_archive_members(archive: str, member: str) -> dict[str, bytes]:
 
 
 def _read_zip(archive: str, member: str) -> dict[str, bytes]:
+    members, budget = {}, _Budget(archive)
     with zipfile.ZipFile(archive) as wheel:
-        return {name: wheel.read(name) for name in wheel.namelist() if _is_wanted(name, member)}
+        budget.check_count(len(wheel.infolist()))
+        for info in wheel.infolist():
+            if not info.is_dir() and _is_wanted(info.filename, member):
+                with wheel.open(info) as content:
+                    members[info.filename] = budget.read(content)
+    return members
 
 
 def _read_tar(archive: str, member: str) -> dict[str, bytes]:
-    members = {}
+    members, budget = {}, _Budget(archive)
     with tarfile.open(archive) as sdist:
-        for info in sdist:
+        for number, info in enumerate(sdist, 1):
+            budget.check_count(number)
+            budget.check_size(info.offset_data)  # what was unpacked to come here
             name = info.name.partition("/")[2]
             if info.isfile() and _is_wanted(name, member):
                 content = sdist.extractfile(info)
                 assert content is not None, "a regular file has content"
-                members[name] = content.read()
+                members[name] = budget.read(content)
     return members
+
+
+class _Budget:
+    """What is left of the bytes that one archive may unpack to, whatever sizes it states itself."""
+
+    def __init__(self, archive: str):
+        self._archive, self._read = archive, 0
+
+    def read(self, content: IO[bytes]) -> bytes:
+        """Return the content of a member.
+
+        Raises:
+            DamagedData: it is larger than what is left.
+        """
+        data = content.read(MAX_ARCHIVE_BYTES - self._read + 1)
+        self._read += len(data)
+        self.check_size(self._read)
+        return data
+
+    def check_size(self, size: int) -> None:
+        """Refuse an archive that was unpacked to more bytes than one may have."""
+        if size > MAX_ARCHIVE_BYTES:
+            raise DamagedData(
+                f"{self._archive} unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes, which no package of the catalogue "
+                "does; remove it and fetch the package again"
+            )
+
+    def check_count(self, members: int) -> None:
+        """Refuse an archive of too many members."""
+        if members > MAX_ARCHIVE_MEMBERS:
+            raise DamagedData(
+                f"{self._archive} has more than {MAX_ARCHIVE_MEMBERS:,} members, which no package of the catalogue "
+                "has; remove it and fetch the package again"
+            )
 
 
 def _is_wanted(name: str, member: str) -> bool:

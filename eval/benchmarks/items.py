@@ -16,6 +16,7 @@ from typing import Any
 from core.atomic import atomic_write, remove, write_json
 from core.errors import RefusedInput
 from core.hashing import sha256_file
+from core.inside import check_names
 from core.progress import Progress
 from eval.benchmarks.item_readers import PACKAGE, Files, Rows
 from eval.benchmarks.suites import LARGER, Benchmark, list_benchmarks
@@ -77,6 +78,7 @@ def prepare(
             for done, benchmark in enumerate(readable):
                 progress("benchmark items", done, len(readable))
                 files = benchmark.items.read(folder if benchmark in given else made.get(benchmark.key, archive))
+                check_names([f"{benchmark.key}/{path}.jsonl" for path in files], str(wheel))
                 for path, lines in files.items():
                     _write_lines(partial / benchmark.key / f"{path}.jsonl", lines)
                 scored = _select_scored(files)

@@ -1,10 +1,13 @@
 """Published models by name: fetched from the Hugging Face hub, once."""
 
+import fnmatch
+import glob
 from pathlib import Path
 
 from core.atomic import atomic_write
 from core.cache import cache_dir
 from core.errors import RefusedInput
+from core.inside import check_names
 
 PREFIX = "baseline:"
 """Beginning of the name of a baseline, where a command takes a model folder."""
@@ -21,7 +24,8 @@ def fetch_baseline(name: str) -> Path:
         name: `baseline:NAME`.
 
     Raises:
-        RefusedInput: there is no such baseline, no repository of it is known, or the hub does not give it.
+        RefusedInput: there is no such baseline, no repository of it is known, or the hub does not give it, or lists a
+            name that would lead out of the folder.
     """
     from eval.benchmarks.baselines import BASELINES
 
@@ -33,12 +37,16 @@ def fetch_baseline(name: str) -> Path:
         raise RefusedInput(f"{name}: no repository of it is known; give a folder that holds the model")
     folder = cache_dir() / "baselines" / key
     if not folder.exists():
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
+            listed = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
+            names = [file for file in listed if any(fnmatch.fnmatch(file, pattern) for pattern in FILES)]
+            # snapshot_download joins a name to the folder as it is, and a mirror may list any.
+            check_names(names, f"{name}: {repository}")
             with atomic_write(folder, keep_partial=True) as partial:
-                snapshot_download(repository, local_dir=partial, allow_patterns=FILES)
+                snapshot_download(repository, local_dir=partial, allow_patterns=[glob.escape(file) for file in names])
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             raise RefusedInput(
                 f"{name}: the hub did not give {repository}: {error}. Set HF_TOKEN where its licence must be "

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import RefusedInput
+from core.inside import refuse_links
 from core.lease import NO_FLOCK, LeaseHeld, describe_holder, hold_lease, is_gone, read_lease
 
 LOCK, LEASE = ".lock", ".lease"
@@ -34,7 +35,7 @@ def lock_run(run: Path) -> Iterator[None]:
     Raises:
         RunLocked: another driver holds it; the message names its process and host.
     """
-    with (run / LOCK).open("a+") as file:
+    with open(run / LOCK, "a+", opener=refuse_links) as file:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (is_held := _try_lock(file.fileno(), fcntl.LOCK_EX)) is False:
             if time.monotonic() > deadline:

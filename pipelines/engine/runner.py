@@ -10,6 +10,7 @@ from typing import Any
 
 from core.atomic import find_free_path, partial_path, remove_leftovers
 from core.errors import RefusedInput
+from core.inside import refuse_links
 from pipelines.engine.continuation import Change, Continuation
 from pipelines.engine.fingerprints import fingerprint, input_identities
 from pipelines.engine.manifest import Manifest, current_time
@@ -188,7 +189,7 @@ def _remove_leftovers(steps: list[Step], run: Path, manifest: Manifest) -> None:
 def _append_traceback(log: Path) -> None:
     """Append the traceback of the exception being handled to a log file, with the time."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8", opener=refuse_links) as file:
         file.write(f"{current_time()}\n{traceback.format_exc()}\n")
 
 

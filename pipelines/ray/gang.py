@@ -16,6 +16,7 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 
 from core.environment import prepare_environment
+from core.inside import refuse_links
 from pipelines.compat import DataParallelTrainer, find_free_address
 from pipelines.ray.worker_log import redirect_output
 
@@ -132,7 +133,7 @@ class FailureLog(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Append the failures. Ray's controller calls this when workers died or raised."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=refuse_links) as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}\n{describe_failures(worker_exceptions)}\n")
 
 

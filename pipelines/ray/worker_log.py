@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from core.inside import refuse_links
+
 
 @contextmanager
 def redirect_output(log: Path) -> Iterator[None]:
@@ -14,7 +16,7 @@ def redirect_output(log: Path) -> Iterator[None]:
     The file descriptors are redirected and not only `sys.stdout`: native code and child processes write to them too.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab", buffering=0) as file:
+    with open(log, "ab", buffering=0, opener=refuse_links) as file:
         saved = [os.dup(1), os.dup(2)]
         try:
             _point_output_to(file.fileno(), file.fileno())

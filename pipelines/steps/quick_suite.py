@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.atomic import remove
+from core.inside import refuse_links
 from core.json_lines import cut_last_lines, read_json_lines
 from core.progress import ignore_progress
 from core.stages import STAGE_FOLDERS
@@ -98,7 +99,7 @@ class QuickSuite:
             (scores,) = self._context.run_jobs(
                 self._name, [job], cpus=cluster.cpus_per_task, gpus=cluster.gpus_per_worker
             )
-            with (self._folder / RESULTS).open("a", encoding="utf-8") as file:
+            with open(self._folder / RESULTS, "a", encoding="utf-8", opener=refuse_links) as file:
                 file.write(json.dumps({"step": step, "benchmarks": scores}) + "\n")
         except WorkerFailed as error:
             self._give_up(step, str(error))

@@ -1,5 +1,6 @@
 """A stand-in of the Hugging Face hub on this machine, for one process of huggingface_hub: it serves folders as
-repositories. Run as `python local_hub.py FOLDER`, it prints its address and serves until it is killed.
+repositories. Run as `python local_hub.py FOLDER [NAME ...]`, it prints its address and serves until it is killed. It
+lists the further names in every repository, and gives each the content `{}`.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_handler(root: Path):
+def make_handler(root: Path, planted: list[str]):
     """Return the handler of requests for the repositories `root/<owner>/<name>`."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,11 +29,12 @@ def make_handler(root: Path):
                 if not repository.is_dir():
                     return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
                 names = [str(path.relative_to(repository)) for path in sorted(repository.rglob("*")) if path.is_file()]
+                names += planted
                 found = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
                 return self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, with_body)
             owner, name, resolve, commit, *file = parts
             assert (resolve, commit) == ("resolve", COMMIT), self.path
-            content = root.joinpath(owner, name, *file).read_bytes()
+            content = b"{}" if "/".join(file) in planted else root.joinpath(owner, name, *file).read_bytes()
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
             return self.send(200, content, headers, with_body)
 
@@ -51,6 +53,6 @@ def make_handler(root: Path):
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(Path(sys.argv[1])))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(Path(sys.argv[1]), sys.argv[2:]))
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

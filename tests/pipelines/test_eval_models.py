@@ -97,6 +97,20 @@ def test_a_baseline_is_fetched_once_and_scored(name, hub, tmp_path, monkeypatch,
     assert again["piqa"]["value"] == results["piqa"]["value"]
 
 
+def test_names_that_a_mirror_lists_stay_in_the_folder(tmp_path):
+    """huggingface_hub joins them to the folder as they are."""
+    repository = tmp_path / "hub" / BASELINES["gemma-3-1b"].hub_id
+    repository.mkdir(parents=True)
+    (repository / "config.json").write_text("{}")
+    command = [sys.executable, str(Path(__file__).with_name("local_hub.py")), str(tmp_path / "hub"), "../../evil.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        done = fetch_in_a_process("baseline:gemma-3-1b", server.stdout.readline().strip(), tmp_path / "cache")
+        server.kill()
+    assert "RefusedInput: baseline:gemma-3-1b: " in done.stderr
+    assert "'../../evil.json' is not a plain path inside the folder" in done.stderr
+    assert not list((tmp_path / "cache").rglob("evil*")) and not (tmp_path / "evil.json").exists()
+
+
 def test_a_baseline_that_cannot_be_had_is_refused_with_the_way_out(hub, tmp_path):
     with pytest.raises(RefusedInput, match=r"baseline:gpt-5: no such baseline; choose one of mobilemoe-s, .*olmoe"):
         fetch_baseline("baseline:gpt-5")

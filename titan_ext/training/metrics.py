@@ -19,6 +19,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
+from core.inside import refuse_links
 from core.json_lines import cut_last_lines, read_json_lines
 from titan_ext.mobilemoe import load_metrics
 from titan_ext.mobilemoe.tied_embedding_pp import broadcast_from_last_stage
@@ -146,7 +147,7 @@ class StageMetrics(MetricsProcessor):
     def _append(self, name: str, record: dict) -> None:
         if dist.get_rank() != 0:
             return
-        with (self._folder / name).open("a") as file:
+        with open(self._folder / name, "a", opener=refuse_links) as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.tools.logging import init_logger, logger
 
 from core.errors import RefusedInput
+from core.inside import refuse_links
 from core.stages import STAGES, heldout_folder
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.training.spike_guard import NotFinite
@@ -140,6 +141,6 @@ def _read_pad_token_id(tokenizer: Path) -> int:
 def _log_to_file(path: Path) -> None:
     init_logger()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = logging.StreamHandler(open(path, "a", encoding="utf-8", opener=refuse_links))  # noqa: SIM115  for the process
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
