@@ -14,6 +14,8 @@ from typing import Any
 
 NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Errors of a link to another file system, on one without links, or of a file with too many of them."""
+NO_FOLDER_SYNC_ERRNOS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""Errors of file systems that cannot flush a folder."""
 LEFTOVER = re.compile(r"\..+\.\d+\.\d+\.partial", re.DOTALL)
 """Names of the files that `write_bytes` writes to before it renames them."""
 
@@ -26,6 +28,8 @@ def partial_path(path: Path) -> Path:
 @contextmanager
 def atomic_write(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Yield `partial_path(path)` to write a file or a folder to, and rename it to `path` when the block ends normally.
+
+    Everything is flushed to the disk before the rename, so that after a loss of power too it is whole or not there.
 
     A file at `path` is replaced. A folder must not exist yet: a rename cannot replace a folder that holds files. If the
     block raises, nothing appears at `path` and the partial output stays for inspection.
@@ -42,7 +46,38 @@ def atomic_write(path: Path, *, keep_partial: bool = False) -> Iterator[Path]:
         remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     yield partial
+    _sync(partial)
     os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder with everything in it, to the disk; links are left alone."""
+    if not path.is_dir():
+        _sync_file(path)
+        return
+    for root, _, files in os.walk(path):
+        for name in files:
+            if not (file := Path(root, name)).is_symlink():
+                _sync_file(file)
+        sync_folder(Path(root))
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names of a folder's files to the disk: a rename may else be lost with the power, or come too early."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC_ERRNOS:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -14,6 +14,10 @@ from torch.distributed._functional_collectives import (
     all_gather_tensor,
     all_gather_tensor_autograd,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem as CheckpointFileSystem
+
+# Not FileSystemWriter: `async_save` would take it for the stager too, and copy the state in another way.
+from torch.distributed.checkpoint.filesystem import _FileSystemWriter as CheckpointWriter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 __all__ = [
+    "CheckpointFileSystem",
+    "CheckpointWriter",
     "ReduceScatter",
     "all_gather_tensor",
     "all_gather_tensor_autograd",

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from eval.export.artifact_folder import CHECKSUMS
+from core.checksums import CHECKSUMS
 from eval.export.formats import FORMATS, ExportOptions
 from eval.export.sizes import bf16_bytes, int4_bytes
 from eval.export.source import Source, open_folder, open_run_checkpoint

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from core.checksums import CHECKSUMS, verify_checksums
 from core.errors import RefusedInput
 from eval.export.chunks import MAX_CHUNK_VALUES
 from eval.hf_mobilemoe.checkpoint_mobilemoe import kept_in_float32
@@ -32,11 +33,14 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
         Raises:
             RefusedInput: no finished checkpoint there, or it is of a model with other dimensions.
+            DamagedData: a file is missing or has changed since the checkpoint was written.
         """
         if not is_dcp_checkpoint(checkpoint):
             raise RefusedInput(
                 f"{checkpoint}: no finished DCP checkpoint; expected a step folder with a .metadata file"
             )
+        if (checkpoint / CHECKSUMS).is_file():  # one that `mobilemoe import` wrote has none
+            verify_checksums(checkpoint)
         self._precision = precision
         config = model_config(dims)
         self._adapter = MobileMoEStateDictAdapter(config, None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from core.atomic import atomic_write, partial_path
+from core.checksums import CHECKSUMS, parse_checksums, verify_checksums
 from core.errors import RefusedInput
 from core.inside import Folder, check_names
 from core.progress import Progress, ignore_progress, print_progress
@@ -60,7 +61,6 @@ def find_artifact(source: str, format_name: str) -> str:
     Raises:
         RefusedInput: there is none; names the formats that are there.
     """
-    from eval.export.artifact_folder import CHECKSUMS
     from pipelines.commands.transfer import locate, open_address
 
     base = source.rstrip("/")
@@ -94,7 +94,6 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
             `folder` of an earlier fetch has; or the folder was exchanged meanwhile.
         OSError: receiving was cut off.
     """
-    from eval.export.artifact_folder import CHECKSUMS, parse_checksums, verify_checksums
     from pipelines.commands.receive import receive_file
     from pipelines.commands.transfer import locate, open_address
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from core.checksums import CHECKSUMS, parse_checksums, verify_checksums
 from core.errors import DamagedData, RefusedInput
 from core.inside import PARTIAL, check_names
 from core.progress import Progress, ignore_progress, print_progress
@@ -74,7 +75,6 @@ def publish_artifacts(
         DamagedData: a file of the artifact has another hash than SHA256SUMS says, or reads back with another one.
         OSError: sending was cut off.
     """
-    from eval.export.artifact_folder import CHECKSUMS, verify_checksums
     from pipelines.commands.transfer import decode_checksums
 
     folders = find_artifacts(source, destination, layout)
@@ -94,8 +94,6 @@ def find_artifacts(source: Path, destination: str, layout: Layout) -> dict[str, 
     Raises:
         RefusedInput: the source is no folder, or holds no artifact, or one whose name is none at the destination.
     """
-    from eval.export.artifact_folder import CHECKSUMS
-
     inputs.require_folder("SOURCE", source)
     # The slashes of `s3://` alone stay: without them it would be a folder.
     address = destination if destination.endswith("://") else destination.rstrip("/") or "/"
@@ -121,7 +119,6 @@ def check_destination(source: Path, folder: Path, address: str) -> None:
         RefusedInput: the address cannot be written to, shares files with the source, has no room, or holds anything
             that this artifact does not have.
     """
-    from eval.export.artifact_folder import CHECKSUMS, parse_checksums
     from pipelines.commands.transfer import find_local_path, locate, open_for_writing
 
     sums = (folder / CHECKSUMS).read_bytes()
@@ -162,7 +159,6 @@ def check_local_destination(source: Path, folder: Path, local: Path, names: set[
 
 
 def _send_folder(folder: Path, address: str, progress: Progress) -> None:
-    from eval.export.artifact_folder import CHECKSUMS, parse_checksums
     from pipelines.commands.transfer import hash_remote_file, locate, open_destination, open_for_writing
 
     system, root = open_for_writing(address)

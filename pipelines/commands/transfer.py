@@ -10,9 +10,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from core.checksums import CHECKSUMS
 from core.errors import RefusedInput, TransferFailed
 from core.inside import Folder
-from eval.export.artifact_folder import CHECKSUMS
 from pipelines.commands.object_stores import PROTOCOLS, open_object_store
 
 READ_BYTES = 8 << 20

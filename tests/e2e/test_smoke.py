@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.export.artifact_folder import verify_checksums
+from core.checksums import verify_checksums
 from eval.export.formats import FORMATS
 from pipelines.shared_data import open_shared_data
 from pipelines.steps import STEPS

@@ -1,6 +1,7 @@
 """From torchtitan's DCP checkpoint to Hugging Face folders: same logits, and the same INT4 numbers as in QAT."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval.hf_mobilemoe  # noqa: F401  registers the classes
+from core.checksums import write_checksums
+from core.errors import DamagedData
 from eval.device.expert_op import declare
 from eval.device.transformer import moe_transformer
 from eval.device.weights import DeviceWeights
@@ -112,6 +115,17 @@ def test_refuses_an_unfinished_checkpoint_and_another_model(checkpoint, tmp_path
     deep = dataclasses.replace(DIMS, n_layers=3)
     with pytest.raises(ValueError, match=r"layers\.2\..* is missing"):
         CheckpointTensors(checkpoint, deep)
+
+
+def test_refuses_a_checkpoint_that_has_changed_since_it_was_written(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    write_checksums(tmp_path / "copy")
+    read_trained_weights(tmp_path / "copy", DIMS, "float32")
+    (file, *_) = sorted((tmp_path / "copy").glob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedData, match=r"distcp has SHA-256 \w+, SHA256SUMS says"):
+        read_trained_weights(tmp_path / "copy", DIMS, "float32")
 
 
 def test_the_device_program_gets_the_numbers_of_the_int4_folder(checkpoint, tokenizer_dir, tmp_path):

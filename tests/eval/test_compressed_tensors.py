@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.export.artifact_folder import verify_checksums
+from core.checksums import verify_checksums
 from eval.export.glm4_moe import convert_tensors
 from eval.export.hf_folder import write_hf_folder
 from eval.export.source import open_folder

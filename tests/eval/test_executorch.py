@@ -13,13 +13,13 @@ from executorch.runtime import Runtime
 from torch import nn
 from transformers import AutoTokenizer
 
+from core.checksums import verify_checksums
 from eval.compat import int4_linear_weight, xnnpack_partitioner
 from eval.device import prompts
 from eval.device.expert_op import declare
 from eval.device.runtime import DeviceProgram
 from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
 from eval.device.weights import DeviceWeights
-from eval.export.artifact_folder import verify_checksums
 from eval.export.dimensions import config_from_dims
 from eval.export.int4 import derive_scale
 from eval.export.source import Source, open_folder

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.checksums import verify_checksums
 from eval.config import ExportConfig
 from eval.device.weights import DeviceWeights
-from eval.export.artifact_folder import verify_checksums
 from eval.export.hf_folder import write_hf_folder
 from eval.export.source import open_folder
 from eval.export.stored_scales import SCALES_FILE

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.checksums import verify_checksums, write_checksums
 from core.errors import DamagedData
 from data.tokens import tokenizer as own_tokenizer
-from eval.export.artifact_folder import verify_checksums, write_checksums
 from eval.export.dimensions import config_from_dims
 from eval.export.hf_folder import write_hf_folder
 from eval.export.tensor_files import TensorFiles

@@ -17,11 +17,11 @@ from hypothesis.extra.numpy import arrays
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
+from core.checksums import verify_checksums
 from core.errors import RefusedInput
 from data.tokens import tokenizer as trained_tokenizer
 from eval.config import GgufConfig
 from eval.device import prompts
-from eval.export.artifact_folder import verify_checksums
 from eval.export.gguf_file import encode_q4_0, export_gguf
 from eval.export.gguf_tokenizer import find_word_splitter
 from eval.export.glm4_moe import to_interleaved

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeForCausalLM
 
+from core.checksums import verify_checksums
 from core.errors import RefusedInput
-from eval.export.artifact_folder import verify_checksums
 from eval.export.glm4_moe import to_half_split, to_interleaved
 from eval.export.hf_folder import write_hf_folder
 from eval.export.hf_native import export_native

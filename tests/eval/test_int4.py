@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
-from eval.export.artifact_folder import verify_checksums
+from core.checksums import verify_checksums
 from eval.export.dimensions import config_from_dims
 from eval.export.hf_folder import write_hf_folder
 from eval.export.int4 import derive_scale, pack_int4, quantize_tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from eval.export.artifact_folder import verify_checksums
+from core.checksums import verify_checksums
 from eval.export.glm4_moe import to_interleaved
 from eval.export.hf_folder import write_hf_folder
 from eval.export.source import open_folder

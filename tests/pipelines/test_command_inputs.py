@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from core.checksums import write_checksums
 from core.errors import RefusedInput
-from eval.export.artifact_folder import write_checksums
 from pipelines.cli import DONE, REFUSED, main
 from pipelines.commands import COMMANDS, inputs
 from pipelines.commands.scaling_law import ACTIONS

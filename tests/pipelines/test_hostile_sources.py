@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from core.checksums import CHECKSUMS, write_checksums
 from core.errors import RefusedInput
-from eval.export.artifact_folder import CHECKSUMS, write_checksums
 from pipelines.cli import DONE, FAILED, REFUSED, main
 from pipelines.commands import receive
 from pipelines.commands.fetch import MAX_CHECKSUMS_BYTES, fetch_artifact

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from core.checksums import verify_checksums
 from eval.config import DeviceConfig
-from eval.export.artifact_folder import verify_checksums
 from eval.export.formats import FORMATS, PACKAGED, ExportOptions
 from eval.export.hf_folder import write_hf_folder
 from pipelines.recipe import Recipe

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import fsspec
 import pytest
 
+from core.checksums import CHECKSUMS, parse_checksums, write_checksums
 from core.errors import DamagedData, RefusedInput
-from eval.export.artifact_folder import CHECKSUMS, parse_checksums, write_checksums
 from pipelines.cli import DONE, FAILED, REFUSED, main
 from pipelines.commands import transfer
 from pipelines.commands.fetch import fetch_artifact

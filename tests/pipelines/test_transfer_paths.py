@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from core.checksums import CHECKSUMS, write_checksums
 from core.errors import RefusedInput
 from core.inside import check_names
-from eval.export.artifact_folder import CHECKSUMS, write_checksums
 from pipelines.cli import DONE, FAILED, REFUSED, main
 from pipelines.commands.fetch import fetch_artifact
 from pipelines.commands.publish import publish_artifacts

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner
 
+from core.checksums import CHECKSUMS, verify_checksums
 from core.errors import RefusedInput
 from tests.titan_ext.stage_data import find_differences, write_data
 from tests.titan_ext.test_training import DIMS, STAGE, lines, stage_spec
 from titan_ext.config import StageConfig
+from titan_ext.training.checkpoint_files import HashedWriter, find_damage
 from titan_ext.training.checkpoints import PERMANENT
 from titan_ext.training.launch import run_ranks, start_ranks
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint, list_finished_checkpoints
@@ -45,14 +47,14 @@ def wait_for_step(step: int, spec: StageSpec, scratch: Path) -> None:
 
 def train_while_a_save_hangs(spec: StageSpec) -> None:
     """Run a stage whose checkpoint of step 16 never gets its metadata."""
-    finish = FileSystemWriter.finish
+    finish = HashedWriter.finish
 
     def hang(self, metadata, results):
         if "step-16" in str(self.path):
             time.sleep(600)
         finish(self, metadata, results)
 
-    FileSystemWriter.finish = hang
+    HashedWriter.finish = hang
     run_stage(spec)
 
 
@@ -205,3 +207,70 @@ def test_another_mixture_without_a_continuation_is_refused(data, whole, tmp_path
     with pytest.raises(RuntimeError, match=r"belongs to another order of data(.|\n)*--continue-from"):
         run_ranks(dataclasses.replace(spec, continued_at=None), tmp_path / "scratch")
     assert RefusedInput.__name__ in (tmp_path / "scratch/rank_0.log").read_text()
+
+
+def damage(kind: str, folder: Path) -> Path:
+    """Damage a file of a checkpoint and return its path."""
+    path = folder / (".metadata" if kind == "metadata" else "__1_0.distcp")
+    content = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(content[:-7])
+    else:  # one bit
+        path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "changed", "metadata"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(kind, data, tmp_path):
+    """The stage ends with the parameters of one that nobody disturbed."""
+    spec = stage_spec(data, tmp_path / "stage", world_size=2)
+    run_ranks(spec, tmp_path / "scratch")
+    shutil.copytree(spec.out, tmp_path / "undisturbed")
+    assert list_finished_checkpoints(spec.out) == [8, 16, 20]
+    for step in (8, 16, 20):
+        folder = spec.out / f"checkpoint/step-{step}"
+        assert verify_checksums(folder) == 3, "a file of each rank, and the metadata"
+        assert {path.name for path in folder.iterdir()} == {CHECKSUMS, ".metadata", "__0_0.distcp", "__1_0.distcp"}
+    path = damage(kind, spec.out / "checkpoint/step-20")
+    run_ranks(spec, tmp_path / "scratch")
+    log = (spec.out / "logs/rank_0.log").read_text()
+    assert f"the checkpoint of step 20 is damaged: {path}" in log and "damaged-20, and is not used" in log
+    assert "Training starts at step 17" in log
+    assert list_finished_checkpoints(spec.out) == [8, 16, 20] and (spec.out / "checkpoint/damaged-20").is_dir()
+    ends = (find_final_checkpoint(out, STAGE.steps) for out in (spec.out, tmp_path / "undisturbed"))
+    assert find_differences(*ends) == []
+    assert [line["step"] for line in lines(spec.out, "metrics.jsonl")] == list(range(1, STAGE.steps + 1))
+
+
+def test_a_stage_all_of_whose_checkpoints_are_damaged_does_not_start_over(data, whole, tmp_path):
+    spec = stage_spec(data, tmp_path / "stage", world_size=1)
+    shutil.copytree(whole, spec.out)
+    for step in list_finished_checkpoints(spec.out):
+        (spec.out / f"checkpoint/step-{step}/__0_0.distcp").unlink()
+    with pytest.raises(RuntimeError, match=r"every checkpoint is damaged: .*step-20/__0_0\.distcp is missing"):
+        run_ranks(spec, tmp_path / "scratch")
+    assert list_finished_checkpoints(spec.out) == [8, 16, 20]
+
+
+def test_a_stage_does_not_start_from_a_damaged_checkpoint(data, whole, tmp_path):
+    shutil.copytree(whole / "checkpoint/step-20", tmp_path / "initial")
+    spec = stage_spec(data, tmp_path / "stage", world_size=1, initial_checkpoint=tmp_path / "initial")
+    content = (tmp_path / "initial/__0_0.distcp").read_bytes()
+    (tmp_path / "initial/__0_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match="which the stage starts from, is damaged"):
+        run_ranks(spec, tmp_path / "scratch")
+
+
+def test_a_checkpoint_of_an_older_version_is_held_to_the_sizes_of_its_metadata(whole, tmp_path):
+    folder = tmp_path / "step-20"
+    shutil.copytree(whole / "checkpoint/step-20", folder)
+    assert find_damage(folder) is None
+    (folder / CHECKSUMS).unlink()
+    assert find_damage(folder) is None
+    content = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(content[: len(content) // 2])
+    assert "__0_0.distcp is missing, or shorter than" in find_damage(folder)
+    (folder / ".metadata").write_bytes(b"rubbish")
+    assert ".metadata cannot be read" in find_damage(folder)

@@ -1,10 +1,14 @@
 """Private interfaces of torch and torchtitan that the model uses through titan_ext.compat, one small test each."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.titan_ext.test_model import DIMS
@@ -81,3 +85,20 @@ def test_the_expert_bias_moves_against_the_load_and_the_counts_are_cleared():
     torch.testing.assert_close(moe.expert_bias_E, delta_E - delta_E.mean())
     assert not moe.tokens_per_expert_E.any()
     assert not model.layers["1"].moe.expert_bias_E.any(), "a layer whose load is even stays as it is"
+
+
+def test_the_writer_of_checkpoints_is_no_stager_and_renames_the_metadata_last(tmp_path, monkeypatch):
+    """`async_save` would take a stager for its own; the hashes of a checkpoint are collected at that rename."""
+    assert issubclass(FileSystemWriter, compat.CheckpointWriter)
+    renamed, rename = [], compat.CheckpointFileSystem.rename
+
+    def look(self, path, new_path):
+        renamed.append((Path(new_path).name, sorted(file.name for file in tmp_path.iterdir())))
+        rename(self, path, new_path)
+
+    monkeypatch.setattr(compat.CheckpointFileSystem, "rename", look)
+    writer = compat.CheckpointWriter(tmp_path)
+    assert isinstance(FileSystemWriter(tmp_path), AsyncStager) and not isinstance(writer, AsyncStager)
+    assert type(writer.fs) is compat.CheckpointFileSystem and writer.sync_files
+    dcp.save({"a": torch.ones(3)}, storage_writer=writer, no_dist=True)
+    assert renamed == [(".metadata", [".metadata.tmp", "__0_0.distcp"])]

@@ -4,7 +4,8 @@ torchtitan's manager copies the state to the host's memory and writes it in a th
 the CPU alike. Training waits for the copy only, of a quarter of a gigabyte a rank in the published sizes. The mode with
 pinned memory would hide the copy as well, but it writes in another process, which plans for itself.
 
-A checkpoint counts once its `.metadata` is there, which rank 0 writes when every rank's files are on the disk.
+A checkpoint counts once its `.metadata` is there, which rank 0 writes when every rank's files are on the disk and
+hashed (`titan_ext.training.checkpoint_files`).
 """
 
 import shutil
@@ -22,6 +23,7 @@ from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from titan_ext.training.checkpoint_files import HashedWriter, require_whole, set_damaged_aside
 from titan_ext.training.stage_spec import METADATA, list_finished_checkpoints
 from titan_ext.training.stop_request import StopRequest
 
@@ -82,7 +84,7 @@ class StageCheckpoints(CheckpointManager):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Any:
-        """Save as torchtitan does, and plan only once who writes what.
+        """Save as torchtitan does, plan only once who writes what, and hash the files before the checkpoint counts.
 
         The plan of all ranks is made on rank 0 and kept in memory; a rank whose part has not changed sends nothing.
         """
@@ -90,7 +92,10 @@ class StageCheckpoints(CheckpointManager):
             return super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
         save = dcp.async_save if async_mode == AsyncMode.ASYNC else dcp.save
         planner = DefaultSavePlanner(enable_plan_caching=True)
-        result = save(state_dict, checkpoint_id=checkpoint_id, process_group=self.pg, planner=planner)
+        writer = HashedWriter(checkpoint_id)
+        result = save(
+            state_dict, checkpoint_id=checkpoint_id, storage_writer=writer, process_group=self.pg, planner=planner
+        )
         if enable_garbage_collection:
             utils.GarbageCollection.collect("GC collection invoked by checkpointer.")
         return result if isinstance(result, Future) else None
@@ -117,10 +122,22 @@ class StageCheckpoints(CheckpointManager):
         return saved
 
     def _load(self, step: int = -1) -> bool:
-        """Load as torchtitan does, without what a killed stage did not finish, and listen to SIGTERM from now on."""
+        """Load as torchtitan does, and listen to SIGTERM from now on.
+
+        What a killed stage did not finish is removed, and a damaged checkpoint is put aside for the one before.
+
+        Raises:
+            DamagedData: no checkpoint is whole, or the one that the stage starts from is not.
+        """
         self._stop.listen()
+        folder = Path(self.folder)
         if dist.get_rank() == 0:
-            remove_unfinished(Path(self.folder))
+            remove_unfinished(folder)
+        steps = [list_finished_checkpoints(folder.parent)]
+        dist.broadcast_object_list(steps, src=0, group=self.pg)
+        set_damaged_aside(folder, steps[0], self.pg)
+        if not steps[0] and self.initial_load_path:
+            require_whole(Path(self.initial_load_path), self.pg)
         return super()._load(step)
 
     def _purge_stale_checkpoints(self) -> None:
