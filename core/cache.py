@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from core.errors import RefusedInput
 
+SHARED_TEMPORARY = "MOBILEMOE_SHARED_TMPDIR"
+"""Variable with the user's folder for temporary files, where TMPDIR is a run's own, which is removed at its end."""
 COMPILED_PREFIX = "compiled-"
 """Beginning of the name of a machine's folder of compiled code."""
 LIBRARIES = {
@@ -48,7 +51,7 @@ def cache_dir() -> Path:
         home = None
     if home is not None and can_create(home):
         return home
-    return _temporary_cache(tempfile.gettempdir())
+    return _temporary_cache(find_shared_temporary())
 
 
 def _temporary_cache(parent: str) -> Path:
@@ -57,12 +60,28 @@ def _temporary_cache(parent: str) -> Path:
     Raises:
         RefusedInput: another user can write to it.
     """
-    folder = Path(parent) / f"mobilemoe-cache-{os.getuid()}"
+    return make_private_folder(Path(parent) / f"mobilemoe-cache-{os.getuid()}", "MOBILEMOE_CACHE")
+
+
+def find_shared_temporary() -> str:
+    """Return the folder for temporary files that several runs share: that of the user, and not the run's own."""
+    return os.environ.get(SHARED_TEMPORARY) or tempfile.gettempdir()
+
+
+def make_private_folder(folder: Path, option: str) -> Path:
+    """Make a folder that this user alone can read and write, where others may have made one before; return it.
+
+    Args:
+        option: what names another folder, for the message.
+
+    Raises:
+        RefusedInput: it is a link, or another user can write to it.
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise RefusedInput(
-            f"{folder} can be written by another user, who could put code into it; set MOBILEMOE_CACHE to a folder "
+            f"{folder} can be written by another user, who could put code or data into it; set {option} to a folder "
             "that only you can write"
         )
     return folder
@@ -134,7 +153,8 @@ def keep_compiled_code_apart() -> None:
             if parent.parent.name.startswith(COMPILED_PREFIX):
                 parent = parent.parent.parent
         if not PLAIN_PATH.fullmatch(str(parent)):
-            parent = _temporary_cache(tempfile.gettempdir() if PLAIN_PATH.fullmatch(tempfile.gettempdir()) else "/tmp")
+            shared = find_shared_temporary()
+            parent = _temporary_cache(shared if PLAIN_PATH.fullmatch(shared) else "/tmp")
         os.environ[variable] = str(parent / f"{COMPILED_PREFIX}{identify_machine()}" / name)
 
 

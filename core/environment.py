@@ -22,6 +22,8 @@ LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
 SOCKET_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 """Folders with short names for sockets, tried after the folder for temporary files and before $XDG_RUNTIME_DIR, which
 the system removes when the user logs out: a run may go on."""
+LINK_PREFIX = "mobilemoe-tmp-"
+"""Beginning of the name of a link to a folder for temporary files."""
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -73,11 +75,15 @@ def _forget_launcher() -> None:
 def _shorten(folder: str) -> str:
     """Return a folder's path, or a short link to it where multiprocessing's sockets below it had too long a path.
 
-    The link's name holds a hash of the path, so every run makes the same one.
+    The link's name holds a hash of the path, so every run makes the same one. Links to folders that are gone, such as
+    those of Slurm's jobs, are removed.
     """
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY or (parent := find_socket_folder(LONGEST_TEMPORARY - 30)) is None:
         return folder
-    link = parent / f"mobilemoe-tmp-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
+    for other in parent.glob(f"{LINK_PREFIX}*"):
+        if other.is_symlink() and not other.exists() and other.lstat().st_uid == os.getuid():
+            other.unlink(missing_ok=True)
+    link = parent / f"{LINK_PREFIX}{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
     try:
         link.symlink_to(folder)
     except FileExistsError:

@@ -93,7 +93,7 @@ def is_gone(lease: dict[str, Any]) -> bool:
     """Return whether the holder was a process of this host that has ended, or ran before its last start."""
     if lease.get("host") != socket.gethostname():
         return False
-    return lease.get("boot") != read_boot_id() or not _is_alive(int(lease.get("pid", 0)))
+    return lease.get("boot") != read_boot_id() or not is_alive(int(lease.get("pid", 0)))
 
 
 def describe_holder(lease: dict[str, Any]) -> str:
@@ -107,7 +107,8 @@ def read_boot_id() -> str:
     return path.read_text(encoding="ascii").strip() if path.exists() else ""
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this host has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -20,6 +20,7 @@ from core.errors import RefusedInput
 from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
 from pipelines.ray import orphan_reaper
 from pipelines.ray.gang import build_trainer, describe_failures
+from pipelines.ray.temporary_folder import leave_temporary_folder, make_temporary_folder
 from pipelines.ray.worker_log import redirect_output
 from pipelines.recipe import ClusterConfig
 from titan_ext.cpu.allocator import allocator_environment
@@ -83,10 +84,10 @@ class Cluster(contextlib.AbstractContextManager):
                 f"({tempfile.gettempdir()}) nor /tmp, /var/tmp and /dev/shm can be used; set TMPDIR to a folder with a "
                 f"path of at most {LONGEST_FOLDER - len(FOLDER_PREFIX) - 9} bytes that can be written"
             )
-        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent)
+        folder, temporary = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent), make_temporary_folder()
         marker = orphan_reaper.make_marker(self.run)
         self._reaper = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.ray.orphan_reaper", marker, folder],
+            [sys.executable, "-m", "pipelines.ray.orphan_reaper", marker, folder, str(temporary)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal goes to the driver's process group, not to the reaper
         )
@@ -112,7 +113,8 @@ class Cluster(contextlib.AbstractContextManager):
         """Leave the cluster, and end it if it was started here. Work that still runs on it raises in its caller."""
         ray.shutdown()
         if self._reaper:
-            # This closes the reaper's standard input; it ends what is left, removes the folder and exits.
+            # This closes the reaper's standard input; it ends what is left, removes the folders and exits.
+            leave_temporary_folder()
             self._reaper.communicate()
             os.environ.pop(orphan_reaper.MARKER_VARIABLE, None)
 

@@ -2,9 +2,9 @@
 
 When a driver is killed, the kernel kills the processes that Ray started for it, and Ray's workers exit when they lose
 their raylet. A worker that was just starting at that moment waits for ever for a raylet that is gone. The reaper ends
-it, and removes Ray's temporary folder.
+it, and removes the temporary folders of Ray and of the run.
 
-    python -m pipelines.ray.orphan_reaper MARKER FOLDER
+    python -m pipelines.ray.orphan_reaper MARKER FOLDER ...
 
 It waits for the end of its standard input, which is a pipe that only the driver holds: the kernel closes the pipe when
 the driver dies, however it dies.
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -67,15 +68,16 @@ def end_processes(run: Path | str, driver: str = "") -> None:
         raise RuntimeError(f"processes {[p.pid for p in alive]} of {run} do not end; end them by hand")
 
 
-def main(marker: str, folder: Path) -> None:
-    """Wait for the driver's end, then end its processes and remove its temporary folder."""
+def main(marker: str, folders: Sequence[Path]) -> None:
+    """Wait for the driver's end, then end its processes and remove its temporary folders."""
     sys.stdin.read()
     try:
         driver, _, run = marker.partition("#")
         end_processes(run, driver)
-    finally:  # on a machine under load a killed process can take longer to go, and the folder must not stay for it
-        shutil.rmtree(folder, ignore_errors=True)
+    finally:  # on a machine under load a killed process can take longer to go, and the folders must not stay for it
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], [Path(word) for word in sys.argv[2:]])

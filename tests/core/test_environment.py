@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from core.environment import LINK_PREFIX, _shorten
+
 ROOT = Path(__file__).parents[2]
 NOBODY = 54321
 PREPARE = """
@@ -68,6 +70,19 @@ def test_a_folder_for_temporary_files_of_any_name_is_used(tmp_path, name):
 def test_a_folder_for_temporary_files_that_cannot_be_used_is_replaced(tmp_path, name):
     folder = Path(prepare(tmp_path, TMPDIR=name, HOME=str(tmp_path))["TMPDIR"])
     assert folder in (Path("/tmp"), Path("/var/tmp"), Path("/usr/tmp"), tmp_path)
+
+
+def test_a_link_to_a_folder_that_is_gone_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    """Each job of Slurm has a folder of another name."""
+    monkeypatch.setattr("core.environment.find_socket_folder", lambda longest: tmp_path)
+    (tmp_path / f"{LINK_PREFIX}file").touch()
+    for name in ("1", "2"):
+        folder = tmp_path / ("x" * 100) / name
+        folder.mkdir(parents=True)
+        link = Path(_shorten(str(folder)))
+        assert link.is_symlink() and link.samefile(folder)
+        assert {path.name for path in tmp_path.glob(f"{LINK_PREFIX}*")} == {f"{LINK_PREFIX}file", link.name}
+        folder.rmdir()
 
 
 def test_no_folder_for_temporary_files_at_all_is_refused(monkeypatch):

@@ -2,12 +2,16 @@
 
 import getpass
 import json
+import multiprocessing.forkserver
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from core.cache import find_shared_temporary
 
 
 def killed_once(out: Path) -> None:
@@ -61,3 +65,14 @@ def describe_process() -> dict[str, str]:
 def write_process(out: Path) -> None:
     """Write `describe_process` of rank 0 to gang.json."""
     (out / "gang.json").write_text(json.dumps(describe_process()))
+
+
+def leave_litter() -> tuple[str, str]:
+    """Leave in the folder for temporary files what libraries leave there; return it, and the one that runs share.
+
+    A fork server has its socket in a folder pymp-*, which Python's finalizers remove, and Ray's workers run none.
+    """
+    multiprocessing.forkserver.ensure_running()
+    tempfile.mkdtemp()
+    assert list(Path(tempfile.gettempdir()).glob("pymp-*"))
+    return tempfile.gettempdir(), find_shared_temporary()

@@ -1,6 +1,9 @@
 """The manifest: a reader never sees half of it; packages: what the registry doesn't give is a missing key."""
 
 import json
+import os
+import socket
+import subprocess
 import threading
 
 import pytest
@@ -9,6 +12,7 @@ from core.atomic import write_json
 from data.catalogue.corpora import Requirement
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.progress_file import ProgressFile
+from pipelines.status import read_status
 from pipelines.steps.package_cache import download_packages
 
 
@@ -56,11 +60,17 @@ def test_package_the_registry_lacks_is_a_missing_key(tmp_path, monkeypatch):
     cached.parent.mkdir(parents=True)
     cached.touch()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    others = [f".absent-1.0-sdist.other-{host}.{ended.pid}", f".absent-1.0-sdist.{host}.{os.getppid()}"]
+    for name in (*others, f".absent-1.0-sdist.{host}.{ended.pid}"):  # the last one's process was killed
+        (tmp_path / "packages" / name).mkdir()
     said = []
     wanted = {"here": Requirement("here==1.0", sdist=False), "absent": Requirement("absent==1.0", sdist=True)}
     assert download_packages(wanted, said.append) == {"here": cached}
     assert len(said) == 1 and "absent==1.0 could not be fetched: ERROR: No matching distribution" in said[0]
-    assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == ["here-1.0"]
+    assert {path.name for path in (tmp_path / "packages").iterdir()} == {"here-1.0", *others}
 
 
 def test_progress_file_holds_the_last_word_of_a_phase(tmp_path):
@@ -71,3 +81,26 @@ def test_progress_file_holds_the_last_word_of_a_phase(tmp_path):
     report("write", 0, 5)
     report("write", 1, 5)
     assert json.loads(report.path.read_text())["done"] == 0  # too soon after the last
+
+
+@pytest.mark.parametrize("when", ["start", "finish"])
+def test_a_disk_that_runs_full_leaves_a_manifest_that_says_how_far_the_run_came(when, tmp_path, smoke, monkeypatch):
+    """The file before, no partial one, and the same command resumes the step."""
+    manifest = Manifest(tmp_path)
+    manifest.describe(smoke)
+    record = {"version": 1, "fingerprint": "f", "config": {}, "inputs": {}}
+    if when == "finish":
+        manifest.start("items", record)
+    before = (tmp_path / "manifest.json").read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            manifest.start("items", record) if when == "start" else manifest.finish("items", "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    states = {step.name: step.state for step in read_status(tmp_path).steps}
+    assert states["items"] == ("pending" if when == "start" else "interrupted")

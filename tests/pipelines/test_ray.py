@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from ctypes.util import find_library
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from core.cache import SHARED_TEMPORARY, find_shared_temporary
 from pipelines.ray.cluster import Cluster, Task, WorkerFailed
 from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes, make_marker
+from pipelines.ray.temporary_folder import PREFIX, leave_temporary_folder, make_temporary_folder
 from pipelines.recipe import ClusterConfig
 from tests.pipelines import gang_functions as gang
 
+LITTERED: list[Path] = []
+"""Folders for temporary files that must be gone with the cluster."""
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 """Ray's workers import this package from here."""
@@ -29,6 +34,7 @@ def cluster(tmp_path_factory):
         with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
             yield cluster
     assert find_processes(run) == []
+    assert not any(folder.exists() for folder in LITTERED)
 
 
 def test_gang_gets_its_environment_and_survives_a_sigkill(cluster, tmp_path):
@@ -62,6 +68,33 @@ def test_task_failure_keeps_the_traceback(cluster, tmp_path):
     with pytest.raises(WorkerFailed, match="tea is not wanted") as failure:
         cluster.run_tasks([Task(gang.task, ("tea", True), tmp_path / "log", num_cpus=1)])
     assert "gang_functions.py" in str(failure.value)
+
+
+def test_what_workers_leave_among_the_temporary_files_goes_with_the_run(cluster, tmp_path):
+    ((own, shared),) = cluster.run_tasks([Task(gang.leave_litter, (), tmp_path / "log", num_cpus=1)])
+    assert Path(own).parent == Path(shared) and Path(own).name.startswith(PREFIX)
+    assert Path(own).stat().st_mode & 0o77 == 0, "nobody else reads it"
+    LITTERED.append(Path(own))
+
+
+def test_folders_of_drivers_that_are_gone_are_removed_by_the_next_one(tmp_path, monkeypatch):
+    """Those of living drivers, of others, and links stay."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(SHARED_TEMPORARY, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"{PREFIX}{pid}-abc" for pid in (ended.pid, os.getpid())] + [f"{PREFIX}abc", "mobilemoe-shards-0"]
+    for name in names:
+        (tmp_path / name / "sub").mkdir(parents=True)
+    (tmp_path / f"{PREFIX}{ended.pid}-link").symlink_to(tmp_path / "mobilemoe-shards-0")
+    own = make_temporary_folder()
+    assert tempfile.gettempdir() == str(own) and find_shared_temporary() == str(tmp_path)
+    leave_temporary_folder()
+    assert tempfile.gettempdir() == find_shared_temporary() == str(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {own.name, *names[1:], f"{PREFIX}{ended.pid}-link"}
+    assert (tmp_path / "mobilemoe-shards-0/sub").is_dir()
 
 
 def test_gang_larger_than_the_cluster_is_refused(cluster):
@@ -99,6 +132,7 @@ def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
 
 
 def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
+    """No process, and no folder for temporary files."""
     driver = subprocess.Popen(
         [sys.executable, HERE / "killable_driver.py", tmp_path], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -110,3 +144,6 @@ def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
     while find_processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert find_processes(tmp_path) == []
+    while (own := list(Path(find_shared_temporary()).glob(f"{PREFIX}{driver.pid}-*"))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert own == []

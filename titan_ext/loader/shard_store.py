@@ -21,7 +21,6 @@ import errno
 import functools
 import logging
 import os
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterable
@@ -34,6 +33,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream
 
+from core.cache import find_shared_temporary, make_private_folder
 from core.errors import DamagedData
 from core.samples import SHARD_HASH, SHARDS_AT
 from titan_ext.compat import make_shard_reader
@@ -240,8 +240,13 @@ def _is_process_ending() -> bool:
 
 
 def default_cache() -> Path:
-    """Return the default cache folder: one folder per user, below the machine's temporary directory."""
-    return Path(tempfile.gettempdir()) / f"mobilemoe-shards-{os.getuid()}"
+    """Return the default cache folder: one folder per user, below the machine's temporary directory, of mode 700.
+
+    Raises:
+        RefusedInput: another user has made it.
+    """
+    folder = Path(find_shared_temporary()) / f"mobilemoe-shards-{os.getuid()}"
+    return make_private_folder(folder, "cluster.shard_cache.folder")
 
 
 def _find_shards(source: str) -> str:
