@@ -36,6 +36,7 @@ __all__ = [
     "all_gather_tensor",
     "all_gather_tensor_autograd",
     "download_file",
+    "exchange_counts",
     "get_param_groups",
     "is_being_gathered",
     "make_shard_reader",
@@ -92,21 +93,45 @@ def return_hidden_states(model: Any) -> None:
     model._skip_lm_head = True
 
 
-def send_rows_to_experts(
-    dispatcher: "AllToAllTokenDispatcher", rows_RD: torch.Tensor, group: dist.ProcessGroup, splits: list[int]
-) -> torch.Tensor:
-    """Exchange rows over the expert-parallel group: `splits[i]` rows go to rank i, and as many come from it.
+def exchange_counts(
+    dispatcher: "AllToAllTokenDispatcher", counts_E: torch.Tensor, group: dist.ProcessGroup, num_ranks: int
+) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Tell every rank of the expert-parallel group how many rows its experts get from this rank, and wait for it.
 
-    torchtitan's dispatcher offers its exchange only together with an exchange of the counts.
+    Args:
+        counts_E: int64, number of this rank's rows for each expert.
+
+    Returns:
+        The rows that come from each rank for each expert of this rank, int64 [ranks * e]; the number of rows to send to
+        each rank, and of those that come from it.
     """
-    return dispatcher._dispatch_token_exchange(rows_RD, group, splits, splits)
+    arriving = dispatcher._token_count_exchange(counts_E, group, num_ranks)
+    return dispatcher._sync_token_count_exchange(counts_E, arriving, num_ranks)
+
+
+def send_rows_to_experts(
+    dispatcher: "AllToAllTokenDispatcher",
+    rows_RD: torch.Tensor,
+    group: dist.ProcessGroup,
+    sent: list[int],
+    arriving: list[int],
+) -> torch.Tensor:
+    """Exchange rows over the expert-parallel group: `sent[i]` rows go to rank i, and `arriving[i]` come from it.
+
+    torchtitan's dispatcher offers its exchange only together with a reordering whose gradient is a scatter-add.
+    """
+    return dispatcher._dispatch_token_exchange(rows_RD, group, arriving, sent)
 
 
 def return_rows_to_tokens(
-    dispatcher: "AllToAllTokenDispatcher", rows_RD: torch.Tensor, group: dist.ProcessGroup, splits: list[int]
+    dispatcher: "AllToAllTokenDispatcher",
+    rows_RD: torch.Tensor,
+    group: dist.ProcessGroup,
+    sent: list[int],
+    arriving: list[int],
 ) -> torch.Tensor:
-    """Exchange the experts' outputs back: the reverse of `send_rows_to_experts`."""
-    return dispatcher._combine_token_exchange(rows_RD, group, splits, splits)
+    """Exchange the experts' outputs back: the reverse of `send_rows_to_experts` with the same arguments."""
+    return dispatcher._combine_token_exchange(rows_RD, group, sent, arriving)
 
 
 def multiply_grouped(

@@ -37,13 +37,15 @@ def test_gathered_tensors_stand_side_by_side_and_pass_gradients_back(mesh_of_one
 
 
 def test_the_dispatchers_exchange_takes_split_sizes_and_passes_gradients_back(mesh_of_one: DeviceMesh):
-    """When this fails, drop-and-pad dispatch over expert parallelism (`capacity_dispatch`) is wrong."""
+    """When this fails, dispatch over expert parallelism (`token_dispatch`, `capacity_dispatch`) is wrong."""
     dispatcher = CapacityTokenDispatcher.Config(num_experts=2, top_k=1, capacity_factor=1.0).build()
     dispatcher.ep_mesh = mesh_of_one
     group = mesh_of_one.get_group()
     rows_RD = torch.randn(4, 3, requires_grad=True)
-    sent_RD = compat.send_rows_to_experts(dispatcher, rows_RD, group, [4])
-    back_RD = compat.return_rows_to_tokens(dispatcher, sent_RD, group, [4])
+    arriving_E, sent, arriving = compat.exchange_counts(dispatcher, torch.tensor([1, 3]), group, 1)
+    assert (arriving_E.tolist(), sent, arriving) == ([1, 3], [4], [4])
+    sent_RD = compat.send_rows_to_experts(dispatcher, rows_RD, group, sent, arriving)
+    back_RD = compat.return_rows_to_tokens(dispatcher, sent_RD, group, sent, arriving)
     assert torch.equal(sent_RD, rows_RD) and torch.equal(back_RD, rows_RD)
     (gradient_RD,) = torch.autograd.grad((back_RD * 3).sum(), rows_RD)
     assert torch.equal(gradient_RD, torch.full((4, 3), 3.0))

@@ -20,6 +20,8 @@
     `kernels.pad_groups` rounds the number of rows up.
 11. Blocks are not compiled on the CPU, and a quantizer makes a dozen passes over a weight. `kernels.fuse_if_large`
     compiles the quantizer alone.
+12. Blocks are not compiled, so the sum of a token's rows would make passes over memory for every choice.
+    `titan_ext.mobilemoe.row_gather` calls `embedding_bag`, which makes one.
 
 This file imports nothing: pipelines reads `titan_ext.cpu.allocator` in processes that must not import torch.
 """

@@ -10,7 +10,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear
 from torchtitan.models.common.attention import QKVLinear
-from torchtitan.models.common.config_utils import get_attention_config, make_token_dispatcher_config
+from torchtitan.models.common.config_utils import get_attention_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.nn_modules import RMSNorm
@@ -30,6 +30,7 @@ from titan_ext.mobilemoe.moe import Experts, RouterGate
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter
 from titan_ext.mobilemoe.tied_embedding_pp import exclude_tied_replica
+from titan_ext.mobilemoe.token_dispatch import TokenDispatcher
 
 _INIT_STD = 0.02
 _INIT = {"weight": normal_init(_INIT_STD)}
@@ -191,9 +192,7 @@ def _routed_experts_config(
     dims: ModelDims, experts: Experts.Config, capacity_factor: float | None
 ) -> RoutedExperts.Config:
     if capacity_factor is None:
-        dropless = make_token_dispatcher_config(
-            num_experts=dims.n_experts, top_k=dims.top_k, comm_backend="standard", hidden_dim=dims.d_model
-        )
+        dropless = TokenDispatcher.Config(num_experts=dims.n_experts, top_k=dims.top_k)
         return RoutedExperts.Config(inner_experts=experts, token_dispatcher=dropless)
     dispatcher = CapacityTokenDispatcher.Config(
         num_experts=dims.n_experts, top_k=dims.top_k, capacity_factor=capacity_factor

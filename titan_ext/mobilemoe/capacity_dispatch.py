@@ -16,30 +16,56 @@ from dataclasses import dataclass
 
 import spmd_types as spmd
 import torch
-import torch.distributed as dist
-from torchtitan.distributed.spmd_types import current_spmd_mesh, maybe_set_sparse_mesh
-from torchtitan.distributed.utils import get_spmd_backend
+from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
 from torchtitan.models.common.moe import RoutedExperts
-from torchtitan.models.common.token_dispatcher import (
-    AllToAllTokenDispatcher,
-    LocalDispatchMetadata,
-    LocalTokenDispatcher,
-)
 
 from titan_ext.compat import return_rows_to_tokens, send_rows_to_experts
 from titan_ext.dtensor import local
+from titan_ext.mobilemoe.token_dispatch import DispatchMetadata, Routing, TokenDispatcher, reinterpret_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityMetadata(LocalDispatchMetadata):
+class CapacityMetadata(DispatchMetadata):
     """The data that `combine` needs after a dispatch that dropped and padded. The type tells it from a dropless one."""
 
 
-class CapacityTokenDispatcher(AllToAllTokenDispatcher):
+def keep_highest_weights(
+    scores_TK: torch.Tensor, expert_ids_TK: torch.Tensor, num_experts: int, capacity: int
+) -> Routing:
+    """Return the routing to `capacity` rows an expert: the tokens with the highest weights of those that chose it.
+
+    Args:
+        scores_TK: float32 above 0, routing weights of the chosen experts.
+        expert_ids_TK: int64, numbers of the chosen experts.
+        num_experts: E.
+        capacity: C, at most T.
+    """
+    T, R = len(scores_TK), num_experts * capacity
+    with torch.no_grad():
+        chosen_ET = scores_TK.new_zeros(num_experts, T).scatter(0, expert_ids_TK.T, scores_TK.T)
+        # Weights are above 0, so the tokens that did not choose the expert come last, with weight 0. Those that are
+        # still among the C are the padding.
+        weight_EC, token_EC = chosen_ET.topk(capacity, dim=1)
+        number_EC = torch.arange(R, device=token_EC.device).view(num_experts, capacity)
+        # Row of each token in each expert; R where it has none. No two rows of an expert hold the same token.
+        row_ET = token_EC.new_full((num_experts, T), R).scatter(1, token_EC, number_EC)
+        row_TK = row_ET.T.gather(1, expert_ids_TK)
+        kept_TK = row_TK < R
+        row_TK = torch.where(kept_TK, row_TK, 0)
+    return Routing(
+        token_R=token_EC.flatten(),
+        weight_R=weight_EC.flatten(),
+        row_TK=row_TK,
+        weight_TK=scores_TK,
+        kept_TK=kept_TK,
+    )
+
+
+class CapacityTokenDispatcher(TokenDispatcher):
     """Sends each expert its C tokens with the highest routing weights in training, and all tokens otherwise."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(AllToAllTokenDispatcher.Config):
+    class Config(TokenDispatcher.Config):
         capacity_factor: float
         """Capacity of an expert, in multiples of its share of perfectly balanced tokens; at least 1."""
 
@@ -59,74 +85,51 @@ class CapacityTokenDispatcher(AllToAllTokenDispatcher):
         topk_scores_TK: torch.Tensor,
         topk_expert_ids_TK: torch.Tensor,
         num_local_tokens_per_expert_E: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, LocalDispatchMetadata]:
+    ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
         """Return the rows of this rank's experts [R, D], the rows of each expert int64 [e], and data for `combine`.
 
         Args:
             x_TD: this rank's tokens.
-            topk_scores_TK: routing weights of the chosen experts.
+            topk_scores_TK: float32, routing weights of the chosen experts.
             topk_expert_ids_TK: int64, numbers of the chosen experts.
             num_local_tokens_per_expert_E: tokens that chose each expert; only the dropless dispatch reads it.
         """
         if not self.dropping:
             return super().dispatch(x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E)
-        T = x_TD.shape[0]
-        C = self.capacity(T)
-        chosen_ET = x_TD.new_zeros(self.num_experts, T, dtype=topk_scores_TK.dtype)
-        chosen_ET = chosen_ET.scatter(0, topk_expert_ids_TK.T, topk_scores_TK.T)
-        # Sigmoid scores are above 0, so the tokens that did not choose the expert come last, with weight 0. Those that
-        # are still among the C are the padding.
-        scores_EC, tokens_EC = chosen_ET.topk(C, dim=1)
-        metadata = CapacityMetadata(
-            token_indices_experts_sorted_N=tokens_EC.flatten(), topk_scores_experts_sorted_N=scores_EC.flatten()
-        )
-        rows_RD = x_TD[metadata.token_indices_experts_sorted_N]
+        C = self.capacity(x_TD.shape[0])
+        routing = keep_highest_weights(topk_scores_TK, topk_expert_ids_TK, self.num_experts, C)
+        rows_RD = self.gather_tokens(x_TD, routing)
         num_ranks = 1 if self.ep_mesh is None else self.ep_mesh.size()
         if num_ranks > 1:
-            rows_RD = self._exchange_to_experts(rows_RD, num_ranks)
+            rows_RD = self._send_equal_parts(rows_RD, num_ranks)
         counts_e = torch.full((self.num_experts // num_ranks,), num_ranks * C, dtype=torch.int64, device=x_TD.device)
-        return rows_RD, counts_e, metadata
+        return rows_RD, counts_e, CapacityMetadata(routing=routing, exchange=None)
 
-    def combine(
-        self, routed_output_RD: torch.Tensor, metadata: LocalDispatchMetadata, x_TD: torch.Tensor
-    ) -> torch.Tensor:
+    def combine(self, routed_output_RD: torch.Tensor, metadata: DispatchMetadata, x_TD: torch.Tensor) -> torch.Tensor:
         """Return for each token the sum of its experts' outputs, times the routing weights, [T, D]."""
         if not isinstance(metadata, CapacityMetadata):
             return super().combine(routed_output_RD, metadata, x_TD)
         if self.ep_mesh is not None and (num_ranks := self.ep_mesh.size()) > 1:
-            routed_output_RD = self._exchange_to_tokens(routed_output_RD, num_ranks)
-        return LocalTokenDispatcher.combine(self, routed_output_RD, metadata, x_TD)
+            routed_output_RD = self._return_equal_parts(routed_output_RD, num_ranks)
+        return self.sum_outputs(routed_output_RD, metadata.routing)
 
-    def _exchange_to_experts(self, rows_RD: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    def _send_equal_parts(self, rows_RD: torch.Tensor, num_ranks: int) -> torch.Tensor:
         """Send this rank's rows to the ranks of their experts, and return the rows of this rank's experts."""
         R, D = rows_RD.shape
         splits = [R // num_ranks] * num_ranks
         with maybe_set_sparse_mesh():
-            rows_RD = send_rows_to_experts(self, _reinterpret_mesh(rows_RD), self._expert_group(), splits)
+            rows_RD = send_rows_to_experts(self, reinterpret_mesh(rows_RD), self.expert_group(), splits, splits)
             # They arrive sorted by rank, then by expert; grouped products need them sorted by expert.
             return rows_RD.view(num_ranks, self.num_experts // num_ranks, -1, D).transpose(0, 1).reshape(R, D)
 
-    def _exchange_to_tokens(self, rows_RD: torch.Tensor, num_ranks: int) -> torch.Tensor:
-        """Send the experts' outputs back to the ranks of their tokens: the reverse of `_exchange_to_experts`."""
+    def _return_equal_parts(self, rows_RD: torch.Tensor, num_ranks: int) -> torch.Tensor:
+        """Send the experts' outputs back to the ranks of their tokens: the reverse of `_send_equal_parts`."""
         R, D = rows_RD.shape
         splits = [R // num_ranks] * num_ranks
         with maybe_set_sparse_mesh():
             rows_RD = rows_RD.view(self.num_experts // num_ranks, num_ranks, -1, D).transpose(0, 1).reshape(R, D)
-            rows_RD = return_rows_to_tokens(self, rows_RD, self._expert_group(), splits)
-        return _reinterpret_mesh(rows_RD)
-
-    def _expert_group(self) -> dist.ProcessGroup:
-        """Return the process group of expert parallelism. Each of torchtitan's two backends has its own meshes."""
-        if get_spmd_backend() == "spmd_types":
-            return current_spmd_mesh().get_group("ep")
-        return self.ep_mesh.get_group()
-
-
-def _reinterpret_mesh(rows_RD: torch.Tensor) -> torch.Tensor:
-    """Tell torchtitan's type checker that the expert-parallel and the data-parallel axes are the same ranks."""
-    if get_spmd_backend() == "spmd_types" and spmd.is_type_checking():
-        return spmd.reinterpret_mesh(rows_RD, spmd.current_mesh())
-    return rows_RD
+            rows_RD = return_rows_to_tokens(self, rows_RD, self.expert_group(), splits, splits)
+        return reinterpret_mesh(rows_RD)
 
 
 class CapacityRoutedExperts(RoutedExperts):

@@ -117,7 +117,7 @@ class Experts(GroupedExperts):
         rows_R = None
         if IS_CPU and x_RD.dtype == torch.bfloat16:
             x_RD, num_tokens_per_expert_E, rows_R = pad_groups(x_RD, num_tokens_per_expert_E)
-        offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
+        offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0).to(torch.int32)
         x_RD = self.quantize_input(x_RD)
         gate_RF = multiply_grouped(self, x_RD, w1_EFD.transpose(-2, -1), offsets_E)
         up_RF = multiply_grouped(self, x_RD, w3_EFD.transpose(-2, -1), offsets_E)
