@@ -2,10 +2,9 @@
 
 It is arithmetic, and was never compared with a run. The peak and the bandwidth were measured on an H100; the shares of
 them that kernels reach are assumed. It leaves out the network, the host and waits, so a real step takes longer. Kernels
-are those of compiled blocks. The two large costs beside matrix products are the weighted sum of the experts' rows, for
-which torchtitan sorts its elements (deterministic_scatter_add), and the head. The choice of experts is left out.
+are those of compiled blocks.
 
-Letters: T tokens of a micro-batch, R rows of the routed experts, D model dimension.
+Letters: T tokens of a micro-batch, K experts a token, R rows of the routed experts, D model dimension.
 """
 
 import math
@@ -33,6 +32,8 @@ class Card:
     grouped: float = 0.60
     attention: tuple[float, float] = (0.45, 0.35)
     """Shares that the forward and the backward pass of flex attention reach."""
+    choice: float = 15e-9
+    """Seconds a token of a layer's choice of experts, assumed: small kernels that sort, far from either peak."""
 
 
 def estimate_tokens_per_second(
@@ -108,15 +109,26 @@ class Kernels:
             + attention / card.peak * (1 / forward + 2.5 / backward + (again == 1) / forward)
             + 6 * T * dims.n_experts * D / card.float32_peak  # router
             + self.move(elementwise + gated)
-            + self.move(2 * BFLOAT16 * R * D * (1 + redone))  # rows to experts
-            + 2 * self.move(3 * BFLOAT16 * R * D + 2 * FLOAT32 * T * D)  # their gradients back to tokens
-            + self.move((6 + 2 * redone) * BFLOAT16 * R * D)  # weights of the rows
-            + self._sum_rows()
+            + card.choice * T
+            + self.gather_rows(redone)
         )
 
-    def _sum_rows(self) -> float:
-        """Return the time of the weighted sum of the experts' rows: sorting moves 264 bytes an element in all."""
-        return self.move(264 * self.rows * self.dims.d_model)
+    def gather_rows(self, redone: bool) -> float:
+        """Return the time of moving tokens to the experts' rows and back (`titan_ext.mobilemoe.row_gather`), both ways.
+
+        Each of the four directions is one kernel that reads by index and writes once:
+
+        - tokens to rows: R rows read and written, and again where they are recomputed;
+        - its gradient: the K rows of each token read, which leaves out the padding, and T tokens written;
+        - the weighted sum of the experts' outputs: the same;
+        - its gradient: R outputs and R rows of the tokens' gradients read, for the products with which the weights get
+          theirs, and R rows written.
+
+        Indices and weights, of 4 and 8 bytes a row, are left out beside rows of 2 D bytes.
+        """
+        T, R, chosen = self.tokens, self.rows, self.tokens * self.dims.top_k
+        rows = 2 * R * (1 + redone) + 2 * (chosen + T) + 3 * R
+        return self.move(BFLOAT16 * self.dims.d_model * rows)
 
     def time_rest(self) -> float:
         """Return the time of the head, its cross entropy, and FSDP's casts and additions, a micro-batch."""

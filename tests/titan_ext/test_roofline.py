@@ -21,13 +21,13 @@ def compute(flavor: str, name: str, micro_batches: int = 8, **layout) -> float:
 @pytest.mark.parametrize(
     ("flavor", "stage", "expected"),
     [
-        ("S", "pretrain", 52_635), ("M", "pretrain", 29_361), ("L", "pretrain", 18_221), ("S", "midtrain", 47_089),
-        ("L", "midtrain", 16_434), ("S", "sft", 54_790), ("L", "sft", 18_858), ("S", "qat", 43_205),
+        ("S", "pretrain", 115_172), ("M", "pretrain", 61_812), ("L", "pretrain", 36_533), ("S", "midtrain", 91_574),
+        ("L", "midtrain", 29_995), ("S", "sft", 87_837), ("L", "sft", 28_805), ("S", "qat", 61_429),
     ],
 )  # fmt: skip
 def test_a_second_implementation_gives_the_same(flavor, stage, expected):
-    """It is a script that counts kernel by kernel, and the choice of experts too."""
-    assert compute(flavor, stage) == pytest.approx(expected, rel=0.025)
+    """It is a script that counts kernel by kernel."""
+    assert compute(flavor, stage) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_product_takes_what_its_flops_or_its_bytes_take():
@@ -36,6 +36,17 @@ def test_a_product_takes_what_its_flops_or_its_bytes_take():
     assert kernels.multiply(10, 10, 10, card.dense) == 2000 / 50 > 600 / 100
     assert kernels.multiply(10, 1, 1, card.dense) == 2 * (10 + 10 + 1) / 100 > 20 / 50
     assert kernels.multiply(10, 1, 1, card.dense, groups=5) == 2 * (10 + 10 + 5) / 100
+
+
+def test_rows_move_as_often_as_the_kernels_read_and_write_them():
+    """Counted by hand for one byte a second: of 4 tokens, 2 experts each, 12 rows, bfloat16 rows of width 768."""
+    stage = dataclasses.replace(published_stages()["pretrain"], local_batch_size=1, seq_len=4, capacity_factor=1.5)
+    dims = dataclasses.replace(FLAVORS["S"], top_k=2, n_experts=4)
+    kernels = Kernels(dims, stage, ALONE, Card(bandwidth=1.0))
+    assert kernels.rows == 12
+    forward, sums = (12 + 12) + (8 + 4), (8 + 4) + (12 + 12 + 12)
+    assert kernels.gather_rows(redone=False) == 2 * 768 * (forward + sums)
+    assert kernels.gather_rows(redone=True) == 2 * 768 * (forward + 24 + sums)
 
 
 def test_no_rate_is_above_the_peak_and_less_work_is_faster():
