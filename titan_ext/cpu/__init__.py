@@ -22,6 +22,8 @@
     compiles the quantizer alone.
 12. Blocks are not compiled, so the sum of a token's rows would make passes over memory for every choice.
     `titan_ext.mobilemoe.row_gather` calls `embedding_bag`, which makes one.
+13. For the same reason, `titan_ext.mobilemoe.rope` rotates with one product of complex numbers instead of several real
+    ones. The bits are the same.
 
 This file imports nothing: pipelines reads `titan_ext.cpu.allocator` in processes that must not import torch.
 """

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear
+from torchtitan.models.common import Embedding, Linear
 from torchtitan.models.common.attention import QKVLinear
 from torchtitan.models.common.config_utils import get_attention_config
 from torchtitan.models.common.feed_forward import FeedForward
@@ -28,6 +28,7 @@ from titan_ext.mobilemoe.load_metrics import register_load_recording_hook
 from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel
 from titan_ext.mobilemoe.moe import Experts, RouterGate
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe
+from titan_ext.mobilemoe.rope import InterleavedRoPE
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter
 from titan_ext.mobilemoe.tied_embedding_pp import exclude_tied_replica
 from titan_ext.mobilemoe.token_dispatch import TokenDispatcher
@@ -133,7 +134,7 @@ def _attention_config(dims: ModelDims, inner_attention: Module.Config, residual_
         ),
         wo=Linear.Config(in_features=q_width, out_features=dims.d_model, param_init=residual_init),
         inner_attention=inner_attention,
-        rope=ComplexRoPE.Config(
+        rope=InterleavedRoPE.Config(
             dim=dims.head_dim,
             max_seq_len=dims.max_seq_len,
             theta=dims.rope_theta,

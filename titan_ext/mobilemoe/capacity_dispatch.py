@@ -43,9 +43,9 @@ def keep_highest_weights(
     T, R = len(scores_TK), num_experts * capacity
     with torch.no_grad():
         chosen_ET = scores_TK.new_zeros(num_experts, T).scatter(0, expert_ids_TK.T, scores_TK.T)
-        # Weights are above 0, so the tokens that did not choose the expert come last, with weight 0. Those that are
-        # still among the C are the padding.
-        weight_EC, token_EC = chosen_ET.topk(capacity, dim=1)
+        # Weights are above 0, so the tokens that did not choose the expert are the last, with weight 0. Those that are
+        # still among the C are the padding. The order of the C does not matter, and finding it would take time.
+        weight_EC, token_EC = chosen_ET.topk(capacity, dim=1, sorted=False)
         number_EC = torch.arange(R, device=token_EC.device).view(num_experts, capacity)
         # Row of each token in each expert; R where it has none. No two rows of an expert hold the same token.
         row_ET = token_EC.new_full((num_experts, T), R).scatter(1, token_EC, number_EC)

@@ -109,7 +109,7 @@ def _sum(rows_RD: torch.Tensor, row_TK: torch.Tensor, weight_TK: torch.Tensor | 
     if K == 1 and weight_TK is None:
         return rows_RD.index_select(0, row_TK.flatten())
     weight_TK = None if weight_TK is None else weight_TK.to(dtype)
-    if IS_CPU and not torch.compiler.is_compiling():
+    if IS_CPU and not torch.compiler.is_compiling():  # 12 in titan_ext/cpu/__init__.py
         return F.embedding_bag(row_TK, rows_RD.to(dtype), mode="sum", per_sample_weights=weight_TK).to(rows_RD.dtype)
     # Compiled, this is one kernel that reads K rows for each token and writes the token.
     parts = []
