@@ -4,6 +4,8 @@ Each has a test in tests/titan_ext/test_model_contracts.py or test_loader_contra
 new version changes it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +37,7 @@ __all__ = [
     "ReduceScatter",
     "all_gather_tensor",
     "all_gather_tensor_autograd",
+    "clip_by",
     "download_file",
     "exchange_counts",
     "get_param_groups",
@@ -46,6 +49,7 @@ __all__ = [
     "return_hidden_states",
     "return_rows_to_tokens",
     "send_rows_to_experts",
+    "set_found_inf",
     "set_reduce_scatter",
 ]
 
@@ -91,6 +95,30 @@ def is_being_gathered(value: object) -> bool:
 def return_hidden_states(model: Any) -> None:
     """Make torchtitan's Decoder return what its output projection takes, [B, L, D], instead of logits."""
     model._skip_lm_head = True
+
+
+@contextmanager
+def clip_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let torchtitan's Trainer call `function` in place of its `clip_grad_norm_`, between backward pass and update.
+
+    The trainer offers no hook there, and its own call comes without a way to use the norm that it computes.
+    """
+    from torchtitan.distributed import utils as dist_utils  # here, because readers of shards do not need torchtitan
+
+    original = dist_utils.clip_grad_norm_
+    dist_utils.clip_grad_norm_ = function
+    try:
+        yield
+    finally:
+        dist_utils.clip_grad_norm_ = original
+
+
+def set_found_inf(optimizer: torch.optim.Optimizer, found: torch.Tensor | None) -> None:
+    """Make the next steps of a fused optimizer change nothing if `found`, float32 [] on its device, is 1.
+
+    torch.amp.GradScaler sets the same attribute.
+    """
+    optimizer.found_inf = found  # type: ignore[attr-defined]  # torch's optimizers read it by name
 
 
 def exchange_counts(

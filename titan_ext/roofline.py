@@ -50,7 +50,7 @@ def estimate_tokens_per_second(
     kernels = Kernels(dims, stage, parallel, card or Card())
     micro_batches = stage.global_batch_size / (stage.local_batch_size * parallel.data_parallel)
     shard = count_parameters(dims).total / (parallel.world_size // parallel.data_parallel_replicate)
-    update = shard * 10 * FLOAT32 / kernels.card.bandwidth  # AdamW reads and writes 7 values, norm and zeroing 3
+    update = shard * 10 * FLOAT32 / kernels.card.bandwidth  # AdamW reads and writes 7 values, norm and clipping 3
     seconds = (dims.n_layers * kernels.time_layer() + kernels.time_rest()) * micro_batches + update
     return kernels.tokens * micro_batches / seconds
 

@@ -4,6 +4,7 @@ One small test each; the docstring of a test says what breaks when it fails.
 """
 
 import dataclasses
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from torchao.quantization.quant_primitives import MappingType, choose_qparams_af
 from torchtitan.components.optimizer import OptimizersContainer, default_adamw, register_moe_load_balancing_hook
 from torchtitan.trainer import Trainer
 
+from core.errors import RefusedInput
 from titan_ext import compat
 from titan_ext.config import FLAVORS
 from titan_ext.cpu import fsdp
@@ -125,8 +127,8 @@ def test_torchtitan_leaves_the_expert_bias_without_tokens():
     assert torch.equal(moe.expert_bias_E, moved)
 
 
-@pytest.mark.parametrize("reason", [None, "a spike"])
-def test_step_hooks_run_once_whether_the_update_is_skipped_or_not(reason):
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_step_hooks_run_once_whether_the_update_is_skipped_or_not(skip):
     """PyTorch wraps `step` of each class that is built once; a wrapped base class would run the hooks twice."""
     calls = []
     for config_class in (OptimizersContainer.Config, SkippableOptimizers.Config):
@@ -134,12 +136,45 @@ def test_step_hooks_run_once_whether_the_update_is_skipped_or_not(reason):
         optimizers = config_class(param_groups=default_adamw(lr=0.1).param_groups).build(model_parts=[model])
     optimizers.register_step_pre_hook(lambda *args, **kwargs: calls.append(1))
     model(torch.ones(1, 2)).sum().backward()
-    before = model.weight.detach().clone()
-    optimizers.skip_reason = reason
     optimizers.step()
-    assert calls == [1]
-    assert torch.equal(model.weight, before) == (reason is not None)
-    assert len(optimizers.optimizers[0].state) == (0 if reason else 2)
+    kept = {name: x.clone() for name, x in optimizers.state_dict().items() if isinstance(x, torch.Tensor)}
+    before = model.weight.detach().clone()
+    optimizers.skip = None if skip is None else torch.tensor(skip)
+    optimizers.step()
+    after = optimizers.state_dict()
+    assert calls == [1, 1]
+    assert torch.equal(model.weight, before) == (skip == 1)
+    moments = [name for name in kept if "exp_avg" in name or name.endswith("step")]
+    assert len(moments) == 6 and all(torch.equal(kept[name], after[name]) == (skip == 1) for name in moments)
+
+
+def test_a_nan_is_not_read_by_an_update_that_is_skipped():
+    """When this fails, a step whose gradients are not finite destroys the weights before anybody looks."""
+    model = torch.nn.Linear(2, 1)
+    optimizers = SkippableOptimizers.Config(param_groups=default_adamw(lr=0.1).param_groups).build(model_parts=[model])
+    before = model.weight.detach().clone()
+    model.weight.grad, model.bias.grad = torch.full((1, 2), torch.nan), torch.zeros(1)
+    optimizers.skip = torch.tensor(1.0)
+    optimizers.step()
+    assert torch.equal(model.weight, before)
+    state = optimizers.optimizers[0].state[model.weight]
+    assert not state["exp_avg"].any() and not state["exp_avg_sq"].any() and state["step"] == 0
+
+
+def test_optimizers_that_cannot_skip_are_refused():
+    with pytest.raises(RefusedInput, match=r"optimizer\.implementation = foreach: .* choose fused"):
+        SkippableOptimizers.Config(param_groups=default_adamw(lr=0.1).param_groups, implementation="foreach")
+
+
+def test_the_trainer_clips_through_the_module_that_is_replaced():
+    """When this fails, spikes are not skipped: StageTrainer's own clipping, which decides, is not called."""
+    from torchtitan import trainer
+
+    original = trainer.dist_utils.clip_grad_norm_
+    with compat.clip_by(len):
+        assert trainer.dist_utils.clip_grad_norm_ is len
+    assert trainer.dist_utils.clip_grad_norm_ is original
+    assert inspect.getsource(trainer.Trainer.train_step).count("dist_utils.clip_grad_norm_(") == 1
 
 
 def test_a_decoder_returns_hidden_states_on_request():

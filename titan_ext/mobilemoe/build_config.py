@@ -5,7 +5,6 @@ Initial weights are normal with std 0.02. Projections into the residual stream (
 """
 
 import torch.nn as nn
-from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import Embedding, Linear
@@ -32,6 +31,7 @@ from titan_ext.mobilemoe.rope import InterleavedRoPE
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter
 from titan_ext.mobilemoe.tied_embedding_pp import exclude_tied_replica
 from titan_ext.mobilemoe.token_dispatch import TokenDispatcher
+from titan_ext.training.optimizers import SkippableOptimizers
 
 _INIT_STD = 0.02
 _INIT = {"weight": normal_init(_INIT_STD)}
@@ -102,7 +102,7 @@ def model_spec(config: MobileMoEModel.Config, flavor: str) -> ModelSpec:
 
 
 def _register_optimizer_hooks(
-    optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: ParallelDims
+    optimizers: SkippableOptimizers, model_parts: list[nn.Module], parallel_dims: ParallelDims
 ) -> None:
     if parallel_dims.pp_enabled:
         exclude_tied_replica(optimizers)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 
 from titan_ext.dtensor import local
+from titan_ext.training.optimizers import SkippableOptimizers
 
 
 def _find_moe_layers(model_parts: list[nn.Module]) -> dict[int, Any]:
@@ -28,12 +28,18 @@ def _find_moe_layers(model_parts: list[nn.Module]) -> dict[int, Any]:
     return {int(i): block.moe for part in parts for i, block in part.layers.items()}
 
 
-def register_load_recording_hook(optimizers: OptimizersContainer, model_parts: list[nn.Module]) -> None:
-    """Call `record_load` before every optimizer step.
+def register_load_recording_hook(optimizers: SkippableOptimizers, model_parts: list[nn.Module]) -> None:
+    """Call `record_load` before every optimizer step, and `forget_skipped_load` after it.
 
     Register it before `titan_ext.mobilemoe.expert_bias.register_expert_bias_update`, which clears the counts.
     """
-    optimizers.register_step_pre_hook(lambda *args, **kwargs: record_load(model_parts))
+
+    def record(*args: Any, **kwargs: Any) -> None:
+        record_load(model_parts)
+        if optimizers.skip is not None:
+            forget_skipped_load(model_parts, optimizers.skip)
+
+    optimizers.register_step_pre_hook(record)
 
 
 @torch.no_grad()
@@ -46,10 +52,14 @@ def record_load(model_parts: list[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def clear_load(model_parts: list[nn.Module]) -> None:
-    """Set the token counts that the next update of the expert bias reads to zero."""
+def forget_skipped_load(model_parts: list[nn.Module], skip: torch.Tensor) -> None:
+    """Set the token counts to zero if the update is skipped: torchtitan's hook leaves the expert bias as it is then.
+
+    Args:
+        skip: float32 [], 1.0 if the update of this step is skipped, else 0.0.
+    """
     for moe in _find_moe_layers(model_parts).values():
-        local(moe.tokens_per_expert_E).zero_()
+        local(moe.tokens_per_expert_E).mul_(1 - skip)
 
 
 def collect(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> tuple[list[dict], dict[str, float]]:

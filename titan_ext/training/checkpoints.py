@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,21 +59,34 @@ class StageCheckpoints(CheckpointManager):
         self._seconds = 60 * config.minutes
         self._permanent_interval = config.permanent_interval
         self._last_save, self._newest = time.monotonic(), 0
+        self._ballot: dist.Work | None = None
+        self._votes = torch.zeros(2)
+        self._has_saved_since_vote = False
         super().__init__(config, **parts)
+        # A group of its own: a checkpoint that is being written uses torchtitan's gloo group from another thread.
+        self._voters = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if self.enable else None
 
     def agree(self) -> None:
         """Decide, on every rank alike, whether this step ends with a checkpoint and the stage with it.
 
-        This is a collective of two numbers, called once a step where the ranks wait for each other anyway. Rank 0's
-        clock counts, and a request to stop that any rank has got.
+        Called once a step. It reads the votes that the ranks cast a step ago, and casts those of this step: two
+        numbers, exchanged over gloo while the step computes, so neither the device nor the host waits for them. Rank
+        0's clock counts, and a request to stop that any rank has got.
         """
         if not self.enable:
             return
+        if self._ballot is not None:
+            self._ballot.wait()
+            is_late, is_asked = (vote > 0 for vote in self._votes.tolist())
+            self._is_due, self.is_stopping = is_late and not self._has_saved_since_vote, is_asked
         is_late = self._seconds > 0 and time.monotonic() - self._last_save >= self._seconds
-        wishes = [float(is_late and dist.get_rank() == 0), float(self._stop.is_made())]
-        votes = torch.tensor(wishes, device=utils.device_type)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        self._is_due, self.is_stopping = (vote > 0 for vote in votes.tolist())
+        self._votes = torch.tensor([float(is_late and dist.get_rank() == 0), float(self._stop.is_made())])
+        self._has_saved_since_vote = False
+        self._ballot = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, group=self._voters, async_op=True)
+
+    def saves(self, step: int, last_step: bool = False) -> bool:
+        """Return whether a checkpoint is saved after this step; ask after `agree`."""
+        return self.enable and self._should_save(step, last_step or self.is_stopping)
 
     @torch.no_grad()
     def dcp_save(
@@ -111,7 +124,7 @@ class StageCheckpoints(CheckpointManager):
         """Save if this step is due. A stage that stops waits for its checkpoint, as after the last step."""
         if not self._should_save(curr_step, last_step or self.is_stopping):
             return False
-        self._last_save, self._newest = time.monotonic(), curr_step
+        self._last_save, self._newest, self._has_saved_since_vote = time.monotonic(), curr_step, True
         if self._is_permanent(curr_step) and dist.get_rank() == 0:
             folder = Path(self._create_checkpoint_id(curr_step))
             folder.mkdir(parents=True, exist_ok=True)

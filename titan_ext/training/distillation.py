@@ -206,4 +206,4 @@ class Distillation(Callback):
 
     def metrics(self) -> dict[str, float]:
         """Return the last step's KL(teacher || student), nats a token over all ranks."""
-        return {"distillation/kl": sum_over_ranks(self._step_divergence, self._parallel_dims)}
+        return {"distillation/kl": float(sum_over_ranks(self._step_divergence, self._parallel_dims))}

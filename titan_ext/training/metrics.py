@@ -31,13 +31,13 @@ LOAD_LOGS = 20
 LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy")
 
 
-def sum_over_ranks(part: torch.Tensor, parallel_dims: ParallelDims) -> float:
-    """Return the sum of a one-element tensor over the ranks that train on different tokens.
+def sum_over_ranks(part: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tensor:
+    """Return the sum of a one-element tensor over the ranks that train on different tokens, on its device.
 
     This is a collective: every rank must call it.
     """
     loss_mesh = parallel_dims.get_optional_mesh("loss")
-    return float(part) if loss_mesh is None else dist_utils.dist_sum(part, loss_mesh)
+    return part if loss_mesh is None else dist_utils.dist_sum_tensor(part, loss_mesh)
 
 
 class StageMetrics(MetricsProcessor):

@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with a callback for each addition to its loop, and a check that may skip an update."""
+"""torchtitan's Trainer with a callback for each addition to its loop, and a guard that may skip an update."""
 
 import dataclasses
 import os
@@ -9,22 +9,24 @@ import torch
 import torch.distributed as dist
 import tyro
 from torchtitan.config import ParallelismConfig
-from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.tools import utils
-from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from core.errors import RefusedInput
+from titan_ext.compat import clip_by
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedEmbedding, broadcast_from_last_stage
-from titan_ext.training.callbacks import Callback, SkippedLoadCallback, TiedEmbeddingCallback
+from titan_ext.training.callbacks import Callback, TiedEmbeddingCallback
 from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import Distillation, Teacher
 from titan_ext.training.metrics import StageMetrics, sum_over_ranks
 from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.spike_guard import SpikeGuard
 
+LOOK_STEPS = 10
+"""Number of steps after which the host waits for the device and looks at the decisions of the spike guard."""
 _GUARD_STATE = "guard"
 """Key of the spike guard's state in checkpoints."""
 
@@ -32,9 +34,9 @@ _GUARD_STATE = "guard"
 class StageTrainer(Trainer):
     """Trains one stage; resumes from the newest checkpoint in its folder, as torchtitan does.
 
-    torchtitan looks at the loss only when it logs, after the update. Here loss and gradient norm of every step are
-    known before the update, so that a callback can skip it. The price is a second gradient norm and one wait for the
-    device.
+    torchtitan looks at the loss only when it logs, after the update. Here the spike guard judges loss and gradient norm
+    of every step before the update, on the device, and the optimizers obey on the device. The host looks at its
+    decisions every `LOOK_STEPS` steps, and when it logs or saves.
 
     Attributes:
         callbacks: additions to torchtitan's training loop; titan_ext/training/callbacks.py defines their hooks.
@@ -77,8 +79,8 @@ class StageTrainer(Trainer):
         assert isinstance(self.checkpointer, StageCheckpoints)
         self._has_started = False
         self._micro_batch_losses: list[torch.Tensor] = []
-        self.spike_guard = SpikeGuard(config.skip_spikes_sigma)
-        self.callbacks: list[Callback] = [self.spike_guard, SkippedLoadCallback(self.model_parts)]
+        self.spike_guard = SpikeGuard(config.skip_spikes_sigma, self.device)
+        self.callbacks: list[Callback] = [self.spike_guard]
         if self.parallel_dims.pp_enabled:
             self.tied_embedding = TiedEmbedding(self.model_parts, self.parallel_dims)
             self.callbacks.append(TiedEmbeddingCallback(self.tied_embedding))
@@ -98,10 +100,11 @@ class StageTrainer(Trainer):
         """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
         if not self._has_started:
             self._start(first_step=self.step)
-        super().train_step(data_iterator)
-        if self.optimizers.skip_reason is None:
-            for callback in self.callbacks:
-                callback.after_update()
+        with clip_by(self._clip_gradients):
+            super().train_step(data_iterator)
+        assert not self._micro_batch_losses, "torchtitan did not clip the gradients, so nobody checked the update"
+        for callback in self.callbacks:
+            callback.after_update()
 
     def should_continue_training(self) -> bool:
         """Return whether a step is left and nobody asked to stop. The first call comes after the checkpoint is loaded,
@@ -148,39 +151,27 @@ class StageTrainer(Trainer):
                 group["lr"] = rate
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """Return the loss of a micro-batch; in a pipeline, the loss of all micro-batches of the step.
-
-        After the last micro-batch, decide whether the update is skipped.
-        """
+        """Return the loss of a micro-batch; in a pipeline, the loss of all micro-batches of the step."""
         loss = broadcast_from_last_stage(super().forward_backward_step(**kwargs), self.parallel_dims)
         self._micro_batch_losses.append(loss.detach().clone())
-        if len(self._micro_batch_losses) == self.gradient_accumulation_steps:
-            self._check_update(torch.stack(self._micro_batch_losses).sum())
-            self._micro_batch_losses.clear()
         return loss
 
-    def _check_update(self, loss: torch.Tensor) -> None:
-        """Ask the callbacks whether to skip the update. All gradients are computed, and not yet clipped.
+    def _clip_gradients(self, parameters: list[torch.Tensor], max_norm: float, **options: Any) -> torch.Tensor:
+        """Clip the gradients of the step as torchtitan does, and decide whether the update is skipped.
 
         Every rank comes to the same decision: loss and gradient norm are reduced over all ranks.
         """
         for callback in self.callbacks:
             callback.after_backward()
-        grad_norm = dist_utils.clip_grad_norm_(
-            [p for part in self.model_parts for p in part.parameters()],
-            max_norm=float("inf"),
-            foreach=True,
-            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
-            ep_enabled=self.parallel_dims.ep_enabled,
-        )
-        mean_loss, grad_norm = sum_over_ranks(loss, self.parallel_dims), float(grad_norm)
+        grad_norm = clip_grad_norm_(parameters, max_norm, **options)
+        loss = sum_over_ranks(torch.stack(self._micro_batch_losses).sum(), self.parallel_dims)
+        self._micro_batch_losses.clear()
+        self.optimizers.skip = self.spike_guard.decide(self.step, loss, grad_norm)
         self.checkpointer.agree()
-        answers = [callback.check_update(self.step, mean_loss, grad_norm) for callback in self.callbacks]
-        self.optimizers.skip_reason = " and ".join(filter(None, answers)) or None
-        if self.optimizers.skip_reason is not None:
-            logger.warning(f"step {self.step} is skipped: {self.optimizers.skip_reason}")
-            for callback in self.callbacks:
-                callback.before_skipped_update()
+        is_saved = self.checkpointer.saves(self.step, last_step=self.step == self.config.training.steps)
+        if is_saved or self.step % LOOK_STEPS == 0 or self.metrics_processor.should_log(self.step):
+            self.spike_guard.look()
+        return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
         """Return torchtitan's state of the trainer, with the state of the spike guard added."""

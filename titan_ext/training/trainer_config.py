@@ -77,7 +77,7 @@ def build_trainer_config(
         dump_folder=out,
         loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
         teacher=_plain_model_config(model, stage) if _distills(stage) else None,
-        # Before every update StageTrainer asks its callbacks (spike_guard.py); the optimizers skip it if one says so.
+        # Before every update the spike guard decides; the optimizers skip the update if it says so.
         # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
         optimizer=_optimizer_config(stage),
         lr_scheduler=schedule_config(stage),
