@@ -8,6 +8,7 @@ dimension, M queries of a block, S keys they can see.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -54,16 +55,15 @@ def mask_rank_documents(positions_BL: torch.Tensor, cp_mesh: DeviceMesh) -> torc
     return mask_documents(all_positions_BS)[:, :, rank * L : (rank + 1) * L]
 
 
-def measure_documents(positions_BL: torch.Tensor) -> list[int]:
-    """Return the number of tokens of every document in a batch, row after row.
+def find_documents(positions_BL: torch.Tensor) -> torch.Tensor | None:
+    """Return where the documents of a batch start, bool [B, L]: at every position of 0 and at the start of every row.
 
-    A document starts at every position of 0 and at the start of every row.
+    None: every row is one document.
     """
-    with spmd.no_typecheck():  # the result is a list of this rank's own, so torchtitan's type checker cannot follow it
+    with spmd.no_typecheck():  # the answer is this rank's own, so torchtitan's type checker cannot follow it
         starts_BL = positions_BL == 0
         starts_BL[:, 0] = True
-        starts = starts_BL.flatten().nonzero().flatten()
-        return torch.diff(starts, append=starts.new_tensor([positions_BL.numel()])).tolist()
+        return starts_BL if starts_BL[:, 1:].any() else None
 
 
 class DocumentAttention(Module):
@@ -88,28 +88,137 @@ class DocumentAttention(Module):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
         *,
-        attention_masks: list[int] | torch.Tensor | None = None,
+        attention_masks: torch.Tensor | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """Return the attention's output [B, L, N, H].
 
         Args:
-            attention_masks: lengths of the documents, from `measure_documents`; None: every row is one document. Under
+            attention_masks: starts of the documents, from `find_documents`; None: every row is one document. Under
                 context parallelism, where a document may lie on several ranks, the mask from `mask_rank_documents`.
             scale: factor of the scores; None: 1 / sqrt(H).
             enable_gqa: ignored; torchtitan passes it, and the heads of keys and values are always grouped.
         """
         if self.cp_mesh is not None:  # this rank's queries attend to the keys and values of all ranks
             k_BLNH, v_BLNH = (all_gather_tensor_autograd(x, 1, self.cp_mesh) for x in (k_BLNH, v_BLNH))
-            assert not isinstance(attention_masks, list), "`mask_rank_documents` makes the mask"
             return _attend(q_BLNH, k_BLNH, v_BLNH, scale, mask=attention_masks)
-        B, L = q_BLNH.shape[:2]
-        if attention_masks is None or attention_masks == [L] * B:
+        if attention_masks is None:
             return _attend_causally(q_BLNH, k_BLNH, v_BLNH, scale)
-        documents = zip(*(x.flatten(0, 1).split(attention_masks) for x in (q_BLNH, k_BLNH, v_BLNH)), strict=True)
-        outs = [_attend_causally(q[None], k[None], v[None], scale)[0] for q, k, v in documents]
-        return torch.cat(outs).unflatten(0, (B, L))
+        if torch.compiler.is_compiling():
+            scale = q_BLNH.shape[-1] ** -0.5 if scale is None else scale
+            return attend_documents(q_BLNH, k_BLNH, v_BLNH, attention_masks, scale)
+        return _attend_by_documents(q_BLNH, k_BLNH, v_BLNH, attention_masks, scale)
+
+
+def _measure_documents(starts_BL: torch.Tensor) -> list[int]:
+    """Return the number of tokens of every document, row after row, for their starts bool [B, L]."""
+    starts = starts_BL.flatten().nonzero().flatten()
+    return torch.diff(starts, append=starts.new_tensor([starts_BL.numel()])).tolist()
+
+
+def _attend_by_documents(
+    q_BLNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, starts_BL: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    with spmd.no_typecheck():  # the lengths are this rank's own
+        lengths = _measure_documents(starts_BL)
+    documents = zip(*(x.flatten(0, 1).split(lengths) for x in (q_BLNH, k_BLKH, v_BLKH)), strict=True)
+    outs = [_attend_causally(q[None], k[None], v[None], scale)[0] for q, k, v in documents]
+    return torch.cat(outs).unflatten(0, q_BLNH.shape[:2])
+
+
+@torch.library.custom_op("titan_ext::attend_documents", mutates_args=())
+def attend_documents(
+    q_BLNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, starts_BL: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return causal attention [B, L, N, H], one document at a time, as one operation of a compiled graph.
+
+    torch.compile does not look into it. If it did, it would compile a graph for every list of lengths.
+
+    Args:
+        starts_BL: bool, where documents start, from `find_documents`.
+        scale: factor of the scores.
+    """
+    return _attend_by_documents(q_BLNH, k_BLKH, v_BLKH, starts_BL, scale)
+
+
+@attend_documents.register_fake
+def _(
+    q_BLNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, starts_BL: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return torch.empty_like(q_BLNH, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("titan_ext::attend_documents_backward", mutates_args=())
+def attend_documents_backward(
+    grad_BLNH: torch.Tensor,
+    q_BLNH: torch.Tensor,
+    k_BLKH: torch.Tensor,
+    v_BLKH: torch.Tensor,
+    starts_BL: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v of `attend_documents`, which keeps no probabilities.
+
+    Autograd does not reach into an operation of a graph, so they are written out, for a block of queries at a time.
+    """
+    lengths = _measure_documents(starts_BL)
+    tensors = (grad_BLNH, q_BLNH, k_BLKH, v_BLKH)
+    documents = zip(*(x.flatten(0, 1).split(lengths) for x in tensors), strict=True)
+    grads = zip(*(_differentiate_document(grad, q, k, v, scale) for grad, q, k, v in documents), strict=True)
+    return tuple(torch.cat(parts).view(x.shape).to(x.dtype) for parts, x in zip(grads, tensors[1:], strict=True))  # type: ignore[return-value]  # three of them
+
+
+def _differentiate_document(
+    grad_LNH: torch.Tensor, q_LNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of one document; those of k and v are summed in float32."""
+    K, G = k_LKH.shape[1], q_LNH.shape[1] // k_LKH.shape[1]
+    k_KLH, v_KLH = k_LKH.transpose(0, 1), v_LKH.transpose(0, 1)
+    grad_k_KLH, grad_v_KLH = (torch.zeros_like(x, dtype=torch.float32) for x in (k_KLH, v_KLH))
+    grads_q = []
+    end = 0
+    for q_MNH, grad_MNH in zip(q_LNH.split(QUERY_BLOCK), grad_LNH.split(QUERY_BLOCK), strict=True):
+        begin, end = end, end + len(q_MNH)
+        # Queries of one group of heads stand below each other: rows M * G.
+        q_KRH, grad_KRH = (x.unflatten(1, (K, G)).transpose(0, 1).flatten(1, 2) for x in (q_MNH * scale, grad_MNH))
+        hidden_MS = q_LNH.new_full((end - begin, end), -torch.inf).triu(begin + 1)
+        scores_KRS = q_KRH @ k_KLH[:, :end].mT + hidden_MS.repeat_interleave(G, 0)
+        share_KRS = scores_KRS.softmax(-1)
+        grad_v_KLH[:, :end] += share_KRS.mT @ grad_KRH
+        grad_share_KRS = grad_KRH @ v_KLH[:, :end].mT
+        mean_KR1 = (share_KRS * grad_share_KRS).sum(-1, keepdim=True, dtype=torch.float32)
+        grad_scores_KRS = (share_KRS * (grad_share_KRS - mean_KR1)).to(q_LNH.dtype)
+        grad_k_KLH[:, :end] += grad_scores_KRS.mT @ q_KRH
+        grad_q_KRH = grad_scores_KRS @ k_KLH[:, :end] * scale
+        grads_q.append(grad_q_KRH.unflatten(1, (-1, G)).transpose(0, 1).flatten(1, 2))
+    return torch.cat(grads_q), grad_k_KLH.transpose(0, 1), grad_v_KLH.transpose(0, 1)
+
+
+@attend_documents_backward.register_fake
+def _(
+    grad_BLNH: torch.Tensor,
+    q_BLNH: torch.Tensor,
+    k_BLKH: torch.Tensor,
+    v_BLKH: torch.Tensor,
+    starts_BL: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(  # type: ignore[return-value]  # three of them
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BLNH, k_BLKH, v_BLKH)
+    )
+
+
+def _keep_inputs(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_BLNH: torch.Tensor) -> tuple:
+    return (*attend_documents_backward(grad_BLNH, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+attend_documents.register_autograd(_differentiate, setup_context=_keep_inputs)
 
 
 def _attend_causally(
@@ -193,7 +302,7 @@ class Attention(GQAttention):
         """Return the layer's output [B, L, D] for x [B, L, D].
 
         Args:
-            attention_masks: what the inner attention takes: flex's or varlen's mask, or `DocumentAttention`'s lengths.
+            attention_masks: what the inner attention takes: flex's or varlen's mask, or `DocumentAttention`'s starts.
             positions: int64 [B, L], position of every token in its document; None: from 0 to L - 1.
         """
         q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)

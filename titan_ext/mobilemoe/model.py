@@ -9,7 +9,7 @@ from torchtitan.models.common.decoder import Decoder, TransformerBlock
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
 from titan_ext.cpu.device import IS_CPU
-from titan_ext.mobilemoe.attention import DocumentAttention, mask_rank_documents, measure_documents
+from titan_ext.mobilemoe.attention import DocumentAttention, find_documents, mask_rank_documents
 
 
 class MobileMoEBlock(TransformerBlock):
@@ -109,8 +109,5 @@ class MobileMoEModel(Decoder):
         if positions is not None and isinstance(self.config.first_attention.inner_attention, DocumentAttention.Config):
             # torchtitan's trainer builds masks for flex and varlen only.
             cp_mesh = next(iter(self.layers.values())).attention.inner_attention.cp_mesh
-            if cp_mesh is None:
-                attention_masks = measure_documents(positions)
-            else:
-                attention_masks = mask_rank_documents(positions, cp_mesh)
+            attention_masks = find_documents(positions) if cp_mesh is None else mask_rank_documents(positions, cp_mesh)
         return super().forward(tokens, positions, attention_masks)
