@@ -13,11 +13,12 @@ from data.sources import UNIT_TEXT_BYTES
 from pipelines.recipe import Recipe
 from pipelines.recipes.published import GPUS_PER_NODE
 from pipelines.validation.epoch_rules import count_repetitions
-from pipelines.validation.memory_rules import SPARE, Layout, estimate_stages, find_nearest_layout, settle
+from pipelines.validation.memory_rules import Layout, estimate_stages, find_nearest_layout, settle
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.training_rules import find_parallel_problems
 from pipelines.validation.validate_recipe import find_problems
 from titan_ext.config import ParallelConfig, StageConfig
+from titan_ext.layout import SPARE
 from titan_ext.model_stats import count_parameters
 from titan_ext.roofline import Card, estimate_tokens_per_second
 from titan_ext.traffic import count_traffic

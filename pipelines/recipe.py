@@ -11,6 +11,7 @@ from typing import Any
 from data.config import DataConfig
 from eval.config import EvaluationConfig, ExportConfig
 from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
+from titan_ext.layout import GPU_MEMORY
 from titan_ext.quantization.config import QuantizationConfig
 
 
@@ -42,7 +43,7 @@ class ClusterConfig:
     """CPUs of one training rank, and its OMP_NUM_THREADS."""
     gpus_per_worker: int = 0
     """GPUs of one training rank (0 or 1)."""
-    gpu_memory: int = 80_000_000_000
+    gpu_memory: int = GPU_MEMORY
     """Memory of one GPU in bytes. A layout whose estimate leaves less than a tenth of it to the allocator, NCCL and
     the driver is refused; 0 GPUs a worker check nothing."""
     cpus_per_task: int = 2

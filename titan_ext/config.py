@@ -4,8 +4,11 @@ The numbers are from arXiv 2605.27358 (MobileMoE), tables of architecture and tr
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
+
+Recomputation = Literal["none", "selective", "full"]
+"""What a layer's backward pass computes again, from the most memory to the least, which is the slowest."""
 
 
 @dataclass(frozen=True)
@@ -174,20 +177,14 @@ class ParallelConfig:
     ends of a step and send twice as much."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype that FSDP2 casts parameters to for computing. Master weights and reductions are float32."""
-    activation_checkpoint: Literal["none", "selective", "full"] | None = None
+    activation_checkpoint: Recomputation | None = None
     """Activations that the backward pass computes again: none, those that are cheap to compute, or all of a block. None
-    selects `selective` on a GPU and `none` on the CPU."""
+    selects the fewest with which the stages fit a GPU's memory, and `none` on the CPU (titan_ext/layout.py)."""
     compile: bool | None = None
     """Whether to compile every block. None compiles on a GPU and not on the CPU."""
     deterministic: bool = False
     """Whether to use only algorithms that give the same bits in every run. All algorithms on the CPU do. A GPU has
     faster ones that do not, and there an operation without a deterministic algorithm ends the stage."""
-
-    def settle(self, *, on_gpu: bool) -> "ParallelConfig":
-        """Return the layout with the values that stand for None in `activation_checkpoint` and `compile`."""
-        checkpoint = self.activation_checkpoint or ("selective" if on_gpu else "none")
-        compiled = on_gpu if self.compile is None else self.compile
-        return replace(self, activation_checkpoint=checkpoint, compile=compiled)
 
     @property
     def data_parallel(self) -> int:

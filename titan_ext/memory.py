@@ -78,7 +78,7 @@ def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfi
     """Estimate the memory of one rank that trains `stage` under the layout `parallel`.
 
     In a pipeline the result is that of the rank that needs the most memory. Recomputation and compile that the layout
-    leaves open are those of the CPU: none. `ParallelConfig.settle` gives those of a GPU.
+    leaves open are those of the CPU: none. `titan_ext.layout.settle_layout` gives those of a GPU.
     """
     ranks = [_estimate_pipeline_rank(rank, dims, stage, parallel) for rank in range(parallel.pipeline_parallel)]
     return max(ranks, key=lambda estimate: estimate.peak)
@@ -98,13 +98,13 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
     layer += count.routed_experts // dims.n_layers // _count_expert_parts(parallel)
     root = embedding // parallel.tensor_parallel
     tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
-    parallel = parallel.settle(on_gpu=False)
     whole = activation_bytes_per_token(dims, size, stage.capacity_factor, compiled=bool(parallel.compile))
+    checkpoint = parallel.activation_checkpoint or "none"
     kept = {
         "none": whole,
         "selective": selective_bytes_per_token(dims, size, stage.capacity_factor, parallel.expert_parallel > 1),
         "full": size * dims.d_model,
-    }[parallel.activation_checkpoint or "none"]
+    }[checkpoint]
     return MemoryEstimate(
         parameters=FLOAT32 * shard,
         gradients=FLOAT32 * shard,
@@ -112,7 +112,7 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
         gathered=size * (root + (n_layers if is_pipeline else 2) * layer),
         reduction=FLOAT32 * (root + n_layers * layer) if is_pipeline else (size + FLOAT32) * max(layer, root),
         activations=int(tokens * kept * n_layers * _count_micro_batches_in_flight(rank, stage, parallel)),
-        recomputed=0 if parallel.activation_checkpoint == "none" else tokens * whole,
+        recomputed=0 if checkpoint == "none" else tokens * whole,
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         head=0 if is_pipeline else FLOAT32 * root,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
@@ -162,8 +162,9 @@ def activation_bytes_per_token(
 def selective_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float | None, exchanged: bool) -> int:
     """Return the bytes that one layer keeps of one token under selective recomputation.
 
-    torchtitan's SelectiveAC keeps the layer's input, the outputs of attention, of every second dense product (q, v,
-    and the shared expert's gate and output), of the choices of experts and tokens, and of the exchange of rows.
+    It keeps the layer's input, the outputs of attention, of every second dense product (q, v, and the shared expert's
+    gate and output), of the experts' three products, of the choices of experts and tokens, and of the exchange of rows
+    (titan_ext/mobilemoe/recomputation.py).
 
     Args:
         size: number of bytes of a value in the computing dtype.
@@ -173,10 +174,11 @@ def selective_bytes_per_token(dims: ModelDims, size: int, capacity_factor: float
     q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
     rows = dims.top_k * (capacity_factor or 1)
     products = size * (2 * dims.d_model + 2 * q_width + kv_width + dims.shared_hidden)
+    experts = size * rows * (2 * dims.expert_hidden + dims.d_model)
     attention = FLOAT32 * dims.n_heads  # logarithm of the sum of each head
     chosen = (FLOAT32 + INT64) * (dims.top_k + (rows if capacity_factor else 0))  # values and indices of top-k
     exchange = 2 * size * rows * dims.d_model if exchanged else 0
-    return int(products + attention + chosen + exchange)
+    return int(products + experts + attention + chosen + exchange)
 
 
 def _count_dense_parameters(count: ParameterCount, dims: ModelDims) -> int:

@@ -42,7 +42,7 @@ def estimate_tokens_per_second(
     """Return the tokens a second of one rank; None for layouts that split a sequence or the layers.
 
     Args:
-        parallel: layout with recomputation and compile settled (`ParallelConfig.settle`).
+        parallel: layout with recomputation and compile settled (`titan_ext.layout.settle_layout`).
     """
     split = parallel.tensor_parallel * parallel.context_parallel * parallel.pipeline_parallel
     if split > 1 or not parallel.compile or parallel.precision != "bfloat16":
@@ -100,12 +100,12 @@ class Kernels:
         experts += self.multiply(R, D, F, card.grouped, dims.n_experts)
         attention = 2 * T * self.stage.seq_len * q_width  # causal: half of 4 T L H
         forward, backward = card.attention
-        redone = again > 0
+        redone, kept = again > 0, again < 1  # selective recomputation keeps the experts' products
         elementwise = 17 * BFLOAT16 * T * D + 8 * BFLOAT16 * T * (q_width + kv_width)
         gated = (8 + 3 * redone) * BFLOAT16 * (T * S + R * F)  # silu(gate) x up
         return (
             (3 + again) * (projections + shared)
-            + (3 + redone) * experts
+            + (3 + (not kept)) * experts
             + attention / card.peak * (1 / forward + 2.5 / backward + (again == 1) / forward)
             + 6 * T * dims.n_experts * D / card.float32_peak  # router
             + self.move(elementwise + gated)

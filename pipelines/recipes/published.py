@@ -19,8 +19,8 @@ from data.catalogue.open_corpora import OPEN_CORPORA
 from data.config import DataConfig
 from data.mixture import balance_midtrain, count_split_tokens, limit_shares
 from pipelines.recipe import ClusterConfig, Recipe, Stages
+from pipelines.validation.memory_rules import estimate_stages
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
-from titan_ext.memory import estimate_memory
 from titan_ext.training.schedules import PRETRAIN_TOKENS, published_stages, steps_for
 
 CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commercial)
@@ -39,9 +39,7 @@ a run folder (--out) that all nodes see"""
 
 def describe_needs(recipe: Recipe) -> str:
     """Return the requirements that the user must provide, one a line."""
-    parallel = recipe.parallel.settle(on_gpu=True)
-    peaks = [estimate_memory(recipe.model, stage, parallel).peak for _, stage in recipe.stages.items()]
-    gigabytes = math.ceil(max(peaks) / 1e9)
+    gigabytes = math.ceil(max(estimate.peak for estimate in estimate_stages(recipe).values()) / 1e9)
     return NEEDS.format(gpus=recipe.parallel.world_size, gigabytes=gigabytes, corpora=", ".join(CORPORA))
 
 

@@ -10,6 +10,7 @@ from pipelines.recipe import Recipe
 from pipelines.steps.context import Context
 from pipelines.steps.continue_stage import find_start
 from pipelines.steps.quick_suite import score_beside
+from pipelines.validation.memory_rules import settle
 from titan_ext.config import StageConfig
 from titan_ext.training.stage_spec import StageSpec, find_final_checkpoint
 
@@ -30,7 +31,7 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
         context.run_job("import", import_model_on_worker, arguments, cpus=1)
     if stage.steps:
         spec = StageSpec(
-            name=name, model=recipe.model, stage=drop_empty_domains(stage), parallel=recipe.parallel,
+            name=name, model=recipe.model, stage=drop_empty_domains(stage), parallel=settle(recipe),
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
             seed=recipe.seed, quantization=recipe.quantization, shard_cache=recipe.cluster.shard_cache,
             stop_file=find_stop_file(run), continued_at=find_start(run, name),

@@ -9,12 +9,8 @@ from pipelines.recipe import Recipe, Stages
 from pipelines.validation import training_rules
 from pipelines.validation.problems import Problem
 from titan_ext.config import ParallelConfig, StageConfig
+from titan_ext.layout import RECOMPUTATION, SPARE, settle_layout
 from titan_ext.memory import MemoryEstimate, estimate_memory
-
-SPARE = 0.1
-"""Share of a GPU's memory that the estimate must leave: for fragmentation, NCCL's buffers and the driver."""
-RECOMPUTATION = ("none", "selective", "full")
-"""Values of `parallel.activation_checkpoint`, from the most memory to the least."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,9 @@ class Layout:
 
 
 def settle(recipe: Recipe) -> ParallelConfig:
-    """Return the recipe's layout with the recomputation and compile that its kind of processor gives it."""
-    return recipe.parallel.settle(on_gpu=recipe.cluster.gpus_per_worker > 0)
+    """Return the recipe's layout with the recomputation and compile that its processors and their memory give it."""
+    gpu_memory = recipe.cluster.gpu_memory if recipe.cluster.gpus_per_worker else None
+    return settle_layout(recipe.model, [stage for _, stage in recipe.stages.items()], recipe.parallel, gpu_memory)
 
 
 def estimate_stages(recipe: Recipe, layout: Layout | None = None) -> dict[str, MemoryEstimate]:

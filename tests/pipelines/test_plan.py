@@ -61,7 +61,9 @@ def test_the_plan_names_what_is_unknown_and_does_not_refuse_it(smoke, capsys):
 
 def test_a_layout_beyond_the_gpu_stands_beside_the_nearest_that_fits():
     recipe = RECIPES["l"].build()
-    plan = plan_run(dataclasses.replace(recipe, cluster=dataclasses.replace(recipe.cluster, gpu_memory=20_000_000_000)))
+    parallel = dataclasses.replace(recipe.parallel, activation_checkpoint="selective")
+    cluster = dataclasses.replace(recipe.cluster, gpu_memory=20_000_000_000)
+    plan = plan_run(dataclasses.replace(recipe, parallel=parallel, cluster=cluster))
     layouts = plan["memory"]["layouts"]
     assert not layouts["recipe"]["fits"] and layouts["nearest"]["fits"]
     assert layouts["nearest"]["parallel"]["activation_checkpoint"] == "full"

@@ -26,7 +26,7 @@ from pipelines.steps.build_steps import build_steps
 from pipelines.steps.context import Context
 from pipelines.validation.epoch_rules import count_repetitions, find_epoch_problems
 from pipelines.validation.input_rules import read_tokenizer_size
-from pipelines.validation.memory_rules import estimate_stages, find_memory_problems, find_nearest_layout
+from pipelines.validation.memory_rules import estimate_stages, find_memory_problems, find_nearest_layout, settle
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.validate_recipe import find_problems, validate_recipe
 from titan_ext.config import FLAVORS, ParallelConfig
@@ -109,8 +109,10 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_nearest_that_does():
     plain = change(change(recipe, "parallel.activation_checkpoint", "none"), "parallel.compile", False)
     (problem,) = [problem for problem in find_problems(plain) if problem.field == "cluster.gpu_memory"]
     assert "stage pretrain needs about" in problem.rule and "may take 72.0 GB" in problem.rule
-    assert "--parallel.activation-checkpoint selective fits with 22" in problem.way_out
+    assert "--parallel.activation-checkpoint selective fits with 38" in problem.way_out
     small = change(recipe, "cluster.gpu_memory", 20_000_000_000)
+    assert settle(small).activation_checkpoint == "full" and not list(find_memory_problems(small))
+    small = change(small, "parallel.activation_checkpoint", "selective")
     nearest = find_nearest_layout(small)
     assert nearest.describe_changes(small) == ["--parallel.activation-checkpoint full"]
     fitting = replace(small, parallel=nearest.parallel, stages=nearest.stages)

@@ -12,6 +12,7 @@ import torchtitan.tools.utils as titan_utils
 
 from core.cache import keep_compiled_code_apart
 from titan_ext.cpu.allocator import keep_freed_memory
+from titan_ext.layout import GPU_MEMORY
 
 IS_CPU = not torch.accelerator.is_available()
 """Whether this process trains on the CPU."""
@@ -23,6 +24,15 @@ lacks; partial_dtensor uses all_to_all_single."""
 CONTEXT_PARALLEL_LOAD_BALANCER = None if IS_CPU else "headtail"
 """torchtitan's `parallelism.context_parallel_load_balancer`. DocumentAttention needs sequences in order. The masks of
 flex attention follow a load balancer."""
+
+
+def find_gpu_memory() -> int | None:
+    """Return the bytes of a GPU's memory here; None for training on the CPU."""
+    if IS_CPU:
+        return None
+    if not torch.cuda.is_available():  # another accelerator, or tests that trace what a GPU would run
+        return GPU_MEMORY
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 class _CPUDeviceModule:

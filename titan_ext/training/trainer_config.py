@@ -7,14 +7,16 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CommConfig, DebugConfig
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC, SelectiveAC
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig, FullAC
 
 from core.errors import RefusedInput
 from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
-from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, IS_CPU, SPMD_BACKEND
+from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, SPMD_BACKEND, find_gpu_memory
+from titan_ext.layout import settle_layout
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.memory import LOSS_CHUNKS
 from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec
+from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.model_stats import split_layers
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat
@@ -71,6 +73,8 @@ def build_trainer_config(
             f"parallel.tensor_parallel = {parallel.tensor_parallel}: it splits tokens, and quantization-aware "
             "training gives a whole token one INT8 range; set it to 1"
         )
+    # The default is to compile on a GPU only. At the sizes trained on the CPU, to compile takes more than it saves.
+    parallel = settle_layout(model, [stage], parallel, find_gpu_memory())
     return StageTrainer.Config(
         model_spec=model_spec(_model_config(model, stage, quantization), flavor),
         hf_assets_path=tokenizer,
@@ -92,9 +96,7 @@ def build_trainer_config(
         ),
         training=_training_config(stage, parallel),
         parallelism=_parallelism_config(model, stage, parallel),
-        # The default is to compile on a GPU only. At the sizes trained on the CPU, compilation takes more time than it
-        # saves.
-        compile=CompileConfig(enable=bool(parallel.settle(on_gpu=not IS_CPU).compile)),
+        compile=CompileConfig(enable=bool(parallel.compile)),
         activation_checkpoint=_activation_checkpoint(parallel),
         checkpoint=StageCheckpoints.Config(
             enable=True,
@@ -168,8 +170,8 @@ def _optimizer_config(stage: StageConfig) -> SkippableOptimizers.Config:
 
 
 def _activation_checkpoint(parallel: ParallelConfig) -> ActivationCheckpointingConfig | None:
-    configs = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
-    return configs[parallel.settle(on_gpu=not IS_CPU).activation_checkpoint or "none"]
+    assert parallel.activation_checkpoint is not None, "settle_layout has chosen"
+    return {"none": None, "selective": KeepProducts.Config(), "full": FullAC.Config()}[parallel.activation_checkpoint]
 
 
 def _local_batch_size(stage: StageConfig, parallel: ParallelConfig) -> int:
