@@ -54,6 +54,13 @@ def test_angles_are_those_of_transformers():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_angles_stay_in_float32_when_the_model_is_cast():
+    rope = InterleavedRoPE.Config(**OPTIONS).build()
+    exact = rope.cache.clone()
+    assert torch.equal(rope.to(torch.bfloat16).cache, exact)
+    assert rope.to("meta").cache.device.type == "meta"
+
+
 def test_a_compiled_rotation_has_no_complex_number():
     rope = InterleavedRoPE.Config(**OPTIONS).build()
     found = []

@@ -4,6 +4,7 @@ torch.compile leaves products of complex numbers to uncompiled kernels. Here eac
 is rotated by its angle with cosine and sine: (a cos - b sin, a sin + b cos), in float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,21 @@ class InterleavedRoPE(ComplexRoPE):
     class Config(ComplexRoPE.Config):
         pass
 
+    cache: torch.Tensor
+
     def _precompute_cache(self) -> torch.Tensor:
         return torch.view_as_real(super()._precompute_cache()).flatten(-2)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "InterleavedRoPE":
+        """Move the module as `nn.Module` does, but leave the cache in float32, as a cast leaves complex numbers.
+
+        In bfloat16 late positions would have the angles of their neighbours.
+        """
+        cache = self.cache
+        super()._apply(fn, recurse)
+        if self.cache.dtype != cache.dtype:
+            self.cache = cache.to(self.cache.device)
+        return self
 
     @staticmethod
     def apply_rotary_emb(
