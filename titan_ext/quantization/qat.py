@@ -12,6 +12,7 @@ from typing import Any
 import spmd_types as spmd
 import torch
 import torch.nn.functional as F
+from torch._inductor import config as inductor_config
 from torchtitan.models.common import Embedding, Linear
 
 from core.errors import RefusedInput
@@ -136,9 +137,13 @@ _QAT_CLASSES = ((Linear, QATLinear), (Embedding, QATEmbedding), (Experts, QATExp
 def convert_to_qat(config: MobileMoEModel.Config, quantization: QuantizationConfig) -> MobileMoEModel.Config:
     """Replace, in place, every linear, embedding and expert config but the router's by its fake-quantized kind.
 
+    The compiler's code for GPUs then divides as exactly as uncompiled code does. By default it divides approximately,
+    and where a scale lies between two bfloat16 numbers, training would round to another grid than is exported.
+
     Returns:
         `config` itself.
     """
+    inductor_config.eager_numerics.division_rounding = True
     for plain_class, qat_class in _QAT_CLASSES:
         options: dict[str, Any] = {"group_size": quantization.group_size}
         if qat_class is QATExperts:

@@ -29,9 +29,16 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return compile(data, file, "exec", dont_inherit=True, optimize=_optimization)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ != FSDP:
+            super().exec_module(module)
+            return
+        import torch211_shim
+        from torch.distributed.fsdp import _common_utils
+
+        torch211_shim.add_fsdp_helpers(_common_utils)
         super().exec_module(module)
-        if module.__name__ == FSDP:  # torch.distributed.fsdp of 2.11 does not pass this name on
-            sys.modules["torch.distributed.fsdp"].DataParallelMeshDims = module.DataParallelMeshDims
+        # torch.distributed.fsdp of 2.11 does not pass this name on.
+        sys.modules["torch.distributed.fsdp"].DataParallelMeshDims = module.DataParallelMeshDims
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.compiler
 import torch.distributed as dist
-from torch.distributed.fsdp import _common_utils
 from torch.utils import _pytree as pytree
 
 
@@ -42,11 +41,18 @@ def _replace_grad_tensors(output: Any, tensors: tuple[torch.Tensor, ...]) -> Any
     return pytree.tree_map(lambda value: next(following) if _needs_gradient(value) else value, output)
 
 
+def add_fsdp_helpers(owner: Any) -> None:
+    """Add what the FSDP2 of torch 2.14 imports from `owner`, torch.distributed.fsdp._common_utils.
+
+    This file must not import that module itself: it would load 2.11's FSDP2.
+    """
+    _add(owner, "collect_grad_tensors", _collect_grad_tensors)
+    _add(owner, "replace_grad_tensors", _replace_grad_tensors)
+
+
 _add(dist, "_is_spmd_types_available", lambda: True)
 _add(dist, "_spmd_no_typecheck", _disable_typecheck)
 _add(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from 2.12 on
 _add(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _add(dist, "set_timeout", _set_timeout)
 _add(torch.compiler, "_is_non_strict_tracing", lambda: False)  # a kind of tracing that 2.11 does not have
-_add(_common_utils, "collect_grad_tensors", _collect_grad_tensors)
-_add(_common_utils, "replace_grad_tensors", _replace_grad_tensors)
