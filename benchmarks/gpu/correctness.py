@@ -101,8 +101,8 @@ def compare_with_reference(training: Training, folder: Path) -> dict[str, Any]:
     worst = max(errors, key=lambda name: errors[name])
     return {
         "loss": loss,
-        "float64_loss": float(expected),
-        "loss_error": abs(loss - float(expected)) / float(expected),
+        "float64_loss": expected.item(),
+        "loss_error": abs(loss - expected.item()) / expected.item(),
         "gradient_error": max(errors.values()),
         "gradient_of": worst,
         "gradient_errors": errors,
@@ -157,7 +157,7 @@ def go_both_ways(
         counts_E = local(counter).cpu().double()
         passes = counts_E.sum() / num_choices  # recomputation may count every token twice
         loads.append((counts_E / passes).long().tolist())
-    return float(loss), gradients, loads
+    return loss.item(), gradients, loads
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
