@@ -38,6 +38,7 @@ __all__ = [
     "all_gather_tensor",
     "all_gather_tensor_autograd",
     "clip_by",
+    "divide_exactly",
     "download_file",
     "exchange_counts",
     "get_param_groups",
@@ -52,6 +53,13 @@ __all__ = [
     "set_found_inf",
     "set_reduce_scatter",
 ]
+
+
+def divide_exactly() -> None:
+    """Let compiled code for GPUs divide one tensor by another as uncompiled code does; by default it approximates."""
+    from torch._inductor import config as inductor_config
+
+    inductor_config.eager_numerics.division_rounding = True
 
 
 def get_param_groups(module: FSDPModule) -> list[FSDPParamGroup]:

@@ -19,7 +19,7 @@ from titan_ext.cpu import kernels
 from titan_ext.cpu.kernels import COMPILED_ELEMENTS
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.config import QuantizationConfig
-from titan_ext.quantization.formulas import round_scale, round_to_int4
+from titan_ext.quantization.formulas import divide, round_scale, round_to_int4
 from titan_ext.quantization.qat import (
     QATEmbedding,
     QATExperts,
@@ -93,6 +93,16 @@ def test_scales_are_rounded_as_by_the_two_casts():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: apt-get install g++")
+@pytest.mark.parametrize("divisor", [7.5, 255])
+def test_a_quotient_is_the_nearest_also_where_a_device_multiplies_by_the_reciprocal(divisor):
+    """Every exponent of float32. A GPU multiplies; in float32 that gives another number for most values."""
+    bits = torch.randint(0, 2**31 - 2**23, (1 << 20,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    x = bits.view(torch.float32)
+    assert torch.equal(divide(x, divisor), x / divisor)
+    assert torch.equal((x.double() * (1 / divisor)).float(), x / divisor)
+    assert (x * torch.tensor(1 / divisor) != x / divisor).float().mean() > 0.3
+
+
 def test_compiled_quantizers_take_the_same_grid():
     """Fusion leaves casts to bfloat16 and back out; the scales' rounding must not be among them."""
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.02

@@ -32,7 +32,16 @@ def int4_scale(weight: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:
     """
     dim %= weight.dim()
     groups = weight.float().unflatten(dim, (-1, group_size))
-    return round_scale(groups.abs().amax(dim=dim + 1) / 7.5).clamp(min=SMALLEST_INT4_SCALE)
+    return round_scale(divide(groups.abs().amax(dim=dim + 1), 7.5)).clamp(min=SMALLEST_INT4_SCALE)
+
+
+def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Return x / divisor, rounded to float32 once on every device.
+
+    A GPU multiplies by the reciprocal of a number instead, which may fall on the other side of a rounding. In float64
+    it does so too, and what is then rounded to float32 is the quotient's nearest.
+    """
+    return (x.double() / divisor).float()
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -91,7 +100,7 @@ def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     x = x.float()
     low = x.amin(dim=-1, keepdim=True).clamp(max=0)
     high = x.amax(dim=-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (INT8_MAX - INT8_MIN)).clamp(min=SMALLEST_INT8_SCALE)
+    scale = divide(high - low, INT8_MAX - INT8_MIN).clamp(min=SMALLEST_INT8_SCALE)
     zero_point = (INT8_MIN - torch.round(low / scale)).clamp(INT8_MIN, INT8_MAX)
     q = (torch.round(x * (1 / scale)) + zero_point).clamp(INT8_MIN, INT8_MAX)
     return q, scale, zero_point

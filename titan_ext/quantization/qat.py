@@ -12,10 +12,10 @@ from typing import Any
 import spmd_types as spmd
 import torch
 import torch.nn.functional as F
-from torch._inductor import config as inductor_config
 from torchtitan.models.common import Embedding, Linear
 
 from core.errors import RefusedInput
+from titan_ext import compat
 from titan_ext.cpu.kernels import fuse_if_large
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.moe import Experts, RouterGate
@@ -143,7 +143,7 @@ def convert_to_qat(config: MobileMoEModel.Config, quantization: QuantizationConf
     Returns:
         `config` itself.
     """
-    inductor_config.eager_numerics.division_rounding = True
+    compat.divide_exactly()
     for plain_class, qat_class in _QAT_CLASSES:
         options: dict[str, Any] = {"group_size": quantization.group_size}
         if qat_class is QATExperts:
