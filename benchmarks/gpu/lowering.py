@@ -31,13 +31,13 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention.flex_attention import create_block_mask
-from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 from benchmarks.gpu.mocked_h100 import mock_h100
 from benchmarks.gpu.one_rank import Training, describe_training
 from benchmarks.gpu.table import make_table
 from titan_ext.config import FLAVORS
 from titan_ext.mobilemoe import model_config
+from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat
 from titan_ext.roofline import Card, estimate_tokens_per_second
@@ -104,7 +104,7 @@ def trace_block(training: Training, lower: Callable[..., Any]) -> int:
         model.init_states(buffer_device=torch.device("cpu"))
         prepare_parameters(model)
         if training.parallel.activation_checkpoint == "selective":
-            SelectiveAC.Config().build(dump_folder="").apply(model)
+            KeepProducts.Config().build(dump_folder="").apply(model)
         model.train()
         (block,) = model.layers.values()
         B, L = stage.local_batch_size, stage.seq_len

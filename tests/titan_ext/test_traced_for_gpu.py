@@ -18,9 +18,11 @@ from torchtitan.models.common.attention import FlexAttention
 from benchmarks.gpu.correctness import draw_weights, go_both_ways, relative_error
 from benchmarks.gpu.one_rank import Training, build_trainer_on, close
 from pipelines.recipes import RECIPES
+from pipelines.validation.memory_rules import settle
 from tests.titan_ext.as_on_a_gpu import pretend_gpu
 from titan_ext.config import ModelDims, ParallelConfig
 from titan_ext.mobilemoe.attention import DocumentAttention
+from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.training.trainer import StageTrainer
 
 SEQ_LEN = 128
@@ -35,9 +37,9 @@ def make_narrow(dims: ModelDims) -> ModelDims:
 
 
 def list_trainings(name: str) -> dict[str, Training]:
-    """Return stage -> its training on one GPU, with the recipe's own choices of compilation and recomputation."""
+    """Return stage -> its training on one GPU, with what the recipe's own layout compiles and recomputes."""
     recipe = RECIPES[name].build()
-    parallel = dataclasses.replace(recipe.parallel, world_size=1, data_parallel_replicate=1)
+    parallel = dataclasses.replace(settle(recipe), world_size=1, data_parallel_replicate=1)
     return {
         stage_name: Training(
             make_narrow(recipe.model),
@@ -96,8 +98,8 @@ def compare_stages(name: str, folder: Path) -> None:
     os._exit(0)  # an orderly end would wait for the loader's threads
 
 
-@pytest.mark.parametrize("name", ["s", "m", "l"])
-def test_a_gpu_traces_what_the_plain_model_computes(name, tmp_path):
+@pytest.mark.parametrize(("name", "recomputation"), [("s", None), ("m", None), ("l", KeepProducts)])
+def test_a_gpu_traces_what_the_plain_model_computes(name, recomputation, tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=compare_stages, args=(name, tmp_path))
     process.start()
     process.join(500)
@@ -107,7 +109,8 @@ def test_a_gpu_traces_what_the_plain_model_computes(name, tmp_path):
     for stage, found in record.items():
         assert found["attention"] == [FlexAttention.__name__, DocumentAttention.__name__]
         assert found["backend"] == "spmd_types"
-        assert found["recomputation"].startswith("SelectiveAC"), found
+        expected = type(None) if recomputation is None else recomputation.Config
+        assert found["recomputation"] == expected.__qualname__
         assert found["graphs"] == 2 and found["breaks"] == {}, "one of the block and one of the loss"
         for key in ("loss", "grad_norm"):
             assert found[key][0] == pytest.approx(found[key][1], rel=3e-3), (stage, key, found)
