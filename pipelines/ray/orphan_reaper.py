@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,8 @@ MARKER_VARIABLE = "MOBILEMOE_RUN"
 """Environment variable `DRIVER#RUN` that every process started for a run inherits."""
 PATIENCE_SECONDS = 3.0
 """Time that processes get to exit by themselves before they are killed."""
+KILL_SECONDS = 60.0
+"""Time that killed processes get to go. On a machine under load the kernel takes seconds to free their memory."""
 
 
 def make_marker(run: Path) -> str:
@@ -52,20 +55,29 @@ def find_processes(run: Path | str, driver: str = "") -> list[psutil.Process]:
 def end_processes(run: Path | str, driver: str = "") -> None:
     """Wait until the processes of a run have exited, and kill those that have not after PATIENCE_SECONDS.
 
+    It looks again after every round: a process may have started another before it was killed.
+
     Args:
         driver: as `find_processes`.
 
     Raises:
-        RuntimeError: a process survives its SIGKILL.
+        RuntimeError: a process is still there KILL_SECONDS later.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while (left := find_processes(run, driver)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for process in left:
-        process.kill()
-    _, alive = psutil.wait_procs(left, timeout=PATIENCE_SECONDS)
-    if alive:
-        raise RuntimeError(f"processes {[p.pid for p in alive]} of {run} do not end; end them by hand")
+    deadline = time.monotonic() + KILL_SECONDS
+    while left:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"processes {[p.pid for p in left]} of {run} are still there {KILL_SECONDS:.0f} s after they were "
+                "killed: the system does not let them go (a disk or a network that does not answer?)"
+            )
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+        left = find_processes(run, driver)
 
 
 def main(marker: str, folders: Sequence[Path]) -> None:

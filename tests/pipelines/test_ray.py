@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from core.cache import SHARED_TEMPORARY, find_shared_temporary
+from pipelines.ray import orphan_reaper
 from pipelines.ray.cluster import Cluster, Task, WorkerFailed
 from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes, make_marker
 from pipelines.ray.temporary_folder import PREFIX, leave_temporary_folder, make_temporary_folder
@@ -129,6 +130,19 @@ def test_process_that_stays_is_ended_and_others_are_not(tmp_path):
         assert other.poll() is None
         other.kill()
         other.wait()
+
+
+def test_a_process_that_starts_others_is_ended_with_all_of_them(tmp_path, monkeypatch):
+    """Also those that it starts while the others are killed."""
+    monkeypatch.setattr(orphan_reaper, "PATIENCE_SECONDS", 0.3)
+    program = "import subprocess, time\nwhile True: subprocess.Popen(['sleep', '600']); time.sleep(0.005)"
+    environment = os.environ | {MARKER_VARIABLE: make_marker(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    while len(find_processes(tmp_path)) < 20:
+        time.sleep(0.05)
+    end_processes(tmp_path)
+    assert find_processes(tmp_path) == []
+    parent.wait()
 
 
 def test_sigkill_of_the_driver_leaves_nothing(tmp_path):
