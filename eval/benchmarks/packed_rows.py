@@ -78,7 +78,7 @@ def score_packed(
             input_ids=ids_BL.to(device), attention_mask=_build_mask(parts_BL.to(device), model.dtype),
             position_ids=positions_BL.to(device), use_cache=False, logits_to_keep=kept,
         ).logits  # fmt: skip
-        scores_T, greedy_T = _score_targets(logits_1TV[0].float(), torch.tensor(targets_T, device=device))
+        scores_T, greedy_T = score_targets(logits_1TV[0].float(), torch.tensor(targets_T, device=device))
     return _collect(rows, scores_T.tolist(), greedy_T.tolist())
 
 
@@ -111,11 +111,19 @@ def _build_mask(parts_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     )[:, None]
 
 
-def _score_targets(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probability of every target, float32, and whether it is the likeliest token."""
-    best_T = logits_TV.argmax(-1)
+def score_targets(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probability of every target, float32, and whether it is the likeliest token.
+
+    The logits are overwritten: a copy of them, half a megabyte a target with a large vocabulary, costs more than the
+    arithmetic. Of equal logits the first is the likeliest, so only rows whose target has the largest are searched.
+    """
+    largest_T = logits_TV.amax(-1)
     chosen_T = logits_TV.gather(-1, targets_T[:, None])[:, 0]
-    return chosen_T - logits_TV.logsumexp(-1), best_T == targets_T
+    is_greedy_T = chosen_T == largest_T
+    rows_G = is_greedy_T.nonzero()[:, 0]
+    is_greedy_T[rows_G] = logits_TV[rows_G].argmax(-1) == targets_T[rows_G]
+    sums_T = logits_TV.sub_(largest_T[:, None]).exp_().sum(-1)
+    return chosen_T - largest_T - sums_T.log(), is_greedy_T
 
 
 def _collect(rows: Sequence[PackedRow], scores_T: list[float], greedy_T: list[bool]) -> list[list[tuple[float, bool]]]:

@@ -20,7 +20,7 @@ from transformers import (
 
 from eval.benchmarks import prefix_lm, shared_prefixes
 from eval.benchmarks.cached_rows import batch, can_continue
-from eval.benchmarks.packed_rows import PackedRow, score_packed
+from eval.benchmarks.packed_rows import PackedRow, score_packed, score_targets
 from eval.benchmarks.prefix_lm import PrefixLM
 from eval.benchmarks.shared_prefixes import group_by_prefix
 from eval.benchmarks.text_lm import TextLM
@@ -83,6 +83,15 @@ def test_scores_are_lm_evals(models):
         torch.tensor([score for score, _ in found]), torch.tensor([score for score, _ in expected]),
         atol=2e-3, rtol=1e-4,
     )  # fmt: skip
+
+
+def test_of_equal_logits_the_first_is_greedy():
+    """As argmax chooses in lm-eval's model; in bfloat16 two are often equal."""
+    logits_TV = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [2.0, -1.0, 0.5]])
+    expected_T = logits_TV.log_softmax(-1)[range(3), [1, 2, 0]]
+    scores_T, greedy_T = score_targets(logits_TV, torch.tensor([1, 2, 0]))
+    torch.testing.assert_close(scores_T, expected_T)
+    assert greedy_T.tolist() == [True, False, True]
 
 
 def test_a_greedy_continuation_is_recognized(models):
