@@ -183,8 +183,9 @@ class ParallelConfig:
     compile: bool | None = None
     """Whether to compile every block. None compiles on a GPU and not on the CPU."""
     deterministic: bool = False
-    """Whether to use only algorithms that give the same bits in every run. All algorithms on the CPU do. A GPU has
-    faster ones that do not, and there an operation without a deterministic algorithm ends the stage."""
+    """Whether to use only algorithms that give the same bits in every run. On the CPU all do with one thread a rank;
+    with several, products in float32 may differ from run to run. A GPU has faster ones that do not, and there an
+    operation without a deterministic algorithm ends the stage."""
 
     @property
     def data_parallel(self) -> int:
