@@ -55,6 +55,8 @@ def test_a_block_lowers_to_triton_in_one_graph(tmp_path):
     assert not forward["is_backward"] and backward["is_backward"]
     for graph in (forward, backward):
         assert "tl.program_id" in graph["code"] and "cc=90" in graph["code"]
+        assert "tl.atomic" not in graph["code"], "all sums are made in one order"
+        assert not [call for call in graph["calls"] if "complex" in call or "scatter_add" in call]
         assert len(graph["moved"]) > 20 and sum(size for _, _, size in graph["moved"]) > 1e6
     products = [
         sum(n for call, n in graph["calls"].items() if lowering.PRODUCTS.search(call)) for graph in found["lowered"]

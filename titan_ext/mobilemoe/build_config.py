@@ -11,7 +11,7 @@ from torchtitan.models.common import Embedding, Linear
 from torchtitan.models.common.attention import QKVLinear
 from torchtitan.models.common.config_utils import get_attention_config
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.moe import MoE, RoutedExperts
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.model_spec import ModelSpec
@@ -28,6 +28,7 @@ from titan_ext.mobilemoe.model import MobileMoEBlock, MobileMoEModel
 from titan_ext.mobilemoe.moe import Experts, RouterGate
 from titan_ext.mobilemoe.parallelize import parallelize_mobilemoe
 from titan_ext.mobilemoe.rope import InterleavedRoPE
+from titan_ext.mobilemoe.router import Router
 from titan_ext.mobilemoe.state_dict_adapter import MobileMoEStateDictAdapter
 from titan_ext.mobilemoe.tied_embedding_pp import exclude_tied_replica
 from titan_ext.mobilemoe.token_dispatch import TokenDispatcher
@@ -163,7 +164,7 @@ def _moe_config(
     return MoE.Config(
         num_experts=dims.n_experts,
         load_balance_coeff=expert_bias_update_rate,
-        router=TokenChoiceTopKRouter.Config(
+        router=Router.Config(
             num_experts=dims.n_experts,
             gate=RouterGate.Config(
                 in_features=dims.d_model,

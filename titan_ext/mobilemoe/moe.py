@@ -1,8 +1,8 @@
 """The parts of the MoE layer that differ from torchtitan's: a float32 router gate with z-loss, experts in any dtype.
 
-The rest of the layer is torchtitan's: `MoE`, `TokenChoiceTopKRouter` and `RoutedExperts` in
-torchtitan/models/common/moe.py, put together in `titan_ext.mobilemoe.build_config`. The expert bias is updated in
-`titan_ext.mobilemoe.expert_bias`.
+The rest of the layer is torchtitan's: `MoE`, `RoutedExperts`, and the router but for its gradient
+(`titan_ext.mobilemoe.router`), in torchtitan/models/common/moe.py, put together in `titan_ext.mobilemoe.build_config`.
+The expert bias is updated in `titan_ext.mobilemoe.expert_bias`.
 
 Shape suffixes: B batch, L sequence, D model dimension, E experts, F expert hidden width, R tokens routed to the local
 experts.
