@@ -103,7 +103,8 @@ def test_recipes_as_json_names_what_each_needs(capsys):
     assert listed.keys() == {"smoke", "hour", "s", "m", "l"}
     assert listed["smoke"]["needs"] == "" and "64 GPUs" in listed["s"]["needs"]
     gigabytes = [int(re.search(r"(\d+) GB of memory a GPU", listed[name]["needs"])[1]) for name in "sml"]
-    assert gigabytes == sorted(set(gigabytes))
+    # M computes nothing again and L does, so L needs less.
+    assert len(set(gigabytes)) == 3 and max(gigabytes) <= 60
 
 
 @pytest.mark.parametrize("command", ["status", "report"])

@@ -149,15 +149,16 @@ def test_the_changed_stage_keeps_its_checkpoint_and_the_change_is_recorded(drive
 
 
 def test_the_same_command_again_resumes_and_goes_on_once(driver):
-    """It is interrupted after its first step, and asked again; with and without the option."""
+    """It is interrupted from its first step on, which ends it a step later, and asked again; with and without the
+    option."""
     find_stop_file(driver.run).touch()
     with pytest.raises(StepFailed, match="step-8: no finished checkpoint"):
         driver.go(SLOWER, "4")
     find_stop_file(driver.run).unlink()
-    assert driver.checkpoints() == [2, 4, 5]
+    assert driver.checkpoints() == [2, 4, 6]
     assert driver.go(SLOWER, "4") == ["pretrain", "midtrain"]
     log = (driver.run / "stages/1_pretrain/logs/rank_0.log").read_text()
-    assert re.findall(r"Training starts at step (\d+)", log) == ["1", "5", "6"]
+    assert re.findall(r"Training starts at step (\d+)", log) == ["1", "5", "7"]
     assert driver.go(SLOWER, "4") == driver.go(SLOWER) == []
     assert sorted(path.name for path in (driver.run / "stale/stages").iterdir()) == ["1_pretrain", "2_midtrain"]
     assert len(Manifest(driver.run).step("pretrain")["changes"]) == 1
