@@ -116,6 +116,7 @@ class Cluster(contextlib.AbstractContextManager):
             # This closes the reaper's standard input; it ends what is left, removes the folders and exits.
             leave_temporary_folder()
             self._reaper.communicate()
+            self._reaper = None  # an interrupt closes the cluster, and so does the end of the block
             os.environ.pop(orphan_reaper.MARKER_VARIABLE, None)
 
     def check_size(self, *, trains: bool = True, evaluates: bool = False) -> None:
