@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
@@ -32,10 +33,12 @@ LAYER_SCALARS = ("max_over_mean", "entropy", "dead", "dropped", "router_entropy"
 
 
 def sum_over_ranks(part: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tensor:
-    """Return the sum of a one-element tensor over the ranks that train on different tokens, on its device.
+    """Return the sum of a one-element tensor over the ranks that train on different tokens, no DTensor.
 
     This is a collective: every rank must call it.
     """
+    if isinstance(part, DTensor):  # under tensor parallelism
+        part = part.full_tensor()
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     return part if loss_mesh is None else dist_utils.dist_sum_tensor(part, loss_mesh)
 
