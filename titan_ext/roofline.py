@@ -100,13 +100,13 @@ class Kernels:
         experts += self.multiply(R, D, F, card.grouped, dims.n_experts)
         attention = 2 * T * self.stage.seq_len * q_width  # causal: half of 4 T L H
         forward, backward = card.attention
-        redone, kept = again > 0, again < 1  # selective recomputation keeps the experts' products
+        redone, all_redone = again > 0, again == 1  # selective recomputation keeps attention and the experts' products
         elementwise = 17 * BFLOAT16 * T * D + 8 * BFLOAT16 * T * (q_width + kv_width)
         gated = (8 + 3 * redone) * BFLOAT16 * (T * S + R * F)  # silu(gate) x up
         return (
             (3 + again) * (projections + shared)
-            + (3 + (not kept)) * experts
-            + attention / card.peak * (1 / forward + 2.5 / backward + (again == 1) / forward)
+            + (3 + all_redone) * experts
+            + attention / card.peak * (1 / forward + 2.5 / backward + all_redone / forward)
             + 6 * T * dims.n_experts * D / card.float32_peak  # router
             + self.move(elementwise + gated)
             + card.choice * T

@@ -86,13 +86,10 @@ class CapacityTokenDispatcher(TokenDispatcher):
         topk_expert_ids_TK: torch.Tensor,
         num_local_tokens_per_expert_E: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
-        """Return the rows of this rank's experts [R, D], the rows of each expert int64 [e], and data for `combine`.
+        """Return what `TokenDispatcher.dispatch` does, in training with C rows of this rank for each expert.
 
         Args:
-            x_TD: this rank's tokens.
-            topk_scores_TK: float32, routing weights of the chosen experts.
-            topk_expert_ids_TK: int64, numbers of the chosen experts.
-            num_local_tokens_per_expert_E: tokens that chose each expert; only the dropless dispatch reads it.
+            num_local_tokens_per_expert_E: only the dropless dispatch reads it; the others are as there.
         """
         if not self.dropping:
             return super().dispatch(x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E)
