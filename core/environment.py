@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from core.cache import cache_dir, can_create, keep_compiled_code_apart
@@ -81,8 +82,9 @@ def _shorten(folder: str) -> str:
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY or (parent := find_socket_folder(LONGEST_TEMPORARY - 30)) is None:
         return folder
     for other in parent.glob(f"{LINK_PREFIX}*"):
-        if other.is_symlink() and not other.exists() and other.lstat().st_uid == os.getuid():
-            other.unlink(missing_ok=True)
+        with suppress(OSError):  # another rank is removing it too; nor does Linux follow another user's link in /tmp
+            if other.is_symlink() and other.lstat().st_uid == os.getuid() and not other.exists():
+                other.unlink()
     link = parent / f"{LINK_PREFIX}{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
     try:
         link.symlink_to(folder)

@@ -20,7 +20,7 @@ from core.errors import RefusedInput
 from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
 from pipelines.ray import orphan_reaper
 from pipelines.ray.gang import build_trainer, describe_failures
-from pipelines.ray.temporary_folder import leave_temporary_folder, make_temporary_folder
+from pipelines.ray.temporary_folder import enter_temporary_folder, leave_temporary_folder, make_temporary_folder
 from pipelines.ray.worker_log import redirect_output
 from pipelines.recipe import ClusterConfig
 from titan_ext.cpu.allocator import allocator_environment
@@ -65,14 +65,17 @@ class Cluster(contextlib.AbstractContextManager):
         """Directory that workers on this machine change to: a recipe's paths may be relative to it."""
 
     def __enter__(self) -> "Cluster":
-        address = self.config.ray_address
-        if self.local:
-            context = self._start()
-        else:
-            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-                context = ray.init(address=address, log_to_driver=False)
+        try:
+            context = self._start() if self.local else self._join()
+        except BaseException:  # the block is never entered, so its end does not close what was started
+            self.close()
+            raise
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         return self
+
+    def _join(self) -> Any:
+        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+            return ray.init(address=self.config.ray_address, log_to_driver=False)
 
     def _start(self) -> Any:
         # Only the holder of the run's lock comes here, so processes marked with this run belong to a dead driver.
@@ -91,6 +94,7 @@ class Cluster(contextlib.AbstractContextManager):
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal goes to the driver's process group, not to the reaper
         )
+        enter_temporary_folder(temporary)
         os.environ[orphan_reaper.MARKER_VARIABLE] = marker
         os.environ |= LOCAL_RAY_TRAIN
         config = self.config

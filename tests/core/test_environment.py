@@ -85,6 +85,19 @@ def test_a_link_to_a_folder_that_is_gone_is_removed_by_the_next_one(tmp_path, mo
         folder.rmdir()
 
 
+def test_a_link_that_cannot_be_followed_stays(tmp_path, monkeypatch):
+    """Linux does not follow another user's link in /tmp, and such a link must not end the run."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("core.environment.find_socket_folder", lambda longest: tmp_path)
+    (tmp_path / f"{LINK_PREFIX}other").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(Path, "exists", refuse)
+    link = _shorten("/" + "x" * 100)
+    assert {os.path.basename(link), f"{LINK_PREFIX}other"} == set(os.listdir(tmp_path))
+
+
 def test_no_folder_for_temporary_files_at_all_is_refused(monkeypatch):
     from core.environment import prepare_environment
     from core.errors import RefusedInput

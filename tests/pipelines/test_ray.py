@@ -15,7 +15,12 @@ from core.cache import SHARED_TEMPORARY, find_shared_temporary
 from pipelines.ray import orphan_reaper
 from pipelines.ray.cluster import Cluster, Task, WorkerFailed
 from pipelines.ray.orphan_reaper import MARKER_VARIABLE, end_processes, find_processes, make_marker
-from pipelines.ray.temporary_folder import PREFIX, leave_temporary_folder, make_temporary_folder
+from pipelines.ray.temporary_folder import (
+    PREFIX,
+    enter_temporary_folder,
+    leave_temporary_folder,
+    make_temporary_folder,
+)
 from pipelines.recipe import ClusterConfig
 from tests.pipelines import gang_functions as gang
 
@@ -79,23 +84,49 @@ def test_what_workers_leave_among_the_temporary_files_goes_with_the_run(cluster,
 
 
 def test_folders_of_drivers_that_are_gone_are_removed_by_the_next_one(tmp_path, monkeypatch):
-    """Those of living drivers, of others, and links stay."""
+    """Those of living drivers, of other hosts and users, and links stay."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv(SHARED_TEMPORARY, raising=False)
     monkeypatch.setattr("tempfile.tempdir", None)
     ended = subprocess.Popen(["true"])
     ended.wait()
     names = [f"{PREFIX}{pid}-abc" for pid in (ended.pid, os.getpid())] + [f"{PREFIX}abc", "mobilemoe-shards-0"]
+    names.append(f"mobilemoe-run-01234567-{ended.pid}-abc")
     for name in names:
         (tmp_path / name / "sub").mkdir(parents=True)
     (tmp_path / f"{PREFIX}{ended.pid}-link").symlink_to(tmp_path / "mobilemoe-shards-0")
     own = make_temporary_folder()
+    enter_temporary_folder(own)
     assert tempfile.gettempdir() == str(own) and find_shared_temporary() == str(tmp_path)
-    leave_temporary_folder()
-    assert tempfile.gettempdir() == find_shared_temporary() == str(tmp_path)
+    for _ in ("once", "again, after an interrupt"):
+        leave_temporary_folder()
+        assert tempfile.gettempdir() == find_shared_temporary() == str(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {own.name, *names[1:], f"{PREFIX}{ended.pid}-link"}
     assert (tmp_path / "mobilemoe-shards-0/sub").is_dir()
+
+
+def test_a_ray_that_does_not_start_leaves_nothing(tmp_path, monkeypatch):
+    """This process uses the user's folder for temporary files again, and the run's folders are gone."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("TMPDIR", str(shared))
+    monkeypatch.delenv(SHARED_TEMPORARY, raising=False)
+    monkeypatch.delenv(MARKER_VARIABLE, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)  # the other tests' Ray goes on
+    made = []
+
+    def fail(folder: str, **_: object) -> None:
+        made.extend([Path(folder), Path(tempfile.gettempdir())])
+        raise RuntimeError("no Ray today")
+
+    monkeypatch.setattr("pipelines.ray.cluster.start_local_ray", fail)
+    with pytest.raises(RuntimeError, match="no Ray today"), Cluster(ClusterConfig(), tmp_path / "run", world_size=1):
+        pass
+    assert made[1].name.startswith(PREFIX) and not any(folder.exists() for folder in made)
+    assert tempfile.gettempdir() == str(shared)
+    assert SHARED_TEMPORARY not in os.environ and MARKER_VARIABLE not in os.environ
 
 
 def test_gang_larger_than_the_cluster_is_refused(cluster):
