@@ -72,12 +72,18 @@ def sync_folder(folder: Path) -> None:
     """Flush the names of a folder's files to the disk: a rename may else be lost with the power, or come too early."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        sync_open_folder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_open_folder(descriptor: int) -> None:
+    """Flush the names of an open folder's files as `sync_folder` does; some file systems cannot, which is no error."""
+    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC_ERRNOS:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

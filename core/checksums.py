@@ -16,7 +16,7 @@ def write_checksums(folder: Path) -> Path:
     """Write SHA256SUMS over every file of the folder and return its path.
 
     Raises:
-        RefusedInput: a file's name is none on another system, so that nobody could fetch it.
+        RefusedInput: a file's name cannot be used on every system, so that not everybody could fetch it.
     """
     sums = Path(folder) / CHECKSUMS
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p != sums)

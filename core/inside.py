@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from core.atomic import sync_open_folder
 from core.errors import DamagedData, RefusedInput
 from core.printable import make_line
 
@@ -28,14 +29,14 @@ PARTIAL = ".partial"
 """Ending of the name under which a file is received until it is whole."""
 COPIED_BYTES = 8 << 20
 SPECIAL = "is a pipe, a socket or a device"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, ends of lines, and characters that turn the direction of writing."""
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9\u00b9\u00b2\u00b3])", re.IGNORECASE)
 _FLAGS = {
     "read": os.O_RDONLY, "append": os.O_RDWR | os.O_CREAT | os.O_APPEND, "new": os.O_RDWR | os.O_CREAT | os.O_EXCL,
 }  # fmt: skip
 _NO_LINKS = os.O_NOFOLLOW | os.O_CLOEXEC
 _IS_FOLDER = os.O_RDONLY | os.O_DIRECTORY | _NO_LINKS
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 Mode = Literal["read", "append", "new"]
 
@@ -60,7 +61,7 @@ def find_problem(name: str) -> str | None:
         size = len(name.encode())
     except UnicodeEncodeError:
         return "it is not UTF-8"
-    if _CONTROL.search(name) or any(sign in name for sign in _DIRECTIONS):
+    if _CONTROL.search(name):
         return "it has a control character"
     if "\\" in name or ":" in name:
         return "it has a backslash or a colon, which Windows reads as a folder or a drive"
@@ -189,7 +190,8 @@ class Folder(AbstractContextManager):
                 of what has the name.
 
         Raises:
-            RefusedInput: the name is none, or a link is on its way; the file is none, or has a second name.
+            RefusedInput: the name is not a plain one, or a link is on its way; what has the name is no file, or has a
+                second name.
             FileNotFoundError: there is no file to read.
         """
         with self._parent(name, create=mode != "read") as (parent, base):
@@ -203,7 +205,7 @@ class Folder(AbstractContextManager):
         assert old.rpartition("/")[0] == new.rpartition("/")[0], (old, new)
         with self._parent(old) as (parent, base):
             os.replace(base, new.rpartition("/")[2], src_dir_fd=parent, dst_dir_fd=parent)
-            os.fsync(parent)
+            sync_open_folder(parent)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link and not what it leads to; a missing one is no error."""

@@ -2,8 +2,8 @@
 
 A spelling inside of a message is broken by a mark, a character that occurs nowhere else in the conversation. The
 template renders the marked messages. So the special tokens that the rendered text still holds are the template's; the
-text between them loses its marks and is encoded as text. As in `core.literal_text`, a `Tokenizer` is that of the
-tokenizers library, and nothing is imported for it.
+text between them loses its marks and is encoded as text. A tokenizer is a `Tokenizer` of the tokenizers library, which
+is not imported for it, as in `core.literal_text`.
 """
 
 import json

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.errors import DamagedData, RefusedInput
 from core.inside import Folder, check_names
@@ -22,9 +22,6 @@ from data.tokens.tokenizer_files import hash_tokenizer_files
 from data.tokens.verify_shards import MANIFEST, PAGE, list_destinations
 from pipelines.engine.fingerprints import flatten
 from pipelines.engine.manifest import Manifest
-
-if TYPE_CHECKING:
-    pass
 
 DATA_ADDRESS = "data_address"
 """Key of a run's manifest: the address of the data set that it takes over."""
@@ -187,7 +184,7 @@ def send_data(folder: Path, address: str, progress: Progress) -> None:
 
     Raises:
         DamagedData: a shard is missing here.
-        RefusedInput: the address cannot be written to, or the data set states a name that is none.
+        RefusedInput: the address cannot be written to, or the data set states a name that is not a plain one.
     """
     from pipelines.commands.transfer import locate, open_destination, open_for_writing
 

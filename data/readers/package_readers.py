@@ -96,7 +96,7 @@ def _read_tar(archive: str, member: str) -> dict[str, bytes]:
 
 
 class _Budget:
-    """What is left of the bytes that one archive may unpack to, whatever sizes it states itself."""
+    """The bytes and members that one archive may unpack to; it counts what was read, not what the archive states."""
 
     def __init__(self, archive: str):
         self._archive, self._read = archive, 0

@@ -1,6 +1,5 @@
 """Published models by name: fetched from the Hugging Face hub, once."""
 
-import fnmatch
 import glob
 from pathlib import Path
 
@@ -39,10 +38,11 @@ def fetch_baseline(name: str) -> Path:
     if not folder.exists():
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.utils import filter_repo_objects
 
         try:
             listed = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
-            names = [file for file in listed if any(fnmatch.fnmatch(file, pattern) for pattern in FILES)]
+            names = list(filter_repo_objects(listed, allow_patterns=FILES))
             # snapshot_download joins a name to the folder as it is, and a mirror may list any.
             check_names(names, f"{name}: {repository}")
             with atomic_write(folder, keep_partial=True) as partial:

@@ -92,7 +92,7 @@ def find_artifacts(source: Path, destination: str, layout: Layout) -> dict[str, 
     """Return address -> folder of each artifact to send.
 
     Raises:
-        RefusedInput: the source is no folder, or holds no artifact, or one whose name is none at the destination.
+        RefusedInput: the source is no folder, or holds no artifact, or one whose name some systems cannot hold.
     """
     inputs.require_folder("SOURCE", source)
     # The slashes of `s3://` alone stay: without them it would be a folder.

@@ -71,7 +71,7 @@ def receive_file(system: "AbstractFileSystem", remote: str, folder: Folder, name
         expected: its SHA-256; None accepts any content, and receives the file anew.
 
     Raises:
-        RefusedInput: the name is none, or something in the folder would lead elsewhere.
+        RefusedInput: the name is not a plain one, or something in the folder would lead elsewhere.
         DamagedData: the file is missing, or larger than was announced, or has another hash; what was received of it is
             removed.
         OSError: receiving was cut off.

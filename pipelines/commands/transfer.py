@@ -99,7 +99,7 @@ def open_destination(address: str, system: AbstractFileSystem, root: str) -> Ite
     meanwhile.
 
     Raises:
-        RefusedInput: the function was given a name that is none, or found a link on its way.
+        RefusedInput: the function was given a name that is not a plain one, or found a link on its way.
         DamagedData: the folder of the address was exchanged meanwhile.
     """
 

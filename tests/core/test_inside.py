@@ -1,6 +1,8 @@
 """Tests of core.inside: names of others are plain names, and no link leads a write elsewhere."""
 
+import errno
 import os
+import stat
 import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from core.atomic import atomic_write
 from core.errors import DamagedData, RefusedInput
 from core.inside import MAX_PARTS, Folder, check_name, check_names, find_problem, refuse_links
 
@@ -39,6 +42,7 @@ def test_names_that_lead_elsewhere_here_or_on_windows_are_refused(name):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_plain_names_are_accepted(name):
+    assert find_problem(name) is None
     check_name(name, "x")
 
 
@@ -50,7 +54,7 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=30))
 @example("a/../..")
 def test_any_accepted_name_stays_below_its_folder_on_every_system(name):
-    """As pathlib reads it for POSIX and for Windows; names with `..` are never resolved, so none may be left."""
+    """pathlib reads it for POSIX and for Windows. Names with `..` are never resolved, so none may be left."""
     if find_problem(name) is not None:
         return
     for kind, root in ((PurePosixPath, "/top"), (PureWindowsPath, "C:\\top")):
@@ -210,6 +214,23 @@ def test_the_opener_opens_files_as_open_does(tmp_path):
         pass
     with pytest.raises(IsADirectoryError), open(tmp_path, "a", opener=refuse_links):
         pass
+
+
+def test_a_file_system_that_cannot_flush_a_folder_is_written_to(tmp_path, monkeypatch):
+    fsync, refused = os.fsync, []
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with Folder(tmp_path) as folder:
+        folder.write("sub/file", b"x")
+    with atomic_write(tmp_path / "other") as partial:
+        partial.write_bytes(b"y")
+    assert [(tmp_path / name).read_bytes() for name in ("sub/file", "other")] == [b"x", b"y"] and len(refused) == 2
 
 
 def test_files_and_folders_are_made_with_the_umask(tmp_path):

@@ -37,7 +37,7 @@ def write_archive(path: Path, members: list[tuple[str, bytes]]) -> str:
 
 @pytest.mark.parametrize("suffix", [".whl", ".tar.gz"])
 def test_an_archive_that_unpacks_to_too_much_is_refused(suffix, tmp_path, monkeypatch):
-    """In one member, in many that are wanted together, and, of a tar, in those before the one that is wanted."""
+    """The content lies in one member, in many that are wanted together, or, in a tar, before the one that is wanted."""
     monkeypatch.setattr(package_readers, "MAX_ARCHIVE_BYTES", 3 << 20)
     bombs = {"one": [("a/b", ZEROS * 4)], "many": [(f"a/{i}", ZEROS) for i in range(4)]}
     if suffix == ".tar.gz":
@@ -74,7 +74,7 @@ def test_an_archive_of_very_many_members_is_refused(suffix, tmp_path, monkeypatc
 @pytest.mark.parametrize("suffix", [".whl", ".tar.gz"])
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "/".join(["a"] * 1000) + "/evil"])
 def test_members_are_never_written_under_their_names(suffix, name, tmp_path, monkeypatch):
-    """What is read of an archive stays in memory; a thousand nested folders are one name."""
+    """An archive's members stay in memory; a thousand nested folders are one name."""
     monkeypatch.chdir(tmp_path)
     archive = write_archive(tmp_path / f"x{suffix}", [(name, b"evil"), ("wanted", b"text")])
     before = sorted(os.walk(tmp_path))

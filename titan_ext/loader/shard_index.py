@@ -80,7 +80,7 @@ class ShardIndex:
         """Return the name of the uncompressed file of a shard.
 
         Raises:
-            RefusedInput: it is none; the shard would be unpacked outside of the cache.
+            RefusedInput: it is not a plain name, so the shard would be unpacked outside of the cache.
         """
         return self._check_name(self._columns["raw_name"][shard].decode())
 

@@ -81,7 +81,7 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
         return _find_wrong_size(folder) if rank == 0 else None
     try:
         hashes = parse_checksums((folder / CHECKSUMS).read_text(encoding="utf-8"), str(folder))
-    except ValueError as error:  # damaged itself
+    except (OSError, ValueError) as error:  # damaged itself; raised, it would leave the other ranks waiting
         return str(error)
     for name in list(hashes)[rank::world_size]:
         path = folder / name
@@ -90,7 +90,7 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
                 return f"{path} does not have the SHA-256 that {CHECKSUMS} states"
         except FileNotFoundError:
             return f"{path} is missing"
-        except OSError as error:  # raised, it would leave the other ranks waiting
+        except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
     return None
 
