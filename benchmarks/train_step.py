@@ -2,9 +2,7 @@
 
 The variants also show the cost of drop-and-pad (capacity), of packed documents and of QAT.
 
-    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--variants NAME ...] [--before FOLDER]
-
-With --before, the variants of this project are timed with the code in FOLDER as well, a checkout of an earlier commit.
+    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--variants NAME ...]
 
 Every variant is a process of its own. They take turns, one step at a time, so that a busy machine slows all alike; the
 figures are medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the
@@ -25,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +35,6 @@ from titan_ext.model_stats import training_flops_per_token
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
 GEMM_SIZE, GEMM_PRODUCTS = 2048, 20
-ROOT = Path(__file__).parents[1]
-BEFORE = ", before"
 PEERS = ("qwen2_moe", "qwen3_moe")
 MOBILEMOE: dict[str, dict] = {
     "mobilemoe": {},
@@ -181,12 +176,10 @@ def make_environment(name: str) -> dict[str, str]:
 class Variant:
     """A variant in a process of its own, which takes a step when asked to."""
 
-    def __init__(self, name: str, vocab_size: int, folder: Path):
-        self.name = name
+    def __init__(self, name: str, vocab_size: int):
         self.process = subprocess.Popen(
-            [sys.executable, folder / "benchmarks/train_step.py", "--variant", name, "--vocab-size", str(vocab_size)],
-            env=make_environment(name) | {"PYTHONPATH": str(folder)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size)],
+            env=make_environment(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def ask(self, question: str) -> object:
@@ -195,7 +188,7 @@ class Variant:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"{self.name} ended with {self.process.wait()}; -9 is the system out of memory")
+            sys.exit(f"{' '.join(self.process.args)} ended with {self.process.wait()}; -9 is the system out of memory")
         return json.loads(answer)
 
 
@@ -237,18 +230,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
                         help=f"gemm, mobilemoe and any of: {'; '.join(VARIANTS[2:])}")  # fmt: skip
-    parser.add_argument("--before", type=Path, help="checkout of an earlier commit to compare with")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         serve(arguments.variant, arguments.vocab_size)
         return
     names = list(dict.fromkeys(("gemm", "mobilemoe", *arguments.variants)))  # the two that all ratios are to
-    variants = {name: Variant(name, arguments.vocab_size, ROOT) for name in names}
-    if arguments.before:
-        own = [name for name in names if name in MOBILEMOE]
-        variants |= {name + BEFORE: Variant(name, arguments.vocab_size, arguments.before.resolve()) for name in own}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    variants = {name: Variant(name, arguments.vocab_size) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
         for name, variant in variants.items():
             seconds = variant.ask("step")
@@ -269,12 +258,7 @@ def summarize(times: dict[str, list[float]], vocab_size: int) -> dict[str, objec
     over_mobilemoe = {
         name: statistics.median(other / own for other, own in zip(values, times["mobilemoe"], strict=True))
         for name, values in times.items()
-        if name not in ("gemm", "mobilemoe") and not name.endswith(BEFORE)
-    }
-    over_before = {
-        name: statistics.median(own / former for own, former in zip(times[name], times[name + BEFORE], strict=True))
-        for name in times
-        if name + BEFORE in times
+        if name not in ("gemm", "mobilemoe")
     }
     return {
         "rounds": len(times["gemm"]),
@@ -283,7 +267,6 @@ def summarize(times: dict[str, list[float]], vocab_size: int) -> dict[str, objec
         "share_of_gemm_peak": flops * BATCH * SEQ_LEN / seconds["mobilemoe"] / peak,
         "tokens_per_second": {name: BATCH * SEQ_LEN / value for name, value in seconds.items() if name != "gemm"},
         "time_over_mobilemoe": over_mobilemoe,
-        **({"time_over_before": over_before} if over_before else {}),
     }
 
 

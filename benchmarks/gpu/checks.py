@@ -22,32 +22,35 @@ Save = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Check:
-    """One check."""
+    """A check runs in a process of its own."""
 
     part: str
     """`ceilings`, `correctness`, `throughput` or `profile`."""
     needs: int
-    """Seconds that it takes about, start and compilation included: it is not begun with fewer left. On a GPU these are
-    assumed."""
+    """Seconds that it takes, roughly, with its start and compilation; it is not begun when fewer are left. The
+    numbers are assumed, not measured on a GPU."""
     run: Callable[[Save, Path, bool], None]
-    """Does the work, with a function that saves results, a scratch folder, and whether to run at toy size."""
+    """It does the work; it gets a function that saves results, a scratch folder, and whether to run at toy size."""
     on_cpu: bool = False
     """Whether it runs without seeing a GPU."""
 
 
 def run_ceilings(save: Save, folder: Path, toy: bool) -> None:
+    """Measure the most that this device reaches."""
     from benchmarks.gpu.ceilings import measure_ceilings
 
     measure_ceilings(save, toy)
 
 
 def run_correctness(save: Save, folder: Path, toy: bool) -> None:
+    """Compare trainings on this device with float64."""
     from benchmarks.gpu.correctness import check_training
 
     check_training(save, folder, toy)
 
 
 def run_qat_bits(save: Save, folder: Path, toy: bool) -> None:
+    """Compare QAT's weights with those of the exporter."""
     from benchmarks.gpu.correctness import check_qat_bits
 
     check_qat_bits(save, toy)
@@ -65,6 +68,7 @@ def run_throughput(flavor: str, seq_len: int, **changes: Any) -> Callable[[Save,
 
 
 def run_profile(save: Save, folder: Path, toy: bool) -> None:
+    """Profile the kernels of a step."""
     from benchmarks.gpu.throughput import profile_kernels
 
     profile_kernels(save, _describe("S", 2048, toy, micro_batches=1, capacity_factor=1.5), folder)

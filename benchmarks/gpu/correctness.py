@@ -67,7 +67,7 @@ def check_training(save: Callable[[dict[str, Any]], None], folder: Path, toy: bo
         )
         try:
             found[name] = compare_with_reference(training, folder / str(number))
-        except Exception:
+        except Exception:  # whatever a kernel or a compiler raises is a result; the end of this function raises
             found[name] = {"traceback": traceback.format_exc()}
             print(found[name]["traceback"], file=sys.stderr)
             if dist.is_initialized():

@@ -14,7 +14,6 @@ import inspect
 import json
 import linecache
 import os
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +119,7 @@ class InterpretedKernel:
         wide = {}
         if self.adds_atomically:  # the interpreter adds no bfloat16 numbers atomically
             wide = {name: value.float() for name, value in values.items() if is_bfloat16(value) and "out_ptr" in name}
-        with np.errstate(all="ignore"):  # of branches that a kernel computes and does not take
+        with np.errstate(all="ignore"):  # a kernel also computes the branches that it does not take
             self.function[grid or (1,)](**(values | wide), **chosen)
         for name, value in wide.items():
             values[name].copy_(value)
@@ -128,6 +127,7 @@ class InterpretedKernel:
 
 
 def is_bfloat16(value: object) -> bool:
+    """Return whether an argument of a kernel is a tensor of bfloat16."""
     return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
 
 
@@ -185,11 +185,7 @@ def compare_moe(capacity_factor: float | None) -> dict[str, float]:
 
 
 def compare_qat() -> dict[str, float]:
-    """Return the errors of rounded weights, in both groupings, and of rounded activations.
-
-    The weights must have the exporter's bits. Activations may differ in the last bit: a GPU divides their range by 255
-    as a product with 1 / 255.
-    """
+    """Return the errors of rounded weights, in both groupings, and of rounded activations. All must be 0."""
     torch.manual_seed(0)
     errors = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -234,7 +230,6 @@ def main() -> None:
         before = InterpretedKernel.runs
         found[name] = {"errors": CASES[name](), "kernels": InterpretedKernel.runs - before}
     print(json.dumps(found))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

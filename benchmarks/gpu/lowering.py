@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.lowering [--case NAME ...] [--out FOLDER]
 
-A block of the published width is traced with fake tensors as a rank of one GPU traces it (flex attention, selective
-recomputation, one graph), and its forward and backward graphs are lowered on a mocked H100. Printed for each graph:
+A block of the published width is traced with fake tensors as a rank of one GPU traces it (flex attention, one graph),
+with selective recomputation, and its forward and backward graphs are lowered on a mocked H100. Printed for each graph:
 kernels of each kind, atomic additions, operators that are left to aten, complex numbers, and the bytes that its kernels
 read and write, beside the time they take at the roofline's bandwidth. --out keeps the code. No kernel is run, and
 matrix products count with their bytes alone.
@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.gpu.mocked_h100 import mock_h100
 from benchmarks.gpu.one_rank import Training, describe_training
-from benchmarks.gpu.table import make_table
+from benchmarks.gpu.table import make_table, shorten
 from titan_ext.config import FLAVORS
 from titan_ext.mobilemoe import model_config
 from titan_ext.mobilemoe.recomputation import KeepProducts
@@ -64,7 +63,7 @@ LARGEST = 12
 
 @dataclasses.dataclass
 class Lowered:
-    """One lowered graph."""
+    """`lower_graph` makes one of each graph that it lowers."""
 
     is_backward: bool
     code: str
@@ -91,8 +90,8 @@ def trace_block(training: Training, lower: Callable[..., Any]) -> int:
     Args:
         lower: compiles a graph in inductor's place; gets it with its inputs.
     """
-    dims, stage = dataclasses.replace(training.dims, n_layers=1), training.stage
-    dims = dataclasses.replace(dims, max_seq_len=max(stage.seq_len, 128))
+    stage = training.stage
+    dims = dataclasses.replace(training.dims, n_layers=1, max_seq_len=stage.seq_len)
     config = model_config(dims, z_loss_coefficient=stage.router_z_loss, capacity_factor=stage.capacity_factor)
     config = convert_to_qat(config, QuantizationConfig()) if stage.quantize else config
     torch._dynamo.reset()
@@ -117,7 +116,10 @@ def trace_block(training: Training, lower: Callable[..., Any]) -> int:
 
 
 def prepare_parameters(model: torch.nn.Module) -> None:
-    """Give the parameters the dtypes in which FSDP2 gathers them: bfloat16, the router's float32."""
+    """Give the parameters the dtypes in which FSDP2 gathers them: bfloat16, the router's float32.
+
+    The routers also get a number of tokens, without which they refuse to compute the z-loss.
+    """
     for block in model.layers.values():
         block.moe.router.gate.num_tokens_per_step = 1 << 22
     for name, parameter in model.named_parameters():
@@ -229,11 +231,6 @@ def describe_graph(name: str, graph: Lowered, card: Card) -> tuple[str, ...]:
     return (f"{name}, {graph.name}", *map(str, numbers), others or "none", str(complex_calls), *times)
 
 
-def shorten(operators: str) -> str:
-    """Return at most 80 characters of a kernel's operators."""
-    return operators if len(operators) <= 80 else f"{operators[:77]}..."
-
-
 def time_layer(training: Training) -> float:
     """Return the roofline's seconds of a layer in a micro-batch: what one more layer adds."""
     times = []
@@ -267,7 +264,6 @@ def main() -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / f"{name.replace(' ', '_').replace(',', '')}_{graph.name}.py").write_text(graph.code)
         print(report(name, training, graphs, lowered), end="\n\n", flush=True)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ DOCUMENTS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a check trains."""
+    """A check trains this model, with the values of this stage, on this layout."""
 
     dims: ModelDims
     stage: StageConfig

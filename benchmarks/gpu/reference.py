@@ -19,7 +19,7 @@ EXPERTS = "moe.routed_experts.inner_experts."
 
 @dataclass(frozen=True)
 class Options:
-    """What else decides the loss."""
+    """Beside weights and dimensions, these values decide the loss."""
 
     capacity_factor: float | None
     quantize: bool
@@ -30,7 +30,7 @@ class Options:
 
 
 class Reference:
-    """A model of given weights.
+    """This model computes its loss from weights that it is given.
 
     Attributes:
         loads: after `compute_loss`, the tokens that chose each expert, a list of E numbers for each layer.

@@ -1,4 +1,4 @@
-"""All that one GPU can tell of training, in under nine minutes: correctness, ceilings, tokens a second, kernels.
+"""Measures what one GPU can tell of training, in nine minutes: correctness, ceilings, tokens a second, kernels.
 
     python -m benchmarks.gpu.run --out FOLDER [--part NAME ...] [--check NAME ...] [--seconds 540] [--toy]
 

@@ -5,7 +5,6 @@ python -m benchmarks.gpu.table FOLDER/result.json
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ def find(result: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
 
 
 def describe(result: dict[str, Any]) -> str:
+    """Return a line that names the device, its memory and the versions of packages."""
     machine = result["machine"]
     memory = f", {machine['memory_bytes'] / GB:.0f} GB" if machine["memory_bytes"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
@@ -118,6 +118,7 @@ def find_bounds(name: str, on_cpu: dict[str, Any] | None) -> tuple[float, float]
 
 
 def format_ceilings(result: dict[str, Any]) -> str:
+    """Return the most that the device reaches, in TFLOP/s and TB/s."""
     found = find(result, "ceilings").get("ceilings", {})
     units = {"_flops": "TFLOP/s", "_bytes": "TB/s"}
     rows = [
@@ -153,14 +154,12 @@ def shorten(name: str) -> str:
 
 def format_missing(result: dict[str, Any]) -> str:
     """Return a line with the reason for each check that did not end well; result.json has the traceback."""
-    return "\n".join(list_missing(result))
-
-
-def list_missing(result: dict[str, Any]) -> Iterator[str]:
+    lines = []
     for name, record in result["checks"].items():
         if record["status"] != "done":
             reason = record.get("reason") or record["found"]["skipped"]
-            yield f"- {name}: {record['status']}. {reason.splitlines()[0]}"
+            lines.append(f"- {name}: {record['status']}. {reason.splitlines()[0]}")
+    return "\n".join(lines)
 
 
 def make_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

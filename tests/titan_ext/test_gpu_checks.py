@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import re
 import sys
 from pathlib import Path
@@ -35,8 +36,6 @@ MACHINE = {
 def run_toy(name: str, path: Path) -> None:
     run_one(name, path, toy=True)
     sys.stdout.flush()
-    import os
-
     os._exit(0)  # as the check's own process ends
 
 

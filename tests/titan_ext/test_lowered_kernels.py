@@ -56,7 +56,7 @@ def test_a_block_lowers_to_triton_in_one_graph(tmp_path):
     for graph in (forward, backward):
         assert "tl.program_id" in graph["code"] and "cc=90" in graph["code"]
         assert "tl.atomic" not in graph["code"], "all sums are made in one order"
-        assert not [call for call in graph["calls"] if "complex" in call or "scatter_add" in call]
+        assert not [call for call in graph["calls"] if re.search("complex|scatter|index_put", call)]
         assert len(graph["moved"]) > 20 and sum(size for _, _, size in graph["moved"]) > 1e6
     products = [
         sum(n for call, n in graph["calls"].items() if lowering.PRODUCTS.search(call)) for graph in found["lowered"]
@@ -66,7 +66,6 @@ def test_a_block_lowers_to_triton_in_one_graph(tmp_path):
     assert any("flex_attention" in operators for _, operators, _ in forward["moved"])
     assert re.search(r"div_rn\(", forward["code"]), "QAT divides exactly"
     assert "| toy, forward |" in found["report"] and "| toy, backward |" in found["report"]
-    assert not {"scatter", "index_put"} & set(forward["calls"])
 
 
 def test_a_report_counts_what_the_code_has():
@@ -103,5 +102,4 @@ def test_the_kernels_compute_what_eager_computes():
         assert {"output", "input", "router.gate.weight"} <= errors.keys() and found[name]["kernels"] > 10
         assert max(errors.values()) < 2e-2, (name, errors)  # fused kernels leave out roundings to bfloat16
     errors = found["QAT"]["errors"]
-    assert len(errors) == 6 and max(error for name, error in errors.items() if name.startswith("weights")) == 0.0
-    assert errors["activations, torch.float32"] < 1e-6 and errors["activations, torch.bfloat16"] < 1e-2
+    assert len(errors) == 6 and set(errors.values()) == {0.0}, errors
