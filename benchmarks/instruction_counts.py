@@ -1,4 +1,4 @@
-"""Instructions that a token of flavor S takes with each tile kernel, counted by qemu on emulated processors.
+"""This program counts the instructions that a token of flavor S takes with each tile kernel, on processors of qemu.
 
     apt-get install --no-install-recommends qemu-user g++-aarch64-linux-gnu g++
     python -m benchmarks.instruction_counts [--prompt 64] [--kernels neon_dot avx2]

@@ -23,15 +23,16 @@ def compile_file(compiler: str, arguments: Sequence[str], out: Path, *, what: st
     Raises:
         RefusedInput: the compiler is not on the path, or it fails. Nothing is left behind.
     """
-    words = shlex.split(compiler)
+    words = [compiler] if shutil.which(compiler) else shlex.split(compiler)  # a path may have blanks
     found = shutil.which(words[0]) if words else None
     if found is None:
         raise RefusedInput(f"{what} is compiled, and no C++ compiler was found ({compiler}); {advice}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=out.parent, suffix=out.suffix, delete=False) as partial:
-        command = [found, *words[1:], *arguments, "-o", partial.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        os.unlink(partial.name)
-        raise RefusedInput(f"{compiler} could not build {what}:\n{done.stderr[-2000:]}")
-    os.replace(partial.name, out)
+    # In a folder of its own, so that the linker makes the file: with the usual permissions, and removed if it fails.
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        partial = Path(folder, out.name)
+        command = [found, *words[1:], *arguments, "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise RefusedInput(f"{compiler} could not build {what}:\n{done.stderr[-2000:]}")
+        os.replace(partial, out)

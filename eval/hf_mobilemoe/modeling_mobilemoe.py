@@ -3,7 +3,7 @@
 It loads BF16/FP32 checkpoints and INT4 ones (config.json with `quantization`). INT4 weights are unpacked to floats when
 they are loaded, or, with `keep_int4=True`, when they are used. q * scale is exact in float32 and rounded once in
 bfloat16. Only weights are quantized here. The device and quantization-aware training also round activations to INT8,
-with a range for each token.
+with a range for each token. loading_mobilemoe.py lists the private names of transformers that this file uses.
 
 Shape legend: B batch, L query length, T tokens (B * L), D hidden_size, H heads, N key/value heads, C head_dim,
 E experts, K experts a token, F hidden width of an expert.
@@ -32,8 +32,6 @@ from .spellings_mobilemoe import join_spellings  # noqa: F401  as above
 from .tensors_mobilemoe import open_checkpoint  # noqa: F401  as above
 from .versions_mobilemoe import CACHE, build_causal_mask, record_outputs
 
-# loading_mobilemoe.py lists the private names of transformers that this file uses, and the tests that check them.
-
 
 def rotary_frequencies(config: MobileMoEConfig, device: torch.device | None = None) -> torch.Tensor:
     """Return the angle by which every channel pair turns from one position to the next, in radians, float32 [C/2].
@@ -51,10 +49,8 @@ def rotary_frequencies(config: MobileMoEConfig, device: torch.device | None = No
 
 
 def rotary_embedding(config: MobileMoEConfig, positions_BL: torch.Tensor) -> torch.Tensor:
-    """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2].
-
-    It is computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
-    """
+    """Return cos + i sin of every position and channel pair, complex64 [B, L, C/2]."""
+    # They are computed at every call, in float32: a buffer would lose precision when the model is cast to bfloat16.
     angles = positions_BL[..., None].float() * rotary_frequencies(config, positions_BL.device)
     return torch.polar(torch.ones_like(angles), angles)
 

@@ -1,4 +1,4 @@
-// Runs tile kernels and whole layers on cases that a test wrote (tests/eval/kernel_cases.py), without ExecuTorch:
+// Runs tile kernels and whole layers on cases that a test wrote (tests/eval/test_kernels.py), without ExecuTorch:
 //   run_kernels list                          prints the kernels that the processor has, the fastest first
 //   run_kernels tiles|layers KERNEL CASES OUT
 // All numbers are in the byte order of the machine. Every array ends where a page without access begins, so a kernel
@@ -50,9 +50,10 @@ class Guarded {
   char* start_;
 };
 
-void run_tile(TileKernel kernel, FILE* cases, FILE* out) {
+// Runs one case; returns false where there is no more.
+bool run_tile(TileKernel kernel, FILE* cases, FILE* out) {
   int64_t sizes[3];
-  if (std::fread(sizes, sizeof(sizes), 1, cases) != 1) return;
+  if (std::fread(sizes, sizeof(sizes), 1, cases) != 1) return false;
   const int64_t k = sizes[0], group_size = sizes[1], n_rows = sizes[2], n_groups = k / group_size;
   Guarded<uint8_t> tile(tile_bytes(k, group_size));
   Guarded<int8_t> q(n_rows * k);
@@ -65,6 +66,7 @@ void run_tile(TileKernel kernel, FILE* cases, FILE* out) {
   }
   kernel(tile.data(), k, group_size, rows.data(), n_rows, products.data());
   products.write(out);
+  return true;
 }
 
 // Ranges of three, the last one first: a layer must not depend on their order.
@@ -72,9 +74,9 @@ constexpr auto in_pieces = [](int64_t begin, int64_t end, int64_t, const auto& f
   for (int64_t last = end; last > begin; last -= 3) f(std::max(begin, last - 3), last);
 };
 
-void run_layer(TileKernel kernel, FILE* cases, FILE* out) {
+bool run_layer(TileKernel kernel, FILE* cases, FILE* out) {
   int64_t sizes[6];
-  if (std::fread(sizes, sizeof(sizes), 1, cases) != 1) return;
+  if (std::fread(sizes, sizeof(sizes), 1, cases) != 1) return false;
   Layer layer{};
   layer.T = sizes[0], layer.D = sizes[1], layer.F = sizes[2], layer.E = sizes[3], layer.K = sizes[4];
   layer.group_size = sizes[5], layer.route_scale = 2.5f;
@@ -84,6 +86,7 @@ void run_layer(TileKernel kernel, FILE* cases, FILE* out) {
   layer.w13 = w13.read(cases), layer.w2 = w2.read(cases), layer.out = result.data();
   moe_ffn(layer, kernel, in_pieces);
   result.write(out);
+  return true;
 }
 
 }  // namespace
@@ -100,9 +103,6 @@ int main(int n_arguments, char** arguments) {
   FILE *cases = std::fopen(arguments[3], "rb"), *out = std::fopen(arguments[4], "wb");
   if (!kernel || !cases || !out) fail("this processor lacks the kernel, or a file cannot be opened");
   const auto run = std::strcmp(arguments[1], "tiles") ? run_layer : run_tile;
-  for (int c = std::getc(cases); c != EOF; c = std::getc(cases)) {
-    std::ungetc(c, cases);
-    run(kernel, cases, out);
-  }
+  while (run(kernel, cases, out)) continue;
   if (std::fclose(out)) fail("the output cannot be written");
 }

@@ -1,4 +1,4 @@
-"""The tile kernels of every instruction set, compiled without ExecuTorch: on this processor and on emulated ARM.
+"""These tests run the tile kernels of every instruction set without ExecuTorch, on this processor and on emulated ARM.
 
 Sums of integers must be exact. Scales are powers of two and sums stay below 2^24, so float32 holds them exactly too.
 """
@@ -204,7 +204,7 @@ def op_for_arm(tmp_path_factory):
     skip_without_tools("max")
     folder, wheel = tmp_path_factory.mktemp("op"), RUNTIMES / "executorch_aarch64/executorch"
     compiler, advice = "aarch64-linux-gnu-g++", "install one"
-    compile_file(compiler, expert_op.arguments_for(wheel), folder / "libop.so", what="the op", advice=advice)
+    compile_file(compiler, expert_op.list_arguments(wheel), folder / "libop.so", what="the op", advice=advice)
     caller = [str(RUNNER.with_name("call_op.cpp")), f"-I{expert_op.SOURCE.parent}", "-ldl"]
     compile_file(compiler, ["-std=c++17", "-O1", *caller], folder / "call_op", what="its caller", advice=advice)
 
@@ -244,7 +244,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_kernel_is_found(fault, tmp_path):
-    """What the tests above compare must differ for a kernel with a mistake in it."""
+    """A kernel with a mistake in it gives other numbers, or leaves its memory: the tests above would fail."""
     right, wrong, kernel = FAULTS[fault]
     sources = tmp_path / "sources"
     shutil.copytree(expert_op.SOURCE.parent, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -76,7 +76,7 @@ def decibels(expected, found):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("processor", "kernel"), ON)
 def test_logits_are_those_of_the_model(bench, folder, expected, processor, kernel, threads, tmp_path):
-    """After the prompt and token by token, so the cache counts too."""
+    """The logits after the prompt and after each later token are compared, so the cache counts too."""
     tokens, logits = expected
     (tmp_path / "tokens").write_text(" ".join(map(str, tokens.tolist())))
     arguments = ["--threads", threads, "--prompt", PROMPT, "--answer", ANSWER, "--repetitions", 1]
@@ -108,7 +108,7 @@ def test_a_shape_alone_gets_random_weights(bench, tmp_path):
 
 
 def test_it_counts_what_a_token_reads(bench, folder):
-    """Against the sizes of the tensors as Python wrote them."""
+    """The program's counts are compared with the sizes of the tensors that Python wrote."""
     done = bench("native", folder / "tiny.model", "--prompt", 10, "--answer", 4, "--repetitions", 1)
     printed = json.loads(done.stdout)
     weights = phone_bench.DeviceWeights(open_folder(folder / "int4"))

@@ -61,13 +61,13 @@ def library_path() -> Path:
 
 def _build(wheel: Path, library: Path) -> None:
     compile_file(
-        os.environ.get("CXX", "g++"), [*arguments_for(wheel), f"-Wl,-rpath,{wheel / 'lib'}"], library,
+        os.environ.get("CXX", "g++"), [*list_arguments(wheel), f"-Wl,-rpath,{wheel / 'lib'}"], library,
         what="the fast expert op",
         advice="install one (apt-get install g++), name it in $CXX, or export with --expert-op stock",
     )  # fmt: skip
 
 
-def arguments_for(wheel: Path) -> list[str]:
+def list_arguments(wheel: Path) -> list[str]:
     """Return the compiler's arguments for the library.
 
     Args:

@@ -48,7 +48,7 @@ MOBILEMOE_AVX2 void block_avx2(const uint8_t* tile, int64_t k, int64_t group_siz
     }
     const __m256 scales = _mm256_loadu_ps(reinterpret_cast<const float*>(tile));
     const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32));
-    tile += 64;
+    tile += kTailBytes;
     const __m256 low_scales = _mm256_permutevar8x32_ps(scales, low_rows);
     const __m256 high_scales = _mm256_permutevar8x32_ps(scales, high_rows);
     for (int i = 0; i < M; ++i) {

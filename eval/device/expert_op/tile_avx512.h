@@ -38,7 +38,7 @@ MOBILEMOE_AVX512 void block_avx512(const uint8_t* tile, int64_t k, int64_t group
     }
     const __m256 scales = _mm256_loadu_ps(reinterpret_cast<const float*>(tile));
     const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32));
-    tile += 64;
+    tile += kTailBytes;
     const __m512 low_scales = _mm512_permutexvar_ps(low_rows, _mm512_castps256_ps512(scales));
     const __m512 high_scales = _mm512_permutexvar_ps(high_rows, _mm512_castps256_ps512(scales));
     for (int i = 0; i < M; ++i) {

@@ -133,7 +133,7 @@ inline void tile_neon_i8mm(const uint8_t* tile, int64_t k, int64_t group_size, c
   if (i < n_rows) block_neon_dot<1>(tile, k, group_size, rows + i, out + i * kTileRows);
 }
 
-// The kernel's bits for what the processor has, by their numbers: old C libraries do not name the second one.
+// Linux tells in these bits what the processor has. They are numbers: old C libraries do not name the second one.
 inline bool has_neon_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }                     // HWCAP_ASIMDDP
 inline bool has_neon_i8mm() { return has_neon_dot() && getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM
 

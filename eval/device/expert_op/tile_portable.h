@@ -32,7 +32,7 @@ inline void tile_portable(const uint8_t* tile, int64_t k, int64_t group_size, co
         out[i * kTileRows + r] += scales[r] * static_cast<float>(dots[r] - row_sum - rows[i].zero * sums[r]);
       }
     }
-    tile += value_bytes + 2 * kTileRows * 4;
+    tile += value_bytes + kTailBytes;
   }
   for (int64_t i = 0; i < n_rows; ++i) {
     for (int r = 0; r < kTileRows; ++r) out[i * kTileRows + r] *= rows[i].scale;

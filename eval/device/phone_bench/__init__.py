@@ -66,7 +66,8 @@ def describe_shape(
     ):
         if size % 32 or width % size:
             raise RefusedInput(
-                f"{name} is {width} and its group {size}: the kernels take whole groups, multiples of 32"
+                f"{name} is {width} and its group {size}: the kernels take whole groups, multiples of 32. "
+                "Quantize with a group size that divides it"
             )
     numbers = {
         "d_model": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,

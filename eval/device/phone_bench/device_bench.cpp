@@ -75,10 +75,11 @@ std::vector<int64_t> read_tokens(const Options& options, int64_t vocabulary) {
   return tokens;
 }
 
-// What a token of the answer reads: a token's share of the experts, all of the output projection, one embedding's row.
+// Returns the bytes of weights that a token of the answer reads: K experts of each layer, all other matrices, and a row
+// of the embedding.
 int64_t count_weight_bytes(const Model& model) {
   int64_t sum = tile_bytes(model.shape.D, model.shape.embedding_group_size) / kTileRows;
-  for (const Part& part : model.parts) sum += part.copies == 1 ? part.bytes() : part.bytes() / part.copies * model.shape.K;
+  for (const Part& part : model.parts) sum += part.bytes() / part.copies * std::min(part.copies, model.shape.K);
   return sum;
 }
 
@@ -135,6 +136,7 @@ int main(int n_arguments, char** arguments) {
   logits_file.close();
   if (!options.logits.empty() && !logits_file) refuse(options.logits + ": cannot be written");
 
+  const int64_t weight_bytes_a_token = count_weight_bytes(model);
   const double decode_speed = options.answer / find_median(decode);
   const double cache_bytes =
       static_cast<double>(decoder.cache_bytes_a_position()) * (options.prompt + (options.answer + 1) / 2.0);
@@ -145,7 +147,7 @@ int main(int n_arguments, char** arguments) {
       "\"weight_bytes\": %lld, \"peak_bytes\": %lld}\n",
       options.kernel.c_str(), static_cast<long long>(options.threads), model.is_random ? "random" : "given",
       static_cast<long long>(options.prompt), static_cast<long long>(options.answer), load_seconds,
-      options.prompt / find_median(prefill), decode_speed, static_cast<long long>(count_weight_bytes(model)), cache_bytes,
-      decode_speed * (static_cast<double>(count_weight_bytes(model)) + cache_bytes),
+      options.prompt / find_median(prefill), decode_speed, static_cast<long long>(weight_bytes_a_token), cache_bytes,
+      decode_speed * (static_cast<double>(weight_bytes_a_token) + cache_bytes),
       static_cast<long long>(model.weight_bytes), static_cast<long long>(read_peak_bytes()));
 }

@@ -1,5 +1,5 @@
 // The file of a model: its shape as lines of text in the first 4,096 bytes, then its weights (or none, for random ones).
-// eval/device/phone_bench/__init__.py writes it, and says what each line means.
+// eval/device/phone_bench/__init__.py writes it; read_shape below has the names of the lines.
 #pragma once
 
 #include <fcntl.h>
