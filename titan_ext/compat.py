@@ -4,6 +4,7 @@ Each has a test in tests/titan_ext/test_model_contracts.py or test_loader_contra
 new version changes it.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Backend
 from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor,
     all_gather_tensor,
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem as CheckpointFile
 
 # Not FileSystemWriter: `async_save` would take it for the stager too, and copy the state in another way.
 from torch.distributed.checkpoint.filesystem import _FileSystemWriter as CheckpointWriter
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
@@ -49,6 +52,7 @@ __all__ = [
     "reduces_on_one_rank",
     "return_hidden_states",
     "return_rows_to_tokens",
+    "run_gloo_in_one_thread",
     "send_rows_to_experts",
     "set_found_inf",
     "set_reduce_scatter",
@@ -60,6 +64,33 @@ def divide_exactly() -> None:
     from torch._inductor import config as inductor_config
 
     inductor_config.eager_numerics.division_rounding = True
+
+
+def run_gloo_in_one_thread() -> None:
+    """Give every gloo group that is created from now on one worker thread; by default it has two.
+
+    A worker that has finished a collective notes the collective's name in the group's status, and takes no lock
+    (`ProcessGroupGloo::runLoop`, torch 2.14.1). FSDP's all-gathers have a name so long that it is stored on the heap.
+    When both workers note one at the same time, both free the one before, and the rank dies later of a damaged heap: on
+    a busy machine, two of some hundred runs of a few steps did. The ranks call the collectives of a group in the same
+    order, so one worker is enough.
+    """
+    Backend._plugins[Backend.GLOO.upper()] = Backend._BackendPlugin(_create_gloo_group, extended_api=True)
+
+
+def _create_gloo_group(group: Any, backend_options: object | None) -> ProcessGroupGloo:
+    """Create the group as torch does, but with one worker thread. GLOO_SOCKET_IFNAME names its interfaces."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs of torch lack it
+    options._devices = [ProcessGroupGloo.create_device(interface=name) for name in names] or [
+        ProcessGroupGloo.create_default_device()
+    ]
+    options._threads = 1
+    options._timeout = group.timeout
+    options.enable_reconfigure = group.enable_reconfigure
+    options.global_ranks_in_group = group.global_ranks_in_group
+    options.group_name = group.group_id
+    return ProcessGroupGloo(group.store, group.group_rank, group.group_size, options)
 
 
 def get_param_groups(module: FSDPModule) -> list[FSDPParamGroup]:

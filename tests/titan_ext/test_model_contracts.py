@@ -1,5 +1,6 @@
 """Private interfaces of torch and torchtitan that the model uses through titan_ext.compat, one small test each."""
 
+import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.titan_ext.test_model import DIMS
 from titan_ext import compat
+from titan_ext.cpu.device import IS_CPU
 from titan_ext.mobilemoe import model_config
 from titan_ext.mobilemoe.capacity_dispatch import CapacityTokenDispatcher
 from titan_ext.mobilemoe.expert_bias import register_expert_bias_update
@@ -24,6 +26,25 @@ def mesh_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not IS_CPU, reason="an accelerator is present: gloo exchanges small numbers only")
+def test_gloo_groups_have_one_worker_thread_and_keep_the_other_options(mesh_of_one: DeviceMesh):
+    """When this fails, a rank may die of SIGSEGV: two workers of a group write one string without a lock."""
+    patient = datetime.timedelta(seconds=77)
+    for group in (dist.group.WORLD, mesh_of_one.get_group(), dist.new_group(backend="gloo", timeout=patient)):
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._threads == 1 and len(options._devices) == 1
+    assert options._timeout == patient and options.global_ranks_in_group == [0]
+    assert options.group_name not in ("", dist.group.WORLD._get_backend(torch.device("cpu")).options.group_name)
+
+
+@pytest.mark.skipif(not IS_CPU, reason="an accelerator is present: gloo exchanges small numbers only")
+def test_a_gloo_group_listens_on_the_interfaces_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,no-such-interface")
+    with pytest.raises(RuntimeError, match="no-such-interface"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert not dist.is_initialized()
 
 
 def test_gathered_tensors_stand_side_by_side_and_pass_gradients_back(mesh_of_one: DeviceMesh):

@@ -24,6 +24,8 @@
     `titan_ext.mobilemoe.row_gather` calls `embedding_bag`, which makes one.
 13. For the same reason, `titan_ext.mobilemoe.rope` rotates with one product of complex numbers instead of several real
     ones. The bits are the same.
+14. A gloo group has two worker threads, which damage the heap when they finish two collectives at the same time.
+    `titan_ext.compat.run_gloo_in_one_thread` gives it one.
 
 This file imports nothing: pipelines reads `titan_ext.cpu.allocator` in processes that must not import torch.
 """

@@ -1,4 +1,4 @@
-"""Selects the CPU as torchtitan's device where no accelerator is present (1 and 3 in titan_ext/cpu/__init__.py)."""
+"""Selects the CPU as torchtitan's device where no accelerator is present (1, 3 and 14 in titan_ext/cpu/__init__.py)."""
 
 import os
 import platform
@@ -11,6 +11,7 @@ import torch
 import torchtitan.tools.utils as titan_utils
 
 from core.cache import keep_compiled_code_apart
+from titan_ext.compat import run_gloo_in_one_thread
 from titan_ext.cpu.allocator import keep_freed_memory
 from titan_ext.layout import GPU_MEMORY
 
@@ -74,6 +75,7 @@ def use_cpu() -> None:
     if not IS_CPU:
         return
     keep_freed_memory()
+    run_gloo_in_one_thread()
     titan_utils.device_type = "cpu"
     titan_utils.device_module = _CPUDeviceModule()
     for name, module in list(sys.modules.items()):
