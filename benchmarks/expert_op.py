@@ -16,23 +16,25 @@ import torch
 
 from eval.compat import register_executorch_ops, set_executorch_threads
 from eval.device import expert_op
-from eval.device.expert_blobs import pack_blobs
+from eval.device.expert_blobs import pack_blobs, pack_stock_blobs
 from titan_ext.config import FLAVORS
 
 
-def random_blobs(n_experts: int, rows: int, k: int, group_size: int) -> torch.Tensor:
+def random_blobs(n_experts: int, rows: int, k: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same random matrices in our layout and in the stock op's."""
     q = torch.randint(-8, 8, (n_experts, rows, k), dtype=torch.int8)
-    return pack_blobs(q, torch.full((n_experts, rows, k // group_size), 2.0**-8))
+    scales = torch.full((n_experts, rows, k // group_size), 2.0**-8)
+    return pack_blobs(q, scales), pack_stock_blobs(q, scales)
 
 
 def calls(group_size: int):
     """Name -> call of (x_TD), over one layer's weights."""
     s = FLAVORS["S"]
     gate, bias = 0.02 * torch.randn(s.n_experts, s.d_model), torch.zeros(s.n_experts)
-    w13 = random_blobs(s.n_experts, 2 * s.expert_hidden, s.d_model, group_size)
-    w2 = random_blobs(s.n_experts, s.d_model, s.expert_hidden, group_size)
+    w13, stock_w13 = random_blobs(s.n_experts, 2 * s.expert_hidden, s.d_model, group_size)
+    w2, stock_w2 = random_blobs(s.n_experts, s.d_model, s.expert_hidden, group_size)
     sizes = (s.top_k, s.n_experts, s.expert_hidden, s.d_model, group_size, 4, "sigmoid", s.route_scale)
-    found = {"stock": lambda x: torch.ops.llama.quantized_moe_ffn(x, gate, bias, w13, w2, *sizes)}
+    found = {"stock": lambda x: torch.ops.llama.quantized_moe_ffn(x, gate, bias, stock_w13, stock_w2, *sizes)}
     for kernel in expert_op.list_kernels():
         found[kernel] = lambda x, kernel=kernel: expert_op.run_kernel(
             kernel, x, gate, bias, w13, w2, top_k=s.top_k, expert_hidden=s.expert_hidden, group_size=group_size,

@@ -21,7 +21,7 @@ from eval.compat import (
     register_executorch_ops,
     use_custom_attention,
 )
-from eval.device.expert_blobs import pack_blobs
+from eval.device.expert_blobs import pack_blobs, pack_stock_blobs
 from eval.device.weights import DeviceWeights
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
@@ -110,11 +110,12 @@ def _fill_layer(layer: Any, prefix: str, weights: DeviceWeights, expert_op: Expe
         matrix = weights.read_matrix(f"{prefix}feed_forward.shared_expert.{p}_proj.weight")
         linear.weight = _frozen(int4_linear_weight(*matrix))
     experts = f"{prefix}feed_forward.experts."
+    pack = pack_stock_blobs if expert_op == "stock" else pack_blobs
     layer.block_sparse_moe = FusedMoE(
         weights.read_unquantized(f"{prefix}feed_forward.router.weight"),
         weights.read_unquantized(f"{prefix}feed_forward.expert_bias"),
-        pack_blobs(*weights.read_expert_matrices(f"{experts}gate_up_proj")),
-        pack_blobs(*weights.read_expert_matrices(f"{experts}down_proj")),
+        pack(*weights.read_expert_matrices(f"{experts}gate_up_proj")),
+        pack(*weights.read_expert_matrices(f"{experts}down_proj")),
         shared,
         config=weights.config,
         group_size=weights.expert_group_size,

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from eval.device.expert_blobs import pack_blobs
+from eval.device.expert_blobs import pack_blobs, pack_stock_blobs
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4
 from titan_ext.quantization.formulas import int4_scale, quantize_int4, quantize_int8
 
@@ -11,11 +11,12 @@ from titan_ext.quantization.formulas import int4_scale, quantize_int4, quantize_
 class RandomExperts:
     def __init__(
         self, *, n_tokens=5, d_model=128, hidden=64, n_experts=8, top_k=3, group_size=32, use_bias=True, seed=0,
-        input_size=1.0, hidden_size=1.0,
+        input_size=1.0, weight_gain=1.0,
     ):  # fmt: skip
-        """Draw tokens of standard deviation `input_size` and weights that give gate and up products of `hidden_size`.
+        """Draw tokens of standard deviation `input_size`, and multiply the gate and up weights by `weight_gain`.
 
-        The router's logits have the size of `input_size`.
+        Tokens and down weights of 1 give products of about the square root of their number of columns. The router's
+        logits have the size of `input_size`. `weight_gain` is a power of two, so that scales stay exact in float16.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -28,15 +29,17 @@ class RandomExperts:
         w13, w2 = random(n_experts, 2 * hidden, d_model), random(n_experts, d_model, hidden)
         s13, s2 = int4_scale(w13, 2, group_size), int4_scale(w2, 2, group_size)
         q13, q2 = quantize_int4(w13, s13, 2, group_size), quantize_int4(w2, s2, 2, group_size)
-        # The blob holds float32 scales, so these may be beyond float16.
-        s13 = s13 * (hidden_size / input_size)
+        s13 = s13 * weight_gain
         self.packed = pack_blobs(q13, s13), pack_blobs(q2, s2)
+        self.stock_packed = pack_stock_blobs(q13, s13), pack_stock_blobs(q2, s2)
         self.w13 = dequantize_int4(q13, s13, 2, group_size).double()
         self.w2 = dequantize_int4(q2, s2, 2, group_size).double()
 
-    def op_arguments(self) -> tuple:
+    def op_arguments(self, *, stock: bool = False) -> tuple:
+        """Return the arguments of our op, or of ExecuTorch's."""
         bias = torch.empty(0) if self.bias is None else self.bias
-        return self.x, self.gate, bias, *self.packed, *self.sizes, 4, "sigmoid", 2.5
+        packed = self.stock_packed if stock else self.packed
+        return self.x, self.gate, bias, *packed, *self.sizes, 4, "sigmoid", 2.5
 
     def reference(self, *, int8_activations: bool) -> torch.Tensor:
         """The layer's output in float64; with INT8 activations, rounded a token in front of both products."""

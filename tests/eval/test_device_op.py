@@ -88,22 +88,22 @@ def test_tokens_of_a_tiny_range_are_rounded_alike(size):
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE)
-@pytest.mark.parametrize("size", TINY_RANGES)
+@pytest.mark.parametrize("size", [size for size in TINY_RANGES if size > 1e-25])  # smaller ones give 0 in float32
 def test_kernels_round_tokens_of_a_tiny_range_as_training_does(kernel, size):
-    """Weights of the reciprocal size bring the products back to 1, so that a wrong scale would show."""
-    layer = RandomExperts(n_tokens=7, input_size=size, seed=3)
+    """Large weights keep the squares of the products, SwiGLU's, in float32's range."""
+    layer = RandomExperts(n_tokens=7, input_size=size, weight_gain=2.0**14, seed=3)
     expected = layer.reference(int8_activations=True)
-    assert expected.abs().max() > 1
+    assert expected.abs().max() > 1e-30
     assert (run(layer, kernel) - expected).norm() < 2e-3 * expected.norm()
     assert (run(layer, kernel) - expected).abs().median() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kernel", AVAILABLE)
 def test_kernels_round_a_tiny_hidden_state_as_training_does(kernel):
-    """The second rounding, in front of the down products: ordinary tokens, gate and up weights that shrink them."""
-    layer = RandomExperts(n_tokens=7, hidden_size=1e-10, seed=4)
+    """The second rounding, in front of the down products: gate and up weights shrink small tokens further."""
+    layer = RandomExperts(n_tokens=7, input_size=1e-4, weight_gain=2.0**-8, seed=4)
     expected = layer.reference(int8_activations=True)
-    assert 0 < expected.abs().max() < 1e-5
+    assert 0 < expected.abs().max() < 1e-9
     assert (run(layer, kernel) - expected).norm() < 2e-3 * expected.norm()
 
 
@@ -121,7 +121,7 @@ def test_int8_activations_stay_close_to_the_stock_op():
     """The stock op on x86 leaves activations in float: 20 dB is what INT8 must not lose."""
     register_executorch_ops()
     layer = RandomExperts(n_tokens=16, d_model=256, hidden=128)
-    stock = torch.ops.llama.quantized_moe_ffn(*layer.op_arguments())
+    stock = torch.ops.llama.quantized_moe_ffn(*layer.op_arguments(stock=True))
     noise = run(layer, FASTEST) - stock
     assert 20 * torch.log10(stock.norm() / noise.norm()) > 30
 

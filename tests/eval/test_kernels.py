@@ -114,7 +114,7 @@ def make_tile(n_rows: int, group_size: int, n_groups: int, *, extreme: bool, exa
     if exact:
         scales, row_scales = (2.0 ** draw(0, 2, TILE_ROWS, n_groups)), 2.0 ** draw(-3, 3, n_rows)
     else:
-        scales = torch.rand(TILE_ROWS, n_groups, generator=generator) + 0.01
+        scales = (torch.rand(TILE_ROWS, n_groups, generator=generator) + 0.01).half()
         row_scales = torch.rand(n_rows, generator=generator) + 0.01
     tile = pack_blobs(weights[None].to(torch.int8), scales[None])[0, 4 * len(HEADER) :]
     sums = q.view(n_rows, n_groups, group_size).sum(-1)
@@ -163,8 +163,8 @@ LAYERS = (
     {"n_tokens": 20, "seed": 3, "d_model": 192, "hidden": 96, "n_experts": 5, "top_k": 5},
     {"n_tokens": 9, "seed": 4, "d_model": 128, "hidden": 128, "group_size": 64},
     {"n_tokens": 6, "seed": 5, "d_model": 256, "hidden": 128, "group_size": 128},
-    {"n_tokens": 7, "seed": 6, "input_size": 1e-20},
-    {"n_tokens": 7, "seed": 7, "hidden_size": 1e-10},
+    {"n_tokens": 7, "seed": 6, "input_size": 1e-20, "weight_gain": 2.0**14},
+    {"n_tokens": 7, "seed": 7, "input_size": 1e-4, "weight_gain": 2.0**-8},
 )
 
 
@@ -231,10 +231,11 @@ def test_the_op_computes_layers_with_executorchs_libraries_for_arm(op_for_arm, p
 
 FAULTS = {
     "the high nibbles are read as low ones": ("vshrq_n_u8(second, 4)", "vandq_u8(second, nibble)", "neon_dot"),
-    "rows 4-7 take the sums of rows 0-3": ("vld1q_s32(sums + 4)", "vld1q_s32(sums)", "neon_dot"),
-    "rows 4-7 take the scales of rows 0-3": ("vld1q_f32(scales + 4)", "vld1q_f32(scales)", "neon_dot"),
+    "rows 4-7 take the sums of rows 0-3": ("row_sums + 16 * half", "row_sums", "neon_dot"),
+    "rows 4-7 take the scales of rows 0-3": ("vget_high_u16(halves)", "vget_low_u16(halves)", "neon_dot"),
+    "every group takes the first one's scales": ("scales_at += kScaleBytes;", "", "neon_dot"),
     "every group takes the first one's sum": ("row.group_sums[g]", "row.group_sums[0]", "neon_i8mm"),
-    "the zero point is left out": ("vld1q_s32(sums), row.zero", "vld1q_s32(sums), 0", "neon_i8mm"),
+    "the zero point is left out": ("static_cast<float>(row.zero)", "0.0f", "neon_i8mm"),
     "a row is paired with itself": ("vld1_s8(next_q)", "vld1_s8(q)", "neon_i8mm"),
     "a pair's second row takes the first one's": ("vzip2q_s64(sums[2]", "vzip1q_s64(sums[2]", "neon_i8mm"),
     "the odd last row is forgotten": ("if (i < n_rows)", "if (i + 1 < n_rows)", "neon_i8mm"),

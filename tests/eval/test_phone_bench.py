@@ -114,7 +114,7 @@ def test_it_counts_what_a_token_reads(bench, folder):
     weights = phone_bench.DeviceWeights(open_folder(folder / "int4"))
     sizes = [tensor.nbytes for tensor in phone_bench.list_tensors(weights)]
     experts = sum(sum(sizes[2 + 10 * i + 8 : 2 + 10 * i + 10]) for i in range(DIMS.n_layers))
-    row = DIMS.d_model / 2 + 8 * DIMS.d_model / 32  # 4 bits a value, and 8 bytes a group
+    row = DIMS.d_model / 2 + 2 * DIMS.d_model / 32  # 4 bits a value, and a float16 for each group
     assert printed["weight_bytes_a_token"] == sum(sizes) - experts * (1 - DIMS.top_k / DIMS.n_experts) + row
     assert printed["cache_bytes_a_token"] == DIMS.n_layers * 2 * 4 * DIMS.n_kv_heads * DIMS.head_dim * (10 + 2.5)
     assert printed["weight_bytes"] + phone_bench.SHAPE_BYTES == (folder / "tiny.model").stat().st_size

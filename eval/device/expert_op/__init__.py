@@ -1,7 +1,7 @@
 """This package builds, loads and declares our MoE operator for ExecuTorch, `mobilemoe::quantized_moe_ffn`.
 
-The operator takes the arguments and packed weights of ExecuTorch's `llama::quantized_moe_ffn`
-(eval/device/expert_blobs.py) and rounds activations to INT8 as that op's ARM build does. It has kernels for
+The operator takes the arguments of ExecuTorch's `llama::quantized_moe_ffn`, but weights in a smaller layout
+(`eval.device.expert_blobs.pack_blobs`), and rounds activations to INT8 as that op's ARM build does. It has kernels for
 AVX512-VNNI, AVX2, ARM's matrix and dot product instructions, and in portable C++; the fastest that the processor has is
 chosen when the library is loaded. The C++ sources are beside this file, compiled on first use against headers and
 libraries of the installed executorch wheel. Only moe_ffn.cpp needs those; the arithmetic in the headers does not.
@@ -115,7 +115,7 @@ def compare_kernels(library: ctypes.CDLL, path: Path) -> None:
 
     def draw_blobs(rows: int, k: int) -> torch.Tensor:
         values = torch.randint(-8, 8, (n_experts, rows, k), generator=generator, dtype=torch.int8)
-        return pack_blobs(values, torch.rand(n_experts, rows, k // group_size, generator=generator) * 0.1)
+        return pack_blobs(values, (torch.rand(n_experts, rows, k // group_size, generator=generator) * 0.1).half())
 
     x_TD, gate_ED = (torch.randn(n, d_model, generator=generator) for n in (5, n_experts))
     layer = (x_TD, gate_ED, None, draw_blobs(2 * hidden, d_model), draw_blobs(d_model, hidden))

@@ -1,7 +1,7 @@
 // mobilemoe::quantized_moe_ffn: an MoE layer's router and routed experts as one ExecuTorch operator.
 //
-// It takes the arguments and packed weights of ExecuTorch's own llama::quantized_moe_ffn, whose x86 build dequantizes
-// every active expert at every call. moe_layer.h computes; this file is the operator's face to ExecuTorch and to Python.
+// It takes the arguments of ExecuTorch's own llama::quantized_moe_ffn, whose x86 build dequantizes every active expert at
+// every call, but weights in the layout of tile_layout.h. moe_layer.h computes; this file is the operator's face to ExecuTorch and to Python.
 
 #include <atomic>
 #include <cinttypes>
@@ -54,7 +54,8 @@ Tensor& quantized_moe_ffn_out(executorch::runtime::KernelRuntimeContext& ctx, co
       x.dim() == 2 && x.size(1) == D && gate_weight.numel() == E * D &&
           (expert_bias.numel() == 0 || expert_bias.numel() == E) && num_activated_experts > 0 &&
           num_activated_experts <= E && packed_w13.numel() == E * w13_bytes && packed_w2.numel() == E * w2_bytes,
-      InvalidArgument, out, "tensor shapes do not fit the layer's dimensions");
+      InvalidArgument, out, "tensor shapes do not fit the layer's dimensions; an older version has written the program: export it "
+      "anew");
   const int64_t T = x.size(0);
   const Tensor::SizesType sizes[2] = {static_cast<Tensor::SizesType>(T), static_cast<Tensor::SizesType>(D)};
   ET_KERNEL_CHECK(ctx, executorch::runtime::resize_tensor(out, {sizes, 2}) == Error::Ok, InvalidArgument, out);

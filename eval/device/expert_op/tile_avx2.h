@@ -12,7 +12,7 @@
 
 namespace mobilemoe {
 
-#define MOBILEMOE_AVX2 __attribute__((target("avx2,fma")))
+#define MOBILEMOE_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 template <int M>
 MOBILEMOE_AVX2 void block_avx2(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows,
@@ -20,6 +20,7 @@ MOBILEMOE_AVX2 void block_avx2(const uint8_t* tile, int64_t k, int64_t group_siz
   const __m256i nibble = _mm256_set1_epi8(0xF), ones = _mm256_set1_epi16(1);
   const __m256i low_rows = _mm256_setr_epi32(0, 0, 1, 1, 4, 4, 5, 5);
   const __m256i high_rows = _mm256_setr_epi32(2, 2, 3, 3, 6, 6, 7, 7);
+  const uint8_t* scales_at = tile + value_bytes(k);
   __m256 low_total[M], high_total[M], corrections[M];
   for (int i = 0; i < M; ++i) low_total[i] = high_total[i] = corrections[i] = _mm256_setzero_ps();
   for (int64_t g = 0; g < k / group_size; ++g) {
@@ -46,20 +47,20 @@ MOBILEMOE_AVX2 void block_avx2(const uint8_t* tile, int64_t k, int64_t group_siz
         high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(high16[i], ones));
       }
     }
-    const __m256 scales = _mm256_loadu_ps(reinterpret_cast<const float*>(tile));
-    const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32));
-    tile += kTailBytes;
+    const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_at)));
+    scales_at += kScaleBytes;
     const __m256 low_scales = _mm256_permutevar8x32_ps(scales, low_rows);
     const __m256 high_scales = _mm256_permutevar8x32_ps(scales, high_rows);
     for (int i = 0; i < M; ++i) {
       low_total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[i]), low_scales, low_total[i]);
       high_total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high[i]), high_scales, high_total[i]);
-      const __m256i correction = _mm256_add_epi32(_mm256_set1_epi32(8 * rows[i].group_sums[g]),
-                                                  _mm256_mullo_epi32(_mm256_set1_epi32(rows[i].zero), sums));
-      corrections[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(correction), scales, corrections[i]);
+      const __m256 offset = _mm256_set1_ps(static_cast<float>(8 * rows[i].group_sums[g]));
+      corrections[i] = _mm256_fmadd_ps(offset, scales, corrections[i]);
     }
   }
+  const __m256 row_sums = _mm256_loadu_ps(reinterpret_cast<const float*>(scales_at));
   for (int i = 0; i < M; ++i) {
+    corrections[i] = _mm256_fmadd_ps(_mm256_set1_ps(static_cast<float>(rows[i].zero)), row_sums, corrections[i]);
     const __m256 total = _mm256_sub_ps(_mm256_hadd_ps(low_total[i], high_total[i]), corrections[i]);
     _mm256_storeu_ps(out + i * kTileRows, _mm256_mul_ps(total, _mm256_set1_ps(rows[i].scale)));
   }
@@ -70,7 +71,9 @@ inline void tile_avx2(const uint8_t* tile, int64_t k, int64_t group_size, const 
   MOBILEMOE_IN_BLOCKS(block_avx2)
 }
 
-inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 #undef MOBILEMOE_AVX2
 

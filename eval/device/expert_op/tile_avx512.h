@@ -7,7 +7,7 @@
 
 namespace mobilemoe {
 
-#define MOBILEMOE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+#define MOBILEMOE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 template <int M>
 MOBILEMOE_AVX512 void block_avx512(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows,
@@ -16,6 +16,7 @@ MOBILEMOE_AVX512 void block_avx512(const uint8_t* tile, int64_t k, int64_t group
   const __m512i halves = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);  // k 0-7 for the first two runs, then k 8-15
   const __m512i low_rows = _mm512_setr_epi32(0, 0, 1, 1, 4, 4, 5, 5, 0, 0, 1, 1, 4, 4, 5, 5);
   const __m512i high_rows = _mm512_setr_epi32(2, 2, 3, 3, 6, 6, 7, 7, 2, 2, 3, 3, 6, 6, 7, 7);
+  const uint8_t* scales_at = tile + value_bytes(k);
   __m512 low_total[M], high_total[M];
   __m256 corrections[M];
   for (int i = 0; i < M; ++i) {
@@ -36,20 +37,20 @@ MOBILEMOE_AVX512 void block_avx512(const uint8_t* tile, int64_t k, int64_t group
         high[i] = _mm512_dpbusd_epi32(high[i], high_nibbles, q);
       }
     }
-    const __m256 scales = _mm256_loadu_ps(reinterpret_cast<const float*>(tile));
-    const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 32));
-    tile += kTailBytes;
+    const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_at)));
+    scales_at += kScaleBytes;
     const __m512 low_scales = _mm512_permutexvar_ps(low_rows, _mm512_castps256_ps512(scales));
     const __m512 high_scales = _mm512_permutexvar_ps(high_rows, _mm512_castps256_ps512(scales));
     for (int i = 0; i < M; ++i) {
       low_total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[i]), low_scales, low_total[i]);
       high_total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[i]), high_scales, high_total[i]);
-      const __m256i correction = _mm256_add_epi32(_mm256_set1_epi32(8 * rows[i].group_sums[g]),
-                                                  _mm256_mullo_epi32(_mm256_set1_epi32(rows[i].zero), sums));
-      corrections[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(correction), scales, corrections[i]);
+      const __m256 offset = _mm256_set1_ps(static_cast<float>(8 * rows[i].group_sums[g]));
+      corrections[i] = _mm256_fmadd_ps(offset, scales, corrections[i]);
     }
   }
+  const __m256 row_sums = _mm256_loadu_ps(reinterpret_cast<const float*>(scales_at));
   for (int i = 0; i < M; ++i) {
+    corrections[i] = _mm256_fmadd_ps(_mm256_set1_ps(static_cast<float>(rows[i].zero)), row_sums, corrections[i]);
     const __m256 low = _mm256_add_ps(_mm512_castps512_ps256(low_total[i]), _mm512_extractf32x8_ps(low_total[i], 1));
     const __m256 high = _mm256_add_ps(_mm512_castps512_ps256(high_total[i]), _mm512_extractf32x8_ps(high_total[i], 1));
     const __m256 total = _mm256_sub_ps(_mm256_hadd_ps(low, high), corrections[i]);

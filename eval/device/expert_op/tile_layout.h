@@ -1,29 +1,32 @@
 // The layout of INT4 weight tiles, INT8 activation rows, and what a kernel that multiplies them is given.
 //
-// A tile is 8 rows of a weight matrix in the "universal" layout of torchao's 8-bit-activation kernels, which
-// eval/device/expert_blobs.py writes. For every group along K it has the values, in chunks of 16 along K, then 8 float
-// scales, then 8 int32 sums of the group's values. A chunk is 64 bytes, four runs of 16:
+// A tile is 8 rows of a weight matrix, which eval/device/expert_blobs.py writes: all values, in chunks of 16 along K, then
+// 8 float16 scales for every group along K, then one float for every row. A chunk is 64 bytes, four runs of 16:
 //   run 0: rows 0-3, k 0-7   run 1: rows 4-7, k 0-7   run 2: rows 0-3, k 8-15   run 3: rows 4-7, k 8-15
 // In a run, the low nibbles are the first two rows (8 values each), and the high nibbles are the other two. A nibble is
 // the value plus 8, so it is unsigned. The byte dot product instructions need one unsigned operand.
 //
 // With weights w = s_g * (n - 8) and activations x = scale * (q - zero), a row's product with x is
-//   scale * sum over groups g of s_g * (sum n * q  -  8 * sum q  -  zero * sum (n - 8)).
-// The second sum is stored with the activations, and the third with the weights.
+//   scale * (sum over groups g of s_g * (sum n * q  -  8 * sum q)  -  zero * sum w).
+// The sums of q are stored with the activations, and the sum of the row's weights is its float in the tile.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace mobilemoe {
 
 constexpr int kTileRows = 8;
 constexpr int kChunk = 16;
 constexpr int kChunkBytes = kTileRows * kChunk / 2;
-constexpr int kTailBytes = 2 * kTileRows * 4;  // a group's scales and sums
+constexpr int kScaleBytes = 2 * kTileRows;  // a group's scales
+constexpr int kSumBytes = 4 * kTileRows;    // the sums of the rows' weights
 constexpr int64_t kHeaderBytes = 64;
 
+inline int64_t value_bytes(int64_t k) { return kTileRows * k / 2; }
+
 inline int64_t tile_bytes(int64_t k, int64_t group_size) {
-  return k / group_size * (kTileRows * group_size / 2 + kTailBytes);
+  return value_bytes(k) + k / group_size * kScaleBytes + kSumBytes;
 }
 
 // The size of a packed matrix of `rows` rows; the last tile is full.
@@ -31,10 +34,28 @@ inline int64_t blob_bytes(int64_t rows, int64_t k, int64_t group_size) {
   return kHeaderBytes + (rows + kTileRows - 1) / kTileRows * tile_bytes(k, group_size);
 }
 
-// Value j along K of a row of a group, -8 to 7. `group` points to the group's first chunk.
-inline int read_value(const uint8_t* group, int row, int64_t j) {
-  const uint8_t byte = group[j / 8 * (kChunkBytes / 2) + row / 4 * 16 + row % 2 * 8 + j % 8];
+// Value j along K of a row of a tile, -8 to 7.
+inline int read_value(const uint8_t* tile, int row, int64_t j) {
+  const uint8_t byte = tile[j / 8 * (kChunkBytes / 2) + row / 4 * 16 + row % 2 * 8 + j % 8];
   return (byte >> (row % 4 / 2 * 4) & 0xF) - 8;
+}
+
+// The number whose IEEE float16 bits are `half`, without the processor's own conversion. It is finite.
+inline float to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half >> 15) << 31, magnitude = half & 0x7FFF;
+  // As the bits of a float, the exponent is too small by 127 - 15; the product also makes subnormal numbers normal.
+  const uint32_t bits = magnitude << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  return sign ? -value : value;
+}
+
+// The scale of a row in group g of a tile; `scales` points to the tile's scales.
+inline float read_scale(const uint8_t* scales, int row, int64_t g) {
+  uint16_t half;
+  std::memcpy(&half, scales + g * kScaleBytes + 2 * row, 2);
+  return to_float(half);
 }
 
 // A row of activations, x = scale * (q - zero).

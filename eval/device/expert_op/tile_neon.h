@@ -29,22 +29,25 @@ inline void unpack_rows(const uint8_t* bytes, int8x16_t* pairs) {
   pairs[3] = vreinterpretq_s8_u8(vshrq_n_u8(second, 4));
 }
 
-// Adds group g's part of a row of activations to its products with the tile's rows 0-3 and 4-7. `tail` points to the
-// group's scales and sums.
-inline void add_group(int32x4_t low, int32x4_t high, const uint8_t* tail, const QuantizedRow& row, int64_t g,
+// Adds group g's part of a row of activations to its products with the tile's rows 0-3 and 4-7. `scales` points to the
+// group's scales.
+inline void add_group(int32x4_t low, int32x4_t high, const uint8_t* scales, const QuantizedRow& row, int64_t g,
                       float32x4_t* total) {
-  const float* scales = reinterpret_cast<const float*>(tail);
-  const int32_t* sums = reinterpret_cast<const int32_t*>(tail + kTileRows * sizeof(float));
-  const int32x4_t row_sum = vdupq_n_s32(8 * row.group_sums[g]);
-  low = vmlsq_n_s32(vsubq_s32(low, row_sum), vld1q_s32(sums), row.zero);
-  high = vmlsq_n_s32(vsubq_s32(high, row_sum), vld1q_s32(sums + 4), row.zero);
-  total[0] = vfmaq_f32(total[0], vcvtq_f32_s32(low), vld1q_f32(scales));
-  total[1] = vfmaq_f32(total[1], vcvtq_f32_s32(high), vld1q_f32(scales + 4));
+  const int32x4_t offset = vdupq_n_s32(8 * row.group_sums[g]);
+  const uint16x8_t halves = vreinterpretq_u16_u8(vld1q_u8(scales));
+  const float32x4_t low_scales = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves)));
+  const float32x4_t high_scales = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves)));
+  total[0] = vfmaq_f32(total[0], vcvtq_f32_s32(vsubq_s32(low, offset)), low_scales);
+  total[1] = vfmaq_f32(total[1], vcvtq_f32_s32(vsubq_s32(high, offset)), high_scales);
 }
 
-inline void store_row(const float32x4_t* total, const QuantizedRow& row, float* out) {
-  vst1q_f32(out, vmulq_n_f32(total[0], row.scale));
-  vst1q_f32(out + 4, vmulq_n_f32(total[1], row.scale));
+// Writes a row of products. `row_sums` points to the sums of the tile's rows.
+inline void store_row(const float32x4_t* total, const uint8_t* row_sums, const QuantizedRow& row, float* out) {
+  const float zero = static_cast<float>(row.zero);
+  for (int half = 0; half < 2; ++half) {
+    const float32x4_t sums = vreinterpretq_f32_u8(vld1q_u8(row_sums + 16 * half));
+    vst1q_f32(out + 4 * half, vmulq_n_f32(vfmsq_n_f32(total[half], sums, zero), row.scale));
+  }
 }
 
 // SDOT adds up four neighbouring products in each lane. With 8 values of q twice in a vector, the lanes of a pair of
@@ -52,6 +55,7 @@ inline void store_row(const float32x4_t* total, const QuantizedRow& row, float* 
 template <int M>
 MOBILEMOE_DOT void block_neon_dot(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows,
                                   float* out) {
+  const uint8_t* scales_at = tile + value_bytes(k);
   float32x4_t total[M][2];
   for (int i = 0; i < M; ++i) total[i][0] = total[i][1] = vdupq_n_f32(0.0f);
   constexpr int kUnrolled = M < 3 ? 4 : 1;  // runs of 8 values; with more rows the sums alone fill the registers
@@ -72,11 +76,12 @@ MOBILEMOE_DOT void block_neon_dot(const uint8_t* tile, int64_t k, int64_t group_
       }
     }
     for (int i = 0; i < M; ++i) {
-      add_group(vpaddq_s32(dots[i][0], dots[i][1]), vpaddq_s32(dots[i][2], dots[i][3]), tile, rows[i], g, total[i]);
+      add_group(vpaddq_s32(dots[i][0], dots[i][1]), vpaddq_s32(dots[i][2], dots[i][3]), scales_at, rows[i], g,
+                total[i]);
     }
-    tile += kTailBytes;
+    scales_at += kScaleBytes;
   }
-  for (int i = 0; i < M; ++i) store_row(total[i], rows[i], out + i * kTileRows);
+  for (int i = 0; i < M; ++i) store_row(total[i], scales_at, rows[i], out + i * kTileRows);
 }
 
 // SMMLA multiplies 2 x 8 values by 8 x 2. Of rows x and y of activations and rows a and b of the tile it gives the four
@@ -85,6 +90,7 @@ template <int M>
 MOBILEMOE_I8MM void block_neon_i8mm(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows,
                                     float* out) {
   static_assert(M % 2 == 0, "activations are taken in pairs of rows");
+  const uint8_t* scales_at = tile + value_bytes(k);
   float32x4_t total[M][2];
   for (int i = 0; i < M; ++i) total[i][0] = total[i][1] = vdupq_n_f32(0.0f);
   const int64_t n_groups = k / group_size, n_steps = group_size / 32;
@@ -107,13 +113,13 @@ MOBILEMOE_I8MM void block_neon_i8mm(const uint8_t* tile, int64_t k, int64_t grou
       int64x2_t sums[4];  // a lane is two sums: of row x with a pair of the tile's rows, and of row y
       for (int j = 0; j < 4; ++j) sums[j] = vreinterpretq_s64_s32(dots[p][j]);
       add_group(vreinterpretq_s32_s64(vzip1q_s64(sums[0], sums[1])), vreinterpretq_s32_s64(vzip1q_s64(sums[2], sums[3])),
-                tile, rows[2 * p], g, total[2 * p]);
+                scales_at, rows[2 * p], g, total[2 * p]);
       add_group(vreinterpretq_s32_s64(vzip2q_s64(sums[0], sums[1])), vreinterpretq_s32_s64(vzip2q_s64(sums[2], sums[3])),
-                tile, rows[2 * p + 1], g, total[2 * p + 1]);
+                scales_at, rows[2 * p + 1], g, total[2 * p + 1]);
     }
-    tile += kTailBytes;
+    scales_at += kScaleBytes;
   }
-  for (int i = 0; i < M; ++i) store_row(total[i], rows[i], out + i * kTileRows);
+  for (int i = 0; i < M; ++i) store_row(total[i], scales_at, rows[i], out + i * kTileRows);
 }
 
 inline void tile_neon_dot(const uint8_t* tile, int64_t k, int64_t group_size, const QuantizedRow* rows, int64_t n_rows,

@@ -67,13 +67,10 @@ class Decoder {
   // A row of the embedding, which is also the packed output projection.
   void look_up(int64_t token, float* out) const {
     const int64_t group = s_.embedding_group_size;
-    const uint8_t* at = model_.weights.embedding + kHeaderBytes + token / kTileRows * tile_bytes(s_.D, group);
+    const uint8_t* tile = model_.weights.embedding + kHeaderBytes + token / kTileRows * tile_bytes(s_.D, group);
     const int row = static_cast<int>(token % kTileRows);
-    for (int64_t g = 0; g < s_.D; g += group, at += kTailBytes) {
-      float scale;
-      std::memcpy(&scale, at + kTileRows * group / 2 + 4 * row, 4);
-      for (int64_t j = 0; j < group; ++j) out[g + j] = scale * static_cast<float>(read_value(at, row, j));
-      at += kTileRows * group / 2;
+    for (int64_t d = 0; d < s_.D; ++d) {
+      out[d] = read_scale(tile + value_bytes(s_.D), row, d / group) * static_cast<float>(read_value(tile, row, d));
     }
   }
 

@@ -78,7 +78,8 @@ std::vector<int64_t> read_tokens(const Options& options, int64_t vocabulary) {
 // Returns the bytes of weights that a token of the answer reads: K experts of each layer, all other matrices, and a row
 // of the embedding.
 int64_t count_weight_bytes(const Model& model) {
-  int64_t sum = tile_bytes(model.shape.D, model.shape.embedding_group_size) / kTileRows;
+  const int64_t D = model.shape.D;
+  int64_t sum = (value_bytes(D) + D / model.shape.embedding_group_size * kScaleBytes) / kTileRows;
   for (const Part& part : model.parts) sum += part.bytes() / part.copies * std::min(part.copies, model.shape.K);
   return sum;
 }

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -124,24 +125,27 @@ inline Weights point_into(const uint8_t* base, const std::vector<Part>& parts) {
 
 // Fills a packed matrix with random values; products with it keep the size of their input.
 inline void fill_blob(uint8_t* blob, const Part& part, uint64_t seed) {
-  const float scale = 0.2f / std::sqrt(static_cast<float>(part.k));
+  // The largest power of two below 0.2 / sqrt(k), as the bits of a float16: an exponent, and a mantissa of zeros.
+  const int exponent = static_cast<int>(std::floor(std::log2(0.2f / std::sqrt(static_cast<float>(part.k)))));
+  const uint16_t scale = static_cast<uint16_t>(std::max(1, exponent + 15) << 10);
+  const int64_t n_scales = kTileRows * (part.k / part.group);
   uint64_t state = seed * 0x9E3779B97F4A7C15u + 1;
   uint8_t* at = blob + kHeaderBytes;
-  for (int64_t g = 0; g < (part.rows + kTileRows - 1) / kTileRows * (part.k / part.group); ++g) {
-    for (int64_t i = 0; i < kTileRows * part.group / 2; i += 8) {
+  for (int64_t tile = 0; tile < (part.rows + kTileRows - 1) / kTileRows; ++tile) {
+    for (int64_t i = 0; i < value_bytes(part.k); i += 8) {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;  // xorshift64
       std::memcpy(at + i, &state, 8);
     }
-    float scales[kTileRows];
-    int32_t sums[kTileRows] = {};
+    float sums[kTileRows] = {};
     for (int r = 0; r < kTileRows; ++r) {
-      scales[r] = scale;
-      for (int64_t j = 0; j < part.group; ++j) sums[r] += read_value(at, r, j);
+      int64_t sum = 0;
+      for (int64_t j = 0; j < part.k; ++j) sum += read_value(at, r, j);
+      sums[r] = to_float(scale) * static_cast<float>(sum);
     }
-    at += kTileRows * part.group / 2;
-    std::memcpy(at, scales, sizeof(scales));
-    std::memcpy(at + sizeof(scales), sums, sizeof(sums));
-    at += kTailBytes;
+    at += value_bytes(part.k);
+    for (int64_t i = 0; i < n_scales; ++i, at += sizeof(scale)) std::memcpy(at, &scale, sizeof(scale));
+    std::memcpy(at, sums, sizeof(sums));
+    at += kSumBytes;
   }
 }
 
