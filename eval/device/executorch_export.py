@@ -24,6 +24,7 @@ from eval.compat import (
 )
 from eval.config import DeviceConfig
 from eval.device import expert_op
+from eval.device.expert_op import matrix_ops
 from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
 from eval.device.weights import DeviceWeights
 from eval.export.artifact_folder import new_folder
@@ -57,6 +58,7 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
         )
     if device.expert_op == "fast":
         expert_op.declare()
+        matrix_ops.declare()
     with new_folder(out) as partial:
         write_tokenizer(tokenizer_dir, config, partial)
         settings = _settings(device.context, config.num_hidden_layers, config.vocab_size) | {

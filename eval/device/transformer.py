@@ -22,6 +22,7 @@ from eval.compat import (
     use_custom_attention,
 )
 from eval.device.expert_blobs import pack_blobs, pack_stock_blobs
+from eval.device.expert_op.matrix_ops import PackedEmbedding, PackedLinear, SharedMatrix
 from eval.device.weights import DeviceWeights
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
@@ -88,10 +89,14 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     )  # fmt: skip
     rotary = rotary_embedding(config, torch.arange(context)[None])[0]
     model.rope.freqs_cos, model.rope.freqs_sin = rotary.real.contiguous(), rotary.imag.contiguous()
-    # The embedding is also the output projection. It is the largest matrix, so it is quantized once for both.
+    # The embedding is also the output projection. Our ops read both out of one packed matrix.
     embedding = weights.read_matrix("model.embed_tokens.weight")
-    model.tok_embeddings = _embedding(*embedding)
-    model.output.weight = _frozen(int4_linear_weight(*embedding))
+    if expert_op == "fast":
+        shared = SharedMatrix(*embedding)
+        model.tok_embeddings, model.output = PackedEmbedding(shared), PackedLinear(shared)
+    else:
+        model.tok_embeddings = _embedding(*embedding)
+        model.output.weight = _frozen(int4_linear_weight(*embedding))
     model.norm.weight = _frozen(weights.read_unquantized("model.norm.weight"))
     for i, layer in enumerate(model.layers):
         _fill_layer(layer, f"model.layers.{i}.", weights, expert_op)
@@ -177,6 +182,8 @@ def count_weight_bytes(model: nn.Module) -> dict[str, int]:
         if isinstance(module, nn.Linear):
             weight: Any = module.weight  # torchao's tensor of INT4 values and scales
             dense += weight.qdata.numel() // 2 + 2 * weight.scale.numel()
+        elif isinstance(module, PackedLinear):
+            dense += module.packed.nbytes
         elif isinstance(module, FusedMoE):
             dense += module.router_ED.nbytes + module.bias_E.nbytes
             expert = (module.packed_w13.nbytes + module.packed_w2.nbytes) // len(module.bias_E)

@@ -86,7 +86,7 @@ def runners(tmp_path_factory):
 
     @functools.cache
     def build(native: bool) -> Runner:
-        sources = expert_op.SOURCE.parent
+        sources = expert_op.SOURCES[0].parent
         return build_runner(tmp_path_factory.mktemp("kernels"), "native" if native else "max", sources)
 
     return lambda processor: Runner(build(processor == "native").program, processor)
@@ -205,7 +205,7 @@ def op_for_arm(tmp_path_factory):
     folder, wheel = tmp_path_factory.mktemp("op"), RUNTIMES / "executorch_aarch64/executorch"
     compiler, advice = "aarch64-linux-gnu-g++", "install one"
     compile_file(compiler, expert_op.list_arguments(wheel), folder / "libop.so", what="the op", advice=advice)
-    caller = [str(RUNNER.with_name("call_op.cpp")), f"-I{expert_op.SOURCE.parent}", "-ldl"]
+    caller = [str(RUNNER.with_name("call_op.cpp")), f"-I{expert_op.SOURCES[0].parent}", "-ldl"]
     compile_file(compiler, ["-std=c++17", "-O1", *caller], folder / "call_op", what="its caller", advice=advice)
 
     def open_op(processor: str) -> Runner:
@@ -248,7 +248,7 @@ def test_a_fault_in_a_kernel_is_found(fault, tmp_path):
     """A kernel with a mistake in it gives other numbers, or leaves its memory: the tests above would fail."""
     right, wrong, kernel = FAULTS[fault]
     sources = tmp_path / "sources"
-    shutil.copytree(expert_op.SOURCE.parent, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(expert_op.SOURCES[0].parent, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     text = (sources / "tile_neon.h").read_text()
     assert right in text
     (sources / "tile_neon.h").write_text(text.replace(right, wrong))

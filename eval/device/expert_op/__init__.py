@@ -4,7 +4,8 @@ The operator takes the arguments of ExecuTorch's `llama::quantized_moe_ffn`, but
 (`eval.device.expert_blobs.pack_blobs`), and rounds activations to INT8 as that op's ARM build does. It has kernels for
 AVX512-VNNI, AVX2, ARM's matrix and dot product instructions, and in portable C++; the fastest that the processor has is
 chosen when the library is loaded. The C++ sources are beside this file, compiled on first use against headers and
-libraries of the installed executorch wheel. Only moe_ffn.cpp needs those; the arithmetic in the headers does not.
+libraries of the installed executorch wheel. Only the .cpp files need those; the arithmetic in the headers does not.
+`matrix_ops` has two more operators of the library.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ from core.errors import DamagedData
 from eval.device.compiler import compile_file
 from eval.device.expert_blobs import blob_bytes, pack_blobs
 
-SOURCE = Path(__file__).with_name("moe_ffn.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("moe_ffn.cpp", "matrix_ops.cpp")]
 ARITHMETIC_FLAGS = (
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros",
     "-fassociative-math",
@@ -51,7 +52,7 @@ def library_path() -> Path:
     version = importlib.metadata.version("executorch")
     wheel = Path(executorch.__path__[0])
     facts = (*FLAGS, version, str(wheel), identify_machine())
-    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    sources = [*SOURCES, *sorted(Path(__file__).parent.glob("*.h"))]
     content = b"".join(path.read_bytes() for path in sources) + " ".join(facts).encode()
     library = cache_dir() / "device_op" / hashlib.sha256(content).hexdigest()[:16] / "libmobilemoe_op.so"
     if not library.is_file():
@@ -75,7 +76,7 @@ def list_arguments(wheel: Path) -> list[str]:
     """
     includes = [f"-I{wheel / 'include'}", f"-I{wheel / 'include/executorch/runtime/core/portable_type/c10'}"]
     libraries = [f"-L{wheel / 'lib'}", "-l:libexecutorch.so", "-l:libexecutorch_threadpool.so"]
-    return [*FLAGS, str(SOURCE), *includes, *libraries]
+    return [*FLAGS, *map(str, SOURCES), *includes, *libraries]
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def build(out: Path, compiler: str = ARM_COMPILER) -> None:
     Raises:
         RefusedInput: the compiler is not there, or it fails.
     """
-    flags = [*expert_op.ARITHMETIC_FLAGS, "-static", "-pthread", f"-I{expert_op.SOURCE.parent}", str(SOURCE)]
+    flags = [*expert_op.ARITHMETIC_FLAGS, "-static", "-pthread", f"-I{expert_op.SOURCES[0].parent}", str(SOURCE)]
     advice = "apt-get install g++-aarch64-linux-gnu, or name another one (docs/on_device.md)"
     compile_file(compiler, flags, out / "device_bench", what="the phone's benchmark", advice=advice)
     groups = QuantizationConfig().group_size

@@ -8,6 +8,7 @@
 
 #include "model_file.h"
 #include "moe_layer.h"
+#include "packed_matrix.h"
 
 namespace mobilemoe {
 
@@ -49,54 +50,31 @@ class Decoder {
   // Computes T tokens from `position` on and returns the logits of the last one; positions before it are in the cache.
   const std::vector<float>& forward(const int64_t* tokens, int64_t T, int64_t position) {
     std::vector<float> x(T * s_.D);
-    for (int64_t t = 0; t < T; ++t) look_up(tokens[t], &x[t * s_.D]);
+    const PackedMatrix embedding{model_.weights.embedding, s_.vocabulary, s_.D, s_.embedding_group_size};
+    for (int64_t t = 0; t < T; ++t) look_up(embedding, tokens[t], &x[t * s_.D]);
     for (int64_t i = 0; i < s_.n_layers; ++i) {
       add_attention(i, position, T, x);
       add_experts(model_.weights.layers[i], T, x);
     }
     std::vector<float> last(s_.D);
     normalize(&x[(T - 1) * s_.D], model_.weights.norm, s_.D, s_.norm_eps, last.data());
-    logits_ = multiply(model_.weights.embedding, s_.vocabulary, quantize(last, s_.D, s_.embedding_group_size));
-    logits_.resize(s_.vocabulary);
+    logits_ = multiply(embedding.blob, s_.vocabulary, last, s_.D, s_.embedding_group_size);
     return logits_;
   }
 
   int64_t cache_bytes_a_position() const { return s_.n_layers * 2 * kv_ * 4; }
 
  private:
-  // A row of the embedding, which is also the packed output projection.
-  void look_up(int64_t token, float* out) const {
-    const int64_t group = s_.embedding_group_size;
-    const uint8_t* tile = model_.weights.embedding + kHeaderBytes + token / kTileRows * tile_bytes(s_.D, group);
-    const int row = static_cast<int>(token % kTileRows);
-    for (int64_t d = 0; d < s_.D; ++d) {
-      out[d] = read_scale(tile + value_bytes(s_.D), row, d / group) * static_cast<float>(read_value(tile, row, d));
-    }
-  }
-
-  QuantizedRows quantize(const std::vector<float>& x, int64_t k, int64_t group_size) {
+  // Returns x [T, k] times the packed matrix [n_rows, k], with x rounded to INT8: [T, n_rows].
+  std::vector<float> multiply(const uint8_t* blob, int64_t n_rows, const std::vector<float>& x, int64_t k,
+                              int64_t group_size) {
+    const auto in_parallel = [&](int64_t begin, int64_t end, int64_t grain, const auto& f) {
+      pool_.parallel_for(begin, end, grain, f);
+    };
     const int64_t T = static_cast<int64_t>(x.size()) / k;
-    QuantizedRows rows(T, k, group_size);
-    pool_.parallel_for(0, T, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) quantize_row(&x[t * k], t, rows);
-    });
-    return rows;
-  }
-
-  // Returns x times the packed matrix [n_rows, k]: [T, n_rows], the columns filled up to whole tiles.
-  std::vector<float> multiply(const uint8_t* blob, int64_t n_rows, const QuantizedRows& x) {
-    const int64_t T = static_cast<int64_t>(x.rows.size()), n_tiles = (n_rows + kTileRows - 1) / kTileRows;
-    std::vector<float> out(T * n_tiles * kTileRows);
-    pool_.parallel_for(0, n_tiles, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> product(T * kTileRows);
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const uint8_t* at = blob + kHeaderBytes + tile * tile_bytes(x.k, x.group_size);
-        kernel_(at, x.k, x.group_size, x.rows.data(), T, product.data());
-        for (int64_t t = 0; t < T; ++t) {
-          std::memcpy(&out[(t * n_tiles + tile) * kTileRows], &product[t * kTileRows], sizeof(float) * kTileRows);
-        }
-      }
-    });
+    const QuantizedRows rows = quantize_rows(x.data(), T, k, group_size, in_parallel);
+    std::vector<float> out(T * n_rows);
+    mobilemoe::multiply({blob, n_rows, k, group_size}, rows, kernel_, in_parallel, out.data());
     return out;
   }
 
@@ -121,9 +99,8 @@ class Decoder {
   void add_attention(int64_t i_layer, int64_t position, int64_t T, std::vector<float>& x) {
     const LayerWeights& layer = model_.weights.layers[i_layer];
     const int64_t H = s_.n_heads, N = s_.n_kv_heads, C = s_.C;
-    const auto qkv = multiply(layer.qkv, s_.qkv_rows(),
-                              quantize(normalize_all(x, layer.attention_norm), s_.D, s_.group_size));
-    const int64_t stride = static_cast<int64_t>(qkv.size()) / T;
+    const int64_t stride = s_.qkv_rows();
+    const auto qkv = multiply(layer.qkv, stride, normalize_all(x, layer.attention_norm), s_.D, s_.group_size);
     float *keys = &keys_[i_layer * context_ * kv_], *values = &values_[i_layer * context_ * kv_];
     for (int64_t t = 0; t < T; ++t) {
       const float* k = &qkv[t * stride + H * C];
@@ -141,7 +118,7 @@ class Decoder {
         attend(q.data(), keys + first, values + first, position + t + 1, kv_, C, scores.data(), &heads[i * C]);
       }
     });
-    add(multiply(layer.out, s_.D, quantize(heads, H * C, s_.group_size)), T, x);
+    add(multiply(layer.out, s_.D, heads, H * C, s_.group_size), x);
   }
 
   void add_experts(const LayerWeights& layer, int64_t T, std::vector<float>& x) {
@@ -157,16 +134,13 @@ class Decoder {
     moe_ffn({T, s_.D, s_.shared_F, 1, 1, s_.group_size, normed.data(), no_gate_.data(), nullptr, layer.shared_w13,
              layer.shared_w2, 1.0f, shared.data()},
             kernel_, in_parallel);
-    add(routed, T, x);
-    add(shared, T, x);
+    add(routed, x);
+    add(shared, x);
   }
 
-  // Adds y [T, at least D] to x [T, D].
-  void add(const std::vector<float>& y, int64_t T, std::vector<float>& x) const {
-    const int64_t stride = static_cast<int64_t>(y.size()) / T;
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t d = 0; d < s_.D; ++d) x[t * s_.D + d] += y[t * stride + d];
-    }
+  // Adds y to x, both [T, D].
+  static void add(const std::vector<float>& y, std::vector<float>& x) {
+    for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
   }
 
   const Model& model_;
