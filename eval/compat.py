@@ -106,14 +106,20 @@ def build_llama(**sizes: Any) -> nn.Module:
     return model
 
 
-def use_custom_attention(model: nn.Module) -> nn.Module:
-    """Replace the KV cache and the attention of `build_llama`'s model by ExecuTorch's custom ops; return the model."""
-    from executorch.examples.models.llama.source_transformation.custom_kv_cache import (
-        replace_kv_cache_with_custom_kv_cache,
-    )
-    from executorch.examples.models.llama.source_transformation.sdpa import replace_sdpa_with_custom_op
+def use_custom_attention(model: nn.Module, int8_cache: bool = False) -> nn.Module:
+    """Replace the KV cache and the attention of `build_llama`'s model by ExecuTorch's custom ops; return the model.
 
-    return replace_sdpa_with_custom_op(replace_kv_cache_with_custom_kv_cache(model))
+    Args:
+        int8_cache: whether keys and values are rounded to INT8 with a range for each head and position, and queries
+            too, so that attention multiplies integers.
+    """
+    from executorch.examples.models.llama.source_transformation import custom_kv_cache, sdpa
+
+    model = sdpa.replace_sdpa_with_custom_op(custom_kv_cache.replace_kv_cache_with_custom_kv_cache(model))
+    if int8_cache:  # it takes the place of the two that were just put in
+        model = custom_kv_cache.replace_kv_cache_with_quantized_kv_cache(model)
+        model = sdpa.replace_sdpa_with_quantized_sdpa(model)
+    return model
 
 
 def int4_embedding(packed: torch.Tensor, scales: torch.Tensor, width: int, group_size: int) -> nn.Module:

@@ -67,5 +67,8 @@ class DeviceConfig:
     """Number of positions of the KV cache, for prompt and answer together; the program allocates it when it starts."""
     expert_op: Literal["stock", "fast"] = "stock"
     """`stock`: llama::quantized_moe_ffn, which ExecuTorch's runners have; `fast`: our own, eval/device/expert_op."""
+    kv_cache: Literal["float32", "int8"] = "float32"
+    """Type of the numbers in the KV cache. `int8` has a scale and a zero point for each head and position, and takes a
+    quarter of the memory; attention computes on the integers."""
     expert_group_size: int | None = None
     """Number of values along the input dimension that share a scale in the experts; None takes the checkpoint's."""

@@ -24,7 +24,6 @@ from eval.compat import (
 )
 from eval.config import DeviceConfig
 from eval.device import expert_op
-from eval.device.expert_op import matrix_ops
 from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
 from eval.device.weights import DeviceWeights
 from eval.export.artifact_folder import new_folder
@@ -58,7 +57,6 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
         )
     if device.expert_op == "fast":
         expert_op.declare()
-        matrix_ops.declare()
     with new_folder(out) as partial:
         write_tokenizer(tokenizer_dir, config, partial)
         settings = _settings(device.context, config.num_hidden_layers, config.vocab_size) | {
@@ -66,8 +64,9 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
             "get_eos_ids": config.eos_token_id,
             "uses_fast_expert_op": device.expert_op == "fast",
             "expert_group_size": weights.expert_group_size,
+            "uses_int8_kv_cache": device.kv_cache == "int8",
         }
-        model = moe_transformer(weights, device.context, device.expert_op)
+        model = moe_transformer(weights, device.context, device.expert_op, device.kv_cache)
         _write_settings(partial, settings, device.expert_op, model)
         lower(model, settings, partial / PROGRAM)
         form = f"ExecuTorch program, experts through the {device.expert_op} op"

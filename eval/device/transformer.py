@@ -28,6 +28,7 @@ from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.modeling_mobilemoe import rotary_embedding
 
 ExpertOp = Literal["stock", "fast"]
+CacheType = Literal["float32", "int8"]
 
 
 class FusedMoE(nn.Module):
@@ -68,7 +69,9 @@ class FusedMoE(nn.Module):
         return (y_TD + self.shared_expert(x_TD)).view(x_BLD.shape)
 
 
-def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -> nn.Module:
+def moe_transformer(
+    weights: DeviceWeights, context: int, expert_op: ExpertOp, kv_cache: CacheType = "float32"
+) -> nn.Module:
     """Build the MobileMoE of `weights` with a KV cache of `context` positions, ready to export.
 
     Returns:
@@ -100,7 +103,7 @@ def moe_transformer(weights: DeviceWeights, context: int, expert_op: ExpertOp) -
     model.norm.weight = _frozen(weights.read_unquantized("model.norm.weight"))
     for i, layer in enumerate(model.layers):
         _fill_layer(layer, f"model.layers.{i}.", weights, expert_op)
-    return use_custom_attention(model)
+    return use_custom_attention(model, int8_cache=kv_cache == "int8")
 
 
 def _fill_layer(layer: Any, prefix: str, weights: DeviceWeights, expert_op: ExpertOp) -> None:

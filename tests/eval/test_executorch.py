@@ -15,7 +15,9 @@ from transformers import AutoTokenizer
 
 from core.checksums import verify_checksums
 from eval.compat import int4_linear_weight, xnnpack_partitioner
+from eval.config import DeviceConfig
 from eval.device import prompts
+from eval.device.executorch_export import export_moe
 from eval.device.expert_op import declare
 from eval.device.runtime import DeviceProgram
 from eval.device.transformer import DenseDims, count_weight_bytes, dense_transformer, moe_transformer
@@ -108,6 +110,32 @@ def test_the_program_computes_what_the_traced_model_does(int4_folder, program_fo
     model = moe_transformer(DeviceWeights(open_folder(int4_folder)), 128, "stock")
     eager = model(torch.tensor([five_prompts[2]]), {"input_pos": torch.tensor([0])})[0]
     assert sqnr(DeviceProgram(program_folder / "model.pte").logits(five_prompts[2], 0), eager) > 35
+
+
+@torch.no_grad()
+def test_a_program_with_an_int8_cache_and_the_fast_ops(tmp_path):
+    """One layer, a prompt in one call and five tokens after it: against a float32 cache, and lowered against eager."""
+    dims = dataclasses.replace(DIMS, n_layers=1)
+    write_tokenizer(tmp_path / "tokenizer")
+    folder = write_int4_folder(
+        random_tensors(dims), dims, tmp_path / "tokenizer", tmp_path / "int4", QuantizationConfig()
+    )
+    weights = DeviceWeights(open_folder(folder))
+    device = DeviceConfig(context=128, expert_op="fast", kv_cache="int8")
+    path = export_moe(weights, tmp_path / "tokenizer", tmp_path / "program", device)
+    program = DeviceProgram(path / "model.pte")
+    assert program.constant("uses_int8_kv_cache") and program.uses_fast_op
+    float_cache, int8_cache = (moe_transformer(weights, 128, "fast", cache) for cache in ("float32", "int8"))
+    tokens = torch.randint(8, dims.vocab_size, (1, 70), generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 65), *((i, i + 1) for i in range(65, 70))):
+        piece, position = tokens[:, start:end], {"input_pos": torch.tensor([start])}
+        expected, found = float_cache(piece, position)[0], int8_cache(piece, position)[0]
+        assert 25 < sqnr(found, expected) < 60
+        assert sqnr(program.logits(piece[0].tolist(), start), found) > 30
+    for layer in int8_cache.layers:
+        cache = layer.attention.kv_cache
+        assert cache.k_cache.dtype == cache.v_cache.dtype == torch.int8
+        assert cache.k_cache_scales.shape == (1, 128, dims.n_kv_heads, 1)
 
 
 class Residual(nn.Module):

@@ -7,7 +7,6 @@ from executorch.runtime import Runtime
 from torch import nn
 
 from eval.device import expert_op
-from eval.device.expert_op import matrix_ops
 from eval.device.expert_op.matrix_ops import PackedEmbedding, PackedLinear, SharedMatrix
 from eval.hf_mobilemoe.checkpoint_mobilemoe import dequantize_int4
 from tests.eval.moe_reference import round_to_int8
@@ -17,9 +16,8 @@ ROWS, COLUMNS = 1003, 192  # the last tile of 8 rows is not full
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ops():
-    expert_op.load()
-    return matrix_ops.declare()
+def library():
+    return expert_op.load()
 
 
 def make_matrix(group_size: int) -> tuple[SharedMatrix, torch.Tensor]:

@@ -23,6 +23,7 @@ class SharedMatrix:
     """INT4 values and float16 scales of a matrix, packed once for an embedding and a linear."""
 
     def __init__(self, q_NK: torch.Tensor, scale_NG: torch.Tensor):
+        declare()
         self.packed = pack_blobs(q_NK[None], scale_NG[None])[0]
         self.sizes = (*q_NK.shape, q_NK.shape[1] // scale_NG.shape[1])
 
@@ -59,7 +60,7 @@ class PackedLinear(nn.Module):
 
 @functools.cache
 def declare() -> torch.library.Library:
-    """Declare the two operators to torch, so that a model that calls them can be exported; call this before tracing."""
+    """Declare the two operators to torch, so that a model can call them; every `SharedMatrix` does this."""
     library = torch.library.Library("mobilemoe", "FRAGMENT")
     for name, first, compute in (("embedding", "ids", _look_up), ("linear", "x", _multiply)):
         schema = f"(Tensor {first}, {_SIZES}"
