@@ -194,7 +194,7 @@ def mesh():
 
 
 def test_dtensor_leaves_a_gathered_tensor_unfinished(mesh):
-    """When this fails, `copy_gathered_inputs` copies nothing, and routed experts may get no gradient."""
+    """When this fails, `_copy_gathered_inputs` copies nothing, and routed experts may get no gradient."""
     gathered = all_gather_tensor(torch.ones(2), 0, mesh.get_group())
     unfinished = DTensor(
         gathered, DTensorSpec(mesh, (Replicate(),), TensorMeta(gathered.shape, gathered.stride(), gathered.dtype)),

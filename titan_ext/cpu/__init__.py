@@ -13,8 +13,8 @@
    of two ranks would start with equal weights. `init.normal_init` draws the full tensor on every rank and keeps the
    shard. `titan_ext.mobilemoe.model.MobileMoEModel.init_states` does the same for the stages of a pipeline.
 7. torch._grouped_mm has no backward pass for a rank that received no token: `titan_ext.mobilemoe.moe.Experts`.
-8. local_map waits outside of autograd for an input that is still being gathered. Under tensor parallelism without
-   expert parallelism, the input of the routed experts would get no gradient. `fsdp.copy_gathered_inputs` copies it.
+8. A gloo group has two worker threads, which damage the heap when they finish two collectives at the same time.
+   `titan_ext.compat.run_gloo_in_one_thread` gives it one.
 9. glibc returns large blocks to the system, and every step faults them in again: `allocator.keep_freed_memory`.
 10. oneDNN prepares a bfloat16 product anew for every number of rows, and an expert seldom gets the same number twice.
     `kernels.pad_groups` rounds the number of rows up.
@@ -24,8 +24,6 @@
     `titan_ext.mobilemoe.row_gather` calls `embedding_bag`, which makes one.
 13. For the same reason, `titan_ext.mobilemoe.rope` rotates with one product of complex numbers instead of several real
     ones. The bits are the same.
-14. A gloo group has two worker threads, which damage the heap when they finish two collectives at the same time.
-    `titan_ext.compat.run_gloo_in_one_thread` gives it one.
 
 This file imports nothing: pipelines reads `titan_ext.cpu.allocator` in processes that must not import torch.
 """

@@ -1,4 +1,4 @@
-"""Selects the CPU as torchtitan's device where no accelerator is present (1, 3 and 14 in titan_ext/cpu/__init__.py)."""
+"""Selects the CPU as torchtitan's device where no accelerator is present (1, 3 and 8 in titan_ext/cpu/__init__.py)."""
 
 import os
 import platform

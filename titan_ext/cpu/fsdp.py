@@ -1,7 +1,6 @@
-"""Collectives of FSDP2 and DTensor that differ on the CPU (2 and 8 in titan_ext/cpu/__init__.py)."""
+"""Reductions of FSDP2 that differ on the CPU (2 in titan_ext/cpu/__init__.py)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -49,18 +48,3 @@ def adapt_reductions(model: torch.nn.Module) -> None:
             for group in compat.get_param_groups(module):
                 if compat.reduces_on_one_rank(group):
                     compat.set_reduce_scatter(group, OneRankReduceScatter())
-
-
-def copy_gathered_inputs(module: torch.nn.Module) -> None:
-    """Make `module`, a local_map region, copy the inputs that are still being gathered when it is called.
-
-    The copy waits for the collective inside autograd, so the input gets a gradient. The function changes nothing on an
-    accelerator.
-    """
-    if not IS_CPU:
-        return
-
-    def copy_if_gathering(value: Any) -> Any:
-        return value.clone() if compat.is_being_gathered(value) else value
-
-    module.register_forward_pre_hook(lambda module, inputs: tuple(map(copy_if_gathering, inputs)))

@@ -36,6 +36,17 @@ class MobileMoEBlock(TransformerBlock):
         return x_BLD + self.moe(self.ffn_norm(x_BLD))
 
 
+def _count_router_copies(parallelism: Any) -> int:
+    """Return how many ranks route the same tokens and add up their gradients of the router's logits.
+
+    Without expert parallelism every rank of tensor parallelism routes all tokens and computes a part of each expert's
+    output, so its gradient of the routing weights is a part of a sum. Under `spmd_types`, the sum is taken at the
+    router's weight and input: what a rank computes in full must be divided. DTensor takes it where the experts begin.
+    """
+    is_summed = parallelism.spmd_backend == "spmd_types" and parallelism.expert_parallel_degree == 1
+    return parallelism.tensor_parallel_degree if is_summed else 1
+
+
 class MobileMoEModel(Decoder):
     """The decoder, with tied embeddings. `build_config.model_config` makes its Config from dimensions."""
 
@@ -64,6 +75,7 @@ class MobileMoEModel(Decoder):
             assert training.global_batch_size > 0, "the z-loss needs training.global_batch_size to be set explicitly"
             for layer in self.layers:
                 layer.moe.router.gate.num_tokens_per_step = training.global_batch_size * training.seq_len
+                layer.moe.router.gate.num_copies = _count_router_copies(parallelism)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Return the parameters and the FLOPs of a token's forward and backward pass, for torchtitan's MFU."""

@@ -36,6 +36,8 @@ class RouterGate(Linear):
         num_tokens_per_step: int = 0
         """Number of tokens of one optimizer step over all ranks; set from the training config before the model is
         built."""
+        num_copies: int = 1
+        """Number of ranks that route the same tokens and whose gradients of the weight are added up; set with it."""
 
     token_sums: torch.Tensor
 
@@ -43,6 +45,7 @@ class RouterGate(Linear):
         super().__init__(config)
         self.z_loss_coefficient = config.z_loss_coefficient
         self.num_tokens_per_step = config.num_tokens_per_step
+        self.num_copies = config.num_copies
         # Sums over this rank's tokens since the metrics were last read: 1 (their number), logsumexp(logits)^2, and the
         # entropy of the normalised scores in nats. Activation recomputation counts every token twice, in all three
         # sums, so the means stay the same.
@@ -55,7 +58,8 @@ class RouterGate(Linear):
             self._record(logits_BLE.detach())
             if self.z_loss_coefficient > 0:
                 assert self.num_tokens_per_step > 0, "MobileMoEModel.Config.update_from_config sets it"
-                logits_BLE = attach_router_z_loss(logits_BLE, self.z_loss_coefficient, self.num_tokens_per_step)
+                coefficient = self.z_loss_coefficient / self.num_copies
+                logits_BLE = attach_router_z_loss(logits_BLE, coefficient, self.num_tokens_per_step)
         return logits_BLE
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Expert, tensor, context and data parallelism, activation checkpointing and compile for a MobileMoE."""
 
+from typing import Any
+
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
@@ -11,7 +13,7 @@ from torchtitan.distributed.fsdp import apply_fsdp_to_decoder, get_fsdp_reshard_
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh, resolve_sparse_fsdp_mesh, validate_config
 
 from titan_ext import compat
-from titan_ext.cpu.fsdp import adapt_reductions, copy_gathered_inputs
+from titan_ext.cpu.fsdp import adapt_reductions
 from titan_ext.mobilemoe.attention import DocumentAttention
 from titan_ext.mobilemoe.model import MobileMoEModel
 
@@ -41,7 +43,7 @@ def parallelize_mobilemoe(
         if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
             model.parallelize(parallel_dims)
             for block in model.layers.values():
-                copy_gathered_inputs(block.moe.routed_experts)
+                _copy_gathered_inputs(block.moe.routed_experts)
 
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
@@ -90,6 +92,19 @@ def _gather_router_with_block(gate: FSDPModule, block: FSDPModule) -> None:
     groups anyway where its experts lie on another mesh, so FSDP2 handles any number of groups.
     """
     compat.move_param_groups(gate, block)
+
+
+def _copy_gathered_inputs(module: torch.nn.Module) -> None:
+    """Make `module`, a local_map region, copy the inputs that are still being gathered when it is called.
+
+    local_map waits for them outside of autograd. Under tensor parallelism without expert parallelism, the input of the
+    routed experts would get no gradient, on any device. The copy waits inside of autograd.
+    """
+
+    def copy_if_gathering(value: Any) -> Any:
+        return value.clone() if compat.is_being_gathered(value) else value
+
+    module.register_forward_pre_hook(lambda module, inputs: tuple(map(copy_if_gathering, inputs)))
 
 
 def _apply_context_parallel(model: MobileMoEModel, parallel_dims: ParallelDims) -> None:
