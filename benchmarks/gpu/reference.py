@@ -37,7 +37,7 @@ class Reference:
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], dims: ModelDims, options: Options):
-        """Take the weights by torchtitan's name, float32 leaves that get gradients."""
+        """Take the weights by torchtitan's name: leaves that get gradients, and the expert bias where there is one."""
         self.weights, self.dims, self.options = weights, dims, options
         self.loads: list[list[int]] = []
 
@@ -45,7 +45,17 @@ class Reference:
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean cross entropy, and the sum that training differentiates: with the router's z-loss."""
-        self.loads, self._z_loss, self._num_tokens = [], torch.zeros((), dtype=torch.float64), tokens_BL.numel()
+        entropy, z_squares = self.compute_sums(tokens_BL, positions_BL, labels_BL)
+        entropy = entropy / (labels_BL != -100).sum()
+        return entropy, entropy + self.options.router_z_loss * z_squares / tokens_BL.numel()
+
+    def compute_sums(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the cross entropy over the targets, and of the router's squared logsumexp over tokens and
+        layers.
+        """
+        self.loads, self._z_squares = [], torch.zeros((), dtype=torch.float64)
         self._shape, positions_T = tokens_BL.shape, positions_BL.flatten()
         x_TD = self._quantize_weight(self._weight("tok_embeddings.weight"))[tokens_BL.flatten()]
         for layer in range(self.dims.n_layers):
@@ -53,8 +63,8 @@ class Reference:
             x_TD = x_TD + self._attend(self._normalize(x_TD, prefix + "attention_norm.weight"), prefix, positions_T)
             x_TD = x_TD + self._mix_experts(self._normalize(x_TD, prefix + "ffn_norm.weight"), prefix)
         logits_TV = self._multiply(self._normalize(x_TD, "norm.weight"), "tok_embeddings.weight")
-        entropy = F.cross_entropy(logits_TV, labels_BL.flatten(), ignore_index=-100)
-        return entropy, entropy + self._z_loss
+        entropy = F.cross_entropy(logits_TV, labels_BL.flatten(), ignore_index=-100, reduction="sum")
+        return entropy, self._z_squares
 
     def _weight(self, name: str) -> torch.Tensor:
         return self.weights[name].to(self.options.computed).double()
@@ -100,11 +110,11 @@ class Reference:
     def _mix_experts(self, x_TD: torch.Tensor, prefix: str) -> torch.Tensor:
         dims, options = self.dims, self.options
         logits_TE = x_TD @ self.weights[f"{prefix}moe.router.gate.weight"].double().T
-        z_loss = options.router_z_loss * torch.logsumexp(logits_TE, -1).square().sum() / self._num_tokens
-        self._z_loss = self._z_loss + z_loss
+        self._z_squares = self._z_squares + torch.logsumexp(logits_TE, -1).square().sum()
         scores_TE = torch.sigmoid(logits_TE)
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        chosen_TE.scatter_(1, scores_TE.topk(dims.top_k).indices, True)
+        bias_E = self.weights.get(f"{prefix}moe.expert_bias_E", torch.zeros(dims.n_experts))
+        chosen_TE.scatter_(1, (scores_TE + bias_E).topk(dims.top_k).indices, True)
         self.loads.append(chosen_TE.sum(0).tolist())
         weights_TE = scores_TE * chosen_TE
         weights_TE = weights_TE / weights_TE.sum(-1, keepdim=True) * dims.route_scale
@@ -131,8 +141,10 @@ class Reference:
         """Round groups of the last dimension to INT4, scale max|w| / 7.5 in bfloat16; the gradient passes through."""
         if not self.options.quantize:
             return weight
-        groups = weight.detach().float().unflatten(-1, (-1, self.options.group_size))
-        scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().half().float().clamp(min=2.0**-24)
+        dtype = torch.promote_types(self.options.computed, torch.float32)
+        groups = weight.detach().to(dtype).unflatten(-1, (-1, self.options.group_size))
+        scale = (groups.abs().amax(-1, keepdim=True).double() / 7.5).float().bfloat16().half()
+        scale = scale.to(dtype).clamp(min=2.0**-24)
         rounded = ((groups * (1 / scale)).round().clamp(-8, 7) * scale).flatten(-2)
         return weight + (rounded.to(self.options.computed).double() - weight).detach()
 

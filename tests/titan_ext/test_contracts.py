@@ -127,6 +127,25 @@ def test_torchtitan_leaves_the_expert_bias_without_tokens():
     assert torch.equal(moe.expert_bias_E, moved)
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_a_held_out_pass_is_not_counted(capacity_factor):
+    """torchtitan #4148: it would move the expert bias in the next step, and be part of the logged load."""
+    dims = dataclasses.replace(FLAVORS["tiny"], n_layers=1)
+    model = model_config(dims, capacity_factor=capacity_factor).build()
+    model.init_states()
+    tokens = torch.arange(32).view(1, 32)
+    moe = model.layers["0"].moe
+    counters = [moe.tokens_per_expert_E, moe.router.gate.token_sums]
+    counters += [moe.routed_experts.num_dropped] if capacity_factor else []
+    model.train()
+    model(tokens)
+    before = [counter.clone() for counter in counters]
+    assert all(counter.any() for counter in before)
+    model.eval()
+    model(tokens)
+    assert all(map(torch.equal, counters, before))
+
+
 @pytest.mark.parametrize("skip", [None, 0.0, 1.0])
 def test_step_hooks_run_once_whether_the_update_is_skipped_or_not(skip):
     """PyTorch wraps `step` of each class that is built once; a wrapped base class would run the hooks twice."""
