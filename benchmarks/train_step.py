@@ -72,7 +72,7 @@ def make_titan_step(
     Args:
         documents: number of documents in every sequence, all of one length.
         compiled: compile every block, as torchtitan does on GPUs.
-        chunked: compute the loss as training does, by torchtitan's ChunkedLossWrapper; otherwise all logits at once.
+        chunked: compute the loss as training does, an eighth of a sequence at a time; otherwise all logits at once.
     """
     from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
     from titan_ext.quantization.config import QuantizationConfig
@@ -98,9 +98,11 @@ def cross_entropy(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Te
 
 def make_chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return a loss of the last hidden states, an eighth of every sequence at a time, and make `model` return those."""
-    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.components.loss import CrossEntropyLoss
 
-    loss = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size)).build()
+    from titan_ext.training.head_loss import HeadLoss
+
+    loss = HeadLoss.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=vocab_size)).build()
     loss.set_lm_head(model.lm_head)
     model._skip_lm_head = True
     num_tokens = torch.tensor(BATCH * SEQ_LEN)

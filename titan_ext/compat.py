@@ -5,7 +5,7 @@ new version changes it.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam as ShardedParameter
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
@@ -38,12 +39,15 @@ __all__ = [
     "CheckpointFileSystem",
     "CheckpointWriter",
     "ReduceScatter",
+    "ShardedParameter",
     "all_gather_tensor",
     "all_gather_tensor_autograd",
     "clip_by",
     "divide_exactly",
     "download_file",
     "exchange_counts",
+    "gather_instead",
+    "get_owners",
     "get_param_groups",
     "is_being_gathered",
     "make_shard_reader",
@@ -56,6 +60,7 @@ __all__ = [
     "send_rows_to_experts",
     "set_found_inf",
     "set_reduce_scatter",
+    "start_groups",
 ]
 
 
@@ -124,6 +129,33 @@ def move_param_groups(source: FSDPModule, target: FSDPModule) -> None:
     source_state._fsdp_param_groups.clear()
     source_state._pre_forward_hook_handle.remove()
     source_state._post_forward_hook_handle.remove()
+
+
+def start_groups(groups: Iterable[FSDPParamGroup]) -> None:
+    """Do what FSDP2 puts off until the first forward pass: it finds the shards' memory and dtypes then."""
+    for group in groups:
+        group.lazy_init()
+
+
+def get_owners(parameter: ShardedParameter) -> list[tuple[torch.nn.Module, str]]:
+    """Return the modules that a parameter belongs to, each with the parameter's name in it; a tied one has several."""
+    info = parameter._module_info
+    shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+    return [(info.module, info.param_name), *shared]
+
+
+def gather_instead(parameter: ShardedParameter, shard: torch.Tensor) -> None:
+    """Let FSDP2 gather `shard`, of the shard's shape and the computing dtype, in place of the parameter's own values.
+
+    The gradient, the optimizer and the checkpoints stay those of the parameter. FSDP2's own way to do so, a tensor
+    class with `fsdp_pre_all_gather`, would make the master weights tensors of that class for all of those. It holds
+    until the parameter is loaded anew.
+    """
+    if shard.shape != parameter.padded_sharded_param_size:  # ranks that have less than their share gather zeros too
+        padded = shard.new_zeros(parameter.padded_sharded_param_size)
+        padded.narrow(parameter.fsdp_placement.dim, 0, shard.shape[parameter.fsdp_placement.dim]).copy_(shard)
+        shard = padded
+    parameter._sharded_param_data = shard.view(-1)
 
 
 def is_being_gathered(value: object) -> bool:

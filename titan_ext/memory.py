@@ -23,7 +23,7 @@ INT64 = 8
 OPTIMIZER_BYTES = 2 * FLOAT32
 """Number of bytes of AdamW's two float32 moments per parameter."""
 LOSS_CHUNKS = 8
-"""Number of chunks of torchtitan's ChunkedLossWrapper: logits exist for one chunk of a sequence at a time."""
+"""Number of chunks of `titan_ext.training.head_loss`: logits exist for one chunk of a sequence at a time."""
 LOGIT_COPIES = 3
 """Number of float32 tensors of a chunk's logits: the logits, their softmax and their gradient."""
 
@@ -52,12 +52,15 @@ class MemoryEstimate:
     logits: int
     """Logits of one chunk of the sequence, with softmax and gradient."""
     head: int
-    """Unsharded float32 gradient of the embedding: reduced after every chunk, and kept by FSDP2 until the next
-    reduction."""
+    """Float32 sum of the output projection's gradient, which the chunks of the loss add to."""
+    head_gradient: int
+    """That sum in the computing dtype. It is reduced together with the embedding's gradient, which comes last."""
     combination: int
     """Rows of the routed experts, three times in float32, in the backward pass of a layer's weighted sum of experts."""
+    rounded: int
+    """Shard of the weights of quantization-aware training on their grid, in the computing dtype."""
     teacher: int
-    """Shard of the teacher's float32 weights in self-distillation."""
+    """Shard of the teacher's weights in self-distillation, in the computing dtype."""
     accumulates: bool
     """Whether gradients of an earlier micro-batch are in memory together with the activations."""
 
@@ -69,9 +72,11 @@ class MemoryEstimate:
         the two. It contains both if gradients are accumulated over micro-batches.
         """
         growing = self.gradients + self.reduction
-        falling = self.activations + self.head + max(self.logits, self.recomputed + self.combination)
+        falling = self.activations + max(
+            self.head + self.logits, self.head_gradient + self.recomputed + self.combination
+        )
         moving = growing + falling if self.accumulates else max(growing, falling)
-        return self.parameters + self.teacher + self.optimizer + self.gathered + moving
+        return self.parameters + self.rounded + self.teacher + self.optimizer + self.gathered + moving
 
 
 def estimate_memory(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> MemoryEstimate:
@@ -114,9 +119,11 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
         activations=int(tokens * kept * n_layers * _count_micro_batches_in_flight(rank, stage, parallel)),
         recomputed=0 if checkpoint == "none" else tokens * whole,
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
-        head=0 if is_pipeline else FLOAT32 * root,
+        head=FLOAT32 * root if is_last else 0,
+        head_gradient=size * root if is_last else 0,
         combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
-        teacher=FLOAT32 * shard if stage.quantize and stage.distillation_weight else 0,
+        rounded=size * shard if stage.quantize else 0,
+        teacher=size * shard if stage.quantize and stage.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,
     )
 

@@ -11,9 +11,12 @@ import math
 from dataclasses import dataclass
 
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
+from titan_ext.memory import LOSS_CHUNKS
 from titan_ext.model_stats import count_parameters
 
 BFLOAT16, FLOAT32 = 2, 4
+ROUNDED_WEIGHT = FLOAT32 + BFLOAT16
+"""Bytes that QAT's rounding reads and writes of a weight: one kernel, once a step, on the shard."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ def estimate_tokens_per_second(
     kernels = Kernels(dims, stage, parallel, card or Card())
     micro_batches = stage.global_batch_size / (stage.local_batch_size * parallel.data_parallel)
     shard = count_parameters(dims).total / (parallel.world_size // parallel.data_parallel_replicate)
-    update = shard * 10 * FLOAT32 / kernels.card.bandwidth  # AdamW reads and writes 7 values, norm and clipping 3
-    seconds = (dims.n_layers * kernels.time_layer() + kernels.time_rest()) * micro_batches + update
+    update = kernels.move(shard * 10 * FLOAT32)  # AdamW reads and writes 7 values, norm and clipping 3
+    rounding = kernels.move(shard * ROUNDED_WEIGHT) if stage.quantize else 0.0
+    micro_batch = dims.n_layers * kernels.time_layer() + kernels.time_head() + kernels.move(kernels.count_fsdp_bytes())
+    seconds = micro_batch * micro_batches + update + rounding
     return kernels.tokens * micro_batches / seconds
 
 
@@ -111,6 +116,7 @@ class Kernels:
             + self.move(elementwise + gated)
             + card.choice * T
             + self.gather_rows(redone)
+            + self.round_inputs()
         )
 
     def gather_rows(self, redone: bool) -> float:
@@ -130,15 +136,47 @@ class Kernels:
         rows = 2 * R * (1 + redone) + 2 * (chosen + T) + 3 * R
         return self.move(BFLOAT16 * self.dims.d_model * rows)
 
-    def time_rest(self) -> float:
-        """Return the time of the head, its cross entropy, and FSDP's casts and additions, a micro-batch."""
-        dims, T, V = self.dims, self.tokens, self.dims.vocab_size
-        total = count_parameters(dims).total
-        head = 3 * self.multiply(T, V, dims.d_model, self.card.dense)
-        entropy = self.move(12 * T * V)  # bfloat16 logits and gradient, float32 sums
-        accumulated = self.move(8 * 12 * V * dims.d_model)  # the head's gradient, an eighth of a sequence at a time
-        casts = self.move(2 * 6 * total + 18 * total)  # weights to bfloat16 twice; gradients to float32, added
-        quantized = 0.0
-        if self.stage.quantize:  # of every weight, forward and again; of the head eight times, uncompiled
-            quantized = self.move(12 * (total - V * dims.d_model) + 8 * 28 * FLOAT32 * V * dims.d_model)
-        return head + entropy + accumulated + casts + quantized
+    def round_inputs(self) -> float:
+        """Return the time that QAT's rounding of activations adds to a layer, both ways.
+
+        Most of it is done by kernels that compute the values: norms, and silu(gate) x up. Attention's output is read
+        and written once more, and the second norm writes its output twice, since the router takes it as it is. Where a
+        layer is recomputed, this is done again.
+        """
+        if not self.stage.quantize:
+            return 0.0
+        again = self.parallel.activation_checkpoint != "none"
+        values = 2 * self.dims.n_heads * self.dims.head_dim + self.dims.d_model
+        return self.move((1 + again) * BFLOAT16 * self.tokens * values)
+
+    def time_head(self) -> float:
+        """Return the time of the output projection and its cross entropy, both ways, an eighth of a sequence at a time.
+
+        The products of the projection's gradient add to a float32 sum (`titan_ext.training.head_loss`). It is cast
+        once, and the embedding's gradient, which is filled with zeros first, is added to it.
+        """
+        dims, V, card = self.dims, self.dims.vocab_size, self.card
+        chunk = self.tokens // LOSS_CHUNKS
+        products = 2 * self.multiply(chunk, V, dims.d_model, card.dense)
+        flops = 2 * chunk * V * dims.d_model
+        moved = BFLOAT16 * chunk * (V + dims.d_model) + 2 * FLOAT32 * V * dims.d_model
+        products += max(flops / (card.peak * card.dense), moved / card.bandwidth)
+        entropy = self.move(12 * self.tokens * V)  # bfloat16 logits and gradient, float32 sums
+        gradient = (FLOAT32 + BFLOAT16) + BFLOAT16 + 3 * BFLOAT16  # cast, zeros, addition
+        rounded = 2 * BFLOAT16 * self.tokens * dims.d_model if self.stage.quantize else 0
+        return LOSS_CHUNKS * products + entropy + self.move(gradient * V * dims.d_model + rounded)
+
+    def count_fsdp_bytes(self) -> float:
+        """Return the bytes of FSDP2's casts, copies and additions of a micro-batch.
+
+        Weights are gathered twice. The shard is cast into the collective's input, and what arrives is copied to where
+        the weights are; QAT's shard has the computing dtype already, and of one rank it is copied there at once.
+        Gradients are cast to float32 and added to those of earlier micro-batches.
+        """
+        shards = self.parallel.world_size // self.parallel.data_parallel_replicate
+        sent = FLOAT32 + BFLOAT16
+        if self.stage.quantize:
+            sent = 2 * BFLOAT16 if shards > 1 else 0
+        gathered = 2 * (sent / shards + 2 * BFLOAT16)
+        reduced = BFLOAT16 + FLOAT32 + 3 * FLOAT32
+        return (gathered + reduced) * count_parameters(self.dims).total

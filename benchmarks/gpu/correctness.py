@@ -36,6 +36,7 @@ from titan_ext.cpu.device import IS_CPU
 from titan_ext.dtensor import local
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import fake_quantize_weight
+from titan_ext.quantization.shards import group_weight, round_groups
 from titan_ext.training.trainer import StageTrainer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -168,11 +169,20 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def check_qat_bits(save: Callable[[dict[str, Any]], None], toy: bool) -> None:
     """Compare the weights that training computes with on this device with those that the exporter stores.
 
-    The weights are the head and a layer's experts of S in both groupings, as bfloat16 and as float32, eager and
-    compiled. The number of values that differ in any bit is saved after each.
+    The weights are the head and a layer's experts of S in both groupings, as bfloat16 and as float32; rounded eager and
+    compiled where they are computed with, and compiled as shards, as in a training step. The number of values that
+    differ in any bit is saved after each.
     """
     dims = TOY if toy else WIDTH_S
-    compiled = torch.compile(fake_quantize_weight, backend="aot_eager" if IS_CPU else "inductor", dynamic=False)
+    compiled, compiled_shards = (
+        torch.compile(function, backend="aot_eager" if IS_CPU else "inductor", dynamic=False)
+        for function in (fake_quantize_weight, round_groups)
+    )
+
+    def round_shard(weight: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
+        groups = group_weight(weight.float(), axis % weight.dim(), group_size)
+        return compiled_shards(groups, weight.dtype).view(weight.shape)
+
     kinds = {
         "head": ("model.embed_tokens.weight", (dims.vocab_size, dims.d_model), "in"),
         "experts, in": (DOWN, (dims.n_experts, dims.d_model, dims.expert_hidden), "in"),
@@ -184,7 +194,7 @@ def check_qat_bits(save: Callable[[dict[str, Any]], None], toy: bool) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             weight = draw_hard_weights(shape, dtype, axis)
             stored = export_and_read(name, weight, grouped)
-            for way, function in (("eager", fake_quantize_weight), ("compiled", compiled)):
+            for way, function in (("eager", fake_quantize_weight), ("compiled", compiled), ("shards", round_shard)):
                 trained = function(weight.to(DEVICE), GROUP_SIZE, axis).cpu()
                 different = int((trained != stored.to(dtype)).sum())
                 found[f"{kind}, {dtype}, {way}"] = {"values": weight.numel(), "different": different}

@@ -32,6 +32,7 @@ from benchmarks.gpu.lowering import Lowered, lower_graph
 from benchmarks.gpu.one_rank import TOY
 from titan_ext.mobilemoe import model_config
 from titan_ext.quantization.qat import fake_quantize_activation, fake_quantize_weight
+from titan_ext.quantization.shards import group_weight, round_groups
 
 POINTWISE_BLOCK, REDUCTION_BLOCK, LOOP_BLOCK = 4096, 64, 256
 """Sizes of a program's block: of elements, of rows that are reduced, and of a row's part in a loop."""
@@ -185,7 +186,7 @@ def compare_moe(capacity_factor: float | None) -> dict[str, float]:
 
 
 def compare_qat() -> dict[str, float]:
-    """Return the errors of rounded weights, in both groupings, and of rounded activations. All must be 0."""
+    """Return the errors of rounded weights, in both groupings, activations and shards. All must be 0."""
     torch.manual_seed(0)
     errors = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -197,6 +198,9 @@ def compare_qat() -> dict[str, float]:
         }
         for name, (function, *args) in calls.items():
             errors[f"{name}, {dtype}"] = measure_error(compile_interpreted(function)(*args), function(*args))
+        groups = group_weight(torch.randn(3, 64, 96) * 0.02, 2, 32)
+        rounded = compile_interpreted(round_groups)(groups, dtype)
+        errors[f"shards, {dtype}"] = measure_error(rounded, round_groups(groups, dtype))
     return errors
 
 

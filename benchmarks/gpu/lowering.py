@@ -3,10 +3,11 @@
     python -m benchmarks.gpu.lowering [--case NAME ...] [--out FOLDER]
 
 A block of the published width is traced with fake tensors as a rank of one GPU traces it (flex attention, one graph),
-with selective recomputation, and its forward and backward graphs are lowered on a mocked H100. Printed for each graph:
-kernels of each kind, atomic additions, operators that are left to aten, complex numbers, and the bytes that its kernels
-read and write, beside the time they take at the roofline's bandwidth. --out keeps the code. No kernel is run, and
-matrix products count with their bytes alone.
+with selective recomputation, and its forward and backward graphs are lowered on a mocked H100. Under QAT the weights
+arrive rounded, as in training, and the rounding, once a step, is lowered apart. Printed for each graph: kernels of each
+kind, atomic additions, operators that are left to aten, complex numbers, and the bytes that its kernels read and write,
+beside the time they take at the roofline's bandwidth. --out keeps the code. No kernel is run, and matrix products count
+with their bytes alone.
 """
 
 import argparse
@@ -34,11 +35,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks.gpu.mocked_h100 import mock_h100
 from benchmarks.gpu.one_rank import Training, describe_training
 from benchmarks.gpu.table import make_table, shorten
-from titan_ext.config import FLAVORS
+from titan_ext.config import FLAVORS, ModelDims
 from titan_ext.mobilemoe import model_config
 from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.quantization.config import QuantizationConfig
-from titan_ext.quantization.qat import convert_to_qat
+from titan_ext.quantization.qat import QATModule, convert_to_qat
+from titan_ext.quantization.shards import round_groups
 from titan_ext.roofline import Card, estimate_tokens_per_second
 
 SIZES = {"micro_batches": 64}
@@ -65,14 +67,11 @@ LARGEST = 12
 class Lowered:
     """`lower_graph` makes one of each graph that it lowers."""
 
-    is_backward: bool
+    name: str
+    """`forward`, `backward`, or `rounding`."""
     code: str
     moved: list[tuple[str, str, int]]
     """Kind, operators and bytes of each kernel; bytes are read or written by it."""
-
-    @property
-    def name(self) -> str:
-        return "backward" if self.is_backward else "forward"
 
     def count_calls(self) -> Counter[str]:
         """Return operator or kernel -> number of calls in the code's `call` function that are not Triton's own."""
@@ -105,6 +104,9 @@ def trace_block(training: Training, lower: Callable[..., Any]) -> int:
         if training.parallel.activation_checkpoint == "selective":
             KeepProducts.Config().build(dump_folder="").apply(model)
         model.train()
+        for module in model.modules():
+            if isinstance(module, QATModule):
+                module.rounds_weights = False
         (block,) = model.layers.values()
         B, L = stage.local_batch_size, stage.seq_len
         x_BLD = torch.empty(B, L, dims.d_model, dtype=torch.bfloat16, requires_grad=True)
@@ -113,6 +115,16 @@ def trace_block(training: Training, lower: Callable[..., Any]) -> int:
         compiled = torch.compile(block, backend=functools.partial(compile_fx, inner_compile=lower), fullgraph=True)
         compiled(x_BLD, mask, positions_BL)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def trace_rounding(dims: ModelDims, lower: Callable[..., Any]) -> None:
+    """Trace the rounding of the largest weight of a layer, all experts' gate, as a step does it once."""
+    torch._dynamo.reset()
+    backend = functools.partial(compile_fx, inner_compile=lower)
+    group_size = QuantizationConfig().group_size
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        groups = torch.empty(dims.n_experts * dims.expert_hidden * dims.d_model // group_size, group_size)
+        torch.compile(round_groups, backend=backend, fullgraph=True)(groups, torch.bfloat16)
 
 
 def prepare_parameters(model: torch.nn.Module) -> None:
@@ -132,12 +144,12 @@ def lower_graph(
 ) -> Callable[..., Any]:
     """Lower a graph of the CPU on the mocked H100, add the result to `found`, and return the graph itself."""
     on_gpu, gpu_inputs = move_to_gpu(copy.deepcopy(graph), inputs)
-    is_backward = bool(options.get("is_backward"))
+    name = "backward" if options.get("is_backward") else "forward"
 
     def write_code(lowering: GraphLowering) -> None:
         code, _ = lowering.codegen()
         moved = [describe_kernel(node) for node in lowering.scheduler.nodes]
-        found.append(Lowered(is_backward, code.value, moved))
+        found.append(Lowered(name, code.value, moved))
         raise _Lowered
 
     before = len(found)
@@ -203,7 +215,8 @@ def report(name: str, training: Training, graphs: int, lowered: list[Lowered]) -
         "block", "Triton kernels", "products", "atomic additions", "left to aten", "complex", "GB moved",
         "ms at the bandwidth",
     )  # fmt: skip
-    kernels = sorted(((*kernel, graph.name) for graph in lowered for kernel in graph.moved), key=lambda row: -row[2])
+    block = [graph for graph in lowered if graph.name != "rounding"]
+    kernels = sorted(((*kernel, graph.name) for graph in block for kernel in graph.moved), key=lambda row: -row[2])
     largest = [
         (f"{shorten(operators)} ({kind}, {side})", f"{size / 1e9:.2f}", f"{size / card.bandwidth * 1e3:.2f}")
         for kind, operators, size, side in kernels[:LARGEST]
@@ -242,11 +255,16 @@ def time_layer(training: Training) -> float:
 
 
 def lower_case(name: str) -> tuple[Training, int, list[Lowered]]:
-    """Return a case, its number of graphs, and its lowered graphs, the forward pass first."""
+    """Return a case, its number of graphs, and its lowered graphs: forward and backward pass, and QAT's rounding."""
     training, found = CASES[name](), []
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         graphs = trace_block(training, functools.partial(lower_graph, found=found))
-    return training, graphs, sorted(found, key=lambda lowered: lowered.is_backward)
+    found.sort(key=lambda lowered: lowered.name == "backward")
+    if training.stage.quantize:
+        rounding: list[Lowered] = []
+        trace_rounding(training.dims, functools.partial(lower_graph, found=rounding))
+        found.extend(dataclasses.replace(lowered, name="rounding") for lowered in rounding)
+    return training, graphs, found
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pipelines.recipe import Recipe
 
 PARTS = (
     "parameters", "gradients", "optimizer", "gathered", "reduction", "activations", "recomputed", "logits", "head",
-    "combination", "teacher",
+    "head_gradient", "combination", "rounded", "teacher",
 )  # fmt: skip
 """Parts of titan_ext.memory.MemoryEstimate, in the order of the table."""
 UNKNOWN = "unknown"

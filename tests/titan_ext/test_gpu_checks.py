@@ -64,7 +64,7 @@ def test_training_agrees_with_float64_and_repeats_its_bits(tmp_path):
 
 def test_qat_rounds_as_the_exporter(tmp_path):
     found = run_forked("QAT bits", tmp_path)
-    assert len(found) == 3 * 2 * 2 and {case["different"] for case in found.values()} == {0}
+    assert len(found) == 3 * 2 * 3 and {case["different"] for case in found.values()} == {0}
     weight = draw_hard_weights((13 * 4, 64), torch.float32, -1)
     assert (weight[3::11] == 0).all() and weight.abs().max() > 0.03
 

@@ -21,6 +21,7 @@ from benchmarks.gpu.one_rank import describe_training
 from tests.test_import_rules import ROOT
 from tests.titan_ext.as_on_a_gpu import pretend_gpu
 from titan_ext.config import FLAVORS
+from titan_ext.roofline import ROUNDED_WEIGHT
 
 
 def lower_toy(path: Path) -> None:
@@ -51,8 +52,8 @@ def test_a_block_lowers_to_triton_in_one_graph(tmp_path):
     process.kill()
     found = json.loads(path.read_text())
     assert found["graphs"] == 1
-    forward, backward = found["lowered"]
-    assert not forward["is_backward"] and backward["is_backward"]
+    forward, backward, rounding = found["lowered"]
+    assert [graph["name"] for graph in found["lowered"]] == ["forward", "backward", "rounding"]
     for graph in (forward, backward):
         assert "tl.program_id" in graph["code"] and "cc=90" in graph["code"]
         assert "tl.atomic" not in graph["code"], "all sums are made in one order"
@@ -65,7 +66,10 @@ def test_a_block_lowers_to_triton_in_one_graph(tmp_path):
     assert products[1] >= 2 * products[0]
     assert any("flex_attention" in operators for _, operators, _ in forward["moved"])
     assert re.search(r"div_rn\(", forward["code"]), "QAT divides exactly"
-    assert "| toy, forward |" in found["report"] and "| toy, backward |" in found["report"]
+    ((kind, _, moved),) = rounding["moved"]
+    weights = 60 * 96 * 192
+    assert kind == "Triton" and moved == ROUNDED_WEIGHT * weights, "one pass, as the roofline counts"
+    assert all(f"| toy, {name} |" in found["report"] for name in ("forward", "backward", "rounding"))
 
 
 def test_a_report_counts_what_the_code_has():
@@ -77,7 +81,7 @@ def triton_poi_fused_0(in_ptr0):
     buf2 = torch.ops.aten.view_as_complex.default(buf1)
     # call_function[target=torch.ops.aten.mul.Tensor](args = (%a, %b))
 """
-    graph = Lowered(False, code, [("Triton", "mul.Tensor", 2_550_000_000)])
+    graph = Lowered("forward", code, [("Triton", "mul.Tensor", 2_550_000_000)])
     assert graph.count_calls() == {"mm": 1, "_grouped_mm.default": 1, "view_as_complex.default": 1}
     text = report("S 2,048 capacity", CASES["S 2,048 capacity"](), 1, [graph])
     assert "| S 2,048 capacity, forward | 1 | 2 | 1 | view_as_complex.default 1 | 1 | 2.55 | 1.00 |" in text
@@ -102,4 +106,4 @@ def test_the_kernels_compute_what_eager_computes():
         assert {"output", "input", "router.gate.weight"} <= errors.keys() and found[name]["kernels"] > 10
         assert max(errors.values()) < 2e-2, (name, errors)  # fused kernels leave out roundings to bfloat16
     errors = found["QAT"]["errors"]
-    assert len(errors) == 6 and set(errors.values()) == {0.0}, errors
+    assert len(errors) == 8 and set(errors.values()) == {0.0}, errors

@@ -150,11 +150,17 @@ def test_static_parts_are_what_fsdp_shards():
     assert replicas.parameters == pytest.approx(2 * total, abs=1), "a replica of two ranks"
 
 
+def test_qat_holds_the_rounded_weights_of_the_shard():
+    dims, parallel = FLAVORS["S"], ParallelConfig(world_size=4)
+    sft, qat = (estimate_memory(dims, published_stages()[name], parallel) for name in ("sft", "qat"))
+    assert qat.peak - sft.peak == qat.rounded == sft.parameters // 2, "bfloat16 beside float32"
+
+
 def test_self_distillation_holds_the_teachers_weights():
     dims, stage, parallel = FLAVORS["S"], published_stages()["qat"], ParallelConfig(world_size=4)
     taught = dataclasses.replace(stage, quantize=True, distillation_weight=0.5)
     plain, distilled = (estimate_memory(dims, each, parallel) for each in (stage, taught))
-    assert distilled.peak - plain.peak == plain.parameters
+    assert distilled.peak - plain.peak == plain.parameters // 2, "in bfloat16"
 
 
 def test_accumulating_ranks_hold_gradients_and_activations_at_once():
@@ -163,9 +169,9 @@ def test_accumulating_ranks_hold_gradients_and_activations_at_once():
     many = estimate_memory(dims, stage, ParallelConfig(world_size=256))
     assert few.accumulates and not many.accumulates
     assert few.peak == few.parameters + few.optimizer + few.gathered + few.gradients + few.reduction + (
-        few.activations + few.head + max(few.logits, few.combination)
+        few.activations + max(few.head + few.logits, few.head_gradient + few.combination)
     )
-    assert few.head == many.head == 4 * dims.vocab_size * dims.d_model
+    assert few.head == many.head == 2 * few.head_gradient == 4 * dims.vocab_size * dims.d_model
     assert many.peak < few.peak
 
 

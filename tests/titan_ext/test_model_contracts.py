@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.titan_ext.test_model import DIMS
 from titan_ext import compat
@@ -70,6 +71,26 @@ def test_the_dispatchers_exchange_takes_split_sizes_and_passes_gradients_back(me
     assert torch.equal(sent_RD, rows_RD) and torch.equal(back_RD, rows_RD)
     (gradient_RD,) = torch.autograd.grad((back_RD * 3).sum(), rows_RD)
     assert torch.equal(gradient_RD, torch.full((4, 3), 3.0))
+
+
+def test_another_shard_is_gathered_and_the_parameter_keeps_its_own_values(mesh_of_one: DeviceMesh):
+    """When this fails, QAT trains weights that are not rounded, or checkpoints hold rounded ones."""
+    layer = torch.nn.Linear(4, 2, bias=False)
+    fully_shard(layer, mesh=mesh_of_one, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    master = layer.weight.to_local().detach().clone()
+    (group,) = compat.get_param_groups(layer)
+    (parameter,) = group.fsdp_params
+    compat.start_groups([group])
+    assert compat.get_owners(parameter) == [(layer, "weight")]
+    assert parameter.param_dtype == torch.bfloat16 and parameter.padded_sharded_param_size == (2, 4)
+    compat.gather_instead(parameter, torch.full((2, 4), 3.0, dtype=torch.bfloat16))
+    x = torch.randn(5, 4).bfloat16()
+    for _ in range(2):  # it holds for later passes too
+        out = layer(x)
+        assert torch.equal(out, x @ torch.full((4, 2), 3.0, dtype=torch.bfloat16))
+        out.sum().backward()
+    assert torch.equal(layer.weight.to_local(), master) and layer.weight.grad.to_local().abs().sum() > 0
+    assert torch.equal(layer.state_dict()["weight"].to_local(), master)
 
 
 def test_grouped_products_take_the_ends_of_the_groups():

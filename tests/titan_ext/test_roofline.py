@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from titan_ext.config import FLAVORS, ParallelConfig
-from titan_ext.model_stats import training_flops_per_token
+from titan_ext.model_stats import count_parameters, training_flops_per_token
 from titan_ext.roofline import Card, Kernels, estimate_tokens_per_second
 from titan_ext.training.schedules import published_stages
 
@@ -21,9 +21,9 @@ def compute(flavor: str, name: str, micro_batches: int = 8, **layout) -> float:
 @pytest.mark.parametrize(
     ("flavor", "stage", "selective", "none"),
     [
-        ("S", "pretrain", 121_440, 129_255), ("M", "pretrain", 66_040, 70_485), ("L", "pretrain", 39_400, 42_070),
-        ("S", "midtrain", 95_493, 100_260), ("L", "midtrain", 31_901, 33_629), ("S", "sft", 90_364, 93_872),
-        ("L", "sft", 29_950, 31_247), ("S", "qat", 62_655, 64_322),
+        ("S", "pretrain", 120_728, 128_448), ("M", "pretrain", 64_833, 69_112), ("L", "pretrain", 38_346, 40_871),
+        ("S", "midtrain", 95_052, 99_774), ("L", "midtrain", 31_207, 32_858), ("S", "sft", 89_015, 92_418),
+        ("L", "sft", 28_707, 29_897), ("S", "qat", 94_099, 98_258),
     ],
 )  # fmt: skip
 def test_a_second_implementation_gives_the_same(flavor, stage, selective, none):
@@ -51,12 +51,31 @@ def test_rows_move_as_often_as_the_kernels_read_and_write_them():
     assert kernels.gather_rows(redone=True) == 2 * 768 * (forward + 24 + sums)
 
 
+def test_fsdps_passes_are_those_of_its_code():
+    """Counted by hand for one byte a second and one parameter a byte, as FSDP2 copies in torch 2.14."""
+    stages, total = published_stages(), count_parameters(FLAVORS["S"]).total
+    reduced = (2 + 4) + (4 + 4 + 4)
+    for ranks, name, cast, sent in ((1, "sft", 4 + 2, 0), (4, "sft", 4 + 2, 0), (1, "qat", 0, 0), (4, "qat", 0, 2 + 2)):
+        layout = dataclasses.replace(ALONE, world_size=ranks)
+        kernels = Kernels(FLAVORS["S"], stages[name], layout, Card(bandwidth=1.0))
+        gathered = (cast + sent) / ranks + (2 + 2)
+        assert kernels.count_fsdp_bytes() == pytest.approx(total * (2 * gathered + reduced)), (ranks, name)
+
+
+@pytest.mark.parametrize("flavor", ["S", "M", "L"])
+@pytest.mark.parametrize("layout", [{}, {"world_size": 64, "data_parallel_replicate": 8}])
+def test_qat_is_at_most_a_quarter_slower_than_the_plain_step(flavor, layout):
+    for recomputation in ("none", "selective"):
+        rates = [compute(flavor, name, activation_checkpoint=recomputation, **layout) for name in ("sft", "qat")]
+        assert 0.85 < rates[0] / rates[1] < 1.25, (recomputation, rates)
+
+
 def test_no_rate_is_above_the_peak_and_less_work_is_faster():
     flops = training_flops_per_token(FLAVORS["S"], 2048)
     assert compute("S", "pretrain") * flops < Card().peak / 2
     rates = [compute("S", "pretrain", activation_checkpoint=name) for name in ("none", "selective", "full")]
     assert rates == sorted(rates, reverse=True)
-    assert compute("S", "qat") < compute("S", "sft") and compute("S", "pretrain", 1) < compute("S", "pretrain", 8)
+    assert compute("S", "pretrain", 1) < compute("S", "pretrain", 8)
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,20 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
     op) all hold exactly, so that training, the exported files and the device use the same grid.
 
     A compiler that fuses the casts computes in float32 throughout and leaves the rounding out
-    (torch._inductor.config.emulate_precision_casts), which would train on another grid than is exported. Hence the
-    rounding to nearest even is written out on the bits.
+    (torch._inductor.config.emulate_precision_casts), which would train on another grid than is exported.
     """
-    bits = scale.view(torch.int32)
-    bfloat16 = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    bfloat16 = round_to_bfloat16(scale)
     # Eight significant bits fit float16 until its numbers are too small to be normal: multiples of 2^-24.
     return torch.where(bfloat16 < 2.0**-14, torch.round(bfloat16 * 2.0**24) * 2.0**-24, bfloat16)
+
+
+def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Return `x.bfloat16().float()` of float32 numbers, by arithmetic on the bits that a compiler keeps.
+
+    It rounds to the nearest, ties to even. NaN stays NaN but for those whose payload has more than its top 8 bits.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def quantize_int4(weight: torch.Tensor, scale: torch.Tensor, dim: int, group_size: int) -> torch.Tensor:

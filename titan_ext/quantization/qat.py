@@ -1,7 +1,7 @@
 """INT4 quantization-aware training: fake-quantized weights and activations for every matrix of the model.
 
 Weights and activations are rounded by `titan_ext.quantization.formulas`; the gradient passes through the rounding
-unchanged. Norms and router stay float32.
+unchanged. Norms and router stay float32. In training the weights arrive rounded (`titan_ext.quantization.shards`).
 
 Shape suffixes: see titan_ext/mobilemoe/moe.py.
 """
@@ -78,7 +78,21 @@ def _round_tokens(x: torch.Tensor) -> torch.Tensor:
     return round_to_int8(x).to(x.dtype)
 
 
-class QATLinear(Linear):
+class QATModule:
+    """The part that all modules with INT4 weights share."""
+
+    group_size: int
+    axis: int = -1
+    """Axis of the weights that is grouped."""
+    rounds_weights: bool = True
+    """False where the weights are rounded before they arrive here (`titan_ext.quantization.shards`)."""
+
+    def round_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the values to compute with, for a weight or rows of one."""
+        return fake_quantize_weight(weight, self.group_size, self.axis) if self.rounds_weights else weight
+
+
+class QATLinear(QATModule, Linear):
     """Linear with INT4 weights grouped along the input dimension and INT8 activations."""
 
     @dataclass(kw_only=True, slots=True)
@@ -90,10 +104,10 @@ class QATLinear(Linear):
         self.group_size = config.group_size
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(fake_quantize_activation(input), fake_quantize_weight(self.weight, self.group_size), self.bias)
+        return F.linear(fake_quantize_activation(input), self.round_weight(self.weight), self.bias)
 
 
-class QATEmbedding(Embedding):
+class QATEmbedding(QATModule, Embedding):
     """Embedding with INT4 rows: the same grid as the output projection that it is tied to."""
 
     @dataclass(kw_only=True, slots=True)
@@ -106,10 +120,10 @@ class QATEmbedding(Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Only the rows that are looked up are rounded: a row's groups do not depend on other rows.
-        return fake_quantize_weight(F.embedding(input, self.weight), self.group_size)
+        return self.round_weight(F.embedding(input, self.weight))
 
 
-class QATExperts(Experts):
+class QATExperts(QATModule, Experts):
     """Routed experts with INT4 weights and INT8 activations in front of both GEMMs."""
 
     @dataclass(kw_only=True, slots=True)
@@ -124,7 +138,7 @@ class QATExperts(Experts):
         self.axis = {"in": -1, "out": -2}[config.group_axis]
 
     def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gate, down, up = (fake_quantize_weight(w, self.group_size, self.axis) for w in super().local_weights())
+        gate, down, up = (self.round_weight(weight) for weight in super().local_weights())
         return gate, down, up
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.checkpointer.base import ModelWrapper
-from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -30,6 +30,7 @@ from torchtitan.trainer import Trainer
 from titan_ext import compat
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.training.callbacks import Callback
+from titan_ext.training.head_loss import HeadLoss
 from titan_ext.training.metrics import sum_over_ranks
 
 
@@ -48,6 +49,9 @@ class DistilledCrossEntropy(CrossEntropyLoss):
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         super().__init__(config, compile_config=compile_config)
         self._weight = config.weight
+        self._divergence = kl_divergence
+        if compile_config is not None and compile_config.enable and "loss" in compile_config.components:
+            self._divergence = torch.compile(kl_divergence, backend=compile_config.backend)
         self._teacher_head: torch.nn.Module | None = None
 
     def set_teacher_head(self, head: torch.nn.Module) -> None:
@@ -79,7 +83,7 @@ class DistilledCrossEntropy(CrossEntropyLoss):
         is_type_checking = spmd.is_type_checking()
         # torchtitan divides in the same way: the type checker does not know a quotient by a plain number.
         with spmd.no_typecheck():
-            kl = kl_divergence(pred, teacher_BLV, labels) / global_valid_tokens
+            kl = self._divergence(pred, teacher_BLV, labels) / global_valid_tokens
             mixed = (1 - self._weight) * cross_entropy + self._weight * kl
             loss, kl = mixed + (cross_entropy - mixed).detach(), kl.detach()
             if is_type_checking:
@@ -99,7 +103,8 @@ class Teacher:
     """Frozen unquantized model in the student's layout.
 
     Its weights are those of the checkpoint that the stage starts from. They are read at every start, also when the
-    stage resumes, and are never saved.
+    stage resumes, and are never saved. They are held in the computing dtype, since nothing updates them: FSDP2 gathers
+    them without a cast.
     """
 
     def __init__(self, model: MobileMoEModel.Config, config: Trainer.Config, parallel_dims: ParallelDims):
@@ -107,6 +112,7 @@ class Teacher:
         model.update_from_config(config=config)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             built = model.build()
+        _hold_in(TORCH_DTYPE_MAP[config.training.mixed_precision_param], built)
         self.model: MobileMoEModel = config.model_spec.parallelize_fn(
             built,
             parallel_dims=parallel_dims,
@@ -140,6 +146,13 @@ class Teacher:
             self.model.lm_head.reshard()
 
 
+def _hold_in(dtype: torch.dtype, model: MobileMoEModel) -> None:
+    """Change the parameters' dtype to the computing dtype; the routers compute in float32."""
+    for name, parameter in model.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+
 class Distillation(Callback):
     """Runs the teacher before the student in every micro-batch and reports their divergence.
 
@@ -153,7 +166,7 @@ class Distillation(Callback):
         checkpoint: str,
         *,
         student: torch.nn.Module,
-        loss_fn: ChunkedLossWrapper,
+        loss_fn: HeadLoss,
         train_context: Callable[[], AbstractContextManager[None]],
         parallel_dims: ParallelDims,
     ):
@@ -161,7 +174,7 @@ class Distillation(Callback):
 
         Args:
             checkpoint: DCP step folder of the teacher's weights.
-            loss_fn: torchtitan's wrapper around a DistilledCrossEntropy.
+            loss_fn: HeadLoss around a DistilledCrossEntropy.
             train_context: makes the context of forward and backward passes (Trainer.train_context).
         """
         self.teacher = teacher

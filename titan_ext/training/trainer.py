@@ -18,6 +18,7 @@ from titan_ext.compat import clip_by
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedEmbedding, broadcast_from_last_stage
+from titan_ext.quantization.shards import RoundedShards
 from titan_ext.training.callbacks import Callback, TiedEmbeddingCallback
 from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import Distillation, Teacher
@@ -79,6 +80,7 @@ class StageTrainer(Trainer):
         assert isinstance(self.checkpointer, StageCheckpoints)
         self._has_started = False
         self._micro_batch_losses: list[torch.Tensor] = []
+        self.rounded_shards = RoundedShards(self.model_parts, config.compile.backend if config.compile.enable else None)
         self.spike_guard = SpikeGuard(config.skip_spikes_sigma, self.device)
         self.callbacks: list[Callback] = [self.spike_guard]
         if self.parallel_dims.pp_enabled:
@@ -100,7 +102,7 @@ class StageTrainer(Trainer):
         """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
         if not self._has_started:
             self._start(first_step=self.step)
-        with clip_by(self._clip_gradients):
+        with clip_by(self._clip_gradients), self.rounded_shards.rounded_once():
             super().train_step(data_iterator)
         assert not self._micro_batch_losses, "torchtitan did not clip the gradients, so nobody checked the update"
         for callback in self.callbacks:

@@ -3,7 +3,7 @@
 from itertools import islice
 from pathlib import Path
 
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CommConfig, DebugConfig
@@ -22,6 +22,7 @@ from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import convert_to_qat
 from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import DistilledCrossEntropy
+from titan_ext.training.head_loss import HeadLoss
 from titan_ext.training.metrics import HeldoutValidator, StageMetrics
 from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.trainer import StageTrainer
@@ -79,7 +80,7 @@ def build_trainer_config(
         model_spec=model_spec(_model_config(model, stage, quantization), flavor),
         hf_assets_path=tokenizer,
         dump_folder=out,
-        loss=ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
+        loss=HeadLoss.Config(num_chunks=LOSS_CHUNKS, loss_fn=_loss_config(model, stage)),
         teacher=_plain_model_config(model, stage) if _distills(stage) else None,
         # Before every update the spike guard decides; the optimizers skip the update if it says so.
         # The expert bias is no parameter: a hook of the optimizers updates it (titan_ext/mobilemoe/expert_bias.py).
