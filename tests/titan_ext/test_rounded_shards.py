@@ -39,7 +39,7 @@ T = TypeVar("T")
 def make_spec(folder: Path, world_size: int) -> StageSpec:
     data = write_data(folder / "data", DIMS.vocab_size)
     stage = dataclasses.replace(
-        STAGE, steps=2, shards="sft", local_batch_size=1, global_batch_size=2 * world_size, quantize=True
+        STAGE, steps=3, shards="sft", local_batch_size=1, global_batch_size=2 * world_size, quantize=True
     )
     quantization = QuantizationConfig(group_size=32, expert_group_axis="out")
     parallel = ParallelConfig(world_size=world_size, precision="bfloat16")

@@ -44,39 +44,41 @@ class RoundedShards:
         """
         self._round = _choose_rounding(compile_backend)
         self._is_step = False
-        self._rounded: set[nn.Module] = set()
-        for model in model_parts:
-            if shards := find_rounded_shards(model):
-                self._register(model, shards)
+        found = [(list_groups(model), find_rounded_shards(model), model) for model in model_parts]
+        self._models = [(groups, shards) for groups, shards, _ in found if shards]
+        for groups, shards, model in found:
+            if shards:
+                self._register(model, groups, shards)
 
-    def _register(self, model: nn.Module, shards: list[RoundedShard]) -> None:
-        groups = list_groups(model)
-
+    def _register(self, model: nn.Module, groups: list[Any], shards: list[RoundedShard]) -> None:
         def round_before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if module not in self._rounded:
-                compat.start_groups(groups)
-                self._round_all(shards)
-            if self._is_step:
-                self._rounded.add(module)
+            if not self._is_step:
+                self._round_model(groups, shards)
 
         # Before FSDP2's own hook: its streams begin to wait there for what was computed so far.
         model.register_forward_pre_hook(round_before_forward, prepend=True, with_kwargs=True)
 
     @contextmanager
     def rounded_once(self) -> Iterator[None]:
-        """Round the weights at the first forward pass of each model in this block; outside of one, at every forward.
+        """Round the weights now and not at the forward passes of this block; outside of one, every forward rounds.
 
-        The weights must not change between the first and the last forward pass of the block.
+        The weights must not change before the last pass of the block.
         """
+        self.round_now()
         self._is_step = True
         try:
             yield
         finally:
             self._is_step = False
-            self._rounded.clear()
+
+    def round_now(self) -> None:
+        """Round the weights. The schedules of pipelines gather them before a model's forward pass begins."""
+        for groups, shards in self._models:
+            self._round_model(groups, shards)
 
     @torch.no_grad()
-    def _round_all(self, shards: list[RoundedShard]) -> None:
+    def _round_model(self, groups: list[Any], shards: list[RoundedShard]) -> None:
+        compat.start_groups(groups)
         with spmd.no_typecheck():
             for shard in shards:
                 weight = local(shard.parameter.sharded_param)

@@ -107,6 +107,8 @@ class StageTrainer(Trainer):
         assert not self._micro_batch_losses, "torchtitan did not clip the gradients, so nobody checked the update"
         for callback in self.callbacks:
             callback.after_update()
+        if self.config.validator.enable and self.validator.should_validate(self.step):
+            self.rounded_shards.round_now()
 
     def should_continue_training(self) -> bool:
         """Return whether a step is left and nobody asked to stop. The first call comes after the checkpoint is loaded,
@@ -118,6 +120,7 @@ class StageTrainer(Trainer):
         if not self._has_started:
             self._start(first_step=self.step + 1)
             if self._lacks_heldout_loss():
+                self.rounded_shards.round_now()
                 self.validator.validate(self.model_parts, self.step)
         return not self.checkpointer.is_stopping and super().should_continue_training()
 
