@@ -278,3 +278,24 @@ def test_a_share_of_almost_nothing_begins_soon(monkeypatch):
     monkeypatch.setattr("titan_ext.loader.packing.MAX_SIMULATED_DOCUMENTS", 1000)
     rare = compute_initial_deficits(domains, [1 - 1e-12, 1e-12], 4)
     np.testing.assert_allclose(rare, [[0, 0], [10, -10], [10, -10], [10, -10]], atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["token", "mask", "order"])
+def test_the_digest_of_a_lane_changes_with_any_token_any_target_and_their_order(change):
+    def pack(documents, count=3):
+        lane = make_lane([ListDomain("chat", documents)], 16)
+        rows(lane, count)
+        return lane.state.digest
+
+    def make():
+        return make_domains([[9, 12, 7, 15]], [[[0, 1]] * 4])[0].documents
+
+    changed = make()
+    if change == "token":
+        changed[2].tokens[3] += 1
+    elif change == "mask":
+        changed[2].loss_mask[4] ^= 1
+    else:
+        changed[1], changed[2] = changed[2], changed[1]
+    assert pack(make()) == pack(make()) != pack(changed)
+    assert len({pack(make(), count) for count in (0, 1, 2, 3)}) == 4

@@ -91,6 +91,24 @@ def test_any_global_batch_is_the_same_on_all_numbers_of_ranks_also_where_they_sh
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_hash_of_all_sequences_is_the_same_on_any_number_of_ranks_and_after_a_resume(stage, cache):
+    """It changes with the seed and from step to step."""
+
+    def hash_after(steps, world, state=None, **changes):
+        loaders = [build(stage, cache, r, world, **changes) for r in range(world)]
+        for loader in loaders:
+            loader.load_state_dict(state or {})
+        sequences(loaders, steps * G // world)
+        return sum(loader.hash_sequences() for loader in loaders) % 2**64, merge_states(loaders)
+
+    whole = {steps: hash_after(steps, 1)[0] for steps in (1, 2, 3)}
+    assert len(set(whole.values())) == 3
+    for before, after in ((2, 4), (8, 1), (4, 2)):
+        found, state = hash_after(1, before)
+        assert found == whole[1] and hash_after(2, after, state)[0] == whole[3]
+    assert hash_after(1, 2, seed=1)[0] != whole[1]
+
+
 def test_state_within_a_step_resumes_on_ranks_that_fit_it_only(stage, cache):
     expected = sequences([build(stage, cache)], G)
     pair = [build(stage, cache, r, 2) for r in range(2)]

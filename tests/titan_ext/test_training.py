@@ -76,6 +76,8 @@ def test_expert_parallel_losses_equal_one_process(one_process, two_processes):
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 21))
     for key in ("loss", "grad_norm", "router_z"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4), key
+    hashes = [[line["data_hash"] for line in lines] for lines in (one, two)]
+    assert hashes[0] == hashes[1] and len(set(hashes[0])) == 20, "both layouts train on the same samples"
     assert one[-1]["loss"] < one[0]["loss"] - 1.0, "twenty steps on counting sequences must lower the loss"
     heldout = [[line["loss"] for line in lines(out, "heldout.jsonl")] for out in (one_process, two_processes)]
     assert heldout[1] == pytest.approx(heldout[0], rel=2e-4)

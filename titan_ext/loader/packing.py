@@ -7,6 +7,7 @@ section alone.
 Shape legend: L tokens of a sequence.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -53,6 +54,8 @@ class LaneState:
     """Number of documents skipped: fewer than two tokens, or a conversation without a target in its first L pairs."""
     counted_from: list[int] = field(default_factory=list)
     """Number of positions filled when the present mixture began, from which its shares are counted; empty: none."""
+    digest: str = ""
+    """Hash of all sequences packed, in their order, 16 hex digits; empty before the first one."""
 
 
 class Segment(NamedTuple):
@@ -126,6 +129,7 @@ class Lane:
         if segments:
             self.state.sequences += 1
             self.state.padding += free
+            self.state.digest = extend_digest(self.state.digest, segments)
         return segments
 
     def _cut_segment(self, document: Document, free: int) -> Segment | None:
@@ -209,6 +213,17 @@ class Lane:
         if document.loss_mask is None:
             return document.num_pairs > 0
         return bool(document.loss_mask[1 : self.seq_len + 1].any())
+
+
+def extend_digest(before: str, segments: Sequence[Segment]) -> str:
+    """Return the hash of a lane's sequences, 16 hex digits, after one more: of its tokens and which of them count."""
+    digest = hashlib.blake2b(before.encode(), digest_size=8)
+    for document, begin, end in segments:
+        digest.update(f"{end - begin}".encode())
+        digest.update(document.tokens[begin : end + 1].astype("<i8").tobytes())
+        if document.loss_mask is not None:
+            digest.update(document.loss_mask[begin : end + 1].astype("u1").tobytes())
+    return digest.hexdigest()
 
 
 def write_sequence(

@@ -8,6 +8,7 @@ Shape legend: B sequences of a micro-batch (torchtitan's local batch), L tokens 
 batch, R data-parallel ranks, K sections.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -232,6 +233,22 @@ class StreamingLoader(BaseDataLoader):
                 for d, domain in enumerate(self._domains)
             },
         }
+
+    def hash_sequences(self) -> int:
+        """Return this rank's part of the hash of all sequences since the first step of the stage, resumes included.
+
+        The sum of all ranks' parts, modulo 2**64, is the same on any number of ranks. It changes with any token, its
+        place, and whether it counts in the loss. It is that after the last global batch taken.
+        """
+        assert self._config.infinite, "every rank packs all sequences of a finite pass"
+        own, lanes = self._num_lanes // self._dp_world_size, self._num_lanes // self._num_sections
+        first, total = self._dp_rank * own, 0
+        for k, state in self._states.items():
+            for number, lane in enumerate(state.lanes, start=k * lanes):
+                if first <= number < first + own:
+                    hashed = hashlib.blake2b(f"{number} {lane.digest}".encode(), digest_size=8).digest()
+                    total += int.from_bytes(hashed, "little")
+        return total % 2**64
 
     def _rewind(self) -> None:
         """Set the state to the beginning: no batch was taken."""

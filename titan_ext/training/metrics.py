@@ -59,6 +59,7 @@ class StageMetrics(MetricsProcessor):
         self._last_logged_step = 0
         self._callbacks: Sequence[Callback] = ()
         self._read_data_statistics: Callable[[], dict[str, Any]] = dict
+        self._hash_sequences: Callable[[], int] = int
 
     def start_stage(
         self,
@@ -68,6 +69,7 @@ class StageMetrics(MetricsProcessor):
         tokens_per_step: int,
         callbacks: Sequence[Callback],
         read_data_statistics: Callable[[], dict[str, Any]],
+        hash_sequences: Callable[[], int],
     ) -> None:
         """Prepare to log from `first_step` on, and remove the lines of this and later steps from the files.
 
@@ -78,12 +80,15 @@ class StageMetrics(MetricsProcessor):
             tokens_per_step: number of tokens of an optimizer step over all ranks.
             callbacks: objects whose `metrics()` are logged.
             read_data_statistics: returns padding, repeats and tokens by domain of the batches this rank has taken.
+            hash_sequences: returns this rank's part of the hash of all sequences of the stage
+                (`StreamingLoader.hash_sequences`).
         """
         self._last_logged_step = first_step - 1
         self._last_step = last_step
         self._tokens_per_step = tokens_per_step
         self._callbacks = callbacks
         self._read_data_statistics = read_data_statistics
+        self._hash_sequences = hash_sequences
         if dist.get_rank() == 0:
             for name in FILES:
                 _keep_steps_before(first_step, self._folder / name)
@@ -126,6 +131,7 @@ class StageMetrics(MetricsProcessor):
                 "router_z": means["router_z"],
                 "dropped": means["dropped"],
                 **{tag.rpartition("/")[2]: value for tag, value in reported.items()},
+                "data_hash": self._hash_data(),
                 "seconds": time.perf_counter() - self._start_time,
             },
         )
@@ -146,6 +152,19 @@ class StageMetrics(MetricsProcessor):
     def has_heldout_loss(self, step: int) -> bool:
         """Return whether heldout.jsonl has the loss after this step."""
         return any(record["step"] == step for record in read_json_lines(self._folder / "heldout.jsonl"))
+
+    def _hash_data(self) -> str:
+        """Return 16 hex digits that change with any token that the stage has trained on so far, on any rank.
+
+        This is a collective: every rank must call it.
+        """
+        part = self._hash_sequences()
+        signed = part - 2**64 if part >= 2**63 else part  # the sum of integers wraps, as modulo 2**64 wants
+        total = torch.tensor(signed, dtype=torch.int64, device=utils.device_type)
+        # Ranks of one place in this mesh read the same sequences.
+        if (mesh := self.parallel_dims.get_optional_mesh("batch")) is not None:
+            dist.all_reduce(total, group=mesh.get_group())
+        return f"{int(total) % 2**64:016x}"
 
     def _append(self, name: str, record: dict) -> None:
         if dist.get_rank() != 0:

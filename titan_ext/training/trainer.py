@@ -142,6 +142,7 @@ class StageTrainer(Trainer):
             tokens_per_step=training.global_batch_size * training.seq_len,
             callbacks=self.callbacks,
             read_data_statistics=self.dataloader.statistics,
+            hash_sequences=self.dataloader.hash_sequences,
         )
         for callback in self.callbacks:
             callback.before_first_step()
