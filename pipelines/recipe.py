@@ -50,6 +50,10 @@ class ClusterConfig:
     """CPUs of one export or evaluation task."""
     max_failures: int = 3
     """Restarts of a stage's gang of workers, from its last checkpoint, before the stage counts as failed."""
+    hang_minutes: float = 30.0
+    """Time without a new training step after which a rank counts as hung: it ends, with the stacks of its threads in
+    its log, and the gang is started again. It must be longer than the longest step, held-out loss and checkpoint
+    included; 0 waits for ever."""
     shard_cache: ShardCacheConfig = field(default_factory=ShardCacheConfig)
     dashboard_port: int = 0
     """Port of the dashboard of a Ray started here; 0 takes a free one."""

@@ -35,6 +35,7 @@ def train_stage(context: Context, name: str) -> dict[str, Any]:
             data=run / "data", out=run / STAGE_FOLDERS[name], initial_checkpoint=input_checkpoint(recipe, run, name),
             seed=recipe.seed, quantization=recipe.quantization, shard_cache=recipe.cluster.shard_cache,
             stop_file=find_stop_file(run), continued_at=find_start(run, name),
+            hang_seconds=60 * recipe.cluster.hang_minutes,
         )  # fmt: skip
         with score_beside(context, name):
             context.require_cluster().run_gang(run_stage_on_worker, spec, name=name)

@@ -204,6 +204,8 @@ REFUSALS = [
     ("cluster.gpus_per_worker", 2, "cluster.gpus_per_worker", "0 or 1"),
     ("cluster.gpu_memory", 0, "cluster.gpu_memory", "positive"),
     ("cluster.max_failures", -1, "cluster.max_failures", "0 for no restart"),
+    ("cluster.hang_minutes", -0.5, "cluster.hang_minutes", "0 to wait for ever"),
+    ("cluster.hang_minutes", math.nan, "cluster.hang_minutes", "0 to wait for ever"),
     ("cluster.shard_cache.folder", "caches/shards", "cluster.shard_cache.folder", "begin with /"),
     ("cluster.shard_cache.folder", "/dev/null/shards", "cluster.shard_cache.folder", "name another folder"),
     ("cluster.shard_cache.size_bytes", 0, "cluster.shard_cache.size_bytes", "above 0"),

@@ -37,6 +37,8 @@ class StageSpec:
     """Where each node keeps unpacked shards."""
     stop_file: Path | None = None
     """File whose appearance asks the stage to write a checkpoint and to end early; None looks for none."""
+    hang_seconds: float = 0.0
+    """Time without a new step after which a rank ends by itself; 0 waits for ever."""
     continued_at: int | None = None
     """Step from which the stage was continued with other options, perhaps with other data; None where it never was."""
 

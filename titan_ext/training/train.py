@@ -90,6 +90,7 @@ def build_stage_config(spec: StageSpec) -> StageTrainer.Config:
         shard_cache=spec.shard_cache,
         stop_file=str(spec.stop_file.absolute()) if spec.stop_file else "",
         continued_at=spec.continued_at,
+        hang_seconds=spec.hang_seconds,
     )
 
 

@@ -1,6 +1,7 @@
 """torchtitan's Trainer with a callback for each addition to its loop, and a guard that may skip an update."""
 
 import dataclasses
+import faulthandler
 import os
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ from titan_ext.training.metrics import StageMetrics, sum_over_ranks
 from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.spike_guard import SpikeGuard
 
+STDERR = 2
+"""File descriptor to which a rank that hangs writes: launchers send it to the rank's log."""
 LOOK_STEPS = 10
 """Number of steps after which the host waits for the device and looks at the decisions of the spike guard."""
 _GUARD_STATE = "guard"
@@ -48,6 +51,9 @@ class StageTrainer(Trainer):
         skip_spikes_sigma: float | None = None
         """Number of standard deviations above the mean of the last steps. A step above this limit is a spike, and its
         update is skipped. None skips no spike."""
+        hang_seconds: float = 0.0
+        """Time after the begin of a step by which the next one must have begun, or the stage have ended. A rank for
+        which it has not ends with exit code 1, and the stacks of its threads on stderr. 0 waits for ever."""
         teacher: Annotated[MobileMoEModel.Config | None, tyro.conf.Suppress] = None
         """Unquantized model whose distribution QAT follows. It needs checkpoint.initial_load_path and a loss of class
         DistilledCrossEntropy."""
@@ -100,6 +106,9 @@ class StageTrainer(Trainer):
 
     def train_step(self, data_iterator: Any) -> None:
         """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
+        if self.config.hang_seconds:
+            # Its thread needs neither Python nor its lock, which native code that hangs may hold.
+            faulthandler.dump_traceback_later(self.config.hang_seconds, exit=True, file=STDERR)
         if not self._has_started:
             self._start(first_step=self.step)
         with clip_by(self._clip_gradients), self.rounded_shards.rounded_once():
@@ -178,6 +187,11 @@ class StageTrainer(Trainer):
         if is_saved or self.step % LOOK_STEPS == 0 or self.metrics_processor.should_log(self.step):
             self.spike_guard.look()
         return grad_norm
+
+    def close(self) -> None:
+        """End as torchtitan does. From now on nothing takes this rank for one that hangs."""
+        faulthandler.cancel_dump_traceback_later()
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torchtitan's state of the trainer, with the state of the spike guard added."""

@@ -28,6 +28,8 @@ from titan_ext.training.optimizers import SkippableOptimizers
 from titan_ext.training.trainer import StageTrainer
 
 DEFAULT_SHARD_CACHE = ShardCacheConfig()
+COLLECTIVE_SECONDS = 300
+"""Time after which a collective fails that another rank has not joined."""
 
 
 def build_trainer_config(
@@ -47,6 +49,7 @@ def build_trainer_config(
     shard_cache: ShardCacheConfig = DEFAULT_SHARD_CACHE,
     stop_file: str = "",
     continued_at: int | None = None,
+    hang_seconds: float = 0.0,
 ) -> StageTrainer.Config:
     """Build the complete training configuration of one stage.
 
@@ -64,6 +67,7 @@ def build_trainer_config(
         quantization: quantization grid of a stage with `quantize`; other stages ignore it.
         stop_file: file whose appearance asks the stage to write a checkpoint and to end; empty for none.
         continued_at: step whose checkpoint another mixture or other shards may follow.
+        hang_seconds: time without a new step after which a rank ends by itself; 0 waits for ever.
 
     Raises:
         RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
@@ -118,7 +122,8 @@ def build_trainer_config(
         ),
         validator=_heldout_config(stage, parallel, heldout, pad_token_id, seed, shard_cache),
         skip_spikes_sigma=stage.skip_spikes_sigma,
-        comm=CommConfig(train_timeout_seconds=300),
+        hang_seconds=hang_seconds,
+        comm=CommConfig(train_timeout_seconds=COLLECTIVE_SECONDS),
         debug=DebugConfig(seed=seed, deterministic=parallel.deterministic, enable_structured_logging=False),
     )
 
