@@ -17,7 +17,7 @@ import ray.train
 from core.cpus import count_cpus
 from core.environment import find_socket_folder, prepare_environment
 from core.errors import RefusedInput
-from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
+from pipelines.compat import LOCAL_RAY_TRAIN, has_timed_out, start_local_ray
 from pipelines.ray import orphan_reaper
 from pipelines.ray.gang import build_trainer, describe_failures
 from pipelines.ray.temporary_folder import enter_temporary_folder, leave_temporary_folder, make_temporary_folder
@@ -31,6 +31,12 @@ LONGEST_FOLDER = 107 - len("/session_2026-01-31_23-59-59_999999_4194304/sockets/
 """Bytes of the longest folder in which Ray's sockets can have their paths."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of the object store of a Ray started here. Configurations and results pass through it, never data."""
+
+
+START_SECONDS = 300.0
+"""Time that one start of Ray may take. A quiet machine needs 5 s, one with 30 busy processes to 2 cores needs 60."""
+START_ATTEMPTS = 3
+"""How often Ray is started where it takes too long, as on a machine under load."""
 
 
 class WorkerFailed(RuntimeError):
@@ -97,6 +103,22 @@ class Cluster(contextlib.AbstractContextManager):
         enter_temporary_folder(temporary)
         os.environ[orphan_reaper.MARKER_VARIABLE] = marker
         os.environ |= LOCAL_RAY_TRAIN
+        for attempt in range(1, START_ATTEMPTS + 1):
+            deadline = threading.Timer(START_SECONDS, _give_up)
+            deadline.daemon = True
+            deadline.start()
+            try:
+                return self._start_once(folder)
+            except Exception as error:  # Ray raises plain ones
+                if attempt == START_ATTEMPTS or not has_timed_out(error):
+                    raise
+            finally:
+                deadline.cancel()
+            ray.shutdown()
+            orphan_reaper.end_processes(self.run)  # of this attempt
+        raise AssertionError("the last attempt returns or raises")
+
+    def _start_once(self, folder: str) -> Any:
         config = self.config
         # Ray puts the working directory of this call at the front of every worker's module path. There a `data.py` of
         # the user would be imported in place of ours, so the call is made from Ray's own folder.
@@ -246,6 +268,16 @@ class Cluster(contextlib.AbstractContextManager):
         if self.local:  # a laptop's hostname may resolve to an address that no interface has
             variables |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
         return variables
+
+
+def _give_up() -> None:
+    """End this process: one of Ray's that was killed while it started leaves `ray.init` waiting for ever, in C++."""
+    print(
+        f"failed: Ray did not start within {START_SECONDS:.0f} s, perhaps a process of it was killed; the same command "
+        "tries again",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)  # the reaper ends what was started
 
 
 def _run_logged(fn: Callable[..., Any], args: tuple[Any, ...], log: Path, working_directory: str | None) -> Any:

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import nullcontext
 from ctypes.util import find_library
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -127,6 +130,50 @@ def test_a_ray_that_does_not_start_leaves_nothing(tmp_path, monkeypatch):
     assert made[1].name.startswith(PREFIX) and not any(folder.exists() for folder in made)
     assert tempfile.gettempdir() == str(shared)
     assert SHARED_TEMPORARY not in os.environ and MARKER_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(2, True), (3, False)])
+def test_a_ray_that_takes_too_long_to_start_is_started_again(failures, starts, tmp_path, monkeypatch):
+    """What the attempt before left is ended first."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)  # the other tests' Ray goes on
+    left = []
+
+    def start(folder: str, **_: object) -> object:
+        assert all(process.poll() is not None for process in left)
+        if len(left) < failures:
+            left.append(subprocess.Popen(["sleep", "600"]))  # which has the run's marker
+            raise Exception("The current node timed out during startup.")  # as Ray does
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr("pipelines.ray.cluster.start_local_ray", start)
+    monkeypatch.setattr(orphan_reaper, "PATIENCE_SECONDS", 0.1)
+    with (
+        pytest.raises(Exception, match="timed out") if not starts else nullcontext(),
+        Cluster(ClusterConfig(), tmp_path / "run", world_size=1),
+    ):
+        assert len(left) == 2
+    assert all(process.poll() is not None for process in left)
+
+
+def test_a_ray_that_never_starts_ends_the_command(tmp_path, monkeypatch, capsys):
+    """`ray.init` waits for ever where a process of Ray was killed while it started."""
+    ended = threading.Event()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)
+    monkeypatch.setattr("pipelines.ray.cluster.START_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.ray.cluster.os._exit", lambda code: ended.set() if code == 1 else None)
+
+    def start(folder: str, **_: object) -> None:
+        assert ended.wait(60)
+        raise ValueError("where the process would have ended")
+
+    monkeypatch.setattr("pipelines.ray.cluster.start_local_ray", start)
+    with pytest.raises(ValueError, match="would have ended"), Cluster(ClusterConfig(), tmp_path / "run", world_size=1):
+        pass
+    assert "the same command tries again" in capsys.readouterr().err
 
 
 def test_gang_larger_than_the_cluster_is_refused(cluster):
