@@ -33,6 +33,8 @@ class Manifest:
 
     def __init__(self, run: Path):
         self._lock = threading.Lock()
+        self._began: dict[str, float] = {}
+        """Step -> its start on a clock that nobody sets: that of the machine may jump while a step runs."""
         self.path = run / "manifest.json"
         self.content: dict[str, Any] = {"steps": {}}
         if self.path.exists():
@@ -64,6 +66,7 @@ class Manifest:
             record: version, fingerprint, identity, config and inputs of the step, and the changes on its way.
         """
         with self._lock:
+            self._began[name] = time.monotonic()
             before = self.content["steps"].get(name, {})
             # A step that goes on keeps its attempts; one that was killed has no end, and so no seconds.
             goes_on = before.get("fingerprint") == record["fingerprint"] or "changes" in record
@@ -84,7 +87,8 @@ class Manifest:
         """
         with self._lock:
             entry = self.content["steps"][name]
-            seconds = round(time.time() - entry.pop("started_unix"), 1)
+            entry.pop("started_unix")
+            seconds = round(time.monotonic() - self._began.pop(name), 1)
             entry["attempts"][-1] |= {"state": state, "seconds": seconds}
             entry |= {"state": state, "finished": current_time(), "seconds": seconds} | facts
             self.save()

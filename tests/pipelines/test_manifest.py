@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_progress_file_holds_the_last_word_of_a_phase(tmp_path):
     report("write", 0, 5)
     report("write", 1, 5)
     assert json.loads(report.path.read_text())["done"] == 0  # too soon after the last
+
+
+def test_a_clock_that_is_set_back_takes_no_second_from_a_step(tmp_path, monkeypatch):
+    manifest, now = Manifest(tmp_path), time.time()
+    manifest.start("items", {"version": 1, "fingerprint": "f", "config": {}, "inputs": {}})
+    monkeypatch.setattr(time, "time", lambda: now - 86_400)
+    manifest.finish("items", "done")
+    assert 0 <= manifest.step("items")["seconds"] < 600
 
 
 @pytest.mark.parametrize("when", ["start", "finish"])
