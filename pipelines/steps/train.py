@@ -1,6 +1,7 @@
 """The steps `pretrain`, `midtrain`, `sft` and `qat`: one training stage each, on a gang of workers."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,15 @@ def import_model_on_worker(folder: Path, out: Path) -> None:
 
 
 def run_stage_on_worker(spec: StageSpec) -> None:
-    """Run one rank of a training stage."""
+    """Run one rank of a training stage, on the number of threads that its environment states.
+
+    Other numbers of threads add in another order. A worker that Ray has used before may have begun with another one.
+    """
+    import torch
+
     from titan_ext.training import train
 
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     train.run_stage(spec)
 
 
