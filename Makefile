@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/smoke
+CHAOS ?= runs/chaos
 ISA_TESTS := $(addprefix tests/,titan_ext/test_contracts.py titan_ext/test_attention.py titan_ext/test_qat.py \
 	eval/test_int4.py eval/test_device_op.py)
 
 ARM_CXX ?= aarch64-linux-gnu-g++
 
-.PHONY: setup runtimes smoke device-bench test test-clusters test-parts test-isa lint
+.PHONY: setup runtimes smoke device-bench chaos test test-clusters test-parts test-isa lint
 
 setup: $(VENV)/.installed
 
@@ -39,13 +40,18 @@ smoke: setup
 device-bench: setup
 	$(BIN)/python -m eval.device.phone_bench build --compiler "$(ARM_CXX)" --out $@
 
+# Every fault of tests/faults, one after the other, and a whole run on Ray that is disturbed 30 times: some hours. It goes
+# on where it was stopped, and writes its table while it tries them. As root it also fills disks (docs/reliability.md).
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.chaos --work $(CHAOS) --random 30
+
 # Tests that start clusters and whole runs wait more than they compute, so they run beside the others; theirs is the
 # report that comes in one piece. `python -m pytest` runs all of them one after the other.
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 test-clusters test-parts
 
 test-clusters: setup
-	@$(BIN)/python -m pytest tests/e2e tests/pipelines tests/slurm >$(VENV)/$@.log 2>&1; code=$$?; cat $(VENV)/$@.log; exit $$code
+	@$(BIN)/python -m pytest tests/e2e tests/faults tests/pipelines tests/slurm >$(VENV)/$@.log 2>&1; code=$$?; cat $(VENV)/$@.log; exit $$code
 
 test-parts: setup
 	@$(BIN)/python -m pytest tests/test_*.py tests/core tests/data tests/eval tests/titan_ext
