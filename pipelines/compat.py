@@ -10,7 +10,7 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-__all__ = ["LOCAL_RAY_TRAIN", "DataParallelTrainer", "find_free_address", "has_timed_out", "start_local_ray"]
+__all__ = ["LOCAL_RAY_TRAIN", "DataParallelTrainer", "find_free_address", "start_local_ray"]
 
 LOCAL_RAY_TRAIN = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "0.5", ENABLE_PREEMPTION_WATCHER_ENV_VAR: "0"}
 """Environment of gangs on a Ray started here. Ray Train's own interval of the health check adds 2 s to the end of every
@@ -20,11 +20,6 @@ stage. Nothing preempts the children of a driver, so the process that would watc
 def find_free_address() -> tuple[str, int]:
     """Return the address of this node and a free port on it; run on rank 0, where the process group meets."""
     return get_address_and_port()
-
-
-def has_timed_out(error: Exception) -> bool:
-    """Return whether Ray could not start because this machine is too busy: its raylet has half a minute, fixed."""
-    return "timed out" in str(error).lower()
 
 
 def start_local_ray(temporary_folder: str, **options: Any) -> Any:

@@ -17,7 +17,7 @@ import ray.train
 from core.cpus import count_cpus
 from core.environment import find_socket_folder, prepare_environment
 from core.errors import RefusedInput
-from pipelines.compat import LOCAL_RAY_TRAIN, has_timed_out, start_local_ray
+from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
 from pipelines.ray import orphan_reaper
 from pipelines.ray.gang import build_trainer, describe_failures
 from pipelines.ray.temporary_folder import enter_temporary_folder, leave_temporary_folder, make_temporary_folder
@@ -36,7 +36,7 @@ OBJECT_STORE_BYTES = 256 << 20
 START_SECONDS = 300.0
 """Time that one start of Ray may take. A quiet machine needs 5 s, one with 30 busy processes to 2 cores needs 60."""
 START_ATTEMPTS = 3
-"""How often Ray is started where it takes too long, as on a machine under load."""
+"""How often Ray is started where it fails. On a machine under load its own half minute for the raylet runs out."""
 
 
 class WorkerFailed(RuntimeError):
@@ -109,8 +109,8 @@ class Cluster(contextlib.AbstractContextManager):
             deadline.start()
             try:
                 return self._start_once(folder)
-            except Exception as error:  # Ray raises plain ones
-                if attempt == START_ATTEMPTS or not has_timed_out(error):
+            except Exception:  # plain ones: a time ran out, a part of Ray was killed, a port is taken
+                if attempt == START_ATTEMPTS:
                     raise
             finally:
                 deadline.cancel()

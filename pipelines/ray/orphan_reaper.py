@@ -24,6 +24,8 @@ MARKER_VARIABLE = "MOBILEMOE_RUN"
 """Environment variable `DRIVER#RUN` that every process started for a run inherits."""
 PATIENCE_SECONDS = 3.0
 """Time that processes get to exit by themselves before they are killed."""
+SECOND_LOOK_SECONDS = 1.0
+"""Time after which it is looked again, where there were processes."""
 KILL_SECONDS = 60.0
 """Time that killed processes get to go. On a machine under load the kernel takes seconds to free their memory."""
 
@@ -52,7 +54,7 @@ def find_processes(run: Path | str, driver: str = "") -> list[psutil.Process]:
     return found
 
 
-def end_processes(run: Path | str, driver: str = "") -> None:
+def end_processes(run: Path | str, driver: str = "") -> bool:
     """Wait until the processes of a run have exited, and kill those that have not after PATIENCE_SECONDS.
 
     It looks again after every round: a process may have started another before it was killed.
@@ -60,12 +62,17 @@ def end_processes(run: Path | str, driver: str = "") -> None:
     Args:
         driver: as `find_processes`.
 
+    Returns:
+        whether there were any.
+
     Raises:
         RuntimeError: a process is still there KILL_SECONDS later.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while (left := find_processes(run, driver)) and time.monotonic() < deadline:
+    found = bool(left := find_processes(run, driver))
+    while left and time.monotonic() < deadline:
         time.sleep(0.1)
+        left = find_processes(run, driver)
     deadline = time.monotonic() + KILL_SECONDS
     while left:
         if time.monotonic() > deadline:
@@ -78,17 +85,22 @@ def end_processes(run: Path | str, driver: str = "") -> None:
                 process.kill()
         psutil.wait_procs(left, timeout=1)
         left = find_processes(run, driver)
+    return found
 
 
 def main(marker: str, folders: Sequence[Path]) -> None:
     """Wait for the driver's end, then end its processes and remove its temporary folders."""
     sys.stdin.read()
-    try:
-        driver, _, run = marker.partition("#")
-        end_processes(run, driver)
-    finally:  # on a machine under load a killed process can take longer to go, and the folders must not stay for it
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    driver, _, run = marker.partition("#")
+    found = True
+    while found:
+        try:
+            found = end_processes(run, driver)
+        finally:  # on a machine under load a killed process can take longer to go, and the folders must not stay for it
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        # A process that is being started has no environment for a moment. It may make the folder anew.
+        time.sleep(SECOND_LOOK_SECONDS if found else 0)
 
 
 if __name__ == "__main__":

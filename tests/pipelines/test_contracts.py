@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import ray
-from ray._private import node, services
 from ray.train.v2._internal import constants
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -29,14 +28,6 @@ def test_constants_are_the_variables_that_ray_train_reads():
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }  # fmt: skip
     assert constants.DEFAULT_HEALTH_CHECK_INTERVAL_S > 0.5
-
-
-def test_words_by_which_a_start_that_took_too_long_is_known():
-    """If this fails, a run on a machine under load ends where Ray takes half a minute to start: the messages of
-    `ray._private` have other words than `has_timed_out` looks for."""
-    for module in (node, services):
-        assert "timed out" in inspect.getsource(module).lower()
-    assert compat.has_timed_out(Exception("The current node timed out during startup. This could"))
 
 
 def test_trainer_takes_a_backend_of_our_own():

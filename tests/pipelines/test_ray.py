@@ -133,7 +133,7 @@ def test_a_ray_that_does_not_start_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("failures", "starts"), [(2, True), (3, False)])
-def test_a_ray_that_takes_too_long_to_start_is_started_again(failures, starts, tmp_path, monkeypatch):
+def test_a_ray_that_fails_to_start_is_started_again(failures, starts, tmp_path, monkeypatch):
     """What the attempt before left is ended first."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
