@@ -2,8 +2,8 @@
 
     python -m tests.faults.chaos --work FOLDER [--only PATTERN ...] [--minutes M]
 
-The folder keeps the undisturbed run and results.jsonl, so that the same command goes on where it was stopped. Delete
-results.jsonl to try all again.
+The folder keeps the undisturbed run and results.jsonl, so that the same command goes on where it was stopped, and tries
+again what was not kept. Delete results.jsonl to try all again.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     wanted.sort(key=lambda fault: fault.step == "data")  # which takes longest
     results = read_results(work)
     for fault in wanted:
-        if fault.name in results or time.monotonic() > deadline:
+        if results.get(fault.name, {}).get("kept") or time.monotonic() > deadline:
             continue
         print(f"{time.strftime('%H:%M:%S')} {fault.step}: {fault.name}", flush=True)
         record = try_fault(fault, work / TRIED, work / "snapshots" / (fault.begins or fault.step), work / UNDISTURBED)

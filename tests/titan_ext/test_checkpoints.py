@@ -218,7 +218,7 @@ def damage(kind: str, folder: Path) -> Path:
     content = path.read_bytes()
     if kind == "missing":
         path.unlink()
-    elif kind == "truncated":
+    elif kind in ("truncated", "metadata"):
         path.write_bytes(content[:-7])
     else:  # one bit
         path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])

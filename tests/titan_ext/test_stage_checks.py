@@ -11,9 +11,10 @@ from tests.titan_ext.stage_data import write_data
 from tests.titan_ext.stage_of_shards import G, build, sequences
 from titan_ext.config import FLAVORS, ParallelConfig, ShardCacheConfig
 from titan_ext.loader.order import HELD_SHARDS
+from titan_ext.training.checkpoint_files import check_loader_order
 from titan_ext.training.schedules import tiny_stages
 from titan_ext.training.stage_spec import StageSpec
-from titan_ext.training.train import build_stage_config, check_loader_order, check_shard_cache
+from titan_ext.training.train import build_stage_config, check_shard_cache
 
 
 def make_spec(tmp_path, size_bytes, **parallel):

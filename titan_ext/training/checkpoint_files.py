@@ -18,10 +18,10 @@ from torchtitan.tools.logging import logger
 
 from core.atomic import find_free_path, sync_folder, write_text
 from core.checksums import CHECKSUMS, parse_checksums
-from core.errors import DamagedData
+from core.errors import DamagedData, RefusedInput
 from core.hashing import sha256_file
 from titan_ext.compat import CheckpointFileSystem, CheckpointWriter
-from titan_ext.training.stage_spec import METADATA
+from titan_ext.training.stage_spec import METADATA, list_finished_checkpoints
 
 HASH_SUFFIX = ".sha256"
 """Ending of the file in which a rank leaves the hash of the file it has written."""
@@ -158,4 +158,22 @@ def require_whole(folder: Path, group: dist.ProcessGroup | None) -> None:
         raise DamagedData(
             f"{folder}, which the stage starts from, is damaged: {problem}. Restore the file, or compute what made the "
             "checkpoint anew (--from)"
+        )
+
+
+def check_loader_order(out: Path) -> None:
+    """Check that the newest checkpoint of the stage, if there is one, has the loader's state of the present order.
+
+    Raises:
+        RefusedInput: it is of an older version of the program, whose lanes drew their documents in another order.
+    """
+    steps = list_finished_checkpoints(out)
+    if not steps:
+        return
+    folder = out / "checkpoint" / f"step-{steps[-1]}"
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    if any(name.startswith("dataloader.lane_") for name in entries):
+        raise RefusedInput(
+            f"{folder}: an older version of the program has written it, whose order of documents was another one, so "
+            "the next unseen document is unknown; finish the stage with that version, or begin the stage anew (--from)"
         )

@@ -23,7 +23,7 @@ from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from titan_ext.training.checkpoint_files import HashedWriter, require_whole, set_damaged_aside
+from titan_ext.training.checkpoint_files import HashedWriter, check_loader_order, require_whole, set_damaged_aside
 from titan_ext.training.stage_spec import METADATA, list_finished_checkpoints
 from titan_ext.training.stop_request import StopRequest
 
@@ -141,6 +141,7 @@ class StageCheckpoints(CheckpointManager):
 
         Raises:
             DamagedData: no checkpoint is whole, or the one that the stage starts from is not.
+            RefusedInput: see `check_loader_order`.
         """
         self._stop.listen()
         folder = Path(self.folder)
@@ -149,6 +150,7 @@ class StageCheckpoints(CheckpointManager):
         steps = [list_finished_checkpoints(folder.parent)]
         dist.broadcast_object_list(steps, src=0, group=self.pg)
         set_damaged_aside(folder, steps[0], self.pg)
+        check_loader_order(folder.parent)  # which reads metadata, and so comes after
         if not steps[0] and self.initial_load_path:
             require_whole(Path(self.initial_load_path), self.pg)
         return super()._load(step)

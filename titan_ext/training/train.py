@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.tools.logging import init_logger, logger
 
 from core.errors import RefusedInput
@@ -23,13 +22,12 @@ def run_stage(spec: StageSpec) -> None:
 
     Raises:
         NotFinite: loss or gradient norm is not finite; the message says how to go on.
-        RefusedInput: see `build_trainer`, `check_shard_cache` and `check_loader_order`.
+        RefusedInput: see `build_trainer`, `check_shard_cache` and `StageCheckpoints`.
     """
     trainer = build_trainer(spec)
     try:
         try:
             check_shard_cache(trainer.dataloader, spec)
-            check_loader_order(spec.out)
             trainer.train()
         finally:
             trainer.close()
@@ -109,24 +107,6 @@ def check_shard_cache(loader: StreamingLoader, spec: StageSpec) -> None:
         raise RefusedInput(
             f"cluster.shard_cache.size_bytes = {spec.shard_cache.size_bytes}: the shards that the {local_ranks} ranks "
             f"of this node use and fetch ahead take {needed}; set it to at least that, or use more nodes"
-        )
-
-
-def check_loader_order(out: Path) -> None:
-    """Check that the newest checkpoint of the stage, if there is one, has the loader's state of the present order.
-
-    Raises:
-        RefusedInput: it is of an older version of the program, whose lanes drew their documents in another order.
-    """
-    steps = list_finished_checkpoints(out)
-    if not steps:
-        return
-    folder = out / "checkpoint" / f"step-{steps[-1]}"
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    if any(name.startswith("dataloader.lane_") for name in entries):
-        raise RefusedInput(
-            f"{folder}: an older version of the program has written it, whose order of documents was another one, so "
-            "the next unseen document is unknown; finish the stage with that version, or begin the stage anew (--from)"
         )
 
 
