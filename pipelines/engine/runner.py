@@ -77,6 +77,7 @@ def run_steps(
         _execute_at_once(starting, run, manifest, stop)
         if stop.is_set():
             return
+    _remove_leftovers(steps, run, manifest)  # of workers that died, after which a step went on by itself
     manifest.content.pop("restart", None)
     manifest.save()
 

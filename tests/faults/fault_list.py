@@ -29,6 +29,7 @@ def kills() -> list[Fault]:
         ("items", "items", "bbh", "a benchmark's items are renamed"), ("items", "items", "items", "items are renamed"),
         ("data", "data", "index.json", "an index of shards is renamed"),
         ("data", "data", "data_manifest.json", "the data manifest is renamed"),
+        ("data", "driver", "data", "data is renamed"),
         ("pretrain", "pretrain.rank0", "SHA256SUMS", "a checkpoint's SHA256SUMS is renamed"),
         ("pretrain", "pretrain.rank0", ".metadata", "a checkpoint's .metadata is renamed"),
         ("pretrain", "pretrain.rank1", "*.sha256", "rank 1 leaves the hash of its file of a checkpoint"),
@@ -43,7 +44,7 @@ def kills() -> list[Fault]:
     for step, process, target, moment in moments:
         for action, what in (("kill", "SIGKILL of the worker"), ("kill-driver", "SIGKILL of the driver")):
             for after in (False, True):
-                if after and action == "kill" and step not in ("pretrain", "export"):
+                if action == "kill" and (process == "driver" or (after and step not in ("pretrain", "export"))):
                     continue
                 number = 3 if step == "pretrain" else 1
                 faults.append(

@@ -216,6 +216,16 @@ def test_what_a_killed_writer_left_is_removed_before_the_steps_go_on(graph):
     assert seen == [False, False] and leftovers[1].parent.exists()
 
 
+def test_what_a_worker_left_that_died_while_its_step_went_on_is_removed_at_the_end(graph):
+    left = graph.run / "progress" / ".text.json.12.34.partial"
+    left.parent.mkdir()
+    work = [Step("text", 1, (), {}, ("text",), left.touch)]
+    run_steps(
+        work, graph.run, Manifest(graph.run), until=None, restart_from=None, log_line=print, stop=threading.Event()
+    )
+    assert list(left.parent.iterdir()) == []
+
+
 def test_from_restarts_once_then_continues(graph):
     graph.go()
     graph.fail = "count"

@@ -6,14 +6,17 @@ import socket
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from core.atomic import write_json
+from core.progress import ignore_progress
 from data.catalogue.corpora import Requirement
 from pipelines.engine.manifest import Manifest
 from pipelines.engine.progress_file import ProgressFile
 from pipelines.status import read_status
+from pipelines.steps.fetch import fetch_packages
 from pipelines.steps.package_cache import download_packages
 
 
@@ -82,6 +85,19 @@ def test_progress_file_holds_the_last_word_of_a_phase(tmp_path):
     report("write", 0, 5)
     report("write", 1, 5)
     assert json.loads(report.path.read_text())["done"] == 0  # too soon after the last
+
+
+def test_packages_of_a_step_that_was_killed_before_it_was_recorded_are_taken(tmp_path, monkeypatch):
+    """A folder that is there could not be renamed into place a second time, whatever was done."""
+    file = tmp_path / "here-1.0.whl"
+    file.write_bytes(b"wheel")
+    context = SimpleNamespace(run=tmp_path / "run", progress=lambda step: ignore_progress, log_line=lambda line: None)
+    wanted = {name: Requirement(f"{name}==1.0", sdist=False) for name in ("here", "gone")}
+    monkeypatch.setattr("pipelines.steps.fetch.download_packages", lambda *_: {"here": file})
+    made = fetch_packages(context, wanted)
+    assert made["missing"] == ["gone"] and made["packages"]["here"]["file"] == file.name
+    monkeypatch.setattr("pipelines.steps.fetch.download_packages", lambda *_: {})
+    assert fetch_packages(context, wanted) == made
 
 
 def test_a_clock_that_is_set_back_takes_no_second_from_a_step(tmp_path, monkeypatch):
