@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_shard_bytes": (1, 2**50),
     "batch_tokens": (1, 2**24),
     "dashboard_port": (0, 65535),
+    "hang_minutes": (0, 10**6),
 }
 """Name of a field -> its smallest and largest value, where another file of rules does not state them."""
 
