@@ -7,7 +7,6 @@ FAULTS_OF_CI = (
     "read-only output",
     "SIGKILL of the worker, before a checkpoint's .metadata is renamed",
     "SIGKILL while another kill is recovered from, twice",
-    "ENOSPC once, while a checkpoint's SHA256SUMS is written",
     "__0_0.distcp of the newest checkpoint: flip",
 )
 """Those that every test of the program tries."""
