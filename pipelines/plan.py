@@ -11,31 +11,29 @@ from data.mixture import count_heldout_tokens, count_split_tokens
 from data.planning import MEASURED, TOKEN_BYTES, plan_data
 from data.sources import UNIT_TEXT_BYTES
 from pipelines.recipe import Recipe
-from pipelines.recipes.published import GPUS_PER_NODE
 from pipelines.validation.epoch_rules import count_repetitions
-from pipelines.validation.memory_rules import Layout, estimate_stages, find_nearest_layout, settle
+from pipelines.validation.memory_rules import Layout, estimate_stages, find_nearest_layout, list_stages, settle
 from pipelines.validation.problems import InvalidRecipe
 from pipelines.validation.training_rules import find_parallel_problems
 from pipelines.validation.validate_recipe import find_problems
+from titan_ext.cards import GPUS_PER_NODE, Machine
 from titan_ext.config import ParallelConfig, StageConfig
-from titan_ext.layout import SPARE
+from titan_ext.layout import SPARE, Option, describe_sharding, rank_layouts
 from titan_ext.model_stats import count_parameters
-from titan_ext.roofline import Card, estimate_tokens_per_second
+from titan_ext.roofline import estimate_tokens_per_second
 from titan_ext.traffic import count_traffic
 
+UNUSABLE = ("data", "cluster.gpu", "cluster.network_gbits")
+"""Fields without which nothing can be computed, beside those of model, layout and stages."""
 EXPERT_PARALLEL = 4
 """Number of ranks that share the experts in the paper's layout (arXiv 2605.27358)."""
-LAYOUT_REASON = (
+LAYOUT_EVIDENCE = (
     "Without expert parallelism FSDP gathers a layer's weights while the layer before computes; with it, the experts "
     "wait for the tokens. Reported for 64 experts on 8 H100, in another program: FSDP 21.5% of the peak, EP 2 20.7%, "
     "EP 4 18.9%, EP 8 17.0% (marin-community/marin #6979); with 512 experts it was the reverse (#7332). Nothing of "
     "this was measured with this program."
 )
-
-
-ROOFLINE_SOURCE = (
-    f"computed for an {Card().name}, not run: a roofline without network and waits (titan_ext/roofline.py)"
-)
+ROOFLINE_SOURCE = "computed for {gpu} with {gbits:g} Gbit/s a GPU, not run: a roofline (titan_ext/roofline.py)"
 """What `plan_stages` says of its tokens a second."""
 
 
@@ -48,7 +46,7 @@ def plan_run(recipe: Recipe) -> dict[str, Any]:
         InvalidRecipe: numbers of the model, the layout, the stages or the data make no sense to compute with.
     """
     problems = list(find_problems(recipe))
-    unusable = [p for p in problems if p.field == "data" or p.field.startswith(("model.", "parallel.", "stages."))]
+    unusable = [p for p in problems if p.field in UNUSABLE or p.field.startswith(("model.", "parallel.", "stages."))]
     if unusable:
         raise InvalidRecipe(recipe.name, unusable)
     count = count_parameters(recipe.model)
@@ -70,11 +68,44 @@ def plan_memory(recipe: Recipe) -> dict[str, Any]:
     layouts = {"recipe": Layout(settle(recipe), recipe.stages)}
     if (other := find_other_layout(recipe)) is not None:
         layouts["other"] = other
-    limit = recipe.cluster.gpu_memory * (1 - SPARE) if recipe.cluster.gpus_per_worker else None
+    machine = recipe.cluster.machine
+    limit = machine.card.memory * (1 - SPARE) if machine else None
     described = {name: _describe_layout(recipe, layout, limit) for name, layout in layouts.items()}
     if not described["recipe"]["fits"] and (nearest := find_nearest_layout(recipe)) is not None:
         described["nearest"] = _describe_layout(recipe, nearest, limit)
-    return {"limit": limit, "layouts": described, "reason": LAYOUT_REASON if other is not None else None}
+    return {"limit": limit, "layouts": described, "choice": plan_choice(recipe, machine) if machine else None}
+
+
+def plan_choice(recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """Return the layouts of the recipe's GPUs by the roofline, the best first, and why the recipe has its own."""
+    own = settle(recipe)
+    stated = recipe.parallel.expert_parallel is not None and recipe.parallel.data_parallel_replicate is not None
+    opened = replace(recipe.parallel, expert_parallel=None, data_parallel_replicate=None, compile=own.compile)
+    everything = rank_layouts(recipe.model, list_stages(recipe), opened, machine)
+    if stated:
+        reason = f"{describe_sharding(own)} is stated in the recipe. Left open: {everything.reason}"
+    else:
+        left = rank_layouts(recipe.model, list_stages(recipe), replace(recipe.parallel, compile=own.compile), machine)
+        reason = left.reason
+    return {
+        "gpu": machine.card.name,
+        "network_gbits": machine.network_gbits,
+        "options": [_describe_option(option, own) for option in everything.options],
+        "reason": reason,
+        "evidence": LAYOUT_EVIDENCE,
+    }
+
+
+def _describe_option(option: Option, own: ParallelConfig) -> dict[str, Any]:
+    sharding = describe_sharding(option.parallel)
+    return {
+        "sharding": sharding,
+        "recomputation": option.parallel.activation_checkpoint,
+        "recipe": sharding == describe_sharding(own),
+        "fits": option.fits,
+        "tokens_per_second": option.tokens_per_second,
+        "waiting": option.waiting / option.seconds if option.seconds else None,
+    }
 
 
 def find_other_layout(recipe: Recipe) -> Layout | None:
@@ -83,7 +114,7 @@ def find_other_layout(recipe: Recipe) -> Layout | None:
     None if the recipe's number of ranks allows no such layout.
     """
     own = settle(recipe)
-    if own.expert_parallel > 1:
+    if own.expert_ranks > 1:
         replicas = own.world_size // own.pipeline_parallel // GPUS_PER_NODE
         candidates = [replace(own, expert_parallel=1, data_parallel_replicate=n) for n in (replicas, 1) if n]
     else:
@@ -115,14 +146,10 @@ def _describe_layout(recipe: Recipe, layout: Layout, limit: float | None) -> dic
 
 def describe_parallel(parallel: ParallelConfig) -> str:
     """Return a layout in a few words."""
-    shards = parallel.world_size // (parallel.data_parallel_replicate * parallel.pipeline_parallel)
-    sharding = f"FSDP over {shards}"
-    if parallel.data_parallel_replicate > 1:
-        sharding = f"HSDP, {parallel.data_parallel_replicate} replicas of {shards}"
     degrees = (("TP", "tensor"), ("CP", "context"), ("PP", "pipeline"))
     more = [f"{short} {n}" for short, name in degrees if (n := getattr(parallel, f"{name}_parallel")) > 1]
     how = f"recomputation {parallel.activation_checkpoint}, {'compiled' if parallel.compile else 'not compiled'}"
-    return ", ".join([f"EP {parallel.expert_parallel}", sharding, *more, how])
+    return ", ".join([describe_sharding(parallel), *more, how])
 
 
 def plan_stages(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -147,10 +174,12 @@ def plan_stages(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def _plan_speed(recipe: Recipe, stage: StageConfig) -> dict[str, Any] | None:
     """Return tokens a second of a GPU and GPU-hours, computed by a roofline; None where it has no answer."""
-    rate = estimate_tokens_per_second(recipe.model, stage, settle(recipe)) if recipe.cluster.gpus_per_worker else None
-    if rate is None:
+    machine = recipe.cluster.machine
+    rate = estimate_tokens_per_second(recipe.model, stage, settle(recipe), machine) if machine else None
+    if machine is None or rate is None:
         return None
-    return {"tokens_per_second": rate, "gpu_hours": stage.tokens / rate / 3600, "source": ROOFLINE_SOURCE}
+    source = ROOFLINE_SOURCE.format(gpu=machine.card.name, gbits=machine.network_gbits)
+    return {"tokens_per_second": rate, "gpu_hours": stage.tokens / rate / 3600, "source": source}
 
 
 def _count_shards(tokens: dict[str, float | None], shard_bytes: int) -> int | None:

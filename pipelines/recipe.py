@@ -10,8 +10,8 @@ from typing import Any
 
 from data.config import DataConfig
 from eval.config import EvaluationConfig, ExportConfig
+from titan_ext.cards import CardName, Machine, describe_machine
 from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
-from titan_ext.layout import GPU_MEMORY
 from titan_ext.quantization.config import QuantizationConfig
 
 
@@ -43,9 +43,13 @@ class ClusterConfig:
     """CPUs of one training rank, and its OMP_NUM_THREADS."""
     gpus_per_worker: int = 0
     """GPUs of one training rank (0 or 1)."""
-    gpu_memory: int = GPU_MEMORY
-    """Memory of one GPU in bytes. A layout whose estimate leaves less than a tenth of it to the allocator, NCCL and
-    the driver is refused; 0 GPUs a worker check nothing."""
+    gpu: CardName = "H100"
+    """Kind of the GPUs. Layouts are chosen, and tokens a second computed, for it (titan_ext/cards.py)."""
+    gpu_memory: int | None = None
+    """Memory of one GPU in bytes; None takes what `gpu` has. A layout whose estimate leaves less than a tenth of it to
+    the allocator, NCCL and the driver is refused; 0 GPUs a worker check nothing."""
+    network_gbits: float = 400.0
+    """Gigabits a second that a GPU receives from other nodes: what a node receives, over its GPUs."""
     cpus_per_task: int = 2
     """CPUs of one export or evaluation task."""
     max_failures: int = 3
@@ -57,6 +61,11 @@ class ClusterConfig:
     shard_cache: ShardCacheConfig = field(default_factory=ShardCacheConfig)
     dashboard_port: int = 0
     """Port of the dashboard of a Ray started here; 0 takes a free one."""
+
+    @property
+    def machine(self) -> Machine | None:
+        """Return the GPUs and the network that layouts are chosen for; None where ranks have no GPU."""
+        return describe_machine(self.gpu, self.network_gbits, self.gpu_memory) if self.gpus_per_worker else None
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,11 @@ class ParallelConfig:
     """
 
     world_size: int
-    expert_parallel: int = 1
-    """Number of ranks that share the routed experts. It divides n_experts and the ranks of a replica of a stage."""
-    data_parallel_replicate: int = 1
-    """Number of copies of the sharded model (HSDP); 1 is plain FSDP2."""
+    expert_parallel: int | None = 1
+    """Number of ranks that share the routed experts. It divides n_experts and the ranks of a replica of a stage. None
+    selects the one with which a GPU trains the most tokens by the roofline (titan_ext/layout.py), and 1 on the CPU."""
+    data_parallel_replicate: int | None = 1
+    """Number of copies of the sharded model (HSDP); 1 is plain FSDP2. None selects as above: 1, or one a node."""
     tensor_parallel: int = 1
     """Number of ranks that split every dense matrix and, without expert parallelism, every expert. It divides
     n_kv_heads."""
@@ -186,6 +187,18 @@ class ParallelConfig:
     """Whether to use only algorithms that give the same bits in every run. On the CPU all do with one thread a rank;
     with several, products in float32 may differ from run to run. A GPU has faster ones that do not, and there an
     operation without a deterministic algorithm ends the stage."""
+
+    @property
+    def expert_ranks(self) -> int:
+        """Return the number of ranks that share the routed experts. `titan_ext.layout.settle_layout` chooses it."""
+        assert self.expert_parallel is not None, "settle_layout has not chosen yet"
+        return self.expert_parallel
+
+    @property
+    def replicas(self) -> int:
+        """Return the number of copies of the sharded model. `titan_ext.layout.settle_layout` chooses it."""
+        assert self.data_parallel_replicate is not None, "settle_layout has not chosen yet"
+        return self.data_parallel_replicate
 
     @property
     def data_parallel(self) -> int:

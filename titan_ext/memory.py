@@ -96,7 +96,7 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
     embedding = count.embedding if rank == 0 or is_last else 0
     held = embedding + (count.total - count.embedding) * n_layers // dims.n_layers
     trained = held - (embedding if is_pipeline and is_last else 0)  # the replica has no optimizer state
-    shards = parallel.world_size // (parallel.data_parallel_replicate * parallel.pipeline_parallel)
+    shards = parallel.world_size // (parallel.replicas * parallel.pipeline_parallel)
     shard = -(-held // shards)
 
     layer = _count_dense_parameters(count, dims) // parallel.tensor_parallel
@@ -107,7 +107,7 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
     checkpoint = parallel.activation_checkpoint or "none"
     kept = {
         "none": whole,
-        "selective": selective_bytes_per_token(dims, size, stage.capacity_factor, parallel.expert_parallel > 1),
+        "selective": selective_bytes_per_token(dims, size, stage.capacity_factor, parallel.expert_ranks > 1),
         "full": size * dims.d_model,
     }[checkpoint]
     return MemoryEstimate(
@@ -195,4 +195,4 @@ def _count_dense_parameters(count: ParameterCount, dims: ModelDims) -> int:
 
 def _count_expert_parts(parallel: ParallelConfig) -> int:
     """Return the number of parts that the routed experts are split into while they compute."""
-    return parallel.expert_parallel if parallel.expert_parallel > 1 else parallel.tensor_parallel
+    return parallel.expert_ranks if parallel.expert_ranks > 1 else parallel.tensor_parallel

@@ -1,8 +1,8 @@
 """This module computes the tokens a second of one GPU by a roofline: a kernel takes as long as its FLOPs or its bytes.
 
-It is arithmetic, and was never compared with a run. The peak and the bandwidth were measured on an H100; the shares of
-them that kernels reach are assumed. It leaves out the network, the host and waits, so a real step takes longer. Kernels
-are those of compiled blocks.
+It is arithmetic, and was never compared with a run. Cards and network are those of `titan_ext.cards`; the shares of
+their speeds that kernels reach are assumed. It leaves out the host, and ranks that wait for each other, so a real step
+takes longer. Kernels are those of compiled blocks.
 
 Letters: T tokens of a micro-batch, K experts a token, R rows of the routed experts, D model dimension.
 """
@@ -10,54 +10,80 @@ Letters: T tokens of a micro-batch, K experts a token, R rows of the routed expe
 import math
 from dataclasses import dataclass
 
+from titan_ext.cards import Card, Machine
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
 from titan_ext.memory import LOSS_CHUNKS
 from titan_ext.model_stats import count_parameters
+from titan_ext.traffic import TrafficTime, time_traffic
 
 BFLOAT16, FLOAT32 = 2, 4
 ROUNDED_WEIGHT = FLOAT32 + BFLOAT16
 """Bytes that QAT's rounding reads and writes of a weight: one kernel, once a step, on the shard."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """The speeds that a GPU reaches."""
+FORWARD = 1 / 3
+"""Share of a micro-batch's computation that is its forward pass."""
 
-    name: str = "H100"
-    peak: float = 790e12
-    """FLOPs a second of large bfloat16 products, measured."""
-    float32_peak: float = 45e12
-    """FLOPs a second of float32 products, assumed."""
-    bandwidth: float = 3.0e12 * 0.85
-    """Bytes a second: 3.0 TB/s measured, of which kernels are assumed to reach 85%."""
-    dense: float = 0.75
-    """Share of the peak that dense products reach; this and the next are assumed."""
-    grouped: float = 0.60
-    attention: tuple[float, float] = (0.45, 0.35)
-    """Shares that the forward and the backward pass of flex attention reach."""
-    choice: float = 15e-9
-    """Seconds a token of a layer's choice of experts, assumed: small kernels that sort, far from either peak."""
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of a training step on one rank, in seconds."""
+
+    micro_batches: float
+    """Number of micro-batches of a step."""
+    computing: float
+    """Kernels of a micro-batch."""
+    traffic: TrafficTime
+    """What travels in a micro-batch."""
+    updating: float
+    """The optimizer's update and QAT's rounding of weights, once a step."""
+
+    @property
+    def waiting(self) -> float:
+        """Return the time that a micro-batch waits for the network: for tokens, and for weights that are late.
+
+        FSDP2 gathers weights and reduces gradients beside the kernels of other layers.
+        """
+        forward = max(0.0, self.traffic.forward - FORWARD * self.computing)
+        backward = max(0.0, self.traffic.backward - (1 - FORWARD) * self.computing)
+        return forward + backward + self.traffic.tokens
+
+    @property
+    def total(self) -> float:
+        """Return the time of the step."""
+        return self.micro_batches * (self.computing + self.waiting) + self.updating
 
 
 def estimate_tokens_per_second(
-    dims: ModelDims, stage: StageConfig, parallel: ParallelConfig, card: Card | None = None
+    dims: ModelDims, stage: StageConfig, parallel: ParallelConfig, machine: Machine | None = None
 ) -> float | None:
     """Return the tokens a second of one rank; None for layouts that split a sequence or the layers.
 
     Args:
-        parallel: layout with recomputation and compile settled (`titan_ext.layout.settle_layout`).
+        parallel: settled layout (`titan_ext.layout.settle_layout`).
     """
-    split = parallel.tensor_parallel * parallel.context_parallel * parallel.pipeline_parallel
-    if split > 1 or not parallel.compile or parallel.precision != "bfloat16":
+    if splits_a_sequence(parallel) or not parallel.compile or parallel.precision != "bfloat16":
         return None
-    kernels = Kernels(dims, stage, parallel, card or Card())
-    micro_batches = stage.global_batch_size / (stage.local_batch_size * parallel.data_parallel)
-    shard = count_parameters(dims).total / (parallel.world_size // parallel.data_parallel_replicate)
-    update = kernels.move(shard * 10 * FLOAT32)  # AdamW reads and writes 7 values, norm and clipping 3
-    rounding = kernels.move(shard * ROUNDED_WEIGHT) if stage.quantize else 0.0
-    micro_batch = dims.n_layers * kernels.time_layer() + kernels.time_head() + kernels.move(kernels.count_fsdp_bytes())
-    seconds = micro_batch * micro_batches + update + rounding
-    return kernels.tokens * micro_batches / seconds
+    step = estimate_step(dims, stage, parallel, machine or Machine())
+    return stage.local_batch_size * stage.seq_len * step.micro_batches / step.total
+
+
+def splits_a_sequence(parallel: ParallelConfig) -> bool:
+    """Return whether ranks share a sequence or the layers, which the roofline does not know."""
+    return parallel.tensor_parallel * parallel.context_parallel * parallel.pipeline_parallel > 1
+
+
+def estimate_step(dims: ModelDims, stage: StageConfig, parallel: ParallelConfig, machine: Machine) -> StepTime:
+    """Return the time of a step under a settled layout that splits no sequence, with compiled blocks."""
+    kernels = Kernels(dims, stage, parallel, machine.card)
+    shard = count_parameters(dims).total / (parallel.world_size // parallel.replicas)
+    moved = 10 * FLOAT32  # AdamW reads and writes 7 values, norm and clipping 3
+    return StepTime(
+        micro_batches=stage.global_batch_size / (stage.local_batch_size * parallel.data_parallel),
+        computing=dims.n_layers * kernels.time_layer() + kernels.time_head() + kernels.move(kernels.count_fsdp_bytes()),
+        traffic=time_traffic(dims, stage, parallel, machine),
+        updating=kernels.move(shard * (moved + (ROUNDED_WEIGHT if stage.quantize else 0))),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,8 +127,8 @@ class Kernels:
             self.multiply(T, n, k, card.dense) for n, k in ((q_width, D), (2 * kv_width, D), (D, q_width))
         )
         shared = 2 * self.multiply(T, S, D, card.dense) + self.multiply(T, D, S, card.dense) if S else 0.0
-        experts = 2 * self.multiply(R, F, D, card.grouped, dims.n_experts)
-        experts += self.multiply(R, D, F, card.grouped, dims.n_experts)
+        groups = dims.n_experts // self.parallel.expert_ranks  # this rank's experts have rows of all ranks that share
+        experts = 2 * self.multiply(R, F, D, card.grouped, groups) + self.multiply(R, D, F, card.grouped, groups)
         attention = 2 * T * self.stage.seq_len * q_width  # causal: half of 4 T L H
         forward, backward = card.attention
         redone, all_redone = again > 0, again == 1  # selective recomputation keeps attention and the experts' products
@@ -173,10 +199,10 @@ class Kernels:
         the weights are; QAT's shard has the computing dtype already, and of one rank it is copied there at once.
         Gradients are cast to float32 and added to those of earlier micro-batches.
         """
-        shards = self.parallel.world_size // self.parallel.data_parallel_replicate
+        shards, count = self.parallel.world_size // self.parallel.replicas, count_parameters(self.dims)
+        here = count.total - count.routed_experts * (1 - 1 / self.parallel.expert_ranks)  # gathered on this rank
         sent = FLOAT32 + BFLOAT16
         if self.stage.quantize:
             sent = 2 * BFLOAT16 if shards > 1 else 0
-        gathered = 2 * (sent / shards + 2 * BFLOAT16)
         reduced = BFLOAT16 + FLOAT32 + 3 * FLOAT32
-        return (gathered + reduced) * count_parameters(self.dims).total
+        return 2 * sent / shards * count.total + (2 * 2 * BFLOAT16 + reduced) * here

@@ -35,13 +35,14 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks.gpu.mocked_h100 import mock_h100
 from benchmarks.gpu.one_rank import Training, describe_training
 from benchmarks.gpu.table import make_table, shorten
+from titan_ext.cards import Card
 from titan_ext.config import FLAVORS, ModelDims
 from titan_ext.mobilemoe import model_config
 from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.quantization.qat import QATModule, convert_to_qat
 from titan_ext.quantization.shards import round_groups
-from titan_ext.roofline import Card, estimate_tokens_per_second
+from titan_ext.roofline import estimate_tokens_per_second
 
 SIZES = {"micro_batches": 64}
 CASES: dict[str, Callable[[], Training]] = {

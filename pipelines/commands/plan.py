@@ -63,8 +63,8 @@ def format_plan(plan: dict[str, Any]) -> RenderableType:
     parts += [_format_layout(name, layout) for name, layout in memory["layouts"].items()]
     if memory["limit"] is not None:
         parts.append(Text(f"A stage may take {_gb(memory['limit'])} GB, so that a tenth of the GPU stays free."))
-    if memory["reason"]:
-        parts.append(Text(memory["reason"]))
+    if memory["choice"]:
+        parts += _format_choice(memory["choice"])
     parts += [_format_stages(plan["stages"]), _format_epochs(plan["stages"]), _format_data(plan["data"])]
     parts += [Text(f"run would refuse: {refusal}", style="red") for refusal in plan["refusals"]]
     return Group(*parts)
@@ -86,6 +86,22 @@ def _format_layout(name: str, layout: dict[str, Any]) -> Table:
         received = (_gb(stage["traffic"][kind]) for stage in stages.values())
         table.add_row(f"{kind} received a micro-batch", *received)
     return table
+
+
+def _format_choice(choice: dict[str, Any]) -> list[RenderableType]:
+    """Return the table of the possible layouts, and the sentences that say why the recipe has its own."""
+    table = Table(
+        title=f"layouts of these GPUs ({choice['gpu']}, {choice['network_gbits']:g} Gbit/s a GPU), the best first",
+        caption="Computed over all stages by a roofline, not run.",
+    )
+    for column in ("", "layout", "recomputation", "tokens/s of a GPU", "waits for the network", "leaves enough memory"):
+        table.add_column(column, justify="right" if column.endswith(("GPU", "network")) else "left")
+    for option in choice["options"]:
+        waits = UNKNOWN if option["waiting"] is None else f"{option['waiting']:.0%}"
+        rate = UNKNOWN if option["waiting"] is None else f"{option['tokens_per_second']:,.0f}"
+        mark, fits = "*" if option["recipe"] else "", "yes" if option["fits"] else "no"
+        table.add_row(mark, option["sharding"], option["recomputation"], rate, waits, fits)
+    return [table, Text(choice["reason"]), Text(choice["evidence"])]
 
 
 def _format_stages(stages: dict[str, Any]) -> Table:

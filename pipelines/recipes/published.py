@@ -6,10 +6,10 @@ things differ from the paper, and `mobilemoe plan` shows both:
 - The shares of the domains are the published ones, except that no domain repeats more often than `data.max_epochs`
   allows with the corpora of the catalogue. The open conversations on safety are so few that 9.4% of instruction tuning
   would repeat them hundreds of times. Their share is lowered, and the other domains grow in proportion.
-- The paper shares the experts over 4 GPUs. Here each GPU computes with all experts, and the GPUs of a node shard the
-  weights (HSDP). The weights fit, gathering them hides behind the computation, and for so few experts it was faster
-  wherever it was reported (pipelines/plan.py). The trained model is the same. `--parallel.expert-parallel 4
-  --parallel.data-parallel-replicate 1` is the paper's layout.
+- The paper shares the experts over 4 GPUs. Here the layout is chosen for `cluster.gpu` and `cluster.network_gbits`
+  (titan_ext/layout.py). On the GPUs known, each computes with all experts, and a node shards the weights (HSDP).
+  The trained model is the same. `--parallel.expert-parallel 4 --parallel.data-parallel-replicate 1` is the paper's
+  layout.
 """
 
 import math
@@ -27,8 +27,6 @@ CORPORA = tuple(corpus.name for corpus in OPEN_CORPORA if not corpus.non_commerc
 """Names of all open corpora of the published families whose licences allow commercial use. If your use allows
 `natural-reasoning`, `tulu-3` and `wildguardmix`, name them in `data.corpora` too and set `data.commercial_only` to
 False. The shares of the domains are the stages' mixtures."""
-GPUS_PER_NODE = 8
-"""Number of GPUs that are connected faster than nodes are, over which a replica's weights are sharded."""
 NEEDS = """\
 --data.tokenizer.path FOLDER: a tokenizer of at most 128,256 entries with Llama 3.1's special tokens (docs/data.md)
 access to the Hugging Face hub (HF_TOKEN) for the corpora: {corpora}
@@ -61,7 +59,7 @@ def build_published(name: str, model: ModelDims, world_size: int, pretrain_token
         model=model,
         data=data,
         stages=Stages(**limit_mixtures(stages, data)),
-        parallel=choose_layout(world_size),
+        parallel=ParallelConfig(world_size=world_size, expert_parallel=None, data_parallel_replicate=None),
         cluster=ClusterConfig(ray_address="auto", cpus_per_worker=8, gpus_per_worker=1, cpus_per_task=8),
     )
 
@@ -85,10 +83,3 @@ def limit_mixtures(stages: dict[str, StageConfig], data: DataConfig) -> dict[str
         for name, stage in stages.items()
     }
     return limited | {"qat": replace(limited["qat"], mixture=limited["sft"].mixture)}
-
-
-def choose_layout(world_size: int) -> ParallelConfig:
-    """Return the layout of a number of GPUs: a replica a node, or one over all GPUs where they are no whole nodes."""
-    nodes, rest = divmod(world_size, GPUS_PER_NODE)
-    replicas = nodes if nodes and not rest else 1
-    return ParallelConfig(world_size=world_size, data_parallel_replicate=replicas, precision="bfloat16")

@@ -13,10 +13,8 @@ from eval.config import EvaluationConfig
 from pipelines.preflight import find_existing_parent
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, find_nonpositive
+from titan_ext.cards import CARDS, GPUS_PER_NODE
 from titan_ext.loader.order import HELD_SHARDS, list_sections
-
-NODE_GPUS = 8
-"""Number of GPUs of a cluster's node, for the estimate of what its cache holds."""
 
 if TYPE_CHECKING:
     from eval.benchmarks.suites import Benchmark
@@ -182,7 +180,9 @@ def _find_benchmark_problems(config: EvaluationConfig, suite: "Sequence[Benchmar
 def find_cluster_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield the broken rules of the cluster."""
     cluster = recipe.cluster
-    yield from find_nonpositive("cluster", cluster, ("cpus_per_worker", "cpus_per_task", "gpu_memory"))
+    yield from find_nonpositive("cluster", cluster, ("cpus_per_worker", "cpus_per_task", "gpu_memory", "network_gbits"))
+    if cluster.gpu not in CARDS:
+        yield Problem("cluster.gpu", cluster.gpu, "is no GPU whose speed is known", f"choose one of {', '.join(CARDS)}")
     if cluster.gpus_per_worker not in (0, 1):
         rule = "a rank drives one GPU or none"
         yield Problem("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "set 0 or 1")
@@ -214,14 +214,14 @@ def find_shard_cache_problems(recipe: Recipe) -> Iterator[Problem]:
 def estimate_shard_cache(recipe: Recipe) -> int:
     """Return the bytes of unpacked shards that a node needs at a time, the most of all stages.
 
-    All ranks without a GPU are on one node, and NODE_GPUS with one. The shards do not exist yet, so all are taken for
-    full; together they are at most as large as the text of the corpora, at one token a byte.
+    All ranks without a GPU are on one node, and GPUS_PER_NODE with one. The shards do not exist yet, so all are taken
+    for full; together they are at most as large as the text of the corpora, at one token a byte.
     """
     from data import validate_config
     from data.catalogue.corpora import CATALOGUE
 
     parallel, size, largest = recipe.parallel, recipe.data.shard_bytes, 0
-    ranks = NODE_GPUS if recipe.cluster.gpus_per_worker and recipe.cluster.ray_address else parallel.world_size
+    ranks = GPUS_PER_NODE if recipe.cluster.gpus_per_worker and recipe.cluster.ray_address else parallel.world_size
     data_ranks, node_ranks = parallel.data_parallel, parallel.count_data_ranks(ranks)
     for _, stage in recipe.stages.items():
         batch = stage.global_batch_size

@@ -22,11 +22,15 @@ class Layout:
 
     def describe_changes(self, recipe: Recipe) -> list[str]:
         """Return the options that change the recipe to this layout, with their values."""
-        fields = ("activation_checkpoint", "data_parallel_replicate", "expert_parallel")
-        settled = settle(recipe)
-        changes = [
+        recomputation = self.parallel.activation_checkpoint
+        changes = []
+        if recomputation != settle(recipe).activation_checkpoint:
+            changes = [f"--parallel.activation-checkpoint {recomputation}"]
+            recipe = replace(recipe, parallel=replace(recipe.parallel, activation_checkpoint=recomputation))
+        settled = settle(replace(recipe, stages=self.stages))  # what the recipe leaves open may change with the rest
+        changes += [
             f"--parallel.{name.replace('_', '-')} {getattr(self.parallel, name)}"
-            for name in fields
+            for name in ("data_parallel_replicate", "expert_parallel")
             if getattr(self.parallel, name) != getattr(settled, name)
         ]
         return changes + [
@@ -37,9 +41,13 @@ class Layout:
 
 
 def settle(recipe: Recipe) -> ParallelConfig:
-    """Return the recipe's layout with the recomputation and compile that its processors and their memory give it."""
-    gpu_memory = recipe.cluster.gpu_memory if recipe.cluster.gpus_per_worker else None
-    return settle_layout(recipe.model, [stage for _, stage in recipe.stages.items()], recipe.parallel, gpu_memory)
+    """Return the recipe's layout with what it leaves open chosen for its processors, their memory and their network."""
+    return settle_layout(recipe.model, list_stages(recipe), recipe.parallel, recipe.cluster.machine)
+
+
+def list_stages(recipe: Recipe) -> list[StageConfig]:
+    """Return the recipe's stages in training order."""
+    return [stage for _, stage in recipe.stages.items()]
 
 
 def estimate_stages(recipe: Recipe, layout: Layout | None = None) -> dict[str, MemoryEstimate]:
@@ -53,11 +61,11 @@ def find_memory_problems(recipe: Recipe) -> Iterator[Problem]:
 
     The recipe must keep the rules of `training_rules`.
     """
-    if not recipe.cluster.gpus_per_worker:
+    if (memory := _read_gpu_memory(recipe)) is None:
         return
     peaks = {name: estimate.peak for name, estimate in estimate_stages(recipe).items()}
     worst = max(peaks, key=lambda name: peaks[name])
-    limit = recipe.cluster.gpu_memory * (1 - SPARE)
+    limit = memory * (1 - SPARE)
     if peaks[worst] <= limit:
         return
     nearest = find_nearest_layout(recipe)
@@ -68,7 +76,7 @@ def find_memory_problems(recipe: Recipe) -> Iterator[Problem]:
     else:
         peak = max(estimate.peak for estimate in estimate_stages(recipe, nearest).values())
         way_out = f"{' '.join(nearest.describe_changes(recipe))} fits with {peak / 1e9:.1f} GB"
-    yield Problem("cluster.gpu_memory", recipe.cluster.gpu_memory, rule, way_out)
+    yield Problem("cluster.gpu_memory", memory, rule, way_out)
 
 
 def find_nearest_layout(recipe: Recipe) -> Layout | None:
@@ -77,18 +85,26 @@ def find_nearest_layout(recipe: Recipe) -> Layout | None:
     Cheapest first: recomputation, fewer replicas (which gather over more ranks), smaller micro-batches, experts over
     more ranks (whose exchange is waited for).
     """
-    limit = recipe.cluster.gpu_memory * (1 - SPARE)
+    if (memory := _read_gpu_memory(recipe)) is None:
+        return None
+    limit = memory * (1 - SPARE)
     for layout in sorted(_list_layouts(recipe), key=lambda layout: _rank_changes(recipe, layout)):
         if all(estimate.peak <= limit for estimate in estimate_stages(recipe, layout).values()):
             return layout
     return None
 
 
+def _read_gpu_memory(recipe: Recipe) -> int | None:
+    """Return the bytes of one GPU; None where ranks have none."""
+    machine = recipe.cluster.machine
+    return None if machine is None else machine.card.memory
+
+
 def _list_layouts(recipe: Recipe) -> Iterator[Layout]:
     """Yield every valid layout that differs from the recipe's in what the search may change."""
     start = settle(recipe)
     recomputation = RECOMPUTATION[RECOMPUTATION.index(start.activation_checkpoint or "none") :]
-    replicas = [n for n in range(1, start.data_parallel_replicate + 1) if start.data_parallel_replicate % n == 0]
+    replicas = [n for n in range(1, start.replicas + 1) if start.replicas % n == 0]
     experts = [n for n in range(1, recipe.model.n_experts + 1) if recipe.model.n_experts % n == 0]
     largest = max(stage.local_batch_size for _, stage in recipe.stages.items())
     batches = [2**n for n in range(largest.bit_length())]
@@ -120,8 +136,8 @@ def _rank_changes(recipe: Recipe, layout: Layout) -> tuple[float, ...]:
     steps = RECOMPUTATION.index(layout.parallel.activation_checkpoint or "none") - RECOMPUTATION.index(
         start.activation_checkpoint or "none"
     )
-    replicas = start.data_parallel_replicate / layout.parallel.data_parallel_replicate
-    experts = abs(layout.parallel.expert_parallel - start.expert_parallel)
+    replicas = start.replicas / layout.parallel.replicas
+    experts = abs(layout.parallel.expert_ranks - start.expert_ranks)
     batch = sum(
         recipe.stages.get(name).local_batch_size / stage.local_batch_size - 1 for name, stage in layout.stages.items()
     )

@@ -31,10 +31,10 @@ class InvalidRecipe(RefusedInput):
 
 
 def find_nonpositive(prefix: str, config: Any, names: tuple[str, ...]) -> Iterator[Problem]:
-    """Yield a problem for each named field of `config` that is not above 0, or not finite."""
+    """Yield a problem for each named field of `config` that is not above 0, or not finite. None is left out."""
     for name in names:
         value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             yield Problem(f"{prefix}.{name}", value, "must be above 0 and finite", "set a positive number")
 
 

@@ -50,7 +50,7 @@ def find_release_problems(model: ModelDims) -> Iterator[Problem]:
 
 def find_parallel_problems(model: ModelDims, parallel: ParallelConfig) -> Iterator[Problem]:
     """Yield the broken rules of the parallelism, on its own and for this model."""
-    ep, world = parallel.expert_parallel, parallel.world_size
+    ep, world = parallel.expert_parallel or 1, parallel.world_size  # what is left open is chosen to keep the rules
     if not divides(ep, model.n_experts):
         rule = f"model.n_experts = {model.n_experts} must be a multiple of it"
         yield Problem("parallel.expert_parallel", ep, rule, f"choose one of {list_divisors(model.n_experts)}")
@@ -67,8 +67,8 @@ def find_parallel_problems(model: ModelDims, parallel: ParallelConfig) -> Iterat
         rule += f"{model.n_layers}, and each needs a layer"
         most = model.n_layers * parallel.pipeline_parallel // parallel.pipeline_stages
         yield Problem("parallel.pipeline_parallel", parallel.pipeline_parallel, rule, f"set it to at most {most}")
-    split = math.prod(getattr(parallel, degree) for degree in DEGREES)
-    copies = parallel.pipeline_parallel * parallel.data_parallel_replicate
+    split = math.prod(getattr(parallel, degree) or 1 for degree in DEGREES)
+    copies = parallel.pipeline_parallel * (parallel.data_parallel_replicate or 1)
     if split > 1 and not divides(split, world):
         rule = f"must be a multiple of {' x '.join(DEGREES)} = {split}"
         yield Problem("parallel.world_size", world, rule, f"set it to {math.ceil(world / split) * split}, say")

@@ -44,7 +44,7 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield every broken rule of the recipe, in the order of its fields; last the numbers that break no other rule."""
     problems = list(find_rule_problems(recipe))
     # What follows computes with the numbers of these fields, so they must make sense.
-    if not any(problem.field.startswith(("model.", "parallel.", "stages.")) for problem in problems):
+    if not any(problem.field.startswith(("model.", "parallel.", "stages.", "cluster.")) for problem in problems):
         problems += find_memory_problems(recipe)
         if not any(problem.field == "data" for problem in problems):
             problems += find_epoch_problems(recipe)

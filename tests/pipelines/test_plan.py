@@ -31,7 +31,10 @@ def test_the_plan_of_l(published):
     assert own["title"] == "EP 1, HSDP, 32 replicas of 8, recomputation selective, compiled"
     assert other["title"] == "EP 4, FSDP over 256, recomputation selective, compiled"
     assert own["fits"] and other["fits"] and own["peak"] < published["memory"]["limit"] == 72e9
-    assert "marin #6979" in published["memory"]["reason"].replace("-community/marin", "")
+    choice = published["memory"]["choice"]
+    assert "marin #6979" in choice["evidence"].replace("-community/marin", "")
+    assert [option["sharding"] for option in choice["options"] if option["recipe"]] == ["EP 1, HSDP, 32 replicas of 8"]
+    assert choice["options"][0]["recipe"] and choice["reason"].startswith("EP 1, HSDP, 32 replicas of 8 waits for")
     stages = published["stages"]
     assert stages["pretrain"]["tokens"] == pytest.approx(6e12, rel=1e-4)
     tokens = [entry["available"] for entry in stages["midtrain"]["domains"].values()]
@@ -68,6 +71,20 @@ def test_a_layout_beyond_the_gpu_stands_beside_the_nearest_that_fits():
     assert not layouts["recipe"]["fits"] and layouts["nearest"]["fits"]
     assert layouts["nearest"]["parallel"]["activation_checkpoint"] == "full"
     assert any(refusal.startswith("cluster.gpu_memory = 20000000000: stage pretrain") for refusal in plan["refusals"])
+
+
+def test_a_stated_layout_stands_beside_the_best():
+    recipe = RECIPES["s"].build()
+    stated = dataclasses.replace(recipe.parallel, expert_parallel=4, data_parallel_replicate=1)
+    cluster = dataclasses.replace(recipe.cluster, gpu="A100", network_gbits=50.0)
+    choice = plan_run(dataclasses.replace(recipe, parallel=stated, cluster=cluster))["memory"]["choice"]
+    assert choice["reason"].startswith(
+        "EP 4, FSDP over 64 is stated in the recipe. Left open: EP 1, FSDP over 64 waits"
+    )
+    assert [option["sharding"] for option in choice["options"] if option["recipe"]] == ["EP 4, FSDP over 64"]
+    assert (choice["gpu"], choice["network_gbits"], len(choice["options"])) == ("A100", 50, 6)
+    wide = dataclasses.replace(recipe.parallel, context_parallel=2)
+    assert "not timed" in plan_run(dataclasses.replace(recipe, parallel=wide))["memory"]["choice"]["reason"]
 
 
 def test_every_part_of_the_memory_has_a_row():
@@ -119,6 +136,7 @@ def test_the_command_takes_overrides_and_runs_of_others(smoke, tmp_path, capsys)
         (["plan", "smok"], "Did you mean smoke?"),
         (["plan", "--like"], "give the folder of a run"),
         (["plan", "smoke", "--parallel.world-size", "0"], "parallel.world_size = 0: must be above 0"),
+        (["plan", "s", "--cluster.network-gbits", "0"], "cluster.network_gbits = 0.0: must be above 0"),
         (["plan", "smoke", "--data.max-epochs.sft", "nan"], "data.max_epochs.sft = nan: must be above 0"),
     ],
 )

@@ -99,7 +99,7 @@ def test_held_out_is_capped_in_tokens():
 @pytest.mark.parametrize("name", ["s", "m", "l"])
 def test_published_layouts_fit_80_gb_with_a_tenth_to_spare(name):
     recipe = RECIPES[name].build()
-    assert recipe.parallel.expert_parallel == 1 and recipe.cluster.gpu_memory == 80e9
+    assert settle(recipe).expert_ranks == 1 and recipe.cluster.machine.card.memory == 80e9
     peaks = {stage: estimate.peak for stage, estimate in estimate_stages(recipe).items()}
     assert max(peaks.values()) < 72e9, peaks
 
@@ -203,6 +203,8 @@ REFUSALS = [
     ("cluster.cpus_per_worker", 0, "cluster.cpus_per_worker", "positive"),
     ("cluster.gpus_per_worker", 2, "cluster.gpus_per_worker", "0 or 1"),
     ("cluster.gpu_memory", 0, "cluster.gpu_memory", "positive"),
+    ("cluster.gpu", "V100", "cluster.gpu", "A100, H100, H200"),
+    ("cluster.network_gbits", 0.0, "cluster.network_gbits", "positive"),
     ("cluster.max_failures", -1, "cluster.max_failures", "0 for no restart"),
     ("cluster.hang_minutes", -0.5, "cluster.hang_minutes", "0"),
     ("cluster.shard_cache.folder", "caches/shards", "cluster.shard_cache.folder", "begin with /"),

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
+from titan_ext.cards import Card, Machine
 from titan_ext.config import FLAVORS, ModelDims, ParallelConfig
 from titan_ext.layout import AMPLE, RECOMPUTATION, settle_layout
 from titan_ext.memory import activation_bytes_per_token, estimate_memory, selective_bytes_per_token
@@ -111,13 +112,14 @@ def test_a_gpu_compiles_and_computes_as_little_again_as_its_memory_allows():
     assert peaks["none"] > peaks["selective"] > peaks["full"]
     for name, peak in peaks.items():
         exact = math.ceil(peak / (1 - AMPLE))
-        assert settle_layout(dims, stages, layout, exact).activation_checkpoint == name
-        assert settle_layout(dims, stages, layout, exact - 2).activation_checkpoint != name or name == "full"
+        at_limit, below = (Machine(dataclasses.replace(Card(), memory=size)) for size in (exact, exact - 2))
+        assert settle_layout(dims, stages, layout, at_limit).activation_checkpoint == name
+        assert settle_layout(dims, stages, layout, below).activation_checkpoint != name or name == "full"
     settled = settle_layout(dims, stages, layout, None)
     assert (settled.activation_checkpoint, settled.compile) == ("none", False)
     stated = dataclasses.replace(layout, activation_checkpoint="full", compile=False)
-    for memory in (None, 10**12):
-        assert settle_layout(dims, stages, stated, memory) == stated
+    for machine in (None, Machine()):
+        assert settle_layout(dims, stages, stated, machine) == stated
 
 
 def test_recomputed_experts_keep_their_products():

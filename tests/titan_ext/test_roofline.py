@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from titan_ext.cards import Card
 from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.model_stats import count_parameters, training_flops_per_token
-from titan_ext.roofline import Card, Kernels, estimate_tokens_per_second
+from titan_ext.roofline import Kernels, estimate_tokens_per_second
 from titan_ext.training.schedules import published_stages
 
 ALONE = ParallelConfig(world_size=1, activation_checkpoint="selective", compile=True)

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 import torchtitan.tools.utils as titan_utils
 
 from core.cache import keep_compiled_code_apart
+from titan_ext.cards import CARDS, Card, Machine
 from titan_ext.compat import run_gloo_in_one_thread
 from titan_ext.cpu.allocator import keep_freed_memory
-from titan_ext.layout import GPU_MEMORY
 
 IS_CPU = not torch.accelerator.is_available()
 """Whether this process trains on the CPU."""
@@ -27,13 +28,18 @@ CONTEXT_PARALLEL_LOAD_BALANCER = None if IS_CPU else "headtail"
 flex attention follow a load balancer."""
 
 
-def find_gpu_memory() -> int | None:
-    """Return the bytes of a GPU's memory here; None for training on the CPU."""
+def find_machine() -> Machine | None:
+    """Return the card here with the memory that it has; None for training on the CPU.
+
+    A card that `titan_ext.cards` does not know is taken for an H100, and so is another accelerator.
+    """
     if IS_CPU:
         return None
     if not torch.cuda.is_available():  # another accelerator, or tests that trace what a GPU would run
-        return GPU_MEMORY
-    return torch.cuda.get_device_properties(0).total_memory
+        return Machine()
+    properties = torch.cuda.get_device_properties(0)
+    card = next((card for name, card in CARDS.items() if name in properties.name), Card())
+    return Machine(replace(card, memory=properties.total_memory))
 
 
 class _CPUDeviceModule:

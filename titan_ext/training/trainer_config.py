@@ -11,7 +11,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from core.errors import RefusedInput
 from titan_ext.config import ModelDims, ParallelConfig, ShardCacheConfig, StageConfig
-from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, SPMD_BACKEND, find_gpu_memory
+from titan_ext.cpu.device import CONTEXT_PARALLEL_LOAD_BALANCER, SPMD_BACKEND, find_machine
 from titan_ext.layout import settle_layout
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.memory import LOSS_CHUNKS
@@ -79,7 +79,7 @@ def build_trainer_config(
             "training gives a whole token one INT8 range; set it to 1"
         )
     # The default is to compile on a GPU only. At the sizes trained on the CPU, to compile takes more than it saves.
-    parallel = settle_layout(model, [stage], parallel, find_gpu_memory())
+    parallel = settle_layout(model, [stage], parallel, find_machine())
     return StageTrainer.Config(
         model_spec=model_spec(_model_config(model, stage, quantization), flavor),
         hf_assets_path=tokenizer,
@@ -157,8 +157,8 @@ def _training_config(stage: StageConfig, parallel: ParallelConfig) -> TrainingCo
 
 def _parallelism_config(model: ModelDims, stage: StageConfig, parallel: ParallelConfig) -> ParallelismConfig:
     return ParallelismConfig(
-        data_parallel_replicate_degree=parallel.data_parallel_replicate,
-        expert_parallel_degree=parallel.expert_parallel,
+        data_parallel_replicate_degree=parallel.replicas,
+        expert_parallel_degree=parallel.expert_ranks,
         tensor_parallel_degree=parallel.tensor_parallel,
         context_parallel_degree=parallel.context_parallel,
         context_parallel_load_balancer=CONTEXT_PARALLEL_LOAD_BALANCER,

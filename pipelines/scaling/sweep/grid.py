@@ -185,7 +185,7 @@ def _build_run(sweep: Sweep, key: tuple[int, int, int, bool, float], tokens: lis
         granularity=None if is_dense else granularity,
         shared=None if is_dense else shared,
         learning_rate_factor=factor,
-        parallel=replace(parallel, expert_parallel=gcd(parallel.expert_parallel, model.n_experts)),
+        parallel=replace(parallel, expert_parallel=gcd(parallel.expert_ranks, model.n_experts)),
         branches=tuple(branches),
     )
 
