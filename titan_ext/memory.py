@@ -56,7 +56,8 @@ class MemoryEstimate:
     head_gradient: int
     """That sum in the computing dtype. It is reduced together with the embedding's gradient, which comes last."""
     combination: int
-    """Rows of the routed experts, three times in float32, in the backward pass of a layer's weighted sum of experts."""
+    """Rows of the routed experts in the backward pass of a layer's weighted sum of experts: their gradient, or, where
+    the block is not compiled, three float32 copies: gradient, outputs and the product of both."""
     rounded: int
     """Shard of the weights of quantization-aware training on their grid, in the computing dtype."""
     teacher: int
@@ -105,6 +106,8 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
     tokens = stage.local_batch_size * stage.seq_len // (parallel.context_parallel * parallel.tensor_parallel)
     whole = activation_bytes_per_token(dims, size, stage.capacity_factor, compiled=bool(parallel.compile))
     checkpoint = parallel.activation_checkpoint or "none"
+    # Compiled, one kernel reads gradients and outputs and writes (titan_ext/mobilemoe/row_gather.py, _SumRows).
+    rows_copies = size if parallel.compile else 3 * FLOAT32
     kept = {
         "none": whole,
         "selective": selective_bytes_per_token(dims, size, stage.capacity_factor, parallel.expert_ranks > 1),
@@ -121,7 +124,7 @@ def _estimate_pipeline_rank(rank: int, dims: ModelDims, stage: StageConfig, para
         logits=LOGIT_COPIES * FLOAT32 * tokens * dims.vocab_size // LOSS_CHUNKS if is_last else 0,
         head=FLOAT32 * root if is_last else 0,
         head_gradient=size * root if is_last else 0,
-        combination=int(3 * FLOAT32 * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
+        combination=int(rows_copies * tokens * dims.top_k * (stage.capacity_factor or 1) * dims.d_model),
         rounded=size * shard if stage.quantize else 0,
         teacher=size * shard if stage.quantize and stage.distillation_weight else 0,
         accumulates=stage.global_batch_size > stage.local_batch_size * parallel.data_parallel,

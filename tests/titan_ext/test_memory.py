@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from titan_ext.layout import AMPLE, RECOMPUTATION, settle_layout
 from titan_ext.memory import activation_bytes_per_token, estimate_memory, selective_bytes_per_token
 from titan_ext.mobilemoe import model_config
 from titan_ext.mobilemoe.recomputation import KeepProducts
+from titan_ext.mobilemoe.row_gather import sum_rows
 from titan_ext.model_stats import count_parameters, split_layers
 from titan_ext.training.schedules import published_stages
 
@@ -139,6 +141,27 @@ def test_recomputed_experts_keep_their_products():
     assert count_products(FullAC) == 9 + 3
     assert count_products(SelectiveAC) == 9 + 3 + 2 * 3
     assert count_products(KeepProducts) == 9 + 3 + 3, "looked at again, and not computed again"
+
+
+def test_the_weighted_sum_of_experts_holds_three_float32_copies_in_its_backward_pass():
+    """Read from the profiler, in eager mode; compiled, the gradient alone is counted."""
+    T, K, D = 512, 4, 256
+    row_TK = torch.randperm(T * K).view(T, K)
+    token_R = torch.empty(T * K, dtype=torch.int64).scatter(0, row_TK.flatten(), torch.arange(T * K) // K)
+    rows_RD = torch.randn(T * K, D).bfloat16().requires_grad_()
+    out_TD = sum_rows(rows_RD, torch.rand(T, K), row_TK, token_R, torch.rand(T * K))
+    grad_TD = torch.randn_like(out_TD)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out_TD.backward(grad_TD)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    dims, stage = dataclasses.replace(FLAVORS["tiny"], d_model=D, top_k=K), published_stages()["sft"]
+    stage = dataclasses.replace(stage, local_batch_size=1, seq_len=T)
+    eager, compiled = (
+        estimate_memory(dims, stage, ParallelConfig(world_size=1, compile=compile)).combination
+        for compile in (False, True)
+    )
+    assert peak == pytest.approx(eager, rel=0.05) and eager == 6 * compiled == 12 * T * K * D
 
 
 def test_static_parts_are_what_fsdp_shards():
