@@ -7,6 +7,7 @@ new version changes it.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,6 +44,7 @@ __all__ = [
     "all_gather_tensor",
     "all_gather_tensor_autograd",
     "clip_by",
+    "describe_float8_rows",
     "divide_exactly",
     "download_file",
     "exchange_counts",
@@ -53,9 +55,12 @@ __all__ = [
     "make_shard_reader",
     "move_param_groups",
     "multiply_grouped",
+    "multiply_grouped_in_float8",
     "reduces_on_one_rank",
     "return_hidden_states",
     "return_rows_to_tokens",
+    "round_groups_to_float8",
+    "round_to_float8",
     "run_gloo_in_one_thread",
     "send_rows_to_experts",
     "set_found_inf",
@@ -241,6 +246,55 @@ def multiply_grouped(
     Expert e has the rows from offsets_E[e - 1] (0 for the first expert) to offsets_E[e].
     """
     return experts._grouped_mm(A=a_RK, B_t=b_EKN, offs=offsets_E)
+
+
+def multiply_grouped_in_float8(a_RK: torch.Tensor, b_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Multiply as `multiply_grouped` does, in float8, with bfloat16 operands and results.
+
+    Every expert has a multiple of 16 rows, and at least 16. torchao's kernels need Triton and a GPU.
+    """
+    from torchao.prototype.moe_training.fp8_grouped_mm import _to_fp8_rowwise_then_scaled_grouped_mm as multiply
+
+    return multiply(a_RK, b_EKN, offsets_E, pad_token_groups_for_grouped_mm=False)
+
+
+def describe_float8_rows(*, emulate: bool) -> object:
+    """Return torchao's configuration of float8 linears with a scale for each row.
+
+    On a GPU inductor keeps the casts of fused kernels, as torchtitan sets it for this recipe (pytorch issue 150859).
+    """
+    import spmd_types as spmd
+    from torch._inductor import config as inductor_config
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    if not emulate:
+        inductor_config.emulate_precision_casts = True
+    spmd.register_local_autograd_function(matmul_with_hp_or_float8_args)
+    return replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
+
+
+def round_to_float8(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x times a scale for each vector along `dim`, rounded to float8 (e4m3), and the scales, float32.
+
+    The scales are powers of 2, as those of torchao's grouped product.
+    """
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
+
+    scale = tensor_to_scale(
+        x, torch.float8_e4m3fn, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=dim,
+        round_scales_to_power_of_2=True,
+    )  # fmt: skip
+    return to_fp8_saturated(x.float() * scale, torch.float8_e4m3fn), scale
+
+
+def round_groups_to_float8(x_RD: torch.Tensor, offsets_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x times a scale for each column of each expert's rows, rounded to float8, and the scales [E, D]."""
+    from torchao.prototype.moe_training.utils import torch_to_float8_per_group_colwise
+
+    values_RD, scales = torch_to_float8_per_group_colwise(x_RD, offsets_E, round_scales_to_power_of_2=True)
+    return values_RD, scales.view(len(offsets_E), x_RD.shape[1])
 
 
 def make_shard_reader(folder: str, entry: dict[str, Any]) -> "MDSReader":

@@ -126,6 +126,9 @@ class StageConfig:
     checkpoints, so a multiple of `checkpoint_interval`; 0 measures none."""
     quantize: bool = False
     """Whether the stage trains with fake-quantized weights and activations, on the grid of `Recipe.quantization`."""
+    float8: bool = False
+    """Whether the products of the blocks, but the router's, are computed in float8 with a scale for each row (torchao).
+    Weights, gradients and the output projection stay as they are. On the CPU it is emulated, which takes longer."""
     distillation_weight: float = 0.0
     """Weight w in loss = (1 - w) cross entropy + w KL(teacher || student). The teacher is the unquantized model that
     the stage starts from. 0 trains without a teacher; above 0 needs `quantize`."""

@@ -113,6 +113,21 @@ class Kernels:
         flops, moved = 2 * m * n * k, BFLOAT16 * (m * k + m * n + groups * n * k)
         return max(flops / (self.card.peak * efficiency), moved / self.card.bandwidth)
 
+    def train_product(self, m: int, n: int, k: int, efficiency: float, *, passes: float, groups: int = 1) -> float:
+        """Return the time of a block's product in `passes` passes: forward, two backward, and what is computed again.
+
+        In float8 each operand of a pass is rounded before: read and written where its vectors are rows, read twice
+        where they are columns, as those of the weights' gradient are.
+        """
+        if not self.stage.float8:
+            return passes * self.multiply(m, n, k, efficiency, groups)
+        assert self.card.float8_peak is not None, "the recipe's rules refuse this card"
+        flops, moved = 2 * m * n * k, m * k + groups * n * k + BFLOAT16 * m * n
+        product = max(flops / (self.card.float8_peak * efficiency), moved / self.card.bandwidth)
+        row, column, weights = BFLOAT16 + 1, 2 * BFLOAT16 + 1, groups * n * k
+        rounded = (passes - 2) * row * (m * k + weights) + row * (m * n + weights) + column * (m * n + m * k)
+        return passes * product + self.move(rounded)
+
     def move(self, size: float) -> float:
         """Return the time that reading and writing `size` bytes takes."""
         return size / self.card.bandwidth
@@ -123,20 +138,20 @@ class Kernels:
         D, F, S = dims.d_model, dims.expert_hidden, dims.shared_hidden
         q_width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
         again = {"none": 0.0, "selective": 0.5, "full": 1.0}[self.parallel.activation_checkpoint or "none"]
-        projections = sum(
-            self.multiply(T, n, k, card.dense) for n, k in ((q_width, D), (2 * kv_width, D), (D, q_width))
-        )
-        shared = 2 * self.multiply(T, S, D, card.dense) + self.multiply(T, D, S, card.dense) if S else 0.0
+        redone, all_redone = again > 0, again == 1  # selective recomputation keeps attention and the experts' products
+        dense = [(q_width, D), (2 * kv_width, D), (D, q_width), *([(S, D), (S, D), (D, S)] if S else [])]
+        products = sum(self.train_product(T, n, k, card.dense, passes=3 + again) for n, k in dense)
         groups = dims.n_experts // self.parallel.expert_ranks  # this rank's experts have rows of all ranks that share
-        experts = 2 * self.multiply(R, F, D, card.grouped, groups) + self.multiply(R, D, F, card.grouped, groups)
+        products += sum(
+            self.train_product(R, n, k, card.grouped, passes=3 + all_redone, groups=groups)
+            for n, k in ((F, D), (F, D), (D, F))
+        )
         attention = 2 * T * self.stage.seq_len * q_width  # causal: half of 4 T L H
         forward, backward = card.attention
-        redone, all_redone = again > 0, again == 1  # selective recomputation keeps attention and the experts' products
         elementwise = 17 * BFLOAT16 * T * D + 8 * BFLOAT16 * T * (q_width + kv_width)
         gated = (8 + 3 * redone) * BFLOAT16 * (T * S + R * F)  # silu(gate) x up
         return (
-            (3 + again) * (projections + shared)
-            + (3 + all_redone) * experts
+            products
             + attention / card.peak * (1 / forward + 2.5 / backward + all_redone / forward)
             + 6 * T * dims.n_experts * D / card.float32_peak  # router
             + self.move(elementwise + gated)

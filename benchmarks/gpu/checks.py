@@ -96,9 +96,10 @@ CHECKS = {
     "training, on this device": Check("correctness", 90, run_correctness),
     "training, on the CPU": Check("correctness", 40, run_correctness, on_cpu=True),
     "kernels of S 2,048": Check("profile", 50, run_profile),
-    "S 2,048 capacity, nothing recomputed": Check(
-        "throughput", 70, run_throughput("S", 2048, activation_checkpoint="none", **DROPPING)
+    "S 2,048 capacity, selective recomputation": Check(
+        "throughput", 70, run_throughput("S", 2048, activation_checkpoint="selective", **DROPPING)
     ),
+    "S 2,048 capacity, float8": Check("throughput", 90, run_throughput("S", 2048, float8=True, **DROPPING)),
     "S 8,192 capacity": Check("throughput", 80, run_throughput("S", 8192, **DROPPING)),
     "M 2,048 capacity": Check("throughput", 90, run_throughput("M", 2048, **DROPPING)),
     "S 8,192 QAT": Check("throughput", 80, run_throughput("S", 8192, quantize=True)),

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from core.samples import SHARD_HASH, TEXT_COLUMNS
-from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, StageConfig
-from titan_ext.cpu.device import IS_CPU
+from titan_ext.cards import Machine
+from titan_ext.config import FLAVORS, ModelDims, ParallelConfig, Recomputation, StageConfig
+from titan_ext.cpu.device import IS_CPU, find_machine
+from titan_ext.layout import settle_layout
 from titan_ext.quantization.config import QuantizationConfig
 from titan_ext.training.schedules import published_stages
 from titan_ext.training.trainer import StageTrainer
@@ -28,6 +30,8 @@ TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "<pad>": 1}, "unk_
 TOY = dataclasses.replace(FLAVORS["tiny"], n_layers=2, n_experts=12, vocab_size=512)
 """Dimensions of a toy run, in place of all others."""
 TOY_SEQ_LEN = 128
+RECIPE_GPUS = {"S": 64, "M": 128, "L": 256}
+"""GPUs of the recipes s, m and l. A machine for these checks need not have what the recipes import."""
 DOCUMENTS = 256
 """Number of documents in the data of a check. The loader begins anew when they are used up."""
 
@@ -49,20 +53,34 @@ def describe_training(
     micro_batches: int,
     capacity_factor: float | None = None,
     quantize: bool = False,
+    float8: bool = False,
     precision: str = "bfloat16",
-    activation_checkpoint: str = "selective",
+    activation_checkpoint: Recomputation | None = None,
     compile: bool = True,
 ) -> Training:
-    """Return a training of one rank with the published hyper-parameters of pre-training and these sizes."""
+    """Return a training of one rank with the published hyper-parameters of pre-training and these sizes.
+
+    Args:
+        activation_checkpoint: recomputation; None takes what the published recipe of these dimensions settles on, or
+            without a recipe what fits the GPU here.
+    """
     stage = dataclasses.replace(
         published_stages()["pretrain"], steps=10_000, seq_len=seq_len, local_batch_size=local_batch_size,
         global_batch_size=local_batch_size * micro_batches, capacity_factor=capacity_factor, quantize=quantize,
-        mixture={"web": 1.0}, log_interval=10_000,
+        float8=float8, mixture={"web": 1.0}, log_interval=10_000,
     )  # fmt: skip
-    parallel = ParallelConfig(
-        world_size=1, precision=precision, activation_checkpoint=activation_checkpoint, compile=compile
-    )
-    return Training(dims, stage, parallel)
+    recomputation = activation_checkpoint or settle_published(dims)
+    parallel = ParallelConfig(world_size=1, precision=precision, activation_checkpoint=recomputation, compile=compile)
+    return Training(dims, stage, settle_layout(dims, [stage], parallel, find_machine()))
+
+
+def settle_published(dims: ModelDims) -> Recomputation | None:
+    """Return what the published recipe of these dimensions computes again; None where there is none."""
+    name = next((name for name in RECIPE_GPUS if FLAVORS[name] == dims), None)
+    if name is None:
+        return None
+    layout = ParallelConfig(world_size=RECIPE_GPUS[name], expert_parallel=None, data_parallel_replicate=None)
+    return settle_layout(dims, published_stages().values(), layout, Machine()).activation_checkpoint
 
 
 def write_data(folder: Path, vocab_size: int, lengths: tuple[int, int]) -> None:

@@ -82,9 +82,9 @@ def _format_layout(name: str, layout: dict[str, Any]) -> Table:
     table.add_row("peak", *(_gb(stage["peak"]) for stage in stages.values()), style="bold")
     table.add_section()
     table.add_row("sequences of a micro-batch", *(str(stage["local_batch_size"]) for stage in stages.values()))
-    for kind in ("weights", "tokens"):
+    for kind, what in (("weights", "weights"), ("replicas", "replicas' gradients"), ("tokens", "tokens")):
         received = (_gb(stage["traffic"][kind]) for stage in stages.values())
-        table.add_row(f"{kind} received a micro-batch", *received)
+        table.add_row(f"{what} received a micro-batch", *received)
     return table
 
 

@@ -9,8 +9,9 @@ from eval.config import N_ANSWER
 from eval.export.formats import FORMATS, PACKAGED
 from pipelines.recipe import Recipe
 from pipelines.validation.problems import Problem, divides, find_nonpositive, list_divisors
+from titan_ext.cards import CARDS
 from titan_ext.config import ModelDims, ParallelConfig, StageConfig
-from titan_ext.quantization.config import QuantizationConfig
+from titan_ext.quantization.config import FLOAT8_MULTIPLE, QuantizationConfig
 
 MIXTURE_TOLERANCE = 1e-6
 """Largest distance from 1 of a sum of shares; decimal fractions do not add up exactly."""
@@ -116,7 +117,34 @@ def find_stage_problems(name: str, stage: StageConfig, recipe: Recipe) -> Iterat
     if stage.quantize and parallel.tensor_parallel > 1:
         rule = f"{prefix}.quantize rounds whole tokens to INT8, and tensor parallelism splits them"
         yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+    if stage.float8:
+        yield from _find_float8_problems(prefix, stage, recipe)
     yield from _find_distillation_problems(prefix, stage, parallel)
+
+
+def _find_float8_problems(prefix: str, stage: StageConfig, recipe: Recipe) -> Iterator[Problem]:
+    """Yield the reasons for which a stage cannot compute its products in float8."""
+    field, model, parallel, cluster = f"{prefix}.float8", recipe.model, recipe.parallel, recipe.cluster
+    if stage.quantize:
+        yield Problem(field, True, f"{prefix}.quantize rounds the same products to INT4 and INT8", "set it to False")
+    if parallel.precision != "bfloat16":
+        yield Problem("parallel.precision", parallel.precision, f"{field} gives bfloat16 products", "set bfloat16")
+    if parallel.tensor_parallel > 1:
+        rule = f"{field} scales whole rows, and tensor parallelism splits them"
+        yield Problem("parallel.tensor_parallel", parallel.tensor_parallel, rule, "set it to 1")
+    if cluster.gpus_per_worker and cluster.gpu in CARDS and CARDS[cluster.gpu].float8_peak is None:
+        able = ", ".join(name for name, card in CARDS.items() if card.float8_peak is not None)
+        rule = f"cluster.gpu = {cluster.gpu} has no grouped float8 products; {able} have"
+        yield Problem(field, True, rule, "set it to False")
+    if not cluster.gpus_per_worker and parallel.compile:
+        rule = f"{field} is emulated on the CPU, by operations that do not compile"
+        yield Problem("parallel.compile", True, rule, "set it to False")
+    widths = {name: getattr(model, name) for name in ("d_model", "expert_hidden", "shared_hidden")}
+    widths |= {f"{name} x head_dim": getattr(model, name) * model.head_dim for name in ("n_heads", "n_kv_heads")}
+    for name, width in widths.items():
+        if width % FLOAT8_MULTIPLE:
+            rule = f"model.{name} = {width} is no multiple of {FLOAT8_MULTIPLE}, which float8 products need"
+            yield Problem(field, True, rule, "set it to False, or change the model")
 
 
 def _find_checkpoint_problems(prefix: str, stage: StageConfig) -> Iterator[Problem]:

@@ -202,6 +202,8 @@ REFUSALS = [
     ("evaluation.limit", 0, "evaluation.limit", "leave it out"),
     ("cluster.cpus_per_worker", 0, "cluster.cpus_per_worker", "positive"),
     ("cluster.gpus_per_worker", 2, "cluster.gpus_per_worker", "0 or 1"),
+    ("stages.pretrain.float8", True, "parallel.precision", "set bfloat16"),
+    ("stages.qat.float8", True, "stages.qat.float8", "INT4 and INT8"),
     ("cluster.gpu_memory", 0, "cluster.gpu_memory", "positive"),
     ("cluster.gpu", "V100", "cluster.gpu", "A100, H100, H200"),
     ("cluster.network_gbits", 0.0, "cluster.network_gbits", "positive"),

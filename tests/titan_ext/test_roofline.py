@@ -41,6 +41,21 @@ def test_a_product_takes_what_its_flops_or_its_bytes_take():
     assert kernels.multiply(10, 1, 1, card.dense, groups=5) == 2 * (10 + 10 + 5) / 100
 
 
+def test_a_float8_product_by_hand():
+    stage = dataclasses.replace(published_stages()["sft"], float8=True)
+    slow = Card(float8_peak=1.0, bandwidth=1e30)
+    assert Kernels(FLAVORS["S"], stage, ALONE, slow).train_product(4, 3, 2, 0.5, passes=3) == pytest.approx(
+        3 * 48 / 0.5
+    )
+    narrow = Card(float8_peak=1e30, bandwidth=1.0)
+    kernels = Kernels(FLAVORS["S"], stage, ALONE, narrow)
+    products = 3 * (8 + 5 * 6 + 2 * 12)
+    rounded = 3 * (8 + 30) + 3 * (12 + 30) + 5 * (12 + 8)  # forward; input's gradient; weights' gradient
+    assert kernels.train_product(4, 3, 2, 0.5, passes=3, groups=5) == pytest.approx(products + rounded)
+    plain = Kernels(FLAVORS["S"], dataclasses.replace(stage, float8=False), ALONE, narrow)
+    assert plain.train_product(4, 3, 2, 0.5, passes=3.5) == 3.5 * plain.multiply(4, 3, 2, 0.5)
+
+
 def test_rows_move_as_often_as_the_kernels_read_and_write_them():
     """Counted by hand for one byte a second: of 4 tokens, 2 experts each, 12 rows, bfloat16 rows of width 768."""
     stage = dataclasses.replace(published_stages()["pretrain"], local_batch_size=1, seq_len=4, capacity_factor=1.5)

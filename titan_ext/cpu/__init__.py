@@ -24,6 +24,8 @@
     `titan_ext.mobilemoe.row_gather` calls `embedding_bag`, which makes one.
 13. For the same reason, `titan_ext.mobilemoe.rope` rotates with one product of complex numbers instead of several real
     ones. The bits are the same.
+14. torchao's float8 grouped product has kernels for GPUs alone: `float8.emulate_grouped_product` rounds with torchao's
+    functions, and torchao itself emulates the linears.
 
 This file imports nothing: pipelines reads `titan_ext.cpu.allocator` in processes that must not import torch.
 """

@@ -19,4 +19,5 @@ class KeepProducts(SelectiveAC):
 
     def get_save_ops(self) -> set:
         """Return the operations whose outputs are kept. torchtitan calls it."""
-        return super().get_save_ops() | {torch.ops.aten._grouped_mm.default}
+        products = {torch.ops.aten._grouped_mm.default, torch.ops.aten._scaled_grouped_mm.default}
+        return super().get_save_ops() | products

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+FLOAT8_MULTIPLE = 16
+"""Every dimension of a float8 product, and every expert's number of rows, is a multiple of it: 16 bytes."""
+
 
 @dataclass(frozen=True)
 class QuantizationConfig:

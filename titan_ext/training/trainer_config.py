@@ -19,6 +19,7 @@ from titan_ext.mobilemoe import MobileMoEModel, model_config, model_spec
 from titan_ext.mobilemoe.recomputation import KeepProducts
 from titan_ext.model_stats import split_layers
 from titan_ext.quantization.config import QuantizationConfig
+from titan_ext.quantization.float8 import convert_to_float8
 from titan_ext.quantization.qat import convert_to_qat
 from titan_ext.training.checkpoints import StageCheckpoints
 from titan_ext.training.distillation import DistilledCrossEntropy
@@ -71,7 +72,7 @@ def build_trainer_config(
 
     Raises:
         RefusedInput: QAT under tensor parallelism; a teacher in a pipeline; fewer layers than pipeline stages; no
-            held-out shards of any domain.
+            held-out shards of any domain; float8 on a GPU that lacks it.
     """
     if stage.quantize and parallel.tensor_parallel > 1:
         raise RefusedInput(
@@ -200,6 +201,9 @@ def _split_modules(model: ModelDims, parallel: ParallelConfig) -> list[list[str]
 
 def _model_config(model: ModelDims, stage: StageConfig, quantization: QuantizationConfig) -> MobileMoEModel.Config:
     config = _plain_model_config(model, stage)
+    assert not (stage.quantize and stage.float8), "the recipe's rules refuse it"
+    if stage.float8:
+        return convert_to_float8(config)
     return convert_to_qat(config, quantization) if stage.quantize else config
 
 
