@@ -1,11 +1,12 @@
-"""Time of one training step at S width (two layers, bfloat16, two threads), beside transformers and the machine's GEMM.
+"""Time of one training step at S width (two layers, bfloat16), beside transformers and the machine's GEMM.
 
 The variants also show the cost of drop-and-pad (capacity), of packed documents and of QAT.
 
-    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--profile] [--variants NAME ...]
+    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--threads 2] [--profile] [--variants NAME ...]
 
 Every variant is a process of its own. They take turns, one step at a time, so that a busy machine slows all alike; the
-figures are medians over the rounds. Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the
+figures are medians over the rounds. With one thread they are processor seconds, which a busy machine disturbs little.
+Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the
 same FLOPs is Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user
 gets them, and once more with this project's allocator (titan_ext/cpu/allocator.py), which helps them as well. A small
 vocabulary keeps the output projection, which is the same product everywhere, from hiding the layers. With the published
@@ -43,11 +44,12 @@ MOBILEMOE: dict[str, dict] = {
     "mobilemoe, QAT": {"qat": True},
     "mobilemoe, chunked loss": {"chunked": True},
     "mobilemoe, compiled blocks": {"compiled": True},
+    "mobilemoe, torchtitan's dispatch": {"titans_dispatch": True},
     "mobilemoe, without tcmalloc": {},
 }
 """Variant -> arguments of `make_titan_step`."""
 VARIANTS = ("gemm", *MOBILEMOE, *PEERS, *(f"{name}, with our allocator" for name in PEERS))
-ON_REQUEST = ("chunked loss", "compiled blocks", "without tcmalloc", "our allocator")
+ON_REQUEST = ("chunked loss", "torchtitan's dispatch", "compiled blocks", "without tcmalloc", "our allocator")
 BY_DEFAULT = tuple(name for name in VARIANTS if not name.endswith(ON_REQUEST))
 """Variants that run by default: seven processes of up to 3.6 GB each."""
 CATEGORIES = {
@@ -66,6 +68,7 @@ def make_titan_step(
     compiled: bool = False,
     chunked: bool = False,
     capacity_factor: float | None = None,
+    titans_dispatch: bool = False,
 ) -> Callable[[], None]:
     """Build the torchtitan model and return its training step.
 
@@ -73,12 +76,18 @@ def make_titan_step(
         documents: number of documents in every sequence, all of one length.
         compiled: compile every block, as torchtitan does on GPUs.
         chunked: compute the loss as training does, an eighth of a sequence at a time; otherwise all logits at once.
+        titans_dispatch: move tokens by torchtitan's own dispatcher, which adds with scatters.
     """
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+
     from titan_ext.mobilemoe import model_config  # sets the allocator: only in processes that want that
     from titan_ext.quantization.config import QuantizationConfig
     from titan_ext.quantization.qat import convert_to_qat
 
     config = model_config(dims, capacity_factor=capacity_factor)
+    for layer in config.layers if titans_dispatch else ():
+        options = {"num_experts": dims.n_experts, "top_k": dims.top_k}
+        layer.moe.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(**options)
     model = (convert_to_qat(config, QuantizationConfig()) if qat else config).build()
     model.init_states()
     model.bfloat16()
@@ -178,9 +187,9 @@ def make_environment(name: str) -> dict[str, str]:
 class Variant:
     """A variant in a process of its own, which takes a step when asked to."""
 
-    def __init__(self, name: str, vocab_size: int):
+    def __init__(self, name: str, vocab_size: int, threads: int):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size)],
+            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size), "--threads", str(threads)],
             env=make_environment(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -194,20 +203,21 @@ class Variant:
         return json.loads(answer)
 
 
-def serve(name: str, vocab_size: int) -> None:
+def serve(name: str, vocab_size: int, threads: int) -> None:
     """Build a variant in this process and answer the questions of `Variant` on stdin."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     step = build_variant(name, vocab_size)
+    clock = time.process_time if threads == 1 else time.perf_counter
     for question in sys.stdin:
         if question == "profile\n":
             answer = profile_step(step)
         elif question == "memory\n":
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
-            start = time.perf_counter()
+            start = clock()
             step()
-            answer = time.perf_counter() - start
+            answer = clock() - start
         print(json.dumps(answer), flush=True)
 
 
@@ -229,16 +239,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
                         help=f"gemm, mobilemoe and any of: {'; '.join(VARIANTS[2:])}")  # fmt: skip
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
-        serve(arguments.variant, arguments.vocab_size)
+        serve(arguments.variant, arguments.vocab_size, arguments.threads)
         return
     names = list(dict.fromkeys(("gemm", "mobilemoe", *arguments.variants)))  # the two that all ratios are to
-    variants = {name: Variant(name, arguments.vocab_size) for name in names}
+    variants = {name: Variant(name, arguments.vocab_size, arguments.threads) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
         for name, variant in variants.items():

@@ -44,7 +44,7 @@ from titan_ext.quantization.qat import QATModule, convert_to_qat
 from titan_ext.quantization.shards import round_groups
 from titan_ext.roofline import estimate_tokens_per_second
 
-SIZES = {"micro_batches": 64}
+SIZES: dict[str, Any] = {"micro_batches": 64, "activation_checkpoint": "selective"}
 CASES: dict[str, Callable[[], Training]] = {
     "S 2,048 capacity": lambda: describe_training(
         FLAVORS["S"], seq_len=2048, local_batch_size=8, capacity_factor=1.5, **SIZES

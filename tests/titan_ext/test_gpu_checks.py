@@ -16,13 +16,16 @@ import benchmarks.gpu.run
 from benchmarks.gpu import table
 from benchmarks.gpu.checks import CHECKS, PARTS, Check, run_one
 from benchmarks.gpu.correctness import CASES, draw_hard_weights
+from benchmarks.gpu.one_rank import RECIPE_GPUS, describe_training
 from benchmarks.gpu.pack import NAMES, OTHER_VERSIONS, copy_site, read_locked_versions
 from benchmarks.gpu.reference import Options, Reference
 from benchmarks.gpu.run import run_check, run_checks
 from core.errors import RefusedInput
+from pipelines.recipes import RECIPES
+from pipelines.validation.memory_rules import settle
 from tests.test_import_rules import ROOT
 from tests.titan_ext import reference as token_by_token
-from titan_ext.config import ModelDims
+from titan_ext.config import FLAVORS, ModelDims
 
 DIMS = ModelDims(
     d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, expert_hidden=8, shared_hidden=16, n_experts=6,
@@ -160,6 +163,17 @@ def test_tables_of_a_run():
     assert re.search(r"bfloat16, dropless .* no \|", text) and re.search(r"float32, dropless .* no \|", text)
     assert "| `gemm/'x'` | 30.00 | 75.0% | 3 |" in text and "kernels are 80.0% of 50 ms" in text
     assert "| copy | 4.3 TB/s |" in text and "failed" not in text
+
+
+@pytest.mark.parametrize("name", ["s", "m", "l"])
+def test_trainings_recompute_what_their_recipes_do(name):
+    recipe, dims = RECIPES[name].build(), FLAVORS[name.upper()]
+    expected = settle(recipe).activation_checkpoint
+    assert RECIPE_GPUS[name.upper()] == recipe.parallel.world_size
+    sizes = {"seq_len": 2048, "local_batch_size": 8, "micro_batches": 8}
+    assert describe_training(dims, **sizes).parallel.activation_checkpoint == expected
+    stated = describe_training(dims, activation_checkpoint="full", **sizes)
+    assert stated.parallel.activation_checkpoint == "full"
 
 
 def test_every_part_has_checks_and_a_first_run_fits():

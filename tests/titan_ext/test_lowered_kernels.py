@@ -31,8 +31,9 @@ def lower_toy(path: Path) -> None:
         FLAVORS["S"], d_model=192, head_dim=16, expert_hidden=96, shared_hidden=384, vocab_size=64
     )
     training = describe_training(
-        dims, seq_len=256, local_batch_size=2, micro_batches=1, capacity_factor=1.5, quantize=True
-    )
+        dims, seq_len=256, local_batch_size=2, micro_batches=1, capacity_factor=1.5, quantize=True,
+        activation_checkpoint="selective",
+    )  # fmt: skip
     lowering.CASES = {"toy": lambda: training}
     training, graphs, lowered = lower_case("toy")
     found = {
