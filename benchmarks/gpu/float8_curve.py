@@ -1,6 +1,6 @@
 """Loss of a small model whose blocks multiply in float8, beside bfloat16 and float32, on the CPU's emulation.
 
-    python -m benchmarks.gpu.float8_curve [--steps 200]
+    python -m benchmarks.gpu.float8_curve [--steps 60]
 
 The same weights train on the same tokens three times, on one thread: text of a source in which each of 256 tokens has 8
 possible successors, so that there is something to learn. Master weights and AdamW are float32; float8 rounds as
@@ -66,7 +66,7 @@ def train(products: str, tokens: torch.Tensor) -> list[float]:
 def main() -> None:
     """Train three times and print the curves and their differences."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
     tokens = draw_tokens(steps)
