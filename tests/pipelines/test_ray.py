@@ -132,12 +132,20 @@ def test_a_ray_that_does_not_start_leaves_nothing(tmp_path, monkeypatch):
     assert SHARED_TEMPORARY not in os.environ and MARKER_VARIABLE not in os.environ
 
 
+@pytest.fixture
+def beside_the_other(tmp_path, monkeypatch):
+    """Let a test start a cluster of its own in this process: what is of the other tests' one comes back afterwards."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for variable in (SHARED_TEMPORARY, MARKER_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)
+
+
+@pytest.mark.usefixtures("beside_the_other")
 @pytest.mark.parametrize(("failures", "starts"), [(2, True), (3, False)])
 def test_a_ray_that_fails_to_start_is_started_again(failures, starts, tmp_path, monkeypatch):
     """What the attempt before left is ended first."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)  # the other tests' Ray goes on
     left = []
 
     def start(folder: str, **_: object) -> object:
@@ -157,12 +165,10 @@ def test_a_ray_that_fails_to_start_is_started_again(failures, starts, tmp_path, 
     assert all(process.poll() is not None for process in left)
 
 
+@pytest.mark.usefixtures("beside_the_other")
 def test_a_ray_that_never_starts_ends_the_command(tmp_path, monkeypatch, capsys):
     """`ray.init` waits for ever where a process of Ray was killed while it started."""
     ended = threading.Event()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("pipelines.ray.cluster.ray.shutdown", lambda: None)
     monkeypatch.setattr("pipelines.ray.cluster.START_SECONDS", 0.1)
     monkeypatch.setattr("pipelines.ray.cluster.os._exit", lambda code: ended.set() if code == 1 else None)
 
