@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from core.printable import make_line
+from core.secret_keys import hide_keys
 from pipelines.printing import PlainConsole
 from pipelines.status import RunStatus, StepStatus, read_status
 
@@ -97,8 +98,8 @@ class Display:
             self._live.stop()
 
     def log_line(self, text: str) -> None:
-        """Print a line that stays above the table."""
-        self.console.print(make_line(text), soft_wrap=True)
+        """Print a line that stays above the table, without keys."""
+        self.console.print(make_line(hide_keys(text)), soft_wrap=True)
 
     def refresh(self) -> None:
         """Read the run folder and show its status, if the interval since the last time is over."""

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from core.printable import make_printable
+from core.secret_keys import hide_keys
 
 
 class PlainConsole(Console):
@@ -45,8 +46,8 @@ def print_result(result: RenderableType) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a message on stderr, without breaking its lines."""
-    PlainConsole(stderr=True).print(text, soft_wrap=True)
+    """Print a message on stderr, without breaking its lines and without keys."""
+    PlainConsole(stderr=True).print(hide_keys(text), soft_wrap=True)
 
 
 def quote_command(*words: str | Path) -> str:

@@ -171,5 +171,5 @@ def _check_order(until: str | None, restart_from: str | None, continue_from: str
 def print_header(display: Display, cluster: "Cluster", run: Path) -> None:
     """Show where the run lies and where it can be watched."""
     display.log_line(f"run folder   {run}")
-    display.log_line(f"dashboard    {cluster.dashboard_url or 'none'}")
+    display.log_line(f"dashboard    {cluster.dashboard}")
     display.log_line(f"curves       {quote_command('tensorboard', '--logdir', run / 'stages')}")

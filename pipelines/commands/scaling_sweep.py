@@ -157,7 +157,7 @@ def _run_sweep(recipe: Recipe, runs: Sequence[SweepRun], out: Path, arguments: S
             manifest.describe(recipe)
             manifest.content |= {DATA_ADDRESS: shared.address} if shared else {}
             display.log_line(f"sweep folder  {out}")
-            display.log_line(f"dashboard     {cluster.dashboard_url or 'none'}")
+            display.log_line(f"dashboard     {cluster.dashboard}")
 
             def train() -> None:
                 steps = build_steps(Context(recipe, out, cluster, display.log_line, shared), PACKAGE)

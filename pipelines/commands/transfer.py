@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from core.checksums import CHECKSUMS
 from core.errors import RefusedInput, TransferFailed
 from core.inside import Folder
+from core.secret_keys import hide_keys, holds_key
 from pipelines.commands.object_stores import PROTOCOLS, open_object_store
 
 READ_BYTES = 8 << 20
@@ -34,8 +35,9 @@ def open_address(address: str) -> tuple[AbstractFileSystem, str]:
 
     Raises:
         RefusedInput: the protocol is unknown, its package is not installed, or it is SSH; the address names no host or
-            bucket, or has parts that are no names; it is http with a query.
+            bucket, has parts that are no names, or holds a key; it is http with a query.
     """
+    refuse_keys(address)
     if (local := find_local_path(address)) is not None:
         return LocalFileSystem(), str(local.absolute())
     protocol, path = address.split("://", 1)
@@ -61,6 +63,20 @@ def open_address(address: str) -> tuple[AbstractFileSystem, str]:
     except (ValueError, ImportError) as error:
         raise RefusedInput(f"{address}: {error}") from error
     return system, path.rstrip("/")
+
+
+def refuse_keys(address: str) -> None:
+    """Refuse an address that holds a key: the manifest, the indexes of the shards and every log keep addresses.
+
+    Raises:
+        RefusedInput: it does; the message shows the address without it.
+    """
+    if holds_key(address):
+        raise RefusedInput(
+            f"{hide_keys(address)}: an address is kept in manifests and logs, so it must not hold a key, a password or "
+            "a signature; leave it out and give the key as the library reads it, in AWS_SECRET_ACCESS_KEY, HF_TOKEN, "
+            "~/.netrc, ..."
+        )
 
 
 def open_for_writing(address: str) -> tuple[AbstractFileSystem, str]:

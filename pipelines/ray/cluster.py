@@ -17,8 +17,9 @@ import ray.train
 from core.cpus import count_cpus
 from core.environment import find_socket_folder, prepare_environment
 from core.errors import RefusedInput
-from pipelines.compat import LOCAL_RAY_TRAIN, start_local_ray
+from pipelines.compat import LOCAL_RAY_TRAIN, reread_token, start_local_ray
 from pipelines.ray import orphan_reaper
+from pipelines.ray.access import RAY_FOLDER, TOKEN_FILE, Variables, close_to_others, set_variables
 from pipelines.ray.gang import build_trainer, describe_failures
 from pipelines.ray.temporary_folder import enter_temporary_folder, leave_temporary_folder, make_temporary_folder
 from pipelines.ray.worker_log import redirect_output
@@ -27,8 +28,8 @@ from titan_ext.cpu.allocator import allocator_environment
 
 FOLDER_PREFIX = "mobilemoe-ray-"
 """Beginning of the name of the folder of a Ray started here."""
-LONGEST_FOLDER = 107 - len("/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
-"""Bytes of the longest folder in which Ray's sockets can have their paths."""
+LONGEST_FOLDER = 107 - len(f"/{RAY_FOLDER}/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
+"""Bytes of the longest folder below which Ray's sockets can have their paths."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of the object store of a Ray started here. Configurations and results pass through it, never data."""
 
@@ -64,7 +65,10 @@ class Cluster(contextlib.AbstractContextManager):
     def __init__(self, config: ClusterConfig, run: Path, world_size: int):
         self.config, self.run, self.world_size = config, run, world_size
         self.local = config.ray_address == ""
-        self.dashboard_url = ""
+        self.dashboard = "none"
+        """Address of the dashboard and, of a Ray started here, how to read the token that it asks for."""
+        self._former_access: Variables = {}
+        self._token_hint = ""
         self._gangs, self._lock = 0, threading.Lock()
         self._reaper: subprocess.Popen | None = None
         self._working_directory = os.getcwd() if self.local else None
@@ -76,7 +80,8 @@ class Cluster(contextlib.AbstractContextManager):
         except BaseException:  # the block is never entered, so its end does not close what was started
             self.close()
             raise
-        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        if context.dashboard_url:
+            self.dashboard = f"http://{context.dashboard_url}{self._token_hint}"
         return self
 
     def _join(self) -> Any:
@@ -103,6 +108,8 @@ class Cluster(contextlib.AbstractContextManager):
         enter_temporary_folder(temporary)
         os.environ[orphan_reaper.MARKER_VARIABLE] = marker
         os.environ |= LOCAL_RAY_TRAIN
+        self._former_access = close_to_others(Path(folder))
+        self._token_hint = f" (token: cat {folder}/{TOKEN_FILE})"
         for attempt in range(1, START_ATTEMPTS + 1):
             deadline = threading.Timer(START_SECONDS, _give_up)
             deadline.daemon = True
@@ -124,7 +131,7 @@ class Cluster(contextlib.AbstractContextManager):
         # the user would be imported in place of ours, so the call is made from Ray's own folder.
         with contextlib.chdir(folder):
             return start_local_ray(
-                folder,
+                f"{folder}/{RAY_FOLDER}",
                 num_cpus=max(count_cpus(), self.world_size * config.cpus_per_worker, config.cpus_per_task),
                 include_dashboard=True,
                 dashboard_port=config.dashboard_port or None,
@@ -144,6 +151,8 @@ class Cluster(contextlib.AbstractContextManager):
             self._reaper.communicate()
             self._reaper = None  # an interrupt closes the cluster, and so does the end of the block
             os.environ.pop(orphan_reaper.MARKER_VARIABLE, None)
+            set_variables(self._former_access)
+            reread_token()
 
     def check_size(self, *, trains: bool = True, evaluates: bool = False) -> None:
         """Check that the cluster can hold a task, and the gang if there is training to do.
@@ -243,6 +252,7 @@ class Cluster(contextlib.AbstractContextManager):
             ),
             max_failures=self.config.max_failures,
             working_directory=self._working_directory,
+            one_machine=self.local,
         )
         self._count_gangs(+1)
         try:
@@ -266,7 +276,7 @@ class Cluster(contextlib.AbstractContextManager):
     def _gang_environment(self) -> dict[str, str]:
         variables = {"OMP_NUM_THREADS": str(self.config.cpus_per_worker)}
         if self.local:  # a laptop's hostname may resolve to an address that no interface has
-            variables |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+            variables |= {"GLOO_SOCKET_IFNAME": "lo"}
         return variables
 
 

@@ -5,6 +5,7 @@ sets the environment that torchrun would set, and leaves the process group to th
 """
 
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,15 @@ from ray.train.backend import Backend, BackendConfig
 
 from core.environment import prepare_environment
 from core.inside import refuse_links
+from core.secret_keys import hide_keys
 from pipelines.compat import DataParallelTrainer, find_free_address
 from pipelines.ray.worker_log import redirect_output
+
+LOOPBACK = "127.0.0.1"
+STORE_IS_HOSTED = "TORCHELASTIC_USE_AGENT_STORE"
+"""Variable that tells every rank to connect to a store that is open already, as under torchrun."""
+_hosted_stores: list[Any] = []
+"""Stores that this process keeps open."""
 
 
 @dataclass
@@ -26,6 +34,8 @@ class EnvironmentConfig(BackendConfig):
     """Configuration of the Ray Train backend that sets environment variables and starts no process group."""
 
     variables: dict[str, str]
+    one_machine: bool = False
+    """Whether all workers are processes of one machine, and meet where other machines cannot reach them."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -44,13 +54,31 @@ class EnvironmentBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Choose the rendezvous address on rank 0's node. Ray calls this when the workers have started."""
         assert isinstance(backend_config, EnvironmentConfig)
-        address, port = worker_group.execute_single(0, find_free_address)
+        meet = host_store_on_loopback if backend_config.one_machine else find_free_address
+        address, port = worker_group.execute_single(0, meet)
         rendezvous = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        if backend_config.one_machine:
+            rendezvous[STORE_IS_HOSTED] = "True"
         worker_group.execute(_set_variables, rendezvous | backend_config.variables)
 
     def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Set the ranks. Ray knows them only from this call on."""
         worker_group.execute(_set_ranks)
+
+
+def host_store_on_loopback() -> tuple[str, int]:
+    """Open the store in which the ranks of one machine meet, at 127.0.0.1, and return its address and port.
+
+    torch would let it listen at every address of the machine. This process, that of rank 0, keeps it to its end.
+    """
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    _hosted_stores.append(
+        TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    )
+    return LOOPBACK, port
 
 
 def _set_variables(variables: dict[str, str]) -> None:
@@ -82,6 +110,7 @@ def build_trainer(
     scaling: ray.train.ScalingConfig,
     max_failures: int,
     working_directory: str | None,
+    one_machine: bool,
 ) -> DataParallelTrainer:
     """Return a Ray Train trainer whose `fit()` runs `fn(argument)` on every rank.
 
@@ -91,6 +120,7 @@ def build_trainer(
         worker_environment: variables that each worker's process is started with, for what must be known at its start.
         max_failures: number of restarts of the gang before `fit()` raises.
         working_directory: directory that each worker changes to; None leaves Ray's own.
+        one_machine: whether all workers are processes of this machine.
     """
     return DataParallelTrainer(
         _run_rank,
@@ -100,7 +130,7 @@ def build_trainer(
             "log": str(logs / name),
             "working_directory": working_directory,
         },
-        backend_config=EnvironmentConfig(environment),
+        backend_config=EnvironmentConfig(environment, one_machine),
         scaling_config=scaling,
         # ray.train exports the classes of Train v2 at run time, and those of v1 to type checkers: hence the ignores.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
@@ -120,7 +150,7 @@ def _run_rank(config: dict[str, Any]) -> None:
         try:
             config["fn"](config["argument"])
         except Exception:
-            text = traceback.format_exc()
+            text = hide_keys(traceback.format_exc())
             print(text, flush=True)
             raise RankFailed(text) from None
 
@@ -139,4 +169,4 @@ class FailureLog(ray.train.UserCallback):
 
 def describe_failures(failures: dict[int, Exception]) -> str:
     """Return the rank and the original traceback of every failed rank."""
-    return "\n".join(f"rank {rank}: {str(error).strip()}" for rank, error in sorted(failures.items()))
+    return hide_keys("\n".join(f"rank {rank}: {str(error).strip()}" for rank, error in sorted(failures.items())))

@@ -7,6 +7,7 @@ from core.errors import RefusedInput
 from pipelines.recipe import Recipe
 from pipelines.validation import input_rules, training_rules
 from pipelines.validation.epoch_rules import find_epoch_problems
+from pipelines.validation.key_rules import find_key_problems
 from pipelines.validation.memory_rules import find_memory_problems
 from pipelines.validation.number_ranges import find_range_problems
 from pipelines.validation.problems import InvalidRecipe, Problem, find_nonpositive
@@ -42,6 +43,9 @@ def check_model(model: ModelDims) -> None:
 
 def find_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield every broken rule of the recipe, in the order of its fields; last the numbers that break no other rule."""
+    if problems := list(find_key_problems(recipe)):
+        yield from problems  # alone: other rules would quote the key
+        return
     problems = list(find_rule_problems(recipe))
     # What follows computes with the numbers of these fields, so they must make sense.
     if not any(problem.field.startswith(("model.", "parallel.", "stages.", "cluster.")) for problem in problems):

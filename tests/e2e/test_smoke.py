@@ -17,9 +17,12 @@ from core.checksums import verify_checksums
 from eval.export.formats import FORMATS
 from pipelines.shared_data import open_shared_data
 from pipelines.steps import STEPS
+from tests.planted_keys import PLANTED, find_planted_in_commands, find_planted_in_files
 from tests.titan_ext.object_stores import s3
 
 pytestmark = pytest.mark.timeout(2400)  # six drivers, some minutes together; the machine may be busy
+
+UMASK = 0o027
 
 OVERRIDES = [
     "--data.corpora", "c4-sample", "wikipedia-plain", "dialogues", "reasoning-gym-math",
@@ -67,7 +70,11 @@ class Driver:
     def __init__(self, run: Path, log: Path):
         command = [sys.executable, "-m", "pipelines.cli", "run", "smoke", "--out", str(run), *OVERRIDES]
         self.log = log
-        self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=os.environ | PLANTED, umask=UMASK
+        )
+        self.shown: set[str] = set()
+        """Planted keys in command lines."""
 
     def kill_when(self, there, timeout: float = 600) -> None:
         """SIGKILL once `there()` holds; an assertion if the driver ends before, or takes longer."""
@@ -76,6 +83,9 @@ class Driver:
             while not there():
                 assert self.process.poll() is None, self.log.read_text()[-4000:]
                 assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+                self.shown |= {
+                    *find_planted_in_commands(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+                }
                 time.sleep(0.1)
         finally:
             self.process.send_signal(signal.SIGKILL)
@@ -115,7 +125,9 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict], str]:
         lambda: (run / "artifacts/gguf").exists() and len(list(run.glob("eval/*/*.json"))) > 3,
     )
     for number, moment in enumerate(moments):
-        Driver(run, folder / f"driver_{number}.log").kill_when(moment)
+        driver = Driver(run, folder / f"driver_{number}.log")
+        driver.kill_when(moment)
+        assert driver.shown == set()
         seen.append(read_steps(run))
     text = Driver(run, folder / "driver_last.log").finish()
     seen.append(read_steps(run))
@@ -132,6 +144,20 @@ def test_every_step_is_done_and_finished_steps_were_not_redone(finished):
     assert not (run / "stale").exists()
     assert not list(run.rglob("*.partial"))
     assert json.loads((run / "profile/profile.json").read_text())["measurements"][0]["context"] == 512
+
+
+def test_no_key_of_the_environment_is_in_anything_that_the_run_left(finished):
+    assert find_planted_in_files(finished[0].parent) == []
+
+
+def test_files_have_the_modes_that_the_umask_leaves(finished):
+    """0640 and 0750: no library opens a file to others, or closes one to the group."""
+    wrong = [
+        f"{path}: {mode:o}"
+        for path in finished[0].rglob("*")
+        if not path.is_symlink() and (mode := path.stat().st_mode & 0o777) not in (0o640, 0o750)
+    ]
+    assert wrong == []
 
 
 def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):

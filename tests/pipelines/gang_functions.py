@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def describe_process() -> dict[str, str]:
         "home": os.path.expanduser("~"),
         "inductor": os.environ["TORCHINDUCTOR_CACHE_DIR"],
         "rank": f"{os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}",
-        "agent_store": os.environ.get("TORCHELASTIC_USE_AGENT_STORE", ""),
+        "meets_at": f"{os.environ.get('MASTER_ADDR')} {os.environ.get('TORCHELASTIC_USE_AGENT_STORE')}",
     }
 
 
@@ -76,3 +77,13 @@ def leave_litter() -> tuple[str, str]:
     tempfile.mkdtemp()
     assert list(Path(tempfile.gettempdir()).glob("pymp-*"))
     return tempfile.gettempdir(), find_shared_temporary()
+
+
+def wait_at_work(folder: Path) -> None:
+    """Meet over gloo, then stay until there is a file `go`."""
+    dist.init_process_group("gloo")
+    dist.barrier()
+    (folder / f"met{dist.get_rank()}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+    dist.destroy_process_group()

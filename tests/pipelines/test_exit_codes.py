@@ -55,7 +55,7 @@ def run_one_step(tmp_path, monkeypatch):
         step = Step("fetch", 1, (), {}, (), work)
         monkeypatch.setattr("pipelines.steps.build_steps.build_steps", lambda context, package: [step])
         cluster = SimpleNamespace(
-            dashboard_url="", run=tmp_path / "run", check_size=lambda **parts: None, close=lambda: None
+            dashboard="none", run=tmp_path / "run", check_size=lambda **parts: None, close=lambda: None
         )
         monkeypatch.setattr("pipelines.ray.cluster.Cluster", lambda *arguments: nullcontext(cluster))
         handler = signal.getsignal(signal.SIGTERM)

@@ -300,3 +300,24 @@ def test_a_file_is_sent_below_the_address_alone(tmp_path, victim):
     opened = open_destination(str(tmp_path / "shelf"), LocalFileSystem(), str(tmp_path / "shelf"))
     with opened as send, pytest.raises(RefusedInput, match="not a plain path"):
         send(tmp_path / "a", "../private/keys")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIAPLANTED:PlantedKey/01@bucket/a",
+        "https://PlantedKey@127.0.0.1:9/a",
+        "https://127.0.0.1:9/a?sig=PlantedKey",
+    ],
+)
+def test_an_address_with_a_key_is_refused_without_showing_the_key(address, artifact, tmp_path, capsys):
+    for words in (
+        ["fetch", address, str(tmp_path / "new")],
+        ["publish", str(artifact), address],
+        ["run", "smoke", "--out", str(tmp_path / "new"), "--data", address],
+        ["run", "smoke", "--out", str(tmp_path / "new"), "--initial-model", address],
+    ):
+        assert main(words) == REFUSED
+        said = capsys.readouterr()
+        assert "key" in said.err and "PlantedKey" not in said.err + said.out
+    assert not (tmp_path / "new").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from core.environment import find_socket_folder
+from pipelines.ray.access import RAY_FOLDER
 from pipelines.ray.cluster import FOLDER_PREFIX, LONGEST_FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +56,9 @@ def check_workers(seen, cwd):
         assert [worker[room] for room in ("core", "data", "eval")] == [str(ROOT)] * 3
         assert worker["cwd"] == str(cwd), "relative paths of a recipe mean the same on workers"
         assert "compiled-" in worker["inductor"]
-        assert worker["agent_store"] == ""
     assert (seen["task"]["rank"], seen["gang"]["rank"]) == ("None of None", "0 of 1")
+    assert seen["task"]["meets_at"] == "None None", "the launcher's store is not joined"
+    assert seen["gang"]["meets_at"] == "127.0.0.1 True", "the gang's own is"
 
 
 def test_files_named_as_our_rooms_and_a_long_folder_for_temporary_files_and_a_home_that_cannot_be_written(tmp_path):
@@ -124,10 +126,8 @@ def test_a_user_whom_the_system_does_not_know(tmp_path):
 
 def test_the_socket_folder_is_short_enough(monkeypatch, tmp_path):
     longest = LONGEST_FOLDER - len(f"/{FOLDER_PREFIX}12345678")
-    assert (
-        len(f"{'x' * longest}/{FOLDER_PREFIX}12345678/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
-        == 107
-    )
+    session = f"{RAY_FOLDER}/session_2026-01-31_23-59-59_999999_4194304"
+    assert len(f"{'x' * longest}/{FOLDER_PREFIX}12345678/{session}/sockets/plasma_store") == 107
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert find_socket_folder(longest) == Path("/tmp")

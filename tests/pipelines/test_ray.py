@@ -1,18 +1,23 @@
 """Ray for real: two workers on gloo, one killed, one that raises; tasks; leftovers of a killed driver."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import nullcontext
 from ctypes.util import find_library
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
 from core.cache import SHARED_TEMPORARY, find_shared_temporary
 from pipelines.ray import orphan_reaper
@@ -26,9 +31,11 @@ from pipelines.ray.temporary_folder import (
 )
 from pipelines.recipe import ClusterConfig
 from tests.pipelines import gang_functions as gang
+from tests.planted_keys import PLANTED, find_planted, find_planted_in_commands, find_planted_in_files
 
 LITTERED: list[Path] = []
 """Folders for temporary files that must be gone with the cluster."""
+OTHER_USER = 65534
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 """Ray's workers import this package from here."""
@@ -40,6 +47,8 @@ def cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's Ray is not joined
+        for name, key in PLANTED.items():
+            patch.setenv(name, key)
         with Cluster(ClusterConfig(max_failures=1, cpus_per_task=1), run, world_size=2) as cluster:
             yield cluster
     assert find_processes(run) == []
@@ -77,6 +86,84 @@ def test_task_failure_keeps_the_traceback(cluster, tmp_path):
     with pytest.raises(WorkerFailed, match="tea is not wanted") as failure:
         cluster.run_tasks([Task(gang.task, ("tea", True), tmp_path / "log", num_cpus=1)])
     assert "gang_functions.py" in str(failure.value)
+
+
+@pytest.fixture(scope="class")
+def processes_at_work(cluster, tmp_path_factory):
+    """The processes of a cluster on which a gang of two is at work. It holds all CPUs, so it ends with the class."""
+    folder = tmp_path_factory.mktemp("gang")
+    gang_thread = threading.Thread(target=cluster.run_gang, args=(gang.wait_at_work, folder), kwargs={"name": "doors"})
+    gang_thread.start()
+    while not all((folder / f"met{rank}").exists() for rank in (0, 1)):
+        assert gang_thread.is_alive()
+        time.sleep(0.05)
+    yield [psutil.Process(), *find_processes(cluster.run)]
+    (folder / "go").touch()
+    gang_thread.join()
+
+
+def try_doors(cluster, processes, user):
+    """Return what came of the attempts of a user; a driver's own environment stays out of theirs."""
+    token_file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    dashboard = cluster.dashboard.partition(" ")[0]
+    words = [user, token_file.parent, token_file, dashboard, ray.get_runtime_context().gcs_address]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-m", "tests.pipelines.intruder", *words, *(process.pid for process in processes)]
+    done = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+class TestDoors:
+    """Who may use a run's Ray, and what it shows."""
+
+    def test_every_server_of_a_run_listens_on_this_machine_alone(self, processes_at_work):
+        addresses = [
+            connection.laddr
+            for process in processes_at_work
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(addresses) > 8, "GCS, raylet, dashboard, agents, driver, two ranks, their store"
+        outside = [address for address in addresses if not ip_address(address.ip.removeprefix("::ffff:")).is_loopback]
+        assert outside == []
+
+    def test_keys_of_the_environment_are_in_no_command_no_log_of_ray_and_not_on_the_dashboard(
+        self, cluster, processes_at_work
+    ):
+        token_file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert find_planted_in_commands(process.pid for process in processes_at_work) == []
+        assert find_planted_in_files(token_file.parent) == find_planted_in_files(cluster.run) == []
+        logs = [path for path in token_file.parent.rglob("*") if path.suffix in (".log", ".out", ".err")]
+        assert len(logs) > 5, "Ray's logs are there"
+        token, dashboard = token_file.read_text(), cluster.dashboard.partition(" ")[0]
+        for kind in ("tasks", "actors", "workers", "nodes", "jobs", "runtime_envs"):
+            for page in (f"api/v0/{kind}?detail=1", f"{kind}?view=summary", "api/jobs/"):
+                request = urllib.request.Request(f"{dashboard}/{page}", headers={"Authorization": f"Bearer {token}"})
+                try:
+                    content = urllib.request.urlopen(request, timeout=60).read()
+                except urllib.error.HTTPError as error:
+                    assert error.code == 404, page
+                    continue
+                assert find_planted(content, page) == []
+                assert token.encode() not in content
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+    def test_another_user_neither_reads_a_run_nor_submits_to_its_ray(self, cluster, processes_at_work):
+        other = try_doors(cluster, processes_at_work, OTHER_USER)
+        for name in ("folder", "token", "sockets", "environment", "object store"):
+            assert other[name] and all(result.startswith("PermissionError") for result in other[name]), (
+                name,
+                other[name],
+            )
+        assert other["job"] == ["HTTP 401", "HTTP 403"]
+        assert "nauthenticated" in other["cluster"][0] or "uthentication" in other["cluster"][0]
+        own = try_doors(cluster, processes_at_work, os.getuid())
+        for name in ("folder", "token", "sockets", "environment", "object store"):
+            assert own[name] == ["done"] * len(own[name]), "what the other user tried is there"
+        assert own["job"] == ["HTTP 401", "HTTP 403"], "without the token the owner is nobody either"
 
 
 def test_what_workers_leave_among_the_temporary_files_goes_with_the_run(cluster, tmp_path):
