@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -84,6 +85,8 @@ def make_private_folder(folder: Path, option: str) -> Path:
             f"{folder} can be written by another user, who could put code or data into it; set {option} to a folder "
             "that only you can write"
         )
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)  # a copy of it has other permissions, and others could read it
     return folder
 
 
@@ -121,11 +124,22 @@ def _read_cpu_flags() -> str:
 
 
 def _describe_compiler() -> str:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    command = find_compiler(os.environ.get("CXX", "g++"))
+    if command is None:
         return "no compiler"
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    return f"{compiler} {done.stdout}"
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    return f"{shlex.join(command)} {done.stdout}"
+
+
+def find_compiler(name: str) -> list[str] | None:
+    """Return the command of a compiler; None where it is not on the path.
+
+    Args:
+        name: name or path of the compiler; words after it, as in "zig c++" or "ccache g++", are its first arguments.
+    """
+    words = [name] if shutil.which(name) else shlex.split(name)  # a path may have blanks
+    found = shutil.which(words[0]) if words else None
+    return None if found is None else [found, *words[1:]]
 
 
 def _read_version(distribution: str) -> str:

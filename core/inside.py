@@ -23,10 +23,10 @@ from core.printable import make_line
 
 MAX_PARTS = 32
 """Largest number of folders and file in a name: a source must not make a thousand nested folders."""
-MAX_PART_BYTES, MAX_NAME_BYTES = 255, 1024
-"""Longest part of a name and longest name in UTF-8, as most file systems have them."""
 PARTIAL = ".partial"
 """Ending of the name under which a file is received until it is whole."""
+MAX_PART_BYTES, MAX_NAME_BYTES = 255 - len(PARTIAL), 1024
+"""Longest part of a name, to which PARTIAL can be added, and longest name, in UTF-8. Most systems have 255 bytes."""
 COPIED_BYTES = 8 << 20
 SPECIAL = "is a pipe, a socket or a device"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028-\u202e\u2066-\u2069]")
@@ -70,7 +70,7 @@ def find_problem(name: str) -> str | None:
         return "it is absolute, or has an empty part, `.` or `..`"
     if len(parts) > MAX_PARTS:
         return f"it has {len(parts)} parts, and {MAX_PARTS} are the most"
-    if size > MAX_NAME_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
+    if size > MAX_NAME_BYTES or any(len(part.removesuffix(PARTIAL).encode()) > MAX_PART_BYTES for part in parts):
         return f"it has more than {MAX_NAME_BYTES} bytes, or a part of more than {MAX_PART_BYTES}"
     if any(part[-1] in ". " for part in parts):
         return "a part ends with a dot or a blank, which Windows drops"

@@ -150,8 +150,8 @@ def receive_data(shared: SharedData, folder: Path, progress: Progress) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with Folder(folder) as inside:
 
-        def receive(name: str, expected: str | None) -> None:
-            receive_file(system, locate(system, root, name), inside, name, expected)
+        def receive(name: str, expected: str | None, list_name: str = MANIFEST) -> None:
+            receive_file(system, locate(system, root, name), inside, name, expected, list_name)
 
         for name, expected in hashes.items():
             receive(name, expected)
@@ -169,7 +169,7 @@ def receive_data(shared: SharedData, folder: Path, progress: Progress) -> None:
             names = [f"{target}/{shard['zip_data']['basename']}" for shard in shards]
             check_names(names, f"{shared.address}/{index}")
             for name, shard in zip(names, shards, strict=True):
-                receive(name, shard["zip_data"]["hashes"]["sha256"])
+                receive(name, shard["zip_data"]["hashes"]["sha256"], index)
         receive(PAGE, None)
         inside.write(MANIFEST, shared.content)
         inside.require_in_place()

@@ -1,13 +1,12 @@
 """This module runs a C++ compiler; what it makes appears whole or not at all."""
 
 import os
-import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.cache import find_compiler
 from core.errors import RefusedInput
 
 
@@ -23,15 +22,14 @@ def compile_file(compiler: str, arguments: Sequence[str], out: Path, *, what: st
     Raises:
         RefusedInput: the compiler is not on the path, or it fails. Nothing is left behind.
     """
-    words = [compiler] if shutil.which(compiler) else shlex.split(compiler)  # a path may have blanks
-    found = shutil.which(words[0]) if words else None
+    found = find_compiler(compiler)
     if found is None:
         raise RefusedInput(f"{what} is compiled, and no C++ compiler was found ({compiler}); {advice}")
     out.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that the linker makes the file: with the usual permissions, and removed if it fails.
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         partial = Path(folder, out.name)
-        command = [found, *words[1:], *arguments, "-o", str(partial)]
+        command = [*found, *arguments, "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise RefusedInput(f"{compiler} could not build {what}:\n{done.stderr[-2000:]}")

@@ -190,4 +190,10 @@ async def _stream(
         await send("[DONE]")
     except ConnectionError:
         pass  # the client has gone; closing the events gives the answer up
+    except RequestRefused as refused:
+        await send(refused.to_json())
+    except Exception:
+        # The status was sent before: without this event the client would take the beginning for the whole answer.
+        await send(RequestRefused("the answer failed; the server's log says why", status=500).to_json())
+        raise
     return response

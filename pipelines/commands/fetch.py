@@ -112,7 +112,7 @@ def fetch_artifact(source: str, folder: Path, progress: Progress = ignore_progre
         with Folder(partial) as inside:
             for i, (name, expected) in enumerate(hashes.items()):
                 progress(name, i, len(hashes))
-                receive_file(system, locate(system, root, name), inside, name, expected)
+                receive_file(system, locate(system, root, name), inside, name, expected, CHECKSUMS)
             inside.write(CHECKSUMS, sums.encode())
             inside.remove_others({*hashes, CHECKSUMS})  # an earlier fetch of another artifact left them
             inside.require_in_place()

@@ -63,12 +63,15 @@ def read_small_file(system: "AbstractFileSystem", remote: str, limit: int) -> by
     return bytes(content)
 
 
-def receive_file(system: "AbstractFileSystem", remote: str, folder: Folder, name: str, expected: str | None) -> None:
+def receive_file(
+    system: "AbstractFileSystem", remote: str, folder: Folder, name: str, expected: str | None, list_name: str
+) -> None:
     """Receive one file into a folder, unless it is there already. A part of it that is there is continued.
 
     Args:
         name: its name below the folder.
         expected: its SHA-256; None accepts any content, and receives the file anew.
+        list_name: name of the file that lists it and states the hash.
 
     Raises:
         RefusedInput: the name is not a plain one, or something in the folder would lead elsewhere.
@@ -89,7 +92,7 @@ def receive_file(system: "AbstractFileSystem", remote: str, folder: Folder, name
             os.fsync(file.fileno())
             received = file.size()
     except FileNotFoundError as error:
-        raise DamagedData(f"{remote} is listed in SHA256SUMS but missing there; have it published again") from error
+        raise DamagedData(f"{remote} is listed in {list_name} but missing there; have it published again") from error
     except DamagedData:
         folder.remove(partial)
         raise
@@ -98,7 +101,7 @@ def receive_file(system: "AbstractFileSystem", remote: str, folder: Folder, name
     if expected is not None and (found := _hash(folder, partial)) != expected:
         # The part that was there may be of another file, so the next call starts over.
         folder.remove(partial)
-        raise DamagedData(f"{remote} has SHA-256 {found}, SHA256SUMS says {expected}; fetch again or have it repaired")
+        raise DamagedData(f"{remote} has SHA-256 {found}, {list_name} says {expected}; fetch again or have it repaired")
     folder.replace(partial, name)
 
 

@@ -1,6 +1,7 @@
 """The caches: found without a home, and compiled code kept apart for every kind of machine."""
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from core import cache
+from core.cache import find_compiler, make_private_folder
+from core.errors import RefusedInput
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
@@ -77,3 +80,24 @@ def test_torchs_own_default_is_nobodys_choice(tmp_path):
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "torchinductor_root"), TMPDIR=str(tmp_path), MOBILEMOE_CACHE="/x"
     )
     assert folder.parent.parent == Path("/x")
+
+
+def test_a_private_folder_is_closed_to_others_and_refused_where_they_could_write(tmp_path):
+    """One of mode 755, as a copy has made it, becomes 700."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    assert make_private_folder(folder, "MOBILEMOE_CACHE") == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(RefusedInput, match=r"can be written by another user.*MOBILEMOE_CACHE"):
+        make_private_folder(folder, "MOBILEMOE_CACHE")
+
+
+def test_a_compiler_of_several_words_is_known_by_its_version(monkeypatch, tmp_path):
+    program = tmp_path / "wrapper"
+    program.write_text('#!/bin/sh\nexec "$@"\n')
+    program.chmod(0o755)
+    assert find_compiler(f"{shlex.quote(str(program))} echo") == [str(program), "echo"]
+    assert find_compiler(str(program)) == [str(program)], "a path with blanks"
+    assert find_compiler("no-such-compiler a") is None and find_compiler("") is None

@@ -21,12 +21,14 @@ REFUSED = {
     "a\0b": "control", "a\nb": "control", "a\x1b[2Jb": "control", "a\u2028b": "control", "gpj.\u202eexe": "control",
     "CON": "device", "con.txt": "device", "x/nul": "device", "COM1": "device", "lpt9.tar.gz": "device",
     "COM\u00b9": "device", "AUX .txt": "device", "a.": "dot", "a ": "blank", "a/b ./c": "dot", "...": "dot",
-    "\udcff": "UTF-8", "x" * 256: "255", "/".join(["abcdefg"] * 150): "parts", "/".join(["x"] * 1000): "parts",
+    "\udcff": "UTF-8", "x" * 248: "247", f"{'x' * 248}.partial": "247",
+    "/".join(["abcdefg"] * 150): "parts", "/".join(["x"] * 1000): "parts",
     "/".join(["y" * 200] * 6): "1024",
 }  # fmt: skip
 ACCEPTED = [
     "a", ".gitattributes", "..a", "a..b", "a b", "model-00001-of-00002.safetensors", "int4/scales.safetensors",
-    "CONFIG", "com", "COM10", "nullable", "x" * 255, "/".join(["x"] * MAX_PARTS), "\u4e2d/\u00e9", "#1 ?%41", "[x]*",
+    "CONFIG", "com", "COM10", "nullable", "x" * 247, f"{'x' * 247}.partial", "/".join(["x"] * MAX_PARTS),
+    "\u4e2d/\u00e9", "#1 ?%41", "[x]*",
     "$HOME", "~x",
 ]  # fmt: skip
 

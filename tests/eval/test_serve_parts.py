@@ -2,11 +2,13 @@
 
 import asyncio
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
+from aiohttp import ClientError
+from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -19,6 +21,7 @@ from eval.serve.engine import Engine, Started
 from eval.serve.errors import RequestRefused
 from eval.serve.generation import Finished, StopFilter, draw_token, generate
 from eval.serve.requests import Sampling, read_chat, read_completion
+from eval.serve.server import build_app
 from eval.serve.tools import find_tool_calls
 from tests.eval.tiny_checkpoint import CHAT_TEMPLATE, write_tokenizer
 
@@ -281,6 +284,29 @@ def test_a_line_that_is_too_long_is_closed(tokenizer, monkeypatch):
         return refused.value.status
 
     assert asyncio.run(ask_three()) == 429
+
+
+def test_a_stream_that_fails_ends_with_an_error_and_not_as_a_whole_answer(tokenizer, monkeypatch):
+    def fail_after_two(*arguments):
+        yield "a"
+        yield "b"
+        raise RuntimeError("a fault of the model")
+
+    monkeypatch.setattr(engine, "generate", fail_after_two)
+    model, _ = serve_script(tokenizer, iter(lambda: 50, None))
+
+    async def ask() -> str:
+        async with TestClient(TestServer(build_app(model))) as client:
+            answer = await client.post("/v1/completions", json={"prompt": "ab", "stream": True})
+            received = b""
+            with suppress(ClientError):  # the connection is closed then
+                while part := await answer.content.readany():
+                    received += part
+            return received.decode()
+
+    *pieces, last = [json.loads(line.removeprefix("data: ")) for line in asyncio.run(ask()).split("\n\n") if line]
+    assert [piece["choices"][0]["text"] for piece in pieces] == ["a", "b"]
+    assert last["error"]["type"] == "server_error" and "a fault" not in last["error"]["message"]
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):

@@ -59,6 +59,7 @@ def fuse_if_large(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     Raises:
         DamagedData: by the returned function, if the compiled code computes something else.
     """
+    # inductor takes the name of a program alone: with "ccache g++" it would find no compiler.
     if not IS_CPU or shutil.which(os.environ.get("CXX", "g++")) is None:
         return function
     keep_compiled_code_apart()

@@ -19,6 +19,9 @@ using namespace mobilemoe;
 
 namespace {
 
+// More threads than a processor has; a system may refuse a process that many.
+constexpr int64_t kMostThreads = 1024;
+
 struct Options {
   std::string model, kernel = fastest_kernel().name, tokens, logits;
   int64_t threads = 1, prompt = 128, answer = 32, repetitions = 3;
@@ -109,6 +112,7 @@ int main(int n_arguments, char** arguments) {
   const Options options = read_options(n_arguments, arguments);
   const TileKernel kernel = find_kernel(options.kernel.c_str());
   if (!kernel) refuse("--kernel " + options.kernel + ": this processor does not have it");
+  if (options.threads > kMostThreads) refuse("--threads: at most " + std::to_string(kMostThreads));
   ThreadPool pool(static_cast<int>(options.threads));
   const auto opened = std::chrono::steady_clock::now();
   const Model model = open_model(options.model.c_str(), pool);
