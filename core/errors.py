@@ -1,7 +1,9 @@
 """Tell errors that the user can correct from failures in the middle of a step."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class RefusedInput(ValueError):
@@ -24,6 +26,29 @@ class TransferFailed(RuntimeError):
 
     The message names address and reason. The same command continues.
     """
+
+
+OTHER_FORM = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, struct.error,
+)  # fmt: skip
+"""What code raises that takes apart a value of another form than it was written for."""
+
+
+@contextmanager
+def report_damage(path: Path | str, way_out: str) -> Iterator[None]:
+    """Turn an error of OTHER_FORM into a DamagedData; use it around the few lines that read a file's content.
+
+    Raises:
+        DamagedData: the block raised one; names the file, the error and the way out.
+    """
+    try:
+        yield
+    except (RefusedInput, DamagedData):
+        raise
+    except OTHER_FORM as error:
+        raise DamagedData(
+            f"{path} is damaged, or was written by another program ({type(error).__name__}: {error}); {way_out}"
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.atomic import write_bytes
-from core.errors import RefusedInput
+from core.errors import OTHER_FORM, RefusedInput
 from core.inside import check_name
 from core.samples import SFT_COLUMNS, SHARD_HASH, VOCABULARY_KEY
 
@@ -53,7 +53,18 @@ def build_columns(index: bytes, index_sha256: str, source: str) -> bytes:
     Raises:
         RefusedInput: as `write_columns`.
     """
-    values, kinds, vocabulary = _parse_index(source, index)
+    try:
+        values, kinds, vocabulary = _parse_index(source, index)
+        return _join_columns(values, kinds, vocabulary, index_sha256)
+    except RefusedInput:
+        raise
+    except OTHER_FORM as error:
+        raise RefusedInput(f"{source}/index.json is damaged ({error!r}): write the shards again") from error
+
+
+def _join_columns(
+    values: dict[str, list], kinds: list[dict[str, Any]], vocabulary: str | None, index_sha256: str
+) -> bytes:
     body, columns = bytearray(), {}
     for name in (*NUMBERS, *NAMES):
         if name in NAMES:
@@ -92,15 +103,13 @@ def _parse_index(source: str, content: bytes) -> tuple[dict[str, list], list[dic
         columns["kind"].append(kinds.setdefault(json.dumps(value, sort_keys=True), len(kinds)))
         return None
 
-    try:
-        index = json.loads(content, object_hook=take_shard)
-        if index["version"] != 2 or any(entry is not None for entry in index["shards"]):
-            raise ValueError("it is not of MDS version 2")
-    except RefusedInput:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RefusedInput(f"{source}/index.json is damaged ({error!r}): write the shards again") from error
-    return columns, [json.loads(kind) for kind in kinds], index.get(VOCABULARY_KEY)
+    index = json.loads(content, object_hook=take_shard)
+    if index["version"] != 2 or any(entry is not None for entry in index["shards"]):
+        raise ValueError("it is not of MDS version 2")
+    vocabulary = index.get(VOCABULARY_KEY)
+    if not isinstance(vocabulary, str | None):
+        raise TypeError(f"{VOCABULARY_KEY} is {type(vocabulary).__name__}")
+    return columns, [json.loads(kind) for kind in kinds], vocabulary
 
 
 def check_shard_name(name: str, source: str) -> None:

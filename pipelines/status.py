@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import RefusedInput
+from core.errors import RefusedInput, report_damage
 from core.stages import STAGE_FOLDERS
 from pipelines.engine.fingerprints import find_stale_steps
 from pipelines.engine.manifest import Manifest
@@ -72,8 +72,14 @@ def read_status(run: Path) -> RunStatus:
 
     Raises:
         RefusedInput: the folder holds no run.
+        DamagedData: its manifest, or another file of it, is damaged.
     """
     require_run(run)
+    with report_damage(run, "a file of it says something else than this program writes"):
+        return _read_run(run)
+
+
+def _read_run(run: Path) -> RunStatus:
     manifest, driver = Manifest(run), find_driver(run)
     stale = find_stale_steps(manifest)
     recipe = manifest.content["recipe"]

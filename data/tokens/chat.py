@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from core.marked_text import (
     holds_escaped_mark,
     mark_messages,
 )
+from core.template_limits import check_templates, limit_rendering
 
 TOO_LONG = "the first answer does not fit into data.max_conversation_tokens"
 NO_ANSWER = "no message of the assistant"
@@ -41,10 +43,12 @@ class Encoder:
     The environment variable TOKENIZERS_PARALLELISM tells the tokenizers library whether to use several threads.
 
     Raises:
-        RefusedInput: the tokenizer cannot encode the spelling of a special token as text.
+        RefusedInput: the tokenizer cannot encode the spelling of a special token as text, or its chat template could
+            run for hours.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        check_templates(tokenizer.chat_template, jinja2.Environment().lex)
         self.tokenizer = tokenizer
         self.marked = MarkedTextEncoder(tokenizer.backend_tokenizer)
         self.control_ids = set(self.marked.control.values())
@@ -109,12 +113,15 @@ class Encoder:
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
             # As a batch of one: transformers does not take an empty list of messages for a conversation.
-            rendered = self.tokenizer.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with limit_rendering():
+                rendered = self.tokenizer.apply_chat_template(
+                    [messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                )
         # A template is a program: it raises what it will (TemplateError, TypeError, ...) on what it is given.
         except Exception as error:
             reason = f"the chat template fails with {type(error).__name__}: {error}"
             raise UnusableConversationError(reason.splitlines()[0][:200]) from error
         assert isinstance(rendered, list) and isinstance(rendered[0], str), "tokenize=False gives the texts"
+        if any("\ud800" <= sign <= "\udfff" for sign in rendered[0]):
+            raise UnusableConversationError("the chat template renders half of a character (a surrogate)")
         return rendered[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from core.errors import RefusedInput, refuse_value_errors
+from core.errors import RefusedInput, refuse_value_errors, report_damage
 from core.special_tokens import BOS, EOM, EOS, EOT
 from eval.hf_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from eval.hf_mobilemoe.folder_mobilemoe import read_json
@@ -26,23 +26,33 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, chat_template: str, config
 
     Raises:
         RefusedInput: llama.cpp has no tokenizer that does the same.
+        DamagedData: tokenizer.json is none of transformers' form.
     """
+    path = folder / "tokenizer.json"
     with refuse_value_errors():
-        content = read_json(folder / "tokenizer.json")
-    words = find_word_splitter(content, str(folder / "tokenizer.json"))
+        content = read_json(path)
+    with report_damage(path, "copy the tokenizer again"):
+        _write_fields(writer, content, path, config)
+    writer.add_chat_template(chat_template)
+
+
+def _write_fields(writer: GGUFWriter, content: dict[str, Any], path: Path, config: MobileMoEConfig) -> None:
+    words = find_word_splitter(content, str(path))
     vocab: dict[str, int] = dict(content["model"]["vocab"])
     types = dict.fromkeys(vocab.values(), TokenType.NORMAL)
     for token in content["added_tokens"]:
         vocab[token["content"]] = token["id"]
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     names = {number: token for token, number in vocab.items()}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    if not all(isinstance(text, str) for text in (*vocab, *merges)) or not all(type(n) is int for n in vocab.values()):
+        raise TypeError("a token is no text, or an id no whole number")
     ids = range(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words)
     writer.add_token_list([names.get(i, f"[UNUSED{i}]") for i in ids])
     writer.add_token_types([types.get(i, TokenType.UNUSED) for i in ids])
-    merges = content["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(vocab[BOS])
     writer.add_eos_token_id(vocab[EOS])
     writer.add_eot_token_id(vocab[EOT])
@@ -51,7 +61,6 @@ def write_tokenizer(writer: GGUFWriter, folder: Path, chat_template: str, config
     assert isinstance(config.pad_token_id, int), "reading the tokenizer sets the special ids"
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(chat_template)
 
 
 def find_word_splitter(content: dict[str, Any], where: str) -> str:

@@ -28,6 +28,8 @@ _COUNTS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts",
     "num_experts_per_tok",
 )  # fmt: skip
+_MOST, _MOST_OF_OTHERS = {"num_hidden_layers": 10_000, "num_local_experts": 100_000}, 2**31
+"""Largest values: a list has an entry a layer, a number that somebody made up would fill the memory."""
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
 
 REQUIRED_KEYS = ("model_type", *_COUNTS, *_NUMBERS, "rope_scaling")
@@ -156,6 +158,8 @@ class MobileMoEConfig(PretrainedConfig):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{key} is {value!r}; it must be a whole number above 0")
+            if value > (most := _MOST.get(key, _MOST_OF_OTHERS)):
+                raise ValueError(f"{key} is above {most:,}; no model has as many")
         for key in _NUMBERS:
             _check_number(key, getattr(self, key))
 
@@ -189,7 +193,7 @@ class MobileMoEConfig(PretrainedConfig):
 
 def _check_number(key: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_number or not 0 < value < math.inf:
         raise ValueError(f"{key} is {value!r}; it must be a number above 0")
 
 

@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         if text.startswith("\ufeff"):
             raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
         values = json.loads(text, object_pairs_hook=_refuse_repeated, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again, or correct it") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is {type(values).__name__} and not a JSON object; copy it again")
@@ -191,7 +191,10 @@ def read_token_ids(path: Path) -> dict[str, int]:
 
 def _find_added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | str]]:
     """Yield file, token and id of every added token that stands outside of tokenizer.json."""
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, Mapping):
+        raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder is no object; copy the tokenizer again")
+    for number, token in added.items():
         yield "tokenizer_config.json", str(_read_content(token)), int(number) if number.isdecimal() else number
     for token, number in _read_optional(folder / "added_tokens.json").items():
         yield "added_tokens.json", token, number

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from core.errors import report_damage
 from eval.benchmarks.suites import Benchmark
 
 MODELS = {
@@ -58,11 +59,16 @@ def _drop_values(result: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """Return a benchmark's result with its `verdict`, None where there is no file."""
+    """Return a benchmark's result with its `verdict`, None where there is no file.
+
+    Raises:
+        DamagedData: it is no result of ours; names the file.
+    """
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result | {"verdict": compare_with_chance(result["value"], result["stderr"], result["chance"])}
+    with report_damage(path, "remove it, and the evaluation scores the benchmark again"):
+        result = {**json.loads(path.read_text(encoding="utf-8"))}
+        return result | {"verdict": compare_with_chance(result["value"], result["stderr"], result["chance"])}
 
 
 def compare_with_chance(value: float, stderr: float | None, chance: float) -> str | None:

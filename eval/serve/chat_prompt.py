@@ -3,21 +3,34 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from core.literal_text import compile_spelling_pattern
 from core.marked_text import MarkedTextEncoder, UnusableConversationError, holds_escaped_mark, mark_messages
+from core.template_limits import check_templates, limit_rendering
 from eval.serve.errors import RequestRefused
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text has a form in UTF-8: half of a character has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class PromptEncoder:
     """Encodes prompts. What a client spells stays text: only the chat template writes special tokens.
 
     Raises:
-        RefusedInput: the tokenizer cannot encode the spelling of a special token as text.
+        RefusedInput: the tokenizer cannot encode the spelling of a special token as text, or its chat template could
+            run for hours.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        check_templates(tokenizer.chat_template, jinja2.Environment().lex)
         self._tokenizer = tokenizer
         self._marked = MarkedTextEncoder(tokenizer.backend_tokenizer)
         self._spelling = compile_spelling_pattern(self._marked.control)
@@ -50,12 +63,15 @@ class PromptEncoder:
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tools=[*tools] or None, tokenize=False, add_generation_prompt=True
-            )
+            with limit_rendering():
+                rendered = self._tokenizer.apply_chat_template(
+                    messages, tools=[*tools] or None, tokenize=False, add_generation_prompt=True
+                )
         # A template is a program: it raises what it will (TemplateError, TypeError, ...) on what it is given.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise RequestRefused(f"messages: the chat template fails with {reason}", "messages") from error
         assert isinstance(rendered, str), "tokenize=False gives the text"
+        if not is_text(rendered):
+            raise RequestRefused("messages: the chat template renders half of a character (a surrogate)", "messages")
         return rendered

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.atomic import write_json
+from core.errors import report_damage
+from core.secret_keys import hide_keys
 from pipelines.recipe import Recipe, to_dict
 
 LIBRARIES = (
@@ -38,7 +40,9 @@ class Manifest:
         self.path = run / "manifest.json"
         self.content: dict[str, Any] = {"steps": {}}
         if self.path.exists():
-            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+            with report_damage(self.path, "copy it from a backup, or start in another folder"):
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+                self.content = {**content, "steps": {name: {**entry} for name, entry in content["steps"].items()}}
 
     def describe(self, recipe: Recipe) -> None:
         """Record the recipe, library versions, commit and host that the run has from now on."""
@@ -85,6 +89,8 @@ class Manifest:
             state: done, failed or interrupted.
             facts: the step's identity and result, or its error.
         """
+        if "error" in facts:
+            facts["error"] = hide_keys(facts["error"])
         with self._lock:
             entry = self.content["steps"][name]
             entry.pop("started_unix")

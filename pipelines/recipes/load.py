@@ -5,9 +5,11 @@ import json
 import traceback
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from core.errors import RefusedInput
+from core.errors import RefusedInput, report_damage
+from core.printable import make_line
 from pipelines.recipe import Recipe
 
 
@@ -64,15 +66,17 @@ def load_recipe_of_run(run: Path) -> Recipe:
     """Return the recipe that the manifest of a run folder records.
 
     Raises:
-        RefusedInput: the folder holds no run, or its recipe has other fields than this version's.
+        RefusedInput: the folder holds no run, or its recipe has other fields or types than this version's.
+        DamagedData: the manifest is damaged.
     """
     manifest = run / "manifest.json"
     if not manifest.is_file():
         raise RefusedInput(
             f"--like {run}: no manifest.json, so no run; give the folder that `mobilemoe run --out` named"
         )
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    return _build(Recipe, content["recipe"], f"--like {run}: recipe")
+    with report_damage(manifest, "take another run, or start from a recipe file"):
+        recipe = json.loads(manifest.read_text(encoding="utf-8"))["recipe"]
+        return _build(Recipe, recipe, f"--like {run}: recipe")
 
 
 def _build(kind: type, value: dict[str, Any], where: str) -> Any:
@@ -93,9 +97,24 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple and isinstance(value, list):
         inner = get_args(hint)[0]
         return tuple(_convert(inner, item, where) for item in value)
+    if get_origin(hint) is dict and isinstance(value, dict):
+        return {name: _convert(get_args(hint)[1], item, f"{where}.{name}") for name, item in value.items()}
     if get_origin(hint) is dict and not isinstance(value, dict):
         raise RefusedInput(
             f"{where}: is {value!r}, and this version has a value for each name there; the run was made by another "
             "version, so start from a recipe file"
         )
+    if not _fits(hint, value):
+        raise RefusedInput(f"{where}: is {make_line(repr(value)[:100])}, which is no {hint}; start from a recipe file")
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Return whether a value of JSON is one of a plain type, a Literal, or a union of such."""
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(choice, value) for choice in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint

@@ -102,3 +102,12 @@ def write_int4_folder(
     config.dtype = torch.bfloat16
     source = Source(tensors, config, tokenizer_dir, layout=int4_layout(quantization))
     return export_int4(source, out, max_shard_bytes=max_shard_bytes)
+
+
+def write_bf16_folder(folder: Path) -> Path:
+    """Write a random model of one narrow layer and its tokenizer as a BF16 folder; return it."""
+    dims = replace(DIMS, n_layers=1)
+    config = config_from_dims(dims)
+    config.dtype = torch.bfloat16
+    tokenizer = write_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    return export_bf16(Source(random_tensors(dims), config, tokenizer), folder)

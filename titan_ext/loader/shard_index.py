@@ -10,6 +10,8 @@ Shape legend: S shards of the folder.
 
 import hashlib
 import json
+import operator
+import os
 import tempfile
 import time
 import zlib
@@ -22,10 +24,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from core import atomic
-from core.errors import RefusedInput
+from core.errors import OTHER_FORM, RefusedInput
 from core.hashing import sha256_file
 from core.samples import SHARD_HASH
-from core.shard_columns import COLUMNS_FILE, FORMAT, NUMBERS, build_columns, check_shard_name
+from core.shard_columns import COLUMNS_FILE, FORMAT, NAMES, NUMBERS, build_columns, check_shard_name
 from titan_ext.compat import download_file
 
 CACHE_SUFFIX = ".shardcache"
@@ -53,7 +55,7 @@ class ShardIndex:
         """Map the columns that `core.shard_columns` has written to `path`.
 
         Raises:
-            ValueError, OSError: the file is missing or damaged, or was made of another index.json.
+            OTHER_FORM, OSError: the file is missing or damaged, or was made of another index.json.
         """
         with path.open("rb") as file:
             line = file.readline()
@@ -64,15 +66,20 @@ class ShardIndex:
         if header["format"] != FORMAT or header["index_sha256"][:16] != fingerprint or header["crc32"] != crc:
             raise ValueError(f"{path} has changed, or was made of another index.json")
         self.fingerprint, self._path = fingerprint, path
-        self.num_shards: int = header["num_shards"]
+        self.num_shards = operator.index(header["num_shards"])
         self._columns = {
             name: _map_column(path, len(line), self.num_shards, name, **place)
             for name, place in header["columns"].items()
         }
         self.samples: NDArray[np.int64] = self._columns["samples"]
         self.raw_bytes: NDArray[np.int64] = self._columns["raw_bytes"]
-        self._kinds: list[dict[str, Any]] = header["kinds"]
-        self.is_compressed: bool = header["is_compressed"]
+        missing = {*NUMBERS, *NAMES} - self._columns.keys()
+        self._kinds: list[dict[str, Any]] = [{**kind} for kind in header["kinds"]]
+        if missing or not all(isinstance(kind["column_names"], list) for kind in self._kinds):
+            raise ValueError(f"{path} lacks columns, or names of a sample's")
+        if self.num_shards and not self._columns["kind"].max() < len(self._kinds):
+            raise ValueError(f"{path} names a kind of shard that it does not describe")
+        self.is_compressed = header["is_compressed"] is True
         self.vocabulary: str | None = header["vocabulary"]
         self.column_names: list[str] = self._kinds[0]["column_names"] if self._kinds else []
 
@@ -82,23 +89,24 @@ class ShardIndex:
         Raises:
             RefusedInput: it is not a plain name, so the shard would be unpacked outside of the cache.
         """
-        return self._check_name(self._columns["raw_name"][shard].decode())
+        return self._check_name(self._columns["raw_name"][shard])
 
     def read_entry(self, shard: int) -> dict[str, Any]:
         """Return a shard's entry as in index.json, of whose hashes only SHARD_HASH is kept."""
         entry = {**self._kinds[self._columns["kind"][shard]], "samples": int(self.samples[shard])}
         return entry | {"raw_data": self._read_file(shard, "raw"), "zip_data": self._read_file(shard, "zip")}
 
-    def _check_name(self, name: str) -> str:
-        check_shard_name(name, str(self._path.parent))
-        return name
+    def _check_name(self, name: bytes) -> str:
+        text = os.fsdecode(name)  # what is no UTF-8 is refused below
+        check_shard_name(text, str(self._path.parent))
+        return text
 
     def _read_file(self, shard: int, part: str) -> dict[str, Any] | None:
         name, size, digest = (self._columns[f"{part}_{column}"][shard] for column in ("name", "bytes", "hash"))
         if not name:
             return None
         return {
-            "basename": self._check_name(name.decode()),
+            "basename": self._check_name(name),
             "bytes": int(size),
             "hashes": {SHARD_HASH: f"{int(digest):016x}"},
         }
@@ -199,5 +207,5 @@ def _try_columns(path: Path, fingerprint: str) -> ShardIndex | None:
     """Return the mapped index, or None where the file is not there, damaged, or of another index.json."""
     try:
         return ShardIndex(path, fingerprint)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *OTHER_FORM):
         return None

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from streaming import Stream
 
 from core.cache import find_shared_temporary, make_private_folder
-from core.errors import DamagedData
+from core.errors import DamagedData, report_damage
 from core.samples import SHARD_HASH, SHARDS_AT
 from titan_ext.compat import make_shard_reader
 from titan_ext.loader.shard_index import CACHE_SUFFIX, is_remote, name_cache_folder, open_index
@@ -110,7 +110,8 @@ class ShardStore:
         while True:
             try:
                 self._prepare(shard)
-                return self._reader(shard).get_item(index)
+                with report_damage(self.path(shard), "its hash is right, so it was written so: write the shards again"):
+                    return _take_arrays(self._reader(shard).get_item(index))
             except FileNotFoundError:
                 # This or another process has deleted the shard to stay within `cache_bytes`: fetch it again.
                 self._verified.discard(shard)
@@ -221,6 +222,13 @@ class ShardStore:
         # states another number.
         counted = int.from_bytes(data[:4], "little") == reader.samples
         return counted and xxhash.xxh64(data).hexdigest() == reader.raw_data.hashes[SHARD_HASH]
+
+
+def _take_arrays(sample: dict[str, NDArray]) -> dict[str, NDArray]:
+    """Return a sample whose columns have one dimension each; an array's own bytes state its shape."""
+    if any(column.ndim != 1 for column in sample.values()):
+        raise ValueError("a sample is no row of numbers")
+    return sample
 
 
 @functools.cache

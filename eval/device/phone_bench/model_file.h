@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <map>
 #include <sstream>
 #include <string>
@@ -23,6 +24,8 @@
 namespace mobilemoe {
 
 constexpr int64_t kShapeBytes = 4096, kAlignment = 64;
+// The largest whole number of a shape, number of layers, and file: products of three such numbers do not overflow.
+constexpr int64_t kMostSize = int64_t{1} << 20, kMostLayers = 4096, kMostBytes = int64_t{1} << 46;
 
 [[noreturn]] inline void refuse(const std::string& reason) {
   std::fprintf(stderr, "%s\n", reason.c_str());
@@ -50,16 +53,33 @@ inline Shape read_shape(const std::string& text) {
     for (double value; words >> value;) found[name].push_back(value);
   }
   const auto one = [&](const char* key) {
-    if (found[key].size() != 1 || found[key][0] <= 0) refuse(std::string("the model file lacks a number: ") + key);
+    // A NaN is not above 0.
+    if (found[key].size() != 1 || !(found[key][0] > 0)) refuse(std::string("the model file lacks a number: ") + key);
     return found[key][0];
   };
-  const auto whole = [&](const char* key) { return static_cast<int64_t>(one(key)); };
+  const auto whole = [&](const char* key) {
+    const double value = one(key);
+    if (value > kMostSize || value != std::floor(value)) refuse(std::string("the model file: no such size: ") + key);
+    return static_cast<int64_t>(value);
+  };
   Shape shape{whole("d_model"), whole("n_layers"), whole("n_heads"), whole("n_kv_heads"), whole("head_dim"),
               whole("expert_hidden"), whole("shared_hidden"), whole("n_experts"), whole("top_k"), whole("vocab_size"),
               whole("group_size"), whole("embedding_group_size"), whole("expert_group_size"),
               static_cast<float>(one("norm_eps")), static_cast<float>(one("route_scale")), {}};
   for (double f : found["rope_frequencies"]) shape.rope_frequencies.push_back(static_cast<float>(f));
   if (static_cast<int64_t>(shape.rope_frequencies.size()) != shape.C / 2) refuse("rope_frequencies: not head_dim / 2");
+  if (shape.n_layers > kMostLayers || shape.E > kMostSize / 16 || shape.K > shape.E ||
+      shape.n_heads % shape.n_kv_heads) {
+    refuse("the model file: layers, experts or heads that no model has");
+  }
+  const auto check_groups = [](int64_t group, std::initializer_list<int64_t> widths) {
+    for (int64_t width : widths) {
+      if (group % 32 || width % group) refuse("the model file: widths must be multiples of groups, groups of 32");
+    }
+  };
+  check_groups(shape.embedding_group_size, {shape.D});
+  check_groups(shape.group_size, {shape.D, shape.n_heads * shape.C, shape.shared_F});
+  check_groups(shape.expert_group_size, {shape.D, shape.F});
   return shape;
 }
 
@@ -81,6 +101,7 @@ inline std::vector<Part> list_parts(const Shape& s) {
   const auto add = [&](Kind kind, int64_t rows, int64_t k, int64_t group = 0, int64_t copies = 1) {
     parts.push_back({kind, rows, k, group, copies, offset});
     offset = (offset + parts.back().bytes() + kAlignment - 1) / kAlignment * kAlignment;
+    if (offset > kMostBytes) refuse("the model file: weights of more than " + std::to_string(kMostBytes) + " bytes");
   };
   add(Kind::kPacked, s.vocabulary, s.D, s.embedding_group_size);
   add(Kind::kNorm, 1, s.D);
