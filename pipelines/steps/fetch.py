@@ -33,12 +33,12 @@ def fetch_packages(context: Context, wanted: dict[str, Requirement]) -> dict[str
 
 
 def _copy_packages(files: dict[str, Path], folder: Path) -> None:
-    """Copy each file to `folder`/NAME/."""
+    """Copy the content of each file to `folder`/NAME/. The umask decides the modes, as for all files of a run."""
     with atomic_write(folder) as partial:
         partial.mkdir(parents=True)
         for name, file in files.items():
             (partial / name).mkdir()
-            shutil.copy2(file, partial / name / file.name)
+            shutil.copyfile(file, partial / name / file.name)
 
 
 def list_packages(run: Path) -> dict[str, Path]:
