@@ -5,10 +5,12 @@ new version changes it.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -47,6 +49,7 @@ __all__ = [
     "describe_float8_rows",
     "divide_exactly",
     "download_file",
+    "end_without_sleep",
     "exchange_counts",
     "gather_instead",
     "get_owners",
@@ -187,6 +190,22 @@ def clip_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         dist_utils.clip_grad_norm_ = original
+
+
+@contextmanager
+def end_without_sleep() -> Iterator[None]:
+    """Let torchtitan's `Trainer.train`, called in the block, return at its end.
+
+    By itself, rank 0 sleeps two seconds there, so that the others end before the store that it hosts. The caller makes
+    the ranks wait for each other instead.
+    """
+    import torchtitan.trainer
+
+    torchtitan.trainer.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
+    try:
+        yield
+    finally:
+        torchtitan.trainer.time = time
 
 
 def set_found_inf(optimizer: torch.optim.Optimizer, found: torch.Tensor | None) -> None:

@@ -1,6 +1,9 @@
 """Private interfaces of torch and torchtitan that the model uses through titan_ext.compat, one small test each."""
 
 import datetime
+import inspect
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torchtitan.trainer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -146,3 +150,15 @@ def test_the_writer_of_checkpoints_is_no_stager_and_renames_the_metadata_last(tm
     assert type(writer.fs) is compat.CheckpointFileSystem and writer.sync_files
     dcp.save({"a": torch.ones(3)}, storage_writer=writer, no_dist=True)
     assert renamed == [(".metadata", [".metadata.tmp", "__0_0.distcp"])]
+
+
+def test_torchtitan_sleeps_once_after_training():
+    """When this fails, a stage ends two seconds later, or the trainer reads a clock that it does not get."""
+    assert re.findall(r"\btime\.\w+", inspect.getsource(torchtitan.trainer)) == [
+        *2 * ["time.perf_counter"],
+        "time.sleep",
+    ]
+    with compat.end_without_sleep():
+        torchtitan.trainer.time.sleep(600)
+        assert torchtitan.trainer.time.perf_counter() <= time.perf_counter()
+    assert torchtitan.trainer.time is time

@@ -15,7 +15,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from core.errors import RefusedInput
-from titan_ext.compat import clip_by
+from titan_ext.compat import clip_by, end_without_sleep
 from titan_ext.loader.streaming_loader import StreamingLoader
 from titan_ext.mobilemoe.model import MobileMoEModel
 from titan_ext.mobilemoe.tied_embedding_pp import TIED_SCHEDULES, TiedEmbedding, broadcast_from_last_stage
@@ -103,6 +103,12 @@ class StageTrainer(Trainer):
             )
             self.callbacks.append(self.distillation)
             self.fwd_bwd_fn = self.distillation.forward_backward
+
+    def train(self) -> None:
+        """Train as torchtitan does; at the end all ranks wait for each other, since rank 0 hosts their store."""
+        with end_without_sleep():
+            super().train()
+        dist.barrier()
 
     def train_step(self, data_iterator: Any) -> None:
         """Train one optimizer step as torchtitan does, and call the callbacks' hooks."""
