@@ -49,7 +49,7 @@ class ForkedCluster(AbstractContextManager):
 
     def __init__(self, config: ClusterConfig, run: Path, world_size: int):
         self.config, self.run, self.world_size = config, run, world_size
-        self.local, self.dashboard_url, self.is_training = True, "", False
+        self.local, self.dashboard, self.is_training = True, "none", False
         self._children: list[Any] = []
 
     def __exit__(self, *exception: object) -> None:
