@@ -42,7 +42,8 @@ class Manifest:
         if self.path.exists():
             with report_damage(self.path, "copy it from a backup, or start in another folder"):
                 content = json.loads(self.path.read_text(encoding="utf-8"))
-                self.content = {**content, "steps": {name: {**entry} for name, entry in content["steps"].items()}}
+                steps = {name: {**entry} for name, entry in content.get("steps", {}).items()}
+                self.content = {**content, "steps": steps}
 
     def describe(self, recipe: Recipe) -> None:
         """Record the recipe, library versions, commit and host that the run has from now on."""
