@@ -168,6 +168,8 @@ def _build_run(sweep: Sweep, key: tuple[int, int, int, bool, float], tokens: lis
         kv_heads=like.n_kv_heads, max_seq_len=like.max_seq_len,
     )  # fmt: skip
     is_dense = experts == 1
+    # What the recipe leaves open is chosen for each model.
+    shared_by = None if parallel.expert_parallel is None else gcd(parallel.expert_parallel, model.n_experts)
     parts = [f"d{d_model}", f"E{experts}", "dense" if is_dense else f"g{granularity}", "shared" if shared else ""]
     name = "_".join(filter(None, [*parts, f"lr{factor:g}" if factor != 1 else ""]))
     rate = sweep.learning_rate * factor * (sweep.base_width / d_model) ** sweep.width_exponent
@@ -185,7 +187,7 @@ def _build_run(sweep: Sweep, key: tuple[int, int, int, bool, float], tokens: lis
         granularity=None if is_dense else granularity,
         shared=None if is_dense else shared,
         learning_rate_factor=factor,
-        parallel=replace(parallel, expert_parallel=gcd(parallel.expert_ranks, model.n_experts)),
+        parallel=replace(parallel, expert_parallel=shared_by),
         branches=tuple(branches),
     )
 
