@@ -26,7 +26,7 @@ _LOGINS = (
 )
 _QUERY = re.compile(
     r"([?&;](?:[\w-]*(?:signature|credential|token|secret|password|api[_-]?key|access[_-]?key)[\w-]*|sig|key|auth)=)"
-    r"[^&#\s'\")]+",
+    r"(?!\*{3})[^&#\s'\")]+",
     re.IGNORECASE,
 )
 """What follows the name of a signature or a key in an address."""
