@@ -81,7 +81,7 @@ class HeadLoss(ChunkedLossWrapper):
         if isinstance(head, QATLinear):
             weight_VD = head.round_weight(weight_VD)
         grad_hidden_BLD = torch.empty_like(hidden_BLD)
-        grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         total = hidden_BLD.new_zeros((), dtype=torch.float32)
         metrics: dict[str, torch.Tensor] = {}
         for i, chunk in enumerate(_split(hidden_BLD.shape[1], self.num_chunks)):
@@ -126,7 +126,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
-    """Add the product of two matrices to `total`, float32; or set it to the product, if `is_first`.
+    """Add the product of two matrices to `total`, float32 or wider; or set it to the product, if `is_first`.
 
     Where the device can, the product adds to `total` itself: nothing of its size is read or written apart from that.
     """
