@@ -79,7 +79,7 @@ def limit_rendering() -> Iterator[None]:
 
     Raises:
         TemplateTooSlow: it took more than SECONDS.
-        MemoryError: it took more than MEMORY_BYTES.
+        MemoryError: it took more than MEMORY_BYTES. Linux alone knows this bound, and it holds for all threads.
     """
     watch = _Watch.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -95,8 +95,11 @@ def limit_rendering() -> Iterator[None]:
 
 
 def _find_limit(soft: int, hard: int) -> int:
-    with open("/proc/self/statm", "rb") as file:
-        wanted = int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            wanted = int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    except FileNotFoundError:  # another system than Linux, which does not hold a process to such a limit
+        return soft
     return min([wanted, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
 
 

@@ -86,7 +86,7 @@ def test_scores_are_lm_evals(models):
 
 
 def test_of_equal_logits_the_first_is_greedy():
-    """As argmax chooses in lm-eval's model; in bfloat16 two are often equal."""
+    """The argmax of lm-eval's model chooses so; in bfloat16 two are often equal."""
     logits_TV = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [2.0, -1.0, 0.5]])
     expected_T = logits_TV.log_softmax(-1)[range(3), [1, 2, 0]]
     scores_T, greedy_T = score_targets(logits_TV, torch.tensor([1, 2, 0]))

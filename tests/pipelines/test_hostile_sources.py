@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["hard link", "link"])
 def test_a_fetch_does_not_continue_in_the_file_of_another(kind, artifact, tmp_path, victim, capsys):
-    """What is appended to a partial file that leads to another file would arrive there."""
+    """Bytes appended to a partial file that leads to another file would arrive there."""
     part = tmp_path / "back.partial/sub/weights.partial"
     part.parent.mkdir(parents=True)
     (part.hardlink_to if kind == "hard link" else part.symlink_to)(victim / "keys")

@@ -232,7 +232,7 @@ def beside_the_other(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("beside_the_other")
 @pytest.mark.parametrize(("failures", "starts"), [(2, True), (3, False)])
 def test_a_ray_that_fails_to_start_is_started_again(failures, starts, tmp_path, monkeypatch):
-    """What the attempt before left is ended first."""
+    """The processes of the attempt before are ended first."""
     left = []
 
     def start(folder: str, **_: object) -> object:

@@ -20,7 +20,7 @@ GROUP_SIZE = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """What a stage has no option for. Tests change it to see that a loop with this fault is told from the real one."""
+    """The parts of a loop for which a stage has no option. Tests change one to see that such a fault is noticed."""
 
     bias_sign: float = 1.0
     """-1 would give the experts with many tokens more."""
@@ -32,7 +32,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step leaves behind."""
+    """The numbers that a step leaves behind."""
 
     loss: float
     """Mean cross entropy over the targets of the global batch, nats."""

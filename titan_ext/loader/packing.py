@@ -9,7 +9,7 @@ Shape legend: L tokens of a sequence.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -224,6 +224,15 @@ def extend_digest(before: str, segments: Sequence[Segment]) -> str:
         if document.loss_mask is not None:
             digest.update(document.loss_mask[begin : end + 1].astype("u1").tobytes())
     return digest.hexdigest()
+
+
+def combine_digests(digests: Iterable[tuple[int, str]]) -> int:
+    """Return a hash of lanes, given as their numbers and digests: below 2**64, and that of no lanes is 0.
+
+    Those of two sets of lanes add up, modulo 2**64, to that of both.
+    """
+    hashes = (hashlib.blake2b(f"{number} {digest}".encode(), digest_size=8).digest() for number, digest in digests)
+    return sum(int.from_bytes(value, "little") for value in hashes) % 2**64
 
 
 def write_sequence(

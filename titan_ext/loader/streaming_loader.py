@@ -8,7 +8,6 @@ Shape legend: B sequences of a micro-batch (torchtitan's local batch), L tokens 
 batch, R data-parallel ranks, K sections.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -30,7 +29,7 @@ from core.errors import RefusedInput
 from titan_ext.loader.config_checks import check_batch_shape, check_cache, check_tokenizer
 from titan_ext.loader.mixture import open_domains, resolve_mixture
 from titan_ext.loader.order import count_sections, list_sections, sum_held_bytes
-from titan_ext.loader.packing import Segment, compute_initial_deficits, write_sequence
+from titan_ext.loader.packing import Segment, combine_digests, compute_initial_deficits, write_sequence
 from titan_ext.loader.realign import REALIGNABLE, Realignment, check_order
 from titan_ext.loader.section import Section, SectionState
 from titan_ext.loader.shard_store import default_cache
@@ -242,13 +241,9 @@ class StreamingLoader(BaseDataLoader):
         """
         assert self._config.infinite, "every rank packs all sequences of a finite pass"
         own, lanes = self._num_lanes // self._dp_world_size, self._num_lanes // self._num_sections
-        first, total = self._dp_rank * own, 0
-        for k, state in self._states.items():
-            for number, lane in enumerate(state.lanes, start=k * lanes):
-                if first <= number < first + own:
-                    hashed = hashlib.blake2b(f"{number} {lane.digest}".encode(), digest_size=8).digest()
-                    total += int.from_bytes(hashed, "little")
-        return total % 2**64
+        here = range(self._dp_rank * own, (self._dp_rank + 1) * own)
+        states = ((k * lanes + i, lane) for k, state in self._states.items() for i, lane in enumerate(state.lanes))
+        return combine_digests((number, lane.digest) for number, lane in states if number in here)
 
     def _rewind(self) -> None:
         """Set the state to the beginning: no batch was taken."""

@@ -19,7 +19,7 @@ from titan_ext.mobilemoe.row_gather import gather_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """Where rows are among the padded ones. A row of zeros after the last one stands for all padding.
+    """The places of rows among the padded ones. A row of zeros after the last row stands for all padding.
 
     So no number is out of range where there are no rows, and gradients of padding are 0 without a mask.
     """

@@ -28,8 +28,8 @@ class SharedMatrix:
         self.sizes = (*q_NK.shape, q_NK.shape[1] // scale_NG.shape[1])
 
 
-class PackedEmbedding(nn.Module):
-    """The rows of a packed matrix, by their numbers."""
+class PackedModule(nn.Module):
+    """A module over a packed matrix. The modules of one matrix share its memory."""
 
     packed: torch.Tensor
 
@@ -37,21 +37,18 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.sizes = matrix.sizes
         self.register_buffer("packed", matrix.packed)
+
+
+class PackedEmbedding(PackedModule):
+    """The rows of a packed matrix, by their numbers."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return float32 [..., K] for int64 ids [...]."""
         return torch.ops.mobilemoe.quantized_embedding(ids, self.packed, *self.sizes)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """The products of a packed matrix with INT8 activations."""
-
-    packed: torch.Tensor
-
-    def __init__(self, matrix: SharedMatrix):
-        super().__init__()
-        self.sizes = matrix.sizes
-        self.register_buffer("packed", matrix.packed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 [..., N] for float32 x [..., K]."""
