@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -29,3 +30,11 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(awkward_folder))  # pytest re
 
 # Ray runs its workers at niceness 15: beside other tests that compute, a training of minutes would take an hour.
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_temporary_paths_are_whole():
+    """Refuse what was written beside the awkward folder: somewhere its name was cut, and tests would share the file."""
+    yield
+    beside = sorted(path.name for path in awkward_folder.parent.iterdir() if path.name != AWKWARD_NAME)
+    assert beside == [], f"a path was cut: find out where, and delete {beside} in {awkward_folder.parent}"

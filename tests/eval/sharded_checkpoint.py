@@ -28,7 +28,8 @@ def build_state() -> dict[str, torch.Tensor]:
 
 def save_rank(rank: int, folder: Path, rendezvous: Path) -> None:
     """Save the parts of one rank: experts cut along their input, all else along the first axis."""
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+    # Not by a file:// address: torch takes what follows a "#" in the path for a fragment, and opens another file.
+    dist.init_process_group("gloo", store=dist.FileStore(str(rendezvous), RANKS), rank=rank, world_size=RANKS)
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     state = {
         name: distribute_tensor(tensor, mesh, [Shard(2 if tensor.dim() == 3 else 0)])

@@ -97,7 +97,7 @@ def test_a_full_cache_disk_is_named_and_the_next_start_goes_on(stage, cache, tmp
     (tmp_path / "full").mkdir()
     build(stage, tmp_path / "full")  # the indexes, which are larger than the limit, are there
     result = context.Queue()
-    worker = context.Process(target=_read_with_little_room, args=(stage, tmp_path / "full", result))
+    worker = context.Process(target=_read_with_little_room, args=(stage, tmp_path / "full", result), daemon=True)
     worker.start()
     assert "Make room there, or name another folder as the loader's `local`" in result.get(timeout=60)
     worker.join()
