@@ -9,7 +9,7 @@ ISA_TESTS := $(addprefix tests/,titan_ext/test_contracts.py titan_ext/test_atten
 
 ARM_CXX ?= aarch64-linux-gnu-g++
 
-.PHONY: setup runtimes smoke device-bench chaos fuzz test test-clusters test-parts test-isa lint
+.PHONY: setup runtimes smoke device-bench chaos fuzz newest test test-clusters test-parts test-isa lint
 
 setup: $(VENV)/.installed
 
@@ -49,6 +49,10 @@ chaos: setup
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzz --inputs $(or $(INPUTS),100000)
 
+# The newest version of every dependency against the contract tests (docs/supply.md): half an hour or more.
+newest: setup
+	@$(BIN)/python -m tests.supply.newest --work .newest
+
 # Tests that start clusters and whole runs wait more than they compute, so they run beside the others; theirs is the
 # report that comes in one piece. `python -m pytest` runs all of them one after the other.
 test: setup
@@ -58,7 +62,7 @@ test-clusters: setup
 	@$(BIN)/python -m pytest tests/e2e tests/faults tests/pipelines tests/slurm >$(VENV)/$@.log 2>&1; code=$$?; cat $(VENV)/$@.log; exit $$code
 
 test-parts: setup
-	@$(BIN)/python -m pytest tests/test_*.py tests/core tests/data tests/eval tests/fuzz tests/titan_ext
+	@$(BIN)/python -m pytest tests/test_*.py tests/core tests/data tests/eval tests/fuzz tests/supply tests/titan_ext
 
 # The tests that compare kernels, bits or block sizes, once more under a second instruction set: AVX2 on a processor with
 # AVX-512, SSE 4.1 on another. Libraries take other code paths there.

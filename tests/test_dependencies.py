@@ -8,6 +8,7 @@ from importlib.metadata import distribution, packages_distributions
 
 import pytest
 
+from tests.supply.locked import LOCK, read_pins
 from tests.test_import_rules import ROOMS, ROOT, find_imports
 
 
@@ -65,12 +66,6 @@ def read_declared(*, dev: bool) -> dict[str, str]:
     return {normalize(re.match(r"[\w.-]+", requirement)[0]): requirement for requirement in requirements}
 
 
-def read_pins() -> dict[str, str]:
-    """Return requirements.lock, normalised name -> version."""
-    lines = (ROOT / "requirements.lock").read_text().split()
-    return {normalize(name): version for name, version in (line.split("==") for line in lines)}
-
-
 @pytest.mark.parametrize("folder", [*ROOMS, "tests", "benchmarks"])
 def test_every_imported_package_is_declared(folder):
     declared = read_declared(dev=folder not in ROOMS)
@@ -83,7 +78,7 @@ def test_every_imported_package_is_declared(folder):
 
 
 def test_the_lock_pins_every_declared_package_within_its_bounds():
-    pins = read_pins()
+    pins = read_pins(LOCK.read_text())
     for name, requirement in read_declared(dev=True).items():
         assert name in pins, f"{requirement}: not in requirements.lock"
         _, exact, version = requirement.partition("==")

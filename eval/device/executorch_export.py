@@ -57,7 +57,7 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
         )
     if device.expert_op == "fast":
         expert_op.declare()
-    with new_folder(out) as partial:
+    with new_folder(out, tokenizer_dir) as partial:
         write_tokenizer(tokenizer_dir, config, partial)
         settings = _settings(device.context, config.num_hidden_layers, config.vocab_size) | {
             "get_bos_id": config.bos_token_id,
@@ -77,7 +77,7 @@ def export_moe(weights: DeviceWeights, tokenizer_dir: Path, out: Path, device: D
 
 def export_dense(dims: DenseDims, out: Path, context: int) -> Path:
     """Write the folder of a dense baseline's program with random weights (no tokenizer) and return it."""
-    with new_folder(out) as partial:
+    with new_folder(out, None) as partial:
         settings = _settings(context, dims.n_layers, dims.vocab_size)
         model = dense_transformer(dims, context)
         _write_settings(partial, settings, None, model)

@@ -36,7 +36,7 @@ def export_bf16(
         RefusedInput: as `write_hf_folder`.
     """
     floats = read_floats(source, dtype)
-    with new_folder(out) as partial:
+    with new_folder(out, source.tokenizer) as partial:
         layout = describe_folder(floats.config, floats.names)
         fill_folder(floats.tensors, layout, floats.config, source.tokenizer, partial, max_shard_bytes)
         if floats.scales is not None:

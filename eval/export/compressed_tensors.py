@@ -44,7 +44,7 @@ def export_compressed_tensors(source: Source, out: Path) -> Path:
     build_native_config(config)  # refuses what the class cannot express before anything is written
     weights = PackedWeights(source)
     weights.check_blocks("--format compressed-tensors", "export --format hf-native")
-    with new_folder(out) as partial:
+    with new_folder(out, source.tokenizer) as partial:
         write_tokenizer(source.tokenizer, config, partial)
         values = build_native_config(config) | {"transformers_version": transformers.__version__}
         write_json(partial / "config.json", values | {"quantization_config": describe_quantization()})

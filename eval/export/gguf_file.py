@@ -100,7 +100,7 @@ def export_gguf(source: Source, out: Path, config: GgufConfig) -> Path:
     if not model.intermediate_size_mlp:
         raise RefusedInput(f"this model has no shared expert, and llama.cpp's {ARCHITECTURE} has one")
     weights = _Weights(source, config.type)
-    with new_folder(out) as partial:
+    with new_folder(out, source.tokenizer) as partial:
         tokenizer = read_tokenizer(source.tokenizer, model)
         file = f"model-{config.type}.gguf"
         writer = GGUFWriter(partial / file, ARCHITECTURE)

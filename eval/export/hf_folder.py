@@ -64,7 +64,7 @@ def write_hf_folder(
     with refuse_value_errors():
         config = config_from_dims(dims, **(extra_config or {}))
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
-    with new_folder(out) as partial:
+    with new_folder(out, tokenizer_dir) as partial:
         stream = cast_tensors(items, config, dtype)
         layout = describe_folder(config, tensors if isinstance(tensors, Mapping) else ())
         fill_folder(stream, layout, config, tokenizer_dir, partial, max_shard_bytes)

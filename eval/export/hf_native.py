@@ -37,7 +37,7 @@ def export_native(
     floats = read_floats(source, dtype)
     config = floats.config
     build_native_config(config)  # refuses what the class cannot express before anything is written
-    with new_folder(out) as partial:
+    with new_folder(out, source.tokenizer) as partial:
         write_tokenizer(source.tokenizer, config, partial)
         values = build_native_config(config) | {"transformers_version": transformers.__version__}
         write_json(partial / "config.json", values)

@@ -43,7 +43,7 @@ def export_int4(source: Source, out: Path, *, max_shard_bytes: int = ExportConfi
     config = with_layout(source.config, layout)
     find_packed_tensors(config)  # refuses a group size that does not fit before anything is written
     stream = quantize_tensors(source.tensors.items(), config, source.scales_for(layout))
-    with new_folder(out) as folder:
+    with new_folder(out, source.tokenizer) as folder:
         layout = describe_folder(config, source.tensors)
         fill_folder(stream, layout, config, source.tokenizer, folder, max_shard_bytes)
     return out

@@ -49,7 +49,7 @@ def export_mlx(source: Source, out: Path) -> Path:
         raise RefusedInput(f"{reason}; export to gguf instead")
     weights = PackedWeights(source)
     weights.check_blocks("--format mlx", "export --format hf-native")
-    with new_folder(out) as partial:
+    with new_folder(out, source.tokenizer) as partial:
         write_tokenizer(source.tokenizer, config, partial)
         write_json(partial / "config.json", build_config(config))
         write_model_card(partial, dims_from_config(config), "4-bit folder for mlx-lm", MLX)

@@ -174,8 +174,14 @@ def test_training_went_on_from_the_checkpoint_with_the_next_sample(finished):
 def test_artifacts_are_whole_and_write_text_with_the_code_they_carry(finished, tmp_path):
     artifacts = finished[0] / "artifacts"
     assert {path.name for path in artifacts.iterdir()} == {entry.artifact for entry in FORMATS.values()}
+    manifest = json.loads((finished[0] / "manifest.json").read_text())
+    corpora = json.loads((finished[0] / "data/data_manifest.json").read_text())["corpora"]
+    made_from = {"mobilemoe", *(f"library-{name}" for name in manifest["versions"])} | {f"corpus-{c}" for c in corpora}
     for folder in artifacts.iterdir():
         verify_checksums(folder)
+        bill = json.loads((folder / "sbom.cdx.json").read_text())
+        assert {component["bom-ref"] for component in bill["components"]} == made_from, folder.name
+        assert str(manifest["git_commit"]) in json.dumps(bill) and str(finished[0]) not in json.dumps(bill)
     folders = [artifacts / name for name in ("bf16", "int4", "bf16-native")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", GENERATE, *map(str, folders)]

@@ -61,7 +61,7 @@ def files(root):
             out = root / f"{source}_{name}"
             command = ["export", str(root / source), "--format", "gguf", "--type", name, "--out", str(out)]
             assert main(command) == DONE
-            assert verify_checksums(out) == 3  # the file, the model card, the licences
+            assert verify_checksums(out) == 4  # the file, the model card, the licences, the bill of materials
             found[source, name] = out / f"model-{name}.gguf"
     return found
 
