@@ -35,7 +35,8 @@ from titan_ext.model_stats import training_flops_per_token
 
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
-GEMM_SIZE, GEMM_PRODUCTS = 2048, 20
+GEMM_SIZE, GEMM_PRODUCTS, GEMM_SECONDS = 2048, 20, 2.0
+"""Rows of a square product, and how many make a turn: fewer where they take longer, as without bf16 instructions."""
 PEERS = ("qwen2_moe", "qwen3_moe")
 MOBILEMOE: dict[str, dict] = {
     "mobilemoe": {},
@@ -151,31 +152,34 @@ def make_step(
     return step
 
 
-def make_gemm_step() -> Callable[[], None]:
-    """Return a step of large square products, the fastest work of this machine.
+def make_gemm_step() -> tuple[Callable[[], None], int]:
+    """Return a step of large square products, the fastest work of this machine, and how many they are.
 
     There are many of them, because the first ones wait for caches and threads.
     """
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
+    start = time.perf_counter()
+    torch.mm(a, b)
+    products = max(1, min(GEMM_PRODUCTS, round(GEMM_SECONDS / (time.perf_counter() - start))))
 
     def step() -> None:
-        for _ in range(GEMM_PRODUCTS):
+        for _ in range(products):
             torch.mm(a, b)
 
-    return step
+    return step, products
 
 
-def build_variant(name: str, vocab_size: int) -> Callable[[], None]:
-    """Return the step of the variant `name`, one of VARIANTS."""
+def build_variant(name: str, vocab_size: int) -> tuple[Callable[[], None], int]:
+    """Return the step of the variant `name`, one of VARIANTS, and how many times it does the work."""
     dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size)
     if name == "gemm":
         return make_gemm_step()
     if name in MOBILEMOE:
-        return make_titan_step(dims, **MOBILEMOE[name])
+        return make_titan_step(dims, **MOBILEMOE[name]), 1
     peer, _, with_our_allocator = name.partition(", ")
     if with_our_allocator:
         keep_freed_memory()
-    return make_peer_step(dims, peer)
+    return make_peer_step(dims, peer), 1
 
 
 def make_environment(name: str) -> dict[str, str]:
@@ -207,7 +211,7 @@ def serve(name: str, vocab_size: int, threads: int) -> None:
     """Build a variant in this process and answer the questions of `Variant` on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    step = build_variant(name, vocab_size)
+    step, times = build_variant(name, vocab_size)
     clock = time.process_time if threads == 1 else time.perf_counter
     for question in sys.stdin:
         if question == "profile\n":
@@ -217,7 +221,7 @@ def serve(name: str, vocab_size: int, threads: int) -> None:
         else:
             start = clock()
             step()
-            answer = clock() - start
+            answer = (clock() - start) / times
         print(json.dumps(answer), flush=True)
 
 
@@ -266,7 +270,7 @@ def main() -> None:
 def summarize(times: dict[str, list[float]], vocab_size: int) -> dict[str, object]:
     """Return medians over the rounds; a ratio compares steps of the same round."""
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    peak = GEMM_PRODUCTS * 2 * GEMM_SIZE**3 / seconds["gemm"]
+    peak = 2 * GEMM_SIZE**3 / seconds["gemm"]
     flops = training_flops_per_token(dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size), SEQ_LEN)
     over_mobilemoe = {
         name: statistics.median(other / own for other, own in zip(values, times["mobilemoe"], strict=True))
