@@ -1,12 +1,14 @@
-"""Time of one training step at S width (two layers, bfloat16), beside transformers and the machine's GEMM.
+"""Time of one training step at S width (two layers), beside transformers and the machine's GEMM.
 
 The variants also show the cost of drop-and-pad (capacity), of packed documents and of QAT.
 
-    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--threads 2] [--profile] [--variants NAME ...]
+    python benchmarks/train_step.py [--rounds 9] [--vocab-size 4096] [--threads 2] [--dtype D] [--profile]
+                                    [--variants NAME ...]
 
 Every variant is a process of its own. They take turns, one step at a time, so that a busy machine slows all alike; the
 figures are medians over the rounds. With one thread they are processor seconds, which a busy machine disturbs little.
-Weights, gradients and optimizer state are bfloat16 everywhere. The peer with the
+Weights, gradients and optimizer state have one dtype everywhere: bfloat16, or float32 on a processor that has no
+instructions for the products of bfloat16, where PyTorch emulates them at a fraction of the speed. The peer with the
 same FLOPs is Qwen2-MoE (it has a shared expert); Qwen3-MoE has none and computes less. Both run as a transformers user
 gets them, and once more with this project's allocator (titan_ext/cpu/allocator.py), which helps them as well. A small
 vocabulary keeps the output projection, which is the same product everywhere, from hiding the layers. With the published
@@ -29,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from eval.compute_dtype import has_bfloat16_products
 from titan_ext.config import FLAVORS, ModelDims
 from titan_ext.cpu.allocator import allocator_environment, keep_freed_memory
 from titan_ext.model_stats import training_flops_per_token
@@ -36,7 +39,7 @@ from titan_ext.model_stats import training_flops_per_token
 BATCH, SEQ_LEN = 4, 512
 WARMUP_ROUNDS = 3
 GEMM_SIZE, GEMM_PRODUCTS, GEMM_SECONDS = 2048, 20, 2.0
-"""Rows of a square product, and how many make a turn: fewer where they take longer, as without bf16 instructions."""
+"""Rows of a square product, and how many make a turn: fewer where they take longer, as when bfloat16 is emulated."""
 PEERS = ("qwen2_moe", "qwen3_moe")
 MOBILEMOE: dict[str, dict] = {
     "mobilemoe": {},
@@ -63,6 +66,7 @@ CATEGORIES = {
 
 def make_titan_step(
     dims: ModelDims,
+    dtype: torch.dtype,
     *,
     documents: int = 1,
     qat: bool = False,
@@ -91,7 +95,7 @@ def make_titan_step(
         layer.moe.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(**options)
     model = (convert_to_qat(config, QuantizationConfig()) if qat else config).build()
     model.init_states()
-    model.bfloat16()
+    model.to(dtype)
     for block in model.layers.values():  # buffers that training keeps in float32
         block.moe.expert_bias_E = block.moe.expert_bias_E.float()
         if compiled:
@@ -119,7 +123,7 @@ def make_chunked_loss(model: torch.nn.Module, vocab_size: int) -> Callable[[torc
     return lambda hidden_BLD, labels_BL: loss(hidden_BLD, labels_BL, num_tokens)[0]
 
 
-def make_peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
+def make_peer_step(dims: ModelDims, dtype: torch.dtype, name: str) -> Callable[[], None]:
     """Build the transformers model `name` with the same dimensions and return its training step."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,7 +137,7 @@ def make_peer_step(dims: ModelDims, name: str) -> Callable[[], None]:
         num_experts_per_tok=dims.top_k, moe_intermediate_size=dims.expert_hidden, intermediate_size=dims.shared_hidden,
         tie_word_embeddings=True, use_cache=False, **options[name],
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     return make_step(model, lambda tokens_BL: cross_entropy(model(tokens_BL).logits, tokens_BL), dims)
 
 
@@ -152,12 +156,12 @@ def make_step(
     return step
 
 
-def make_gemm_step() -> tuple[Callable[[], None], int]:
+def make_gemm_step(dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Return a step of large square products, the fastest work of this machine, and how many they are.
 
     There are many of them, because the first ones wait for caches and threads.
     """
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).bfloat16() for _ in range(2))
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
     start = time.perf_counter()
     torch.mm(a, b)
     products = max(1, min(GEMM_PRODUCTS, round(GEMM_SECONDS / (time.perf_counter() - start))))
@@ -169,17 +173,17 @@ def make_gemm_step() -> tuple[Callable[[], None], int]:
     return step, products
 
 
-def build_variant(name: str, vocab_size: int) -> tuple[Callable[[], None], int]:
+def build_variant(name: str, vocab_size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Return the step of the variant `name`, one of VARIANTS, and how many times it does the work."""
     dims = dataclasses.replace(FLAVORS["S"], n_layers=2, vocab_size=vocab_size)
     if name == "gemm":
-        return make_gemm_step()
+        return make_gemm_step(dtype)
     if name in MOBILEMOE:
-        return make_titan_step(dims, **MOBILEMOE[name]), 1
+        return make_titan_step(dims, dtype, **MOBILEMOE[name]), 1
     peer, _, with_our_allocator = name.partition(", ")
     if with_our_allocator:
         keep_freed_memory()
-    return make_peer_step(dims, peer), 1
+    return make_peer_step(dims, dtype, peer), 1
 
 
 def make_environment(name: str) -> dict[str, str]:
@@ -191,9 +195,10 @@ def make_environment(name: str) -> dict[str, str]:
 class Variant:
     """A variant in a process of its own, which takes a step when asked to."""
 
-    def __init__(self, name: str, vocab_size: int, threads: int):
+    def __init__(self, name: str, vocab_size: int, threads: int, dtype: str):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size), "--threads", str(threads)],
+            [sys.executable, __file__, "--variant", name, "--vocab-size", str(vocab_size), "--threads", str(threads),
+             "--dtype", dtype],
             env=make_environment(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -207,11 +212,11 @@ class Variant:
         return json.loads(answer)
 
 
-def serve(name: str, vocab_size: int, threads: int) -> None:
+def serve(name: str, vocab_size: int, threads: int, dtype: str) -> None:
     """Build a variant in this process and answer the questions of `Variant` on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    step, times = build_variant(name, vocab_size)
+    step, times = build_variant(name, vocab_size, getattr(torch, dtype))
     clock = time.process_time if threads == 1 else time.perf_counter
     for question in sys.stdin:
         if question == "profile\n":
@@ -244,23 +249,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if has_bfloat16_products() else "float32"
+    )
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
                         help=f"gemm, mobilemoe and any of: {'; '.join(VARIANTS[2:])}")  # fmt: skip
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
-        serve(arguments.variant, arguments.vocab_size, arguments.threads)
+        serve(arguments.variant, arguments.vocab_size, arguments.threads, arguments.dtype)
         return
     names = list(dict.fromkeys(("gemm", "mobilemoe", *arguments.variants)))  # the two that all ratios are to
-    variants = {name: Variant(name, arguments.vocab_size, arguments.threads) for name in names}
+    variants = {name: Variant(name, arguments.vocab_size, arguments.threads, arguments.dtype) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + arguments.rounds):
         for name, variant in variants.items():
             seconds = variant.ask("step")
             if number >= WARMUP_ROUNDS:
                 times[name].append(seconds)
-    result = summarize(times, arguments.vocab_size)
+    result = {"dtype": arguments.dtype} | summarize(times, arguments.vocab_size)
     result["peak_resident_mb"] = {name: variant.ask("memory") / 1e6 for name, variant in variants.items()}
     if arguments.profile:
         result["share_of_time"] = variants["mobilemoe"].ask("profile")
