@@ -18,7 +18,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from core.errors import report_damage
-from core.licences import read_licence
+from eval.export.licences import read_licence
 
 BILL = "sbom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://arxiv.org/abs/2605.27358")

@@ -6,7 +6,7 @@ python -m tests.supply.licences > docs/licences.md
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError
 
-from core.licences import read_licence
+from eval.export.licences import read_licence
 from tests.supply.locked import LOCK, read_pins
 
 STATED = {

@@ -1,10 +1,10 @@
-"""Tests of core.licences and docs/licences.md: every distribution has a licence, and strangers are told which."""
+"""Tests of eval.export.licences and docs/licences.md: every distribution has a licence, and strangers are told which."""
 
 from importlib.metadata import distribution
 
 import pytest
 
-from core.licences import PROPRIETARY, parse_spdx, read_licence, recognize_text
+from eval.export.licences import PROPRIETARY, parse_spdx, read_licence, recognize_text
 from tests.supply.licences import STATED, list_licences, write_page
 from tests.supply.locked import ROOT
 
