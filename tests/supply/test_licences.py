@@ -1,4 +1,4 @@
-"""Tests of eval.export.licences and docs/licences.md: every distribution has a licence, and strangers are told which."""
+"""Tests of eval.export.licences and docs/licences.md: every distribution has a licence, and the page says which."""
 
 from importlib.metadata import distribution
 
