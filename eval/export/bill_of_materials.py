@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.exception import CycloneDxException
 from cyclonedx.model import ExternalReference, ExternalReferenceType, Property, XsUri
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
@@ -21,6 +22,8 @@ from core.errors import report_damage
 from eval.export.licences import read_licence
 
 BILL = "sbom.cdx.json"
+LARGEST_BILL = 16 << 20
+"""Number of bytes that a bill may have. Of a corpus it has about a thousand."""
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://arxiv.org/abs/2605.27358")
 """Namespace of the serial numbers, which are hashes of the content."""
 _NOT_IN_WEIGHTS = ("cluster", "eval", "export")
@@ -42,15 +45,38 @@ def write_bill(folder: Path, name: str, made_from: Path | None) -> None:
     """
     origin = made_from and (made_from / BILL)
     if origin and origin.is_file():
-        with report_damage(origin, "export again from the run"):
-            bill = json.loads(origin.read_text(encoding="utf-8"))
-            bill["metadata"]["component"]["name"] = name
+        with report_damage(origin, "export again from the run, or delete it"):
+            try:
+                text = format_bill(read_bill(origin), name)
+            except CycloneDxException as error:
+                raise ValueError(str(error)) from error
     else:
         run = made_from and find_run(made_from)
-        bill = build_bill(name, *(read_run(run) if run else ({}, {})))
-    bill.pop("serialNumber", None)
+        text = format_bill(build_bill(*(read_run(run) if run else ({}, {}))), name)
+    (folder / BILL).write_text(text, encoding="utf-8")
+
+
+def read_bill(path: Path) -> Bom:
+    """Return the bill at a path.
+
+    Raises:
+        ValueError, TypeError, AttributeError, KeyError: it is none, or larger than one can be.
+    """
+    if path.stat().st_size > LARGEST_BILL:
+        raise ValueError(f"{path.stat().st_size} bytes, a bill of materials has at most {LARGEST_BILL}")
+    # A decorator of the library adds the method.
+    return Bom.from_json(json.loads(path.read_text(encoding="utf-8")))  # type: ignore[attr-defined]
+
+
+def format_bill(bom: Bom, name: str) -> str:
+    """Return the text of an artifact's bill; the serial number is a hash of the rest."""
+    if bom.metadata.component is None:
+        bom.metadata.component = _describe_model({})
+    bom.metadata.component.name = name
+    bill = json.loads(JsonV1Dot6(bom).output_as_string())
+    del bill["metadata"]["timestamp"], bill["serialNumber"]
     bill["serialNumber"] = f"urn:uuid:{uuid.uuid5(_NAMESPACE, json.dumps(bill, sort_keys=True))}"
-    (folder / BILL).write_text(json.dumps(bill, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(bill, indent=2) + "\n"
 
 
 def find_run(path: Path) -> Path | None:
@@ -73,20 +99,13 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return described, json.loads(data.read_text(encoding="utf-8"))["corpora"]
 
 
-def build_bill(name: str, manifest: Mapping[str, Any], corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a bill without a serial number.
+def build_bill(manifest: Mapping[str, Any], corpora: Mapping[str, Mapping[str, Any]]) -> Bom:
+    """Return a bill for an artifact without a name.
 
     Args:
         manifest: of the run: `recipe`, `versions`, `git_commit`; each may be missing.
         corpora: entries of data_manifest.json by name.
     """
-    recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in _NOT_IN_WEIGHTS}
-    model = Component(
-        name=name, type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref="artifact",
-        description="Files and their hashes are in SHA256SUMS.",
-    )  # fmt: skip
-    if recipe:
-        model.properties = [_property("recipe", json.dumps(_hide_paths(recipe), sort_keys=True))]
     program = Component(
         name="mobilemoe", version=version("mobilemoe"), type=ComponentType.APPLICATION, bom_ref="mobilemoe",
         licenses=[LicenseFactory().make_from_string("Apache-2.0")],
@@ -94,13 +113,22 @@ def build_bill(name: str, manifest: Mapping[str, Any], corpora: Mapping[str, Map
     if commit := manifest.get("git_commit"):
         program.properties = [_property("git_commit", commit)]
     bom = Bom(components=[program])
-    bom.metadata.component = model
     bom.components.update(_describe_library(*library) for library in manifest.get("versions", {}).items())
     bom.components.update(_describe_corpus(*corpus) for corpus in corpora.items())
-    bom.register_dependency(model, bom.components)
-    bill = json.loads(JsonV1Dot6(bom).output_as_string())
-    del bill["metadata"]["timestamp"], bill["serialNumber"]
-    return bill
+    bom.metadata.component = _describe_model(manifest.get("recipe", {}))
+    bom.register_dependency(bom.metadata.component, bom.components)
+    return bom
+
+
+def _describe_model(recipe: Mapping[str, Any]) -> Component:
+    """Return the artifact itself, with those sections of the recipe that its weights come from."""
+    model = Component(
+        name="", type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref="artifact",
+        description="Files and their hashes are in SHA256SUMS.",
+    )  # fmt: skip
+    if sections := {key: value for key, value in recipe.items() if key not in _NOT_IN_WEIGHTS}:
+        model.properties = [_property("recipe", json.dumps(_hide_paths(sections), sort_keys=True))]
+    return model
 
 
 def _describe_library(name: str, installed: str) -> Component:

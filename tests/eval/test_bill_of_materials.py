@@ -9,6 +9,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from core.errors import DamagedData
+from eval.export import bill_of_materials
 from eval.export.artifact_folder import new_folder
 from eval.export.bill_of_materials import BILL
 
@@ -107,6 +108,28 @@ def test_without_a_run_the_program_alone_is_named(tmp_path, with_folder):
     bill = read_bill(tmp_path / "bf16", tmp_path if with_folder else None)
     assert [component["name"] for component in bill["components"]] == ["mobilemoe"]
     assert "properties" not in bill["metadata"]["component"]
+
+
+FOREIGN = {
+    "of another program": '{"bomFormat": "CycloneDX", "specVersion": "1.5", "components": []}',
+    "without a type": '{"metadata": {"component": {"name": "x"}}}',
+    "an empty one": "{}",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_a_bill_of_others_is_passed_on_in_our_form(tmp_path, text):
+    (tmp_path / BILL).write_text(text)
+    assert read_bill(tmp_path / "new", tmp_path)["metadata"]["component"]["name"] == "new"
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"components": 3}', '{"metadata": []}', '{"components": [{}]}', "large"])
+def test_what_is_no_bill_is_refused(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(bill_of_materials, "LARGEST_BILL", 1000)
+    (tmp_path / BILL).write_text('{"version": 1}' + " " * 1000 if text == "large" else text)
+    with pytest.raises(DamagedData, match="export again from the run, or delete it"):
+        read_bill(tmp_path / "new", tmp_path)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("damaged", ["run/manifest.json", "run/data/data_manifest.json", f"int4/{BILL}"])

@@ -23,6 +23,7 @@ from streaming import MDSWriter
 from core.checksums import parse_checksums
 from core.errors import DamagedData, RefusedInput
 from core.shard_columns import build_columns
+from eval.export.bill_of_materials import BILL, build_bill, format_bill, write_bill
 from eval.export.tensor_files import open_tensor_files, read_config
 from eval.report.scores import read_result
 from eval.serve.errors import RequestRefused
@@ -54,6 +55,10 @@ CHAT = {
         {"role": "tool", "content": "r", "tool_call_id": "1"},
     ],
 }  # fmt: skip
+CORPUS = {"domain": "web", "licence": "MIT OR Apache-2.0", "read": 2, "kept": 1, "address": "hf://datasets/a/b"}
+BILL_OF_MATERIALS = json.loads(
+    format_bill(build_bill({"recipe": {"seed": 1}, "versions": {"torch": "2"}, "git_commit": "0"}, {"a": CORPUS}), "a")
+)
 RESULT = {
     "value": 0.5, "stderr": 0.1, "chance": 0.25, "items": 2, "shots": 0, "values": [0.0, 1.0], "prompts_sha256": "0",
     "note": "",
@@ -195,6 +200,13 @@ def read_tool_calls(chance: random.Random, folder: Path) -> None:
         assert name == "f" and isinstance(json.loads(arguments), dict)
 
 
+def read_bill_of_materials(chance: random.Random, folder: Path) -> None:
+    """Read the bill of an artifact, to pass it on with another."""
+    (folder / BILL).write_bytes(mutate_json(BILL_OF_MATERIALS, chance))
+    (folder / "new").mkdir(exist_ok=True)
+    write_bill(folder / "new", "new", folder)
+
+
 def read_benchmark_result(chance: random.Random, folder: Path) -> None:
     """Read a benchmark's result, as the report does."""
     (folder / "piqa.json").write_bytes(mutate_json(RESULT, chance))
@@ -263,4 +275,5 @@ TARGETS = [
     Target("request for a completion", read_completion_request, 300),
     Target("calls of tools", read_tool_calls, 300),
     Target("result of a benchmark", read_benchmark_result, 150),
+    Target("bill of materials", read_bill_of_materials, 150),
 ]
