@@ -19,6 +19,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from core.errors import report_damage
+from core.run_folder import MANIFEST, find_run
 from eval.export.licences import read_licence
 
 BILL = "sbom.cdx.json"
@@ -79,20 +80,17 @@ def format_bill(bom: Bom, name: str) -> str:
     return json.dumps(bill, indent=2) + "\n"
 
 
-def find_run(path: Path) -> Path | None:
-    """Return the run folder that a path lies in, or None."""
-    return next((folder for folder in path.absolute().parents if (folder / "manifest.json").is_file()), None)
-
-
 def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the manifest of a run, and the corpora of its data manifest by name.
+    """Return the manifest of a run, and the corpora of its data manifest by name; nothing if it is another's manifest.
 
     Raises:
         DamagedData: one of them is damaged.
     """
-    manifest, data = run / "manifest.json", run / "data" / "data_manifest.json"
+    manifest, data = run / MANIFEST, run / "data" / "data_manifest.json"
     with report_damage(manifest, "copy it from a backup"):
         described = json.loads(manifest.read_text(encoding="utf-8"))
+    if not isinstance(described, dict) or "recipe" not in described:
+        return {}, {}
     if not data.is_file():
         return described, {}
     with report_damage(data, "make the data again"):

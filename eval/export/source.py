@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from core.run_folder import find_run
 from eval.export.dimensions import config_from_dims, dims_from_config, int4_layout
 from eval.export.stored_scales import StoredScales, read_stored_scales
 from eval.export.tensor_files import open_tensor_files, read_config
@@ -82,5 +83,5 @@ def open_run_checkpoint(
 def _describe_origin(checkpoint: Path) -> str:
     """Return a checkpoint's path from its run on; outside of a run, its name."""
     path = checkpoint.absolute()
-    run = next((folder for folder in path.parents if (folder / "manifest.json").is_file()), path)
-    return f"{run.name}/{path.relative_to(run)}" if run != path else path.name
+    run = find_run(path)
+    return path.name if run is None else f"{run.name}/{path.relative_to(run)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import RefusedInput
+from core.run_folder import find_run
 from eval.config import ExportConfig
 from titan_ext.config import ModelDims, RopeScaling
 from titan_ext.quantization.config import QuantizationConfig
@@ -63,11 +64,7 @@ def describes_itself(checkpoint: Path) -> bool:
     """
     if not (checkpoint / "config.json").is_file():
         return False
-    return not (checkpoint / ".metadata").is_file() or _find_run(checkpoint) is None
-
-
-def _find_run(checkpoint: Path) -> Path | None:
-    return next((folder for folder in checkpoint.absolute().parents if (folder / "manifest.json").is_file()), None)
+    return not (checkpoint / ".metadata").is_file() or find_run(checkpoint) is None
 
 
 def find_run_of_checkpoint(checkpoint: Path) -> Path:
@@ -81,7 +78,7 @@ def find_run_of_checkpoint(checkpoint: Path) -> Path:
             f"{checkpoint}: no .metadata, so no DCP checkpoint, and no config.json, so no Hugging Face folder; give "
             "one of them, for example RUN/stages/3_sft/checkpoint/step-40"
         )
-    run = _find_run(checkpoint)
+    run = find_run(checkpoint)
     if run is None:
         raise RefusedInput(
             f"{checkpoint}: no manifest.json in a folder above, so its model is unknown; give one inside a run, "

@@ -110,6 +110,13 @@ def test_without_a_run_the_program_alone_is_named(tmp_path, with_folder):
     assert "properties" not in bill["metadata"]["component"]
 
 
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"name": "a web extension"}'])
+def test_a_manifest_that_is_no_runs_is_left_alone(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    bill = read_bill(tmp_path / "new", tmp_path / "models/x")
+    assert [component["name"] for component in bill["components"]] == ["mobilemoe"]
+
+
 FOREIGN = {
     "of another program": '{"bomFormat": "CycloneDX", "specVersion": "1.5", "components": []}',
     "without a type": '{"metadata": {"component": {"name": "x"}}}',
