@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from benchmarks.gpu.share_of_peak import compute_share
 from titan_ext.cards import Card
 from titan_ext.config import FLAVORS, ParallelConfig
 from titan_ext.model_stats import count_parameters, training_flops_per_token
@@ -84,6 +85,14 @@ def test_qat_is_at_most_a_quarter_slower_than_the_plain_step(flavor, layout):
     for recomputation in ("none", "selective"):
         rates = [compute(flavor, name, activation_checkpoint=recomputation, **layout) for name in ("sft", "qat")]
         assert 0.85 < rates[0] / rates[1] < 1.25, (recomputation, rates)
+
+
+@pytest.mark.parametrize("flavor", ["S", "M"])
+def test_the_share_of_the_peak_is_what_was_aimed_at(flavor):
+    for name, aim in (("pretrain", 0.28), ("midtrain", 0.25), ("sft", 0.25), ("qat", 0.25)):
+        rate, share = compute_share(flavor, name)
+        assert rate == compute(flavor, name, activation_checkpoint="none")
+        assert aim < share < 0.35, (name, share)
 
 
 def test_no_rate_is_above_the_peak_and_less_work_is_faster():
