@@ -59,7 +59,7 @@ def install_beside(upgrade: dict[str, str], folder: Path) -> None:
 
 
 def run_contracts(folder: Path | None, tests: Sequence[str], root: Path = ROOT) -> list[str]:
-    """Run tests with the packages of a folder in front of the environment's; return the ids of those that fail.
+    """Run tests with the packages of a folder in front of the environment's; return which fail, without parameters.
 
     A run that ends in another way than with failing tests counts as one failure, by its last line.
     """
@@ -68,7 +68,8 @@ def run_contracts(folder: Path | None, tests: Sequence[str], root: Path = ROOT) 
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=CONTRACT_SECONDS, check=False
     )
-    failed = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)))
+    ids = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = sorted({test.partition("[")[0] for test in ids})
     if done.returncode and not failed:
         return [(done.stdout + done.stderr).strip().splitlines()[-1]]
     return failed

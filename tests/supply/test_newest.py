@@ -9,10 +9,12 @@ from tests.supply import newest
 from tests.supply.advisories import find_advisories
 
 CONTRACT = """
+import pytest
 import tiny_thing
 
-def test_a_name():
-    assert tiny_thing.NAME == "old"
+@pytest.mark.parametrize("prefix", ["", "of a thing - "])
+def test_a_name(prefix):
+    assert prefix + tiny_thing.NAME == prefix + "old"
 
 def test_a_number():
     assert tiny_thing.NUMBER == 1
