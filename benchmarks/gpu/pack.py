@@ -8,7 +8,6 @@ machine that has this project's own environment needs none of it.
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,12 @@ from pathlib import Path
 
 from core.atomic import atomic_write
 from core.errors import RefusedInput
+from tests.supply.locked import LOCK, read_pins
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = (
-    "brotli", "catalogue", "cramjam", "datasets", "dill", "docstring_parser", "mosaicml-streaming", "multiprocess",
-    "python-snappy", "spmd_types", "torch_checkpointing", "torchao", "torchdata", "torchtitan", "typeguard", "tyro",
+    "brotli", "catalogue", "cramjam", "datasets", "dill", "docstring-parser", "mosaicml-streaming", "multiprocess",
+    "python-snappy", "spmd-types", "torch-checkpointing", "torchao", "torchdata", "torchtitan", "typeguard", "tyro",
     "zstd",
 )  # fmt: skip
 """Distributions that torchtitan and the loader import beside torch, transformers, numpy and what those bring."""
@@ -54,7 +54,7 @@ def download_wheels(folder: Path, python: str) -> None:
     Raises:
         RefusedInput: a wheel does not exist, or pip cannot download it.
     """
-    locked = read_locked_versions((ROOT / "requirements.lock").read_text())
+    locked = read_pins(LOCK.read_text())
     wanted = [f"{name}=={OTHER_VERSIONS.get((name, python), locked[name])}" for name in NAMES]
     platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_x86_64")]
     command = [
@@ -64,11 +64,6 @@ def download_wheels(folder: Path, python: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RefusedInput(f"pip could not download a wheel for Python {python}:\n{done.stderr.strip()[-2000:]}")
-
-
-def read_locked_versions(lock: str) -> dict[str, str]:
-    """Return distribution -> version of the lines `name==version` of a lock file."""
-    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.MULTILINE))
 
 
 def copy_site(folder: Path) -> None:

@@ -39,7 +39,8 @@ def write_bill(folder: Path, name: str, made_from: Path | None) -> None:
     Args:
         name: the artifact's.
         made_from: a folder of the run that the weights are from, or an artifact whose bill is passed on; without one,
-            or for one that has neither, the bill has the program alone.
+            or for one that has neither, the bill has the program alone. The tokenizer's folder is always one of them:
+            a run's lies in the run, an artifact's is the artifact.
 
     Raises:
         DamagedData: the bill, or the run's manifest, cannot be read.

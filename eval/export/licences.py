@@ -11,25 +11,16 @@ PROPRIETARY = "LicenseRef-Proprietary"
 _SPDX = get_spdx_licensing()
 _CLASSIFIERS = {
     "Apache Software License": "Apache-2.0",
-    "BSD License": "",  # of two or three clauses: the text says
-    "MIT License": "MIT",
     "ISC License (ISCL)": "ISC",
+    "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",
-    "The Unlicense (Unlicense)": "Unlicense",
-    "Zope Public License": "ZPL-2.1",
-    "GNU Lesser General Public License v3 or later (LGPLv3+)": "LGPL-3.0-or-later",
-    "GNU Lesser General Public License v2 or later (LGPLv2+)": "LGPL-2.0-or-later",
-    "GNU General Public License v3 (GPLv3)": "GPL-3.0-only",
-    "GNU General Public License v2 (GPLv2)": "GPL-2.0-only",
 }  # fmt: skip
 _TEXTS = {
     r"Apache License,? +(Version|v\.?) ?2\.0|Apache[- ]2\.0|Apache 2": "Apache-2.0",
     r"Permission is hereby granted, free of charge, to any person obtaining|MIT License": "MIT",
     r"Redistribution and use in source and binary forms.*Neither the names? of|BSD[- ]3|3-Clause BSD": "BSD-3-Clause",
     r"Redistribution and use in source and binary forms|BSD[- ]2|2-Clause BSD": "BSD-2-Clause",
-    r"Permission to use, copy, modify, and/?(or)? distribute this software": "ISC",
-    r"Mozilla Public License,? (Version|v\.?) ?2\.0": "MPL-2.0",
 }
 """Pattern of a licence's text, white space being one blank -> SPDX identifier. The first that fits counts."""
 _BEGINNING = 1500
@@ -56,7 +47,7 @@ def read_licence(name: str) -> str:
     for text in [*said, *_read_texts(found)]:
         if identifier := recognize_text(text):
             return identifier
-    return " OR ".join(sorted({_CLASSIFIERS[name] for name in names if _CLASSIFIERS.get(name)}))
+    return " OR ".join(sorted({_CLASSIFIERS[name] for name in names & _CLASSIFIERS.keys()}))
 
 
 def parse_spdx(text: str) -> str:

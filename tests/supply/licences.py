@@ -44,7 +44,7 @@ def list_licences() -> dict[str, str]:
     return found
 
 
-def write_page(licences: dict[str, str]) -> str:
+def format_page(licences: dict[str, str]) -> str:
     """Return the page; the most frequent licences come first."""
     names = defaultdict(list)
     for name, licence in licences.items():
@@ -54,4 +54,4 @@ def write_page(licences: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    print(write_page(list_licences()), end="")
+    print(format_page(list_licences()), end="")

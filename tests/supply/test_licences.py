@@ -5,7 +5,7 @@ from importlib.metadata import distribution
 import pytest
 
 from eval.export.licences import PROPRIETARY, parse_spdx, read_licence, recognize_text
-from tests.supply.licences import STATED, list_licences, write_page
+from tests.supply.licences import STATED, format_page, list_licences
 from tests.supply.locked import ROOT
 
 PAGE = ROOT / "docs" / "licences.md"
@@ -14,7 +14,7 @@ STRONG_COPYLEFT = {"GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-
 
 def test_the_page_is_that_of_the_environment():
     licences = list_licences()
-    assert PAGE.read_text() == write_page(licences), "python -m tests.supply.licences > docs/licences.md"
+    assert PAGE.read_text() == format_page(licences), "python -m tests.supply.licences > docs/licences.md"
     assert [name for name, licence in licences.items() if not licence] == []
 
 

@@ -17,13 +17,13 @@ from benchmarks.gpu import table
 from benchmarks.gpu.checks import CHECKS, PARTS, Check, run_one
 from benchmarks.gpu.correctness import CASES, draw_hard_weights
 from benchmarks.gpu.one_rank import RECIPE_GPUS, describe_training
-from benchmarks.gpu.pack import NAMES, OTHER_VERSIONS, copy_site, read_locked_versions
+from benchmarks.gpu.pack import NAMES, OTHER_VERSIONS, copy_site
 from benchmarks.gpu.reference import Options, Reference
 from benchmarks.gpu.run import run_check, run_checks
 from core.errors import RefusedInput
 from pipelines.recipes import RECIPES
 from pipelines.validation.memory_rules import settle
-from tests.test_import_rules import ROOT
+from tests.supply.locked import LOCK, read_pins
 from tests.titan_ext import reference as token_by_token
 from titan_ext.config import FLAVORS, ModelDims
 
@@ -234,7 +234,7 @@ def test_the_float64_reference_agrees_with_one_token_by_token(capacity_factor):
 
 
 def test_what_is_packed_for_another_machine(tmp_path):
-    locked = read_locked_versions((ROOT / "requirements.lock").read_text())
+    locked = read_pins(LOCK.read_text())
     assert set(NAMES) <= locked.keys() and locked["torchtitan"] == "0.3.0"
     assert {name for name, _ in OTHER_VERSIONS} <= set(NAMES)
     copy_site(tmp_path / "site")
